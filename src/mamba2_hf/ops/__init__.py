@@ -1,0 +1,338 @@
+"""Functions on tensors: the SSD scan, its single step, the convolution and norm around it.
+
+Each op has one contract (``checks.py``) and several backends (``dispatch.py``); names and equations are in
+``NOTATION.md``, the oracles in ``reference.py``. Every function takes ``backend=None`` (automatic), ``"torch"`` or
+``"triton"``; a backend that is asked for and cannot serve raises :class:`mamba2_hf.errors.BackendError` with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import checks, dispatch
+from .checks import SSDShape
+from .dispatch import use_backend
+from .reference import ssd_attention_matrix
+
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "gated_rms_norm",
+    "mamba2_inner",
+    "ssd_attention_matrix",
+    "ssd_chunk_scan",
+    "ssd_state_update",
+    "use_backend",
+]
+
+INF = math.inf
+
+
+def ssd_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, INF),
+    chunk_size: int | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_states: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The SSD layer over whole sequences ("Transformers are SSMs", Section 6): differentiable in every tensor.
+
+    Args:
+        x: ``(B, T, H, P)`` inputs; bf16, fp16, fp32 or fp64.
+        dt: ``(B, T, H)`` step sizes. Bias, softplus and clamp are applied in that order, in fp32.
+        A: ``(H,)`` decay rates, negative.
+        B, C: ``(B, T, G, N)`` input and output maps; G divides H.
+        D: ``(H,)`` or ``(H, P)`` skip.
+        z: ``(B, T, H, P)`` gate; the output is multiplied by ``silu(z)``.
+        dt_bias: ``(H,)``.
+        dt_softplus: whether ``dt`` passes through softplus.
+        dt_limit: ``(low, high)`` clamp of ``dt``.
+        chunk_size: tiling hint; never changes the function. ``None`` leaves it to the backend.
+        initial_states: ``(B, H, P, N)``, or ``(S, H, P, N)`` with ``cu_seqlens``; zeros if None.
+        seq_idx: ``(B, T)`` integers; a new document starts where the value changes.
+        cu_seqlens: ``(S + 1,)`` bounds of the documents of one flat row (B = 1). Tokens past the last bound belong to
+            no document and come out as zeros.
+        return_final_states: whether to return the states after the last token as well.
+        backend: see the module.
+
+    Returns:
+        ``y (B, T, H, P)`` in the dtype of ``x``; with ``return_final_states`` also the states, shaped as
+        ``initial_states``, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ArgumentError: a shape, dtype, device or value breaks the contract.
+        BackendError: ``backend`` was forced and cannot serve the call.
+    """
+    shape = checks.check_ssd(
+        *(x, dt, A, B, C),
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        dt_limit=dt_limit,
+        chunk_size=chunk_size,
+        initial_states=initial_states,
+        seq_idx=seq_idx,
+        cu_seqlens=cu_seqlens,
+    )
+    choice = dispatch.choose("ssd_chunk_scan", x.device, backend, shape=shape, dtype=x.dtype)
+    y, states = dispatch.backend_module(choice.name).ssd_chunk_scan(
+        *(x, dt, A, B, C),
+        shape=shape,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+        chunk_size=chunk_size,
+        initial_states=initial_states,
+        seq_idx=seq_idx,
+        cu_seqlens=cu_seqlens,
+    )
+    return (y, states) if return_final_states else y
+
+
+def ssd_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, INF),
+    backend: str | None = None,
+) -> Tensor:
+    """One step of the recurrence ("Transformers are SSMs", Equation 2); ``state`` is updated in place.
+
+    Args:
+        state: ``(B, H, P, N)``, any floating dtype; the step itself is computed in fp32.
+        x: ``(B, H, P)``.
+        dt: ``(B, H)``.
+        A: ``(H,)``, negative.
+        B, C: ``(B, G, N)``.
+        D, z, dt_bias, dt_softplus, dt_limit, backend: as in :func:`ssd_chunk_scan`, ``z`` being ``(B, H, P)``.
+
+    Returns:
+        ``y (B, H, P)`` in the dtype of ``x``.
+
+    Raises:
+        ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
+    """
+    shape = checks.check_state_update(state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_limit=dt_limit)
+    choice = dispatch.choose("ssd_state_update", x.device, backend, shape=shape, dtype=x.dtype)
+    return dispatch.backend_module(choice.name).ssd_state_update(
+        *(state, x, dt, A, B, C),
+        shape=shape,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+    )
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_states: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Depthwise causal convolution over time, channels last, with an optional activation.
+
+    Args:
+        x: ``(B, T, C)``; may be a view into a wider tensor.
+        weight: ``(C, K)``; tap ``K - 1`` multiplies the current token.
+        bias: ``(C,)``.
+        activation: ``None``, ``"silu"`` or ``"swish"`` (the same function).
+        initial_states: ``(B, C, K - 1)`` inputs before the first token (``(S, C, K - 1)`` with ``cu_seqlens``).
+        seq_idx, cu_seqlens: as in :func:`ssd_chunk_scan`; no tap reaches into another document.
+        return_final_states: whether to return each sequence's last ``K - 1`` inputs, shaped as ``initial_states``.
+        backend: see the module.
+
+    Returns:
+        ``y (B, T, C)`` in the dtype of ``x``; with ``return_final_states`` also the states.
+
+    Raises:
+        ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
+    """
+    checks.check_conv(x, weight, bias, activation, initial_states, seq_idx, cu_seqlens)
+    choice = dispatch.choose("causal_conv1d", x.device, backend, taps=weight.shape[1], dtype=x.dtype)
+    y, states = dispatch.backend_module(choice.name).causal_conv1d(
+        *(x, weight, bias),
+        activation=activation,
+        initial_states=initial_states,
+        seq_idx=seq_idx,
+        cu_seqlens=cu_seqlens,
+    )
+    return (y, states) if return_final_states else y
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`causal_conv1d` for one token or a short block, with the last inputs kept in ``conv_state`` (in place).
+
+    Args:
+        x: ``(B, C)`` or ``(B, T, C)``.
+        conv_state: ``(B, C, L)``, the last ``L >= K - 1`` inputs, newest last.
+        weight, bias, activation, backend: as in :func:`causal_conv1d`.
+
+    Returns:
+        ``y``, shaped as ``x``.
+
+    Raises:
+        ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
+    """
+    checks.check_conv_update(x, conv_state, weight, bias, activation)
+    choice = dispatch.choose("causal_conv1d_update", x.device, backend, taps=weight.shape[1], dtype=x.dtype)
+    return dispatch.backend_module(choice.name).causal_conv1d_update(
+        x, conv_state, weight, bias, activation=activation
+    )
+
+
+def gated_rms_norm(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    *,
+    eps: float = 1e-5,
+    group_size: int | None = None,
+    norm_before_gate: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """RMSNorm over groups of channels with a SiLU gate, computed in fp32.
+
+    ``norm(x * silu(z)) * weight``, or ``norm(x) * weight * silu(z)`` with ``norm_before_gate``.
+
+    Args:
+        x: ``(..., d)``.
+        z: gate shaped as ``x``, or None.
+        weight: ``(d,)``.
+        eps: added to the mean square.
+        group_size: channels that share one mean square; None for all ``d``.
+        norm_before_gate: the order; the published Mamba-2 models gate first.
+        backend: see the module.
+
+    Returns:
+        Shaped as ``x``, in its dtype.
+
+    Raises:
+        ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
+    """
+    size = checks.check_norm(x, z, weight, eps, group_size)
+    choice = dispatch.choose("gated_rms_norm", x.device, backend, group_size=size, dtype=x.dtype)
+    return dispatch.backend_module(choice.name).gated_rms_norm(
+        x, z, weight, eps=eps, group_size=size, norm_before_gate=norm_before_gate
+    )
+
+
+def mamba2_inner(
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    *,
+    norm_weight: Tensor | None,
+    head_dim: int,
+    n_groups: int,
+    activation: str | None = "silu",
+    eps: float = 1e-5,
+    group_size: int | None = None,
+    norm_before_gate: bool = False,
+    dt_limit: tuple[float, float] = (0.0, INF),
+    chunk_size: int | None = None,
+    conv_initial_states: Tensor | None = None,
+    ssm_initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_states: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """A Mamba-2 mixer between its two projections: convolution, scan and gated norm (paper, Section 7, Figure 6).
+
+    In training only the inputs are kept; the rest is recomputed in the backward.
+
+    Args:
+        zxbcdt: ``(B, T, 2 H P + 2 G N + H)``, the in_proj output in the order z, x, B, C, dt.
+        conv_weight: ``(H P + 2 G N, K)``. conv_bias: ``(H P + 2 G N,)`` or None.
+        dt_bias: ``(H,)`` or None. A: ``(H,)``, negative. D: ``(H,)``, ``(H, P)`` or None.
+        norm_weight: ``(H P,)``; None gates without a norm.
+        head_dim: P. n_groups: G.
+        activation: of the convolution.
+        eps, group_size, norm_before_gate: of the norm; see :func:`gated_rms_norm`.
+        dt_limit, chunk_size, seq_idx, cu_seqlens: see :func:`ssd_chunk_scan`.
+        conv_initial_states: ``(B or S, H P + 2 G N, K - 1)``.
+        ssm_initial_states: ``(B or S, H, P, N)``.
+        return_final_states: whether to return both states as well.
+        backend: see the module.
+
+    Returns:
+        ``y (B, T, H P)``; with ``return_final_states`` also the convolution's and the scan's states.
+
+    Raises:
+        ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
+    """
+    checks._rank("zxbcdt", zxbcdt, 3, "(B, T, 2 H P + 2 G N + H)")
+    batch, tokens, width = zxbcdt.shape
+    heads = A.shape[0]
+    inner, state = checks.split_widths(width, heads, head_dim, n_groups)
+    checks.check_dt_limit(dt_limit)
+    xbc = zxbcdt[..., inner : width - heads]
+    states = checks.check_conv(xbc, conv_weight, conv_bias, activation, conv_initial_states, seq_idx, cu_seqlens)
+    checks._check_heads(heads, head_dim, n_groups, A, D, dt_bias)
+    if ssm_initial_states is not None:
+        expected = (states, heads, head_dim, state)
+        checks._shape("ssm_initial_states", ssm_initial_states, expected, "(B or S, H, P, N)")
+    if norm_weight is not None:
+        group_size = checks.check_norm(zxbcdt[..., :inner], None, norm_weight, eps, group_size)
+    shape = SSDShape(batch, tokens, heads, head_dim, n_groups, state, states)
+    choice = dispatch.choose("mamba2_inner", zxbcdt.device, backend, shape=shape, dtype=zxbcdt.dtype)
+    y, conv_state, ssm_state = dispatch.backend_module(choice.name).mamba2_inner(
+        *(zxbcdt, conv_weight, conv_bias, dt_bias, A, D),
+        norm_weight=norm_weight,
+        shape=shape,
+        activation=activation,
+        eps=eps,
+        group_size=group_size or inner,
+        norm_before_gate=norm_before_gate,
+        dt_limit=dt_limit,
+        chunk_size=chunk_size,
+        conv_initial_states=conv_initial_states,
+        ssm_initial_states=ssm_initial_states,
+        seq_idx=seq_idx,
+        cu_seqlens=cu_seqlens,
+    )
+    return (y, conv_state, ssm_state) if return_final_states else y

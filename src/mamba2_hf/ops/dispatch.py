@@ -1,0 +1,141 @@
+"""Which backend serves a call, and why.
+
+In order: the call's ``backend=``, an enclosing :func:`use_backend`, the environment variable ``MAMBA2_HF_BACKEND``, else
+the fastest backend that can serve the call. A backend that was asked for by name and cannot serve raises its reason;
+one that was merely preferred steps aside for the next.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import BackendError
+
+ENVIRONMENT_VARIABLE = "MAMBA2_HF_BACKEND"
+BACKENDS = ("triton", "torch")  # fastest first
+OPS = (
+    "ssd_chunk_scan",
+    "ssd_state_update",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "gated_rms_norm",
+    "mamba2_inner",
+)
+
+_override: str | None = None
+
+
+class Choice(NamedTuple):
+    """The backend of a call and the reason for it."""
+
+    name: str
+    reason: str
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can be used at all on this machine."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Forces a backend for every op called inside: ``"torch"``, ``"triton"``, or ``None`` for the automatic choice.
+
+    The setting is the process's, not the thread's, so that compiled graphs can guard on it.
+
+    Raises:
+        BackendError: ``name`` is no backend.
+    """
+    global _override
+    previous, _override = _override, _known(name, "use_backend")
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def choose(op: str, device: torch.device, requested: str | None = None, **call: Any) -> Choice:
+    """Picks the backend of one call.
+
+    Args:
+        op: one of ``OPS``.
+        device: where the tensors are.
+        requested: the call's own ``backend=``.
+        call: what the backend needs to know to decide (sizes, dtypes), passed to its ``supports``.
+
+    Raises:
+        BackendError: a backend was forced and cannot serve the call; the message says why.
+    """
+    forced, source = _forced(requested)
+    if forced is not None:
+        ok, reason = _supports(forced, op, device, call)
+        if not ok:
+            raise BackendError(f"backend {forced!r} was asked for by {source}, but cannot serve {op}: {reason}")
+        return Choice(forced, f"asked for by {source}")
+    skipped = []
+    for name in BACKENDS:
+        ok, reason = _supports(name, op, device, call)
+        if ok:
+            return Choice(name, "; ".join([*skipped, reason]))
+        skipped.append(f"{name}: {reason}")
+    raise BackendError(f"no backend can serve {op}: {'; '.join(skipped)}")
+
+
+def backend_module(name: str) -> ModuleType:
+    """The module that implements the ops for a backend, imported on first use."""
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+def report() -> list[BackendStatus]:
+    """Every backend with whether it can be used on this machine, and why (not)."""
+    return [BackendStatus(name, *_available(name)) for name in BACKENDS]
+
+
+def _forced(requested: str | None) -> tuple[str | None, str]:
+    if requested is not None:
+        return _known(requested, "backend="), "backend="
+    if _override is not None:
+        return _override, "use_backend(...)"
+    return _known(os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE
+
+
+def _known(name: str | None, source: str) -> str | None:
+    if name in (None, "", "auto"):
+        return None
+    if name not in BACKENDS:
+        raise BackendError(f"{source} names the backend {name!r}; there are: {', '.join(BACKENDS)}, auto")
+    return name
+
+
+def _available(name: str) -> tuple[bool, str]:
+    if name == "torch":
+        return True, f"PyTorch {torch.__version__} runs anywhere"
+    if importlib.util.find_spec(f"{__package__}.{name}") is None:
+        return False, "this version of mamba2_hf has no Triton kernels yet"
+    if importlib.util.find_spec("triton") is None:
+        return False, "the package triton is not installed"
+    if not torch.cuda.is_available():
+        return False, "PyTorch sees no GPU"
+    return True, f"GPU {torch.cuda.get_device_name()}"
+
+
+def _supports(name: str, op: str, device: torch.device, call: dict[str, Any]) -> tuple[bool, str]:
+    if name == "torch":
+        return True, "PyTorch serves every call"
+    if device.type != "cuda":
+        return False, f"the tensors are on {device.type}, not on a GPU"
+    ok, reason = _available(name)
+    if not ok:
+        return False, reason
+    return backend_module(name).supports(op, **call)

@@ -1,0 +1,17 @@
+"""The PyTorch backend: runs wherever PyTorch runs, differentiable, exportable, one graph under ``torch.compile``."""
+
+from __future__ import annotations
+
+from .conv import causal_conv1d, causal_conv1d_update
+from .inner import mamba2_inner
+from .norm import gated_rms_norm
+from .ssd import ssd_chunk_scan, ssd_state_update
+
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "gated_rms_norm",
+    "mamba2_inner",
+    "ssd_chunk_scan",
+    "ssd_state_update",
+]

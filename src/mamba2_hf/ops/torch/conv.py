@@ -1,0 +1,105 @@
+"""Causal depthwise convolution in PyTorch: a sum of K shifted, scaled copies, which beats a general convolution for
+the few taps of a Mamba and needs no transpose."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..reference import compute_dtype
+from .packing import document_ids
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`mamba2_hf.ops.causal_conv1d`; always returns the final states too."""
+    batch, tokens, channels = x.shape
+    taps = weight.shape[1]
+    before = taps - 1
+    dtype = compute_dtype(x.dtype)
+    w = weight.to(dtype)
+
+    if cu_seqlens is not None:
+        return _conv_packed(x, w, bias, activation, initial_states, cu_seqlens.to(x.device, torch.int64))
+
+    history = x.new_zeros(batch, before, channels) if initial_states is None else initial_states.mT.to(x.dtype)
+    padded = torch.cat([history, x], 1)  # (B, K - 1 + T, C)
+    final = padded[:, tokens:]  # (B, K - 1, C)
+    y = _bias(padded[:, before:] * w[:, before], bias)
+    if seq_idx is None:
+        for tap in range(before):
+            y = torch.addcmul(y, padded[:, tap : tap + tokens].to(dtype), w[:, tap])
+    else:
+        segment = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long().cumsum(1), (1, 0))
+        segment = F.pad(segment, (before, 0))  # the initial state belongs to the first document
+        for tap in range(before):
+            same = (segment[:, tap : tap + tokens] == segment[:, before:])[..., None]
+            y = torch.addcmul(y, padded[:, tap : tap + tokens] * same, w[:, tap])
+        final = final * (segment[:, tokens:] == segment[:, -1:])[..., None]
+    return _activate(y, activation).to(x.dtype), final.mT
+
+
+def _conv_packed(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Documents laid end to end in one row; taps that reach past a document's start read its initial state."""
+    tokens, channels = x.shape[1:]
+    documents, before = cu_seqlens.shape[0] - 1, w.shape[1] - 1
+    owner = document_ids(cu_seqlens, tokens)  # (T,)
+    owned, home = (owner < documents)[:, None], owner.clamp(max=documents - 1)
+    history = x.new_zeros(documents, before, channels) if initial_states is None else initial_states.mT.to(x.dtype)
+    # One table: the documents' histories, then the row itself.
+    table = torch.cat([history.flatten(0, 1), x[0]])  # (S (K - 1) + T, C)
+
+    def rows(position: Tensor, document: Tensor) -> Tensor:
+        """Row of the table for a position of the flat row, seen from a document."""
+        back = position - cu_seqlens[document]  # negative: inside the history
+        return torch.where(back < 0, document * before + before + back, documents * before + position)
+
+    positions = torch.arange(tokens, device=x.device)
+    y = _bias(x[0] * w[:, before], bias)
+    for tap in range(before):
+        y = torch.addcmul(y, table[rows(positions - (before - tap), home)].to(w.dtype), w[:, tap])
+    y = torch.where(owned, _activate(y, activation), 0).to(x.dtype)[None]
+
+    ends = cu_seqlens[1:, None] - before + torch.arange(before, device=x.device)  # (S, K - 1)
+    document = torch.arange(documents, device=x.device)[:, None].expand_as(ends)
+    final = table[rows(ends, document)]  # (S, K - 1, C)
+    return y, final.mT
+
+
+def causal_conv1d_update(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None
+) -> Tensor:
+    """See :func:`mamba2_hf.ops.causal_conv1d_update`."""
+    dtype = compute_dtype(x.dtype)
+    block = x[:, None] if x.dim() == 2 else x  # (B, T, C)
+    tokens, taps = block.shape[1], weight.shape[1]
+    window = torch.cat([conv_state.to(x.dtype), block.mT], -1)  # (B, C, L + T)
+    conv_state.copy_(window[..., tokens:])
+    window = window[..., window.shape[-1] - tokens - taps + 1 :].to(dtype)  # (B, C, K - 1 + T)
+    y = (window.unfold(-1, taps, 1) * weight.to(dtype)[:, None]).sum(-1).mT  # (B, T, C)
+    y = _activate(_bias(y, bias), activation).to(x.dtype)
+    return y[:, 0] if x.dim() == 2 else y
+
+
+def _bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _activate(y: Tensor, activation: str | None) -> Tensor:
+    return y if activation is None else F.silu(y)

@@ -1,0 +1,89 @@
+"""Everything between the two projections of a Mamba-2 mixer: convolution, scan, gated norm."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..checks import SSDShape
+from .conv import causal_conv1d
+from .norm import gated_rms_norm
+from .ssd import needs_grad, ssd_chunk_scan
+
+
+def mamba2_inner(
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    *,
+    norm_weight: Tensor | None,
+    shape: SSDShape,
+    activation: str | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    dt_limit: tuple[float, float],
+    chunk_size: int | None,
+    conv_initial_states: Tensor | None,
+    ssm_initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mamba2_hf.ops.mamba2_inner`. Where gradients are needed only the inputs are kept."""
+
+    def run(
+        zxbcdt: Tensor,
+        conv_weight: Tensor,
+        conv_bias: Tensor | None,
+        dt_bias: Tensor | None,
+        A: Tensor,
+        D: Tensor | None,
+        norm_weight: Tensor | None,
+        conv_initial_states: Tensor | None,
+        ssm_initial_states: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        inner, bc = shape.heads * shape.head_dim, shape.groups * shape.state
+        z, xbc, dt = zxbcdt.split([inner, inner + 2 * bc, shape.heads], -1)
+        xbc, conv_state = causal_conv1d(
+            xbc,
+            conv_weight,
+            conv_bias,
+            activation=activation,
+            initial_states=conv_initial_states,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+        )
+        x, B, C = xbc.split([inner, bc, bc], -1)
+        gated = norm_weight is None  # without a norm the gate is the scan's own
+        y, state = ssd_chunk_scan(
+            x.unflatten(-1, (shape.heads, shape.head_dim)),
+            dt,
+            A,
+            B.unflatten(-1, (shape.groups, shape.state)),
+            C.unflatten(-1, (shape.groups, shape.state)),
+            shape=shape,
+            D=D,
+            z=z.unflatten(-1, (shape.heads, shape.head_dim)) if gated else None,
+            dt_bias=dt_bias,
+            dt_softplus=True,
+            dt_limit=dt_limit,
+            chunk_size=chunk_size,
+            initial_states=ssm_initial_states,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            recompute=False,
+        )
+        y = y.flatten(-2)
+        if norm_weight is not None:
+            y = gated_rms_norm(
+                y, z, norm_weight, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate
+            )
+        return y, conv_state, state
+
+    tensors = (zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_initial_states, ssm_initial_states)
+    if needs_grad(*tensors):
+        return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return run(*tensors)
