@@ -1,0 +1,232 @@
+"""The Mamba-2 mixer ("Transformers are SSMs", Section 7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .norm import GatedRMSNorm
+from .sequence import PLAIN, SequenceLayout
+from .state import SSDState
+from .weights import plain_weight
+
+FP32_PARAMETERS = ("A_log", "D", "dt_bias")
+
+
+class Mamba2Mixer(nn.Module):
+    """in_proj, causal convolution, SSD scan, gated norm, out_proj.
+
+    ``A_log``, ``D`` and ``dt_bias`` stay in fp32 through every cast of the module (fp64 is kept too): half a percent
+    of error in a decay rate compounds over thousands of tokens.
+
+    Args:
+        hidden_size: width of input and output.
+        num_heads, head_dim: H and P; the inner width is their product.
+        n_groups, state_size: G and N.
+        conv_kernel: taps of the convolution.
+        use_bias: whether the projections have a bias. use_conv_bias: whether the convolution has one.
+        activation: of the convolution, ``"silu"`` or ``"swish"``.
+        norm_eps: of the gated norm, whose groups are the G groups of the scan.
+        norm_before_gate: order of the gated norm.
+        dt_limit: clamp of the step size.
+        chunk_size: tiling hint for the scan, None for the backend's own.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        n_groups: int,
+        state_size: int,
+        conv_kernel: int = 4,
+        use_bias: bool = False,
+        use_conv_bias: bool = True,
+        activation: str = "silu",
+        norm_eps: float = 1e-5,
+        norm_before_gate: bool = False,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.n_groups, self.state_size = num_heads, head_dim, n_groups, state_size
+        self.inner_size = num_heads * head_dim
+        self.conv_size = self.inner_size + 2 * n_groups * state_size
+        self.activation, self.dt_limit, self.chunk_size = activation, dt_limit, chunk_size
+
+        self.in_proj = nn.Linear(hidden_size, self.inner_size + self.conv_size + num_heads, bias=use_bias)
+        self.conv1d = nn.Conv1d(
+            *(self.conv_size, self.conv_size, conv_kernel),
+            groups=self.conv_size,
+            padding=conv_kernel - 1,
+            bias=use_conv_bias,
+        )
+        self.A_log = nn.Parameter(torch.zeros(num_heads))
+        self.D = nn.Parameter(torch.ones(num_heads))
+        self.dt_bias = nn.Parameter(torch.zeros(num_heads))
+        self.norm = GatedRMSNorm(self.inner_size, self.inner_size // n_groups, norm_eps, norm_before_gate)
+        self.out_proj = nn.Linear(self.inner_size, hidden_size, bias=use_bias)
+
+    def forward(self, hidden_states: Tensor, layout: SequenceLayout = PLAIN, state: SSDState | None = None) -> Tensor:
+        """``(B, T, d)`` to ``(B, T, d)``; continues from ``state`` and leaves the next one there."""
+        zxbcdt = self.in_proj(hidden_states)
+        if state is not None and state.started and zxbcdt.shape[1] == 1 and layout.is_plain:
+            if not torch.is_grad_enabled():
+                return self.out_proj(self._step(zxbcdt[:, 0], state)[:, None])
+        conv_initial, ssm_initial = self._initial(zxbcdt, layout, state)
+        conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
+        if conv_weight is not None and norm_weight is not None:
+            y, conv_final, ssm_final = ops.mamba2_inner(
+                *(zxbcdt, conv_weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.A, self.D),
+                norm_weight=norm_weight,
+                head_dim=self.head_dim,
+                n_groups=self.n_groups,
+                activation=self.activation,
+                eps=self.norm.eps,
+                group_size=self.norm.group_size,
+                norm_before_gate=self.norm.norm_before_gate,
+                dt_limit=self.dt_limit,
+                chunk_size=self.chunk_size,
+                conv_initial_states=conv_initial,
+                ssm_initial_states=ssm_initial,
+                seq_idx=layout.seq_idx,
+                cu_seqlens=layout.cu_seqlens,
+                return_final_states=True,
+            )
+        else:
+            z, xbc, dt = self._split(zxbcdt)
+            xbc, conv_final = self._convolve(xbc, conv_initial, layout)
+            x, B, C = self._split_xbc(xbc)
+            y, ssm_final = ops.ssd_chunk_scan(
+                *(x, dt, self.A, B, C),
+                D=self.D,
+                dt_bias=self.dt_bias,
+                dt_softplus=True,
+                dt_limit=self.dt_limit,
+                chunk_size=self.chunk_size,
+                initial_states=ssm_initial,
+                seq_idx=layout.seq_idx,
+                cu_seqlens=layout.cu_seqlens,
+                return_final_states=True,
+            )
+            y = self.norm(y.flatten(-2), z)
+        if state is not None:
+            state.update(layout.gather_states(conv_final), layout.gather_states(ssm_final))
+        return self.out_proj(y)
+
+    def attention_matrix(self, hidden_states: Tensor, layout: SequenceLayout = PLAIN) -> Tensor:
+        """The SSD attention matrix of each head, ``(B, H, T, T)``; see :func:`mamba2_hf.ops.ssd_attention_matrix`."""
+        _, xbc, dt = self._split(self.in_proj(hidden_states))
+        _, B, C = self._split_xbc(self._convolve(xbc, None, layout)[0])
+        seq_idx = layout.seq_idx
+        if layout.cu_seqlens is not None:
+            positions = torch.arange(dt.shape[1], device=dt.device)
+            seq_idx = torch.searchsorted(layout.cu_seqlens[1:].to(positions), positions, right=True)[None]
+        return ops.ssd_attention_matrix(
+            *(dt, self.A, B, C),
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_limit=self.dt_limit,
+            seq_idx=seq_idx,
+        )
+
+    @property
+    def A(self) -> Tensor:
+        """Decay rates ``(H,)``, negative, fp32."""
+        return -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
+
+    def _step(self, zxbcdt: Tensor, state: SSDState) -> Tensor:
+        """One token of each sequence, ``(B, 2 H P + 2 G N + H)`` to ``(B, H P)``."""
+        conv_state, ssm_state = state.initial(zxbcdt.shape[0])
+        assert conv_state is not None and ssm_state is not None  # the state has started
+        z, xbc, dt = self._split(zxbcdt)
+        weight = plain_weight(self.conv1d)
+        if weight is not None:
+            xbc = ops.causal_conv1d_update(
+                xbc, conv_state, weight.squeeze(1), self.conv1d.bias, activation=self.activation
+            )
+        else:
+            xbc, final = self._convolve(xbc[:, None], conv_state, PLAIN)
+            conv_state.copy_(final)
+            xbc = xbc[:, 0]
+        x, B, C = self._split_xbc(xbc)
+        y = ops.ssd_state_update(
+            *(ssm_state, x, dt, self.A, B, C),
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_limit=self.dt_limit,
+        )
+        return self.norm(y.flatten(-2), z)
+
+    def _initial(
+        self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Initial states of every document."""
+        if state is None:
+            return None, None
+        rows = zxbcdt.shape[0]
+        if layout.first is not None:
+            rows = layout.first.shape[0]
+        elif layout.cu_seqlens is not None:
+            rows = layout.cu_seqlens.shape[0] - 1
+        conv, ssm = state.initial(rows)
+        return layout.spread_states(conv), layout.spread_states(ssm)
+
+    def _convolve(self, xbc: Tensor, initial: Tensor | None, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+        """Convolution and activation, ``(B, T, C)``, through the module itself where its weight may not be read."""
+        weight = plain_weight(self.conv1d)
+
+        def convolve(weight: Tensor, bias: Tensor | None, activation: str | None) -> tuple[Tensor, Tensor]:
+            y, final = ops.causal_conv1d(
+                *(xbc, weight, bias),
+                activation=activation,
+                initial_states=initial,
+                seq_idx=layout.seq_idx,
+                cu_seqlens=layout.cu_seqlens,
+                return_final_states=True,
+            )
+            return y, final
+
+        if weight is not None:
+            return convolve(weight.squeeze(1), self.conv1d.bias, self.activation)
+        # A convolution with one tap set moves tokens without mixing them, and knows documents and states: K of them
+        # make the window that the module itself can be called on.
+        taps = self.conv1d.kernel_size[0]
+        one_tap = torch.eye(taps, device=xbc.device, dtype=xbc.dtype)[:, None].expand(-1, self.conv_size, -1)
+        moved = [convolve(tap, None, None) for tap in one_tap]
+        window = torch.stack([y for y, _ in moved], -1)  # (B, T, C, K)
+        y = self.conv1d(window.flatten(0, 1))[..., taps - 1]  # the module pads by K - 1 on both sides
+        return nn.functional.silu(y).view_as(xbc), moved[0][1]
+
+    def _split(self, zxbcdt: Tensor) -> list[Tensor]:
+        """in_proj output to z ``(..., H P)``, xBC ``(..., H P + 2 G N)``, dt ``(..., H)``."""
+        return list(zxbcdt.split([self.inner_size, self.conv_size, self.num_heads], -1))
+
+    def _split_xbc(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x ``(..., H, P)``, B and C ``(..., G, N)``."""
+        bc = self.n_groups * self.state_size
+        x, B, C = xbc.split([self.inner_size, bc, bc], -1)
+        groups = (self.n_groups, self.state_size)
+        return x.unflatten(-1, (self.num_heads, self.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Keeps the fp32 parameters (and their gradients) in fp32 through ``.to``, ``.half``, ``.bfloat16``."""
+        kept = set()
+        for name in FP32_PARAMETERS:
+            parameter = getattr(self, name)
+            kept.update((id(parameter), id(parameter.data), id(parameter.grad)))
+
+        def keep(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            if id(tensor) in kept and out.dtype in (torch.float16, torch.bfloat16):
+                out = tensor.to(out.device, torch.float32)
+            return out
+
+        return super()._apply(keep, recurse)

@@ -1,0 +1,217 @@
+"""From the many ways to say which tokens belong together to one layout.
+
+Masks (either side, also in the middle), ``seq_idx``, ``cu_seq_lens`` and ``position_ids`` all come in here and leave as
+a :class:`SequenceLayout`. Padding is not masked but left out: the tokens that count are laid end to end in one row,
+a document each, so it can reach neither the convolution nor the state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Tokens of a batch, grouped into documents.
+
+    With ``source`` None the batch is used as it is, ``(B, T)``; else its tokens move to one row (:meth:`pack`,
+    :meth:`unpack`). The first document of a row continues the row's cached state and its last one leaves the next.
+
+    Attributes:
+        seq_idx: ``(B, T)`` documents of the batch as it is.
+        cu_seqlens: ``(S + 1,)`` bounds of the documents of one row.
+        source: ``(R,)`` position in the flat batch that each token of the packed row comes from.
+        slot: ``(B T,)`` position in the packed row of each token of the flat batch.
+        keep: ``(B, T)`` whether a token counts (padding does not).
+        first, last: ``(B,)`` first and last document of each row; None if document b is row b.
+        breaks: ``(B, T)`` whether a token may not be predicted from the one before it; None if every one may.
+    """
+
+    seq_idx: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    source: Tensor | None = None
+    slot: Tensor | None = None
+    keep: Tensor | None = None
+    first: Tensor | None = None
+    last: Tensor | None = None
+    breaks: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every row is one document without padding."""
+        return self.seq_idx is None and self.cu_seqlens is None
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """``(B, T, ...)`` to ``(1, R, ...)`` where the layout asks for it."""
+        return tensor if self.source is None else tensor.flatten(0, 1)[self.source][None]
+
+    def unpack(self, tensor: Tensor) -> Tensor:
+        """Inverse of :meth:`pack`; padding comes out as zeros."""
+        if self.slot is None or self.keep is None:
+            return tensor
+        keep = self.keep.view(*self.keep.shape, *[1] * (tensor.dim() - 2))
+        return torch.where(keep, tensor[0, self.slot].unflatten(0, tuple(self.keep.shape)), 0)
+
+    def unpack_matrix(self, matrix: Tensor) -> Tensor:
+        """``(1, H, R, R)`` attention of the packed row to ``(B, H, T, T)``; rows and columns of padding are zero."""
+        if self.slot is None or self.keep is None:
+            return matrix
+        slots = self.slot.view(self.keep.shape)  # (B, T)
+        matrix = matrix[0][:, slots[:, :, None], slots[:, None, :]].transpose(0, 1)  # (B, H, T, T)
+        return torch.where((self.keep[:, :, None] & self.keep[:, None, :])[:, None], matrix, 0)
+
+    def spread_states(self, states: Tensor | None) -> Tensor | None:
+        """A row's cached states ``(B, ...)`` to its documents' initial states ``(S, ...)``."""
+        if states is None or self.first is None or self.cu_seqlens is None:
+            return states
+        spread = states.new_zeros(self.cu_seqlens.shape[0] - 1, *states.shape[1:])
+        return spread.index_copy(0, self.first, states)
+
+    def gather_states(self, states: Tensor) -> Tensor:
+        """The documents' final states ``(S, ...)`` to the rows' ``(B, ...)``."""
+        return states if self.last is None else states[self.last]
+
+
+PLAIN = SequenceLayout()
+
+
+def sequence_layout(
+    batch: int,
+    tokens: int,
+    *,
+    attention_mask: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> SequenceLayout:
+    """Reads every way to name padding and documents. Where several name documents, the most explicit one wins:
+    ``cu_seqlens``, then ``seq_idx``, then ``position_ids``.
+
+    Args:
+        batch, tokens: of the input.
+        attention_mask: ``(B, >= T)``, nonzero where a token counts; the last T columns are the input's.
+        seq_idx: ``(B, T)`` integers; a document starts where the value changes.
+        cu_seqlens: ``(S + 1,)`` bounds in the single row of a flat batch.
+        position_ids: ``(B or 1, >= T)``; a document starts where the position is 0. An SSD layer has no positions, so
+            they have no other effect.
+
+    Raises:
+        ArgumentError: a shape does not fit, or a combination cannot be honored.
+    """
+    keep = _mask(attention_mask, batch, tokens)
+    if cu_seqlens is not None:
+        return _flat(batch, tokens, keep, cu_seqlens)
+    if seq_idx is None and position_ids is not None and tokens > 1:
+        seq_idx = _from_positions(position_ids, keep, batch, tokens)
+    elif seq_idx is not None and tuple(seq_idx.shape) != (batch, tokens):
+        raise ArgumentError(f"seq_idx has shape {tuple(seq_idx.shape)}, expected (B, T) = {(batch, tokens)}")
+    if keep is not None:
+        return _without_padding(keep, seq_idx)
+    if seq_idx is None:
+        return PLAIN
+    return SequenceLayout(seq_idx=seq_idx, breaks=_changes(seq_idx))
+
+
+def _mask(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+    """The mask of the input's own tokens ``(B, T)``, or None if all of them count."""
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < tokens:
+        raise ArgumentError(
+            f"attention_mask has shape {tuple(mask.shape)}, expected (B, T) = {(batch, tokens)}, or wider with the "
+            "cached tokens first; an SSD layer has no use for a matrix of pairs"
+        )
+    keep = mask[:, mask.shape[1] - tokens :] != 0
+    if not torch.compiler.is_compiling() and bool(keep.all()):
+        return None
+    return keep
+
+
+def _flat(batch: int, tokens: int, keep: Tensor | None, cu_seqlens: Tensor) -> SequenceLayout:
+    if batch != 1:
+        raise ArgumentError(f"cu_seq_lens were given with batch {batch}: lay the documents end to end in one row")
+    if keep is not None and not torch.compiler.is_compiling():
+        raise ArgumentError("cu_seq_lens and an attention_mask with zeros were both given: leave the padding out")
+    starts = torch.zeros(tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
+    starts = starts.index_fill(0, cu_seqlens.long().clamp(max=tokens), True)[:tokens]
+    starts = starts | (torch.arange(tokens, device=starts.device) >= cu_seqlens[-1])  # what belongs to no document
+    first = cu_seqlens.new_zeros(1, dtype=torch.long)
+    return SequenceLayout(cu_seqlens=cu_seqlens, first=first, last=first + cu_seqlens.shape[0] - 2, breaks=starts[None])
+
+
+def _from_positions(position_ids: Tensor, keep: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] < tokens:
+        raise ArgumentError(
+            f"position_ids has shape {tuple(position_ids.shape)}, expected (B, T) = {(batch, tokens)} or (1, T)"
+        )
+    positions = position_ids[:, position_ids.shape[1] - tokens :].expand(batch, -1)
+    starts = positions == 0
+    if keep is not None:
+        starts = starts & keep
+    if not torch.compiler.is_compiling():
+        if not bool(starts[:, 1:].any()) and keep is None:
+            steady = positions.diff(dim=1) == 1
+            return None if bool(steady.all()) else _refuse_positions(positions, steady)
+        steady = (positions.diff(dim=1) == 1) | starts[:, 1:]
+        if keep is None and not bool(steady.all()):
+            return _refuse_positions(positions, steady)
+    return starts.long().cumsum(1)
+
+
+def _refuse_positions(positions: Tensor, steady: Tensor) -> Tensor:
+    row, column = (~steady).nonzero()[0].tolist()
+    raise ArgumentError(
+        f"position_ids goes from {int(positions[row, column])} to {int(positions[row, column + 1])} in row {row}: an SSD "
+        "layer has no positions, it only reads where documents start (0, 1, 2, ..., 0, 1, ...); pass seq_idx to name "
+        "documents in another way, or leave position_ids out"
+    )
+
+
+def _changes(seq_idx: Tensor) -> Tensor:
+    """``(B, T)``: whether a token's document is not its left neighbor's."""
+    return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
+
+
+def _without_padding(keep: Tensor, seq_idx: Tensor | None) -> SequenceLayout:
+    """The tokens that count, end to end: a document per row, or several where ``seq_idx`` says so."""
+    batch, tokens = keep.shape
+    breaks = F.pad(~(keep[:, 1:] & keep[:, :-1]), (1, 0), value=True)
+    flat = keep.flatten()
+    slot = (flat.long().cumsum(0) - 1).clamp(min=0)
+    if torch.compiler.is_compiling():
+        if seq_idx is not None:
+            raise ArgumentError(
+                "a graph with static shapes cannot hold an attention_mask and packed documents at once: drop the mask "
+                "(mark padding by its own seq_idx), or run without torch.compile"
+            )
+        source = torch.argsort(~flat, stable=True)  # padding stays behind the last document
+    else:
+        source = flat.nonzero()[:, 0]
+    if seq_idx is None:
+        cu_seqlens = F.pad(keep.sum(1).cumsum(0), (1, 0))
+        return SequenceLayout(cu_seqlens=cu_seqlens, source=source, slot=slot, keep=keep, breaks=breaks)
+
+    breaks = breaks | _changes(seq_idx)
+    row, document = source // tokens, seq_idx.flatten()[source]
+    new = F.pad((row[1:] == row[:-1]) & (document[1:] != document[:-1]), (1, 0)) if source.numel() else row.bool()
+    more = torch.zeros(batch, dtype=torch.long, device=keep.device).index_add(0, row, new.long())
+    last = (more + 1).cumsum(0) - 1  # (B,) each row holds one document and one more per change
+    first = last - more
+    owner = row + new.long().cumsum(0)  # every row before adds one document, every change another
+    lengths = torch.zeros(int(last[-1]) + 1, dtype=torch.long, device=keep.device)
+    lengths = lengths.index_add(0, owner, torch.ones_like(owner))
+    return SequenceLayout(
+        cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)),
+        source=source,
+        slot=slot,
+        keep=keep,
+        first=first,
+        last=last,
+        breaks=breaks,
+    )

@@ -1,0 +1,71 @@
+"""What one mixer remembers between calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import CacheError
+
+
+class SSDState:
+    """The convolution's last inputs ``(B, C, K - 1)`` and the SSM state ``(B, H, P, N)`` of one layer.
+
+    Buffers are made by the first :meth:`update` and then written in place, so their addresses stay fixed for compiled
+    and captured graphs. The state holds no autograd graph.
+    """
+
+    def __init__(self, ssm_dtype: torch.dtype = torch.float32) -> None:
+        self.ssm_dtype = ssm_dtype
+        self.conv: Tensor | None = None
+        self.ssm: Tensor | None = None
+        self.started = False
+
+    def update(self, conv: Tensor, ssm: Tensor) -> None:
+        """Stores the states after a block of tokens."""
+        conv, ssm = conv.detach(), ssm.detach()
+        if self.conv is None or self.ssm is None:
+            self.conv = conv.clone(memory_format=torch.contiguous_format)
+            self.ssm = ssm.to(self.ssm_dtype, copy=True, memory_format=torch.contiguous_format)
+        else:
+            self.conv.copy_(conv)
+            self.ssm.copy_(ssm)
+        self.started = True
+
+    def initial(self, batch: int) -> tuple[Tensor | None, Tensor | None]:
+        """The states to continue from, or a pair of None before the first update.
+
+        Raises:
+            CacheError: the state belongs to another batch size.
+        """
+        if not self.started or self.conv is None:
+            return None, None
+        if self.conv.shape[0] != batch:
+            raise CacheError(
+                f"the cache holds {self.conv.shape[0]} sequences and the input has {batch}: "
+                "use batch_repeat_interleave or batch_select_indices, or start with an empty cache"
+            )
+        return self.conv, self.ssm
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, -1 before the first update."""
+        return -1 if self.conv is None else self.conv.shape[0]
+
+    def reset(self) -> None:
+        """Forgets everything, keeping the buffers."""
+        if self.conv is not None and self.ssm is not None:
+            self.conv.zero_()
+            self.ssm.zero_()
+        self.started = False
+
+    def select(self, indices: Tensor) -> None:
+        """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
+        if self.conv is not None and self.ssm is not None:
+            indices = indices.to(self.conv.device)
+            self.conv, self.ssm = self.conv.index_select(0, indices), self.ssm.index_select(0, indices)
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves the buffers."""
+        if self.conv is not None and self.ssm is not None:
+            self.conv, self.ssm = self.conv.to(device), self.ssm.to(device)

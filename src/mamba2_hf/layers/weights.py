@@ -1,0 +1,26 @@
+"""The one place that decides whether a child's weight may be read instead of calling the child."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .norm import GatedRMSNorm
+
+_PLAIN_TYPES = (nn.Conv1d, GatedRMSNorm)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def plain_weight(module: nn.Module) -> Tensor | None:
+    """The weight of ``module`` if reading it amounts to calling the module, else None.
+
+    None means that the module has to be called: it is wrapped (LoRA), quantized, parametrized, hooked (offload), its
+    weight is sharded or on the meta device. Reading such a weight skips what the wrapper adds, or returns garbage.
+    """
+    if type(module) not in _PLAIN_TYPES or hasattr(module, "_hf_hook"):
+        return None
+    if any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__:
+        return None
+    weight = module.weight
+    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
+        return None
+    return weight

@@ -1,0 +1,188 @@
+"""Configuration of the pure Mamba-2 models; on disk exactly the ``mamba2`` format of transformers."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.generation import GenerationConfig
+
+from ..errors import ConfigurationError
+from .mamba_ssm_config import is_mamba_ssm_config, translate_mamba_ssm_config
+
+# Keyword arguments that PreTrainedConfig reads without declaring a field for them.
+_UNDECLARED = {
+    *("name_or_path", "num_labels", "output_attentions", "attn_implementation", "experts_implementation"),
+    *("torch_dtype", "model_type", "tie_last_hidden_states", "_commit_hash", "_name_or_path", "_attn_implementation"),
+    *("transformers_version", "auto_map"),
+    *GenerationConfig().to_dict(),
+}
+
+
+@strict
+class Mamba2Config(PreTrainedConfig):
+    """Sizes and options of a Mamba-2 model. Names and defaults are those of transformers' ``mamba2``, but for the
+    initialization, which is the original's ("Transformers are SSMs", Dao & Gu 2024).
+
+    Args:
+        vocab_size: rows of the embedding.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: mixers.
+        expand: inner width over hidden width; ``num_heads * head_dim`` has to equal ``hidden_size * expand``.
+        num_heads: H, heads of a mixer. Worked out from the other sizes if only they are given.
+        head_dim: P, channels of a head.
+        n_groups: G, groups of heads that share B and C; divides ``num_heads``.
+        state_size: N, state of a channel.
+        conv_kernel: K, taps of the causal convolution.
+        chunk_size: tiling hint kept for other readers of the format; it never changes a result here.
+        use_bias, use_conv_bias: biases of the projections and of the convolution.
+        hidden_act: activation of the convolution, "silu" or "swish".
+        layer_norm_epsilon: of every norm.
+        residual_in_fp32: whether the residual stream is kept in fp32.
+        time_step_min, time_step_max, time_step_floor: range of the initial step sizes, drawn log-uniformly.
+        time_step_limit: clamp of the step size, in the forward.
+        initializer_range: standard deviation of new embeddings.
+        rescale_prenorm_residual: whether new out_proj weights are scaled by ``1 / sqrt(num_hidden_layers)``. A saved
+            model says False: its weights are scaled already, and stock transformers would scale them at every load.
+        use_cache: whether a forward in eval mode returns a cache.
+        tie_word_embeddings: whether the head shares the embedding.
+        pad_token_id, bos_token_id, eos_token_id: special tokens.
+        time_step_rank: unused by Mamba-2; part of the format.
+
+    Raises:
+        ConfigurationError: a field holds a value that no model can be built from, or is misspelt. The message names the
+            field, the value and a remedy. Files are read more leniently: unknown keys of a ``config.json`` are kept
+            without effect.
+    """
+
+    model_type = "mamba2"
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
+        "embeddings": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "norm_f": "keep_full_weight",
+    }
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
+        "layers.*.mixer.in_proj": "colwise_gather_output",
+        "layers.*.mixer.out_proj": "rowwise_split_input",
+    }
+
+    num_heads: int = 128
+    head_dim: int = 64
+    vocab_size: int = 32768
+    hidden_size: int = 4096
+    state_size: int = 128
+    num_hidden_layers: int = 64
+    layer_norm_epsilon: float = 1e-5
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
+    expand: int | float = 2
+    conv_kernel: int = 4
+    n_groups: int = 8
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+    residual_in_fp32: bool = True
+    time_step_rank: str | int = "auto"
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_limit: list[float] | tuple[float, ...] = (0.0, math.inf)
+    rescale_prenorm_residual: bool = True
+    use_cache: bool = True
+    chunk_size: int = 256
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        inert = kwargs.pop("_inert", {})
+        self._refuse_unknown(kwargs)
+        if self.time_step_rank == "auto":
+            self.time_step_rank = math.ceil(self.hidden_size / 16)
+        self.time_step_limit = tuple(self.time_step_limit)
+        super().__post_init__(**kwargs)
+        for key, value in inert.items():
+            setattr(self, key, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Reads a ``config.json``: also the mamba_ssm format (``d_model``, ``ssm_cfg``, ...); unknown keys are kept
+        as attributes without effect.
+
+        Raises:
+            ConfigurationError: as the constructor; also for a mamba_ssm model that is not a Mamba-2.
+        """
+        if is_mamba_ssm_config(config_dict):
+            config_dict = translate_mamba_ssm_config(config_dict)
+        known = {field.name for field in fields(cls)} | _UNDECLARED
+        inert = {key: value for key, value in config_dict.items() if key not in known}
+        rest = {key: value for key, value in config_dict.items() if key in known}
+        return super().from_dict({**rest, "_inert": inert} if inert else rest, **kwargs)
+
+    def validate_architecture(self) -> None:
+        """Refuses every value that no model can be built from (run on construction and on save)."""
+        for name in ("num_heads", "head_dim", "vocab_size", "hidden_size", "state_size", "n_groups", "chunk_size"):
+            self._require(getattr(self, name) >= 1, name, "a size: it has to be at least 1")
+        self._require(self.num_hidden_layers >= 0, "num_hidden_layers", "a count: it has to be at least 0")
+        self._require(self.expand > 0 and math.isfinite(self.expand), "expand", "a factor above 0, usually 2")
+        self._require(self.conv_kernel >= 2, "conv_kernel", "a number of taps: 2 or more, usually 4")
+        inner = self.hidden_size * self.expand
+        self._require(
+            inner == self.num_heads * self.head_dim,
+            "num_heads",
+            f"num_heads * head_dim = {self.num_heads * self.head_dim} has to equal hidden_size * expand = {inner}; "
+            f"set num_heads={inner / self.head_dim:g} or head_dim={inner / self.num_heads:g}",
+        )
+        self._require(
+            self.num_heads % self.n_groups == 0,
+            "n_groups",
+            f"it has to divide num_heads={self.num_heads}, so that every group has as many heads",
+        )
+        self._require(self.hidden_act in ("silu", "swish"), "hidden_act", "the Mamba-2 kernels know 'silu' ('swish')")
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            value = getattr(self, name)
+            self._require(
+                0 < value < math.inf, name, "a small number above 0, such as 1e-5 for a norm, 0.02 for a range"
+            )
+        low, high, floor = self.time_step_min, self.time_step_max, self.time_step_floor
+        self._require(0 < low < math.inf, "time_step_min", "a step size above 0, usually 0.001")
+        self._require(low <= high < math.inf, "time_step_max", f"a step size of at least time_step_min={low}")
+        self._require(0 < floor < math.inf, "time_step_floor", "a step size above 0, usually 1e-4")
+        limit = self.time_step_limit
+        self._require(
+            len(limit) == 2 and 0 <= limit[0] < limit[1],
+            "time_step_limit",
+            "a pair (low, high) with 0 <= low < high; (0.0, inf) clamps nothing",
+        )
+        rank = self.time_step_rank
+        self._require(isinstance(rank, int) and rank >= 1, "time_step_rank", "'auto' or a number of at least 1")
+        for name in ("pad_token_id", "bos_token_id"):
+            self._check_token(name, getattr(self, name))
+        eos = self.eos_token_id
+        for token in eos if isinstance(eos, list) else [eos]:
+            self._check_token("eos_token_id", token)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What each layer is, in transformers' vocabulary."""
+        return ["linear_attention"] * self.num_hidden_layers
+
+    def _check_token(self, name: str, token: int | None) -> None:
+        # Published files hold ids past a vocabulary that was cut, and -1 for "none": harmless, so only warned about
+        # by transformers. Below -1 there is no such reading.
+        self._require(token is None or token >= -1, name, "a token id, or None")
+
+    def _require(self, ok: bool, name: str, remedy: str) -> None:
+        if not ok:
+            raise ConfigurationError(f"{name} is {getattr(self, name)!r}: {remedy}")
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        known = {field.name for field in fields(self)}
+        for key in kwargs.keys() - _UNDECLARED:
+            near = difflib.get_close_matches(key, known, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(sorted(known))}"
+            raise ConfigurationError(f"{key}={kwargs[key]!r} is no field of {type(self).__name__}: {remedy}")

@@ -1,0 +1,559 @@
+"""The Mamba-2 models ("Transformers are SSMs", Dao & Gu 2024), to the contract of transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from ..errors import ArgumentError, CacheError
+from ..layers import GatedRMSNorm, Mamba2Mixer, RMSNorm, SequenceLayout
+from ..layers.mixer import FP32_PARAMETERS
+from ..layers.sequence import PLAIN, sequence_layout
+from .cache import Mamba2Cache, as_mamba2_cache
+from .configuration_mamba2 import Mamba2Config
+
+ATTENTION_BYTES_LIMIT = 8 * 2**30
+"""Most bytes that ``output_attentions=True`` may take, over all layers."""
+
+
+@dataclass
+class Mamba2Output(ModelOutput):
+    """Output of :class:`Mamba2Model`.
+
+    Attributes:
+        last_hidden_state: ``(B, T, d)`` after the final norm.
+        past_key_values: the cache after these tokens; also readable as ``cache_params``.
+        hidden_states: embeddings, then every layer's output, the last one after the final norm; ``(B, T, d)`` each.
+        attentions: per layer ``(B, H, T, T)``, the SSD attention matrices.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Mamba2Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+    @property
+    def cache_params(self) -> Mamba2Cache | None:
+        """``past_key_values`` under the name that transformers' Mamba models use."""
+        return self.past_key_values
+
+
+@dataclass
+class Mamba2CausalLMOutput(ModelOutput):
+    """Output of :class:`Mamba2ForCausalLM`: :class:`Mamba2Output` with ``loss ()`` and ``logits (B, T, vocab)``."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Mamba2Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+    @property
+    def cache_params(self) -> Mamba2Cache | None:
+        """``past_key_values`` under the name that transformers' Mamba models use."""
+        return self.past_key_values
+
+
+@dataclass
+class Mamba2SequenceClassifierOutput(ModelOutput):
+    """Output of :class:`Mamba2ForSequenceClassification`: ``loss ()`` and ``logits (B, num_labels)``."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Mamba2Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class Mamba2Block(GradientCheckpointingLayer):
+    """Pre-norm mixer on a residual stream."""
+
+    def __init__(self, config: Mamba2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = Mamba2Mixer(
+            config.hidden_size,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            n_groups=config.n_groups,
+            state_size=config.state_size,
+            conv_kernel=config.conv_kernel,
+            use_bias=config.use_bias,
+            use_conv_bias=config.use_conv_bias,
+            activation=config.hidden_act,
+            norm_eps=config.layer_norm_epsilon,
+            dt_limit=tuple(config.time_step_limit),
+        )
+
+    def forward(
+        self, hidden_states: Tensor, layout: SequenceLayout = PLAIN, past_key_values: Mamba2Cache | None = None
+    ) -> Tensor:
+        """``(B, T, d)`` to ``(B, T, d)``."""
+        if self.residual_in_fp32:
+            hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        state = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        return hidden_states + self.mixer(self.norm(hidden_states), layout, state)
+
+    def attention_matrix(self, hidden_states: Tensor, layout: SequenceLayout) -> Tensor:
+        """The SSD attention matrices of the block for its input: ``(B, H, T, T)``."""
+        return self.mixer.attention_matrix(self.norm(hidden_states), layout)
+
+
+class Mamba2PreTrainedModel(PreTrainedModel):
+    """Initialization, dtype policy and the flags by which transformers knows what the models can do."""
+
+    config: Mamba2Config
+    config_class = Mamba2Config
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    _no_split_modules = ["Mamba2Block"]
+    _keep_in_fp32_modules_strict = list(FP32_PARAMETERS)
+    _skip_keys_device_placement = ["past_key_values", "cache_params"]
+    _can_compile_fullgraph = True
+    _is_stateful = True
+    supports_gradient_checkpointing = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The original's initialization; every write goes through ``transformers.initialization``, which leaves loaded
+        weights alone."""
+        if isinstance(module, Mamba2Mixer):
+            self._init_mixer(module)
+        elif isinstance(module, (RMSNorm, GatedRMSNorm)):
+            init.ones_(module.weight)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.Linear):
+            self._init_linear(module, scale=1.0)
+
+    def _init_mixer(self, mixer: Mamba2Mixer) -> None:
+        config = self.config
+        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+        shape, device = mixer.dt_bias.shape, mixer.dt_bias.device
+        dt = torch.exp(torch.empty(shape, device=device).uniform_(low, high)).clamp(min=config.time_step_floor)
+        init.copy_(mixer.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        init.copy_(mixer.A_log, torch.log(torch.empty(shape, device=device).uniform_(1, 16)))
+        init.ones_(mixer.D)
+        init.kaiming_uniform_(mixer.conv1d.weight, a=math.sqrt(5))
+        if mixer.conv1d.bias is not None:
+            bound = 1 / math.sqrt(config.conv_kernel)
+            init.uniform_(mixer.conv1d.bias, -bound, bound)
+        scale = 1 / math.sqrt(config.num_hidden_layers) if config.rescale_prenorm_residual else 1.0
+        self._init_linear(mixer.in_proj, scale=1.0)
+        self._init_linear(mixer.out_proj, scale=scale)
+
+    @staticmethod
+    def _init_linear(linear: nn.Module, scale: float) -> None:
+        """Kaiming uniform as in ``nn.Linear`` itself, times ``scale``."""
+        if not isinstance(linear, nn.Linear):  # replaced, by a quantized layer say: its weights come from a file
+            return
+        bound = scale / math.sqrt(linear.in_features)
+        init.uniform_(linear.weight, -bound, bound)
+        if linear.bias is not None:
+            init.zeros_(linear.bias)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers. The saved config says ``rescale_prenorm_residual: false``: the weights are scaled already,
+        and stock transformers would scale them again at every load."""
+        rescale = self.config.rescale_prenorm_residual
+        self.config.rescale_prenorm_residual = False
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config.rescale_prenorm_residual = rescale
+
+
+class Mamba2Model(Mamba2PreTrainedModel):
+    """The backbone: embeddings, mixers, final norm."""
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Mamba2Block(config, index) for index in range(config.num_hidden_layers)])
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding layer."""
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the embedding layer."""
+        self.embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Mamba2Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        cache_params: Mamba2Cache | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        layout: SequenceLayout | None = None,
+    ) -> tuple[Any, ...] | Mamba2Output:
+        """Runs the tokens through the layers.
+
+        Args:
+            input_ids: ``(B, T)``, or ``inputs_embeds (B, T, d)`` in its place.
+            attention_mask: ``(B, T)`` (or wider, with the cached tokens first), nonzero where a token counts. Padding
+                may be anywhere, and then comes out as zeros.
+            position_ids: ``(B, T)``; only read for where documents start (position 0).
+            past_key_values, cache_params: two names for the cache to continue from; it is updated in place.
+            use_cache: whether to return a cache; by default in eval mode, where the config says so.
+            output_hidden_states, output_attentions: see :class:`Mamba2Output`. Attention matrices need the whole
+                sequence in one call and at most ``ATTENTION_BYTES_LIMIT`` bytes.
+            return_dict: whether to return a :class:`Mamba2Output` instead of a tuple.
+            seq_idx: ``(B, T)`` document of each token, for packed sequences.
+            cu_seq_lens_q, cu_seq_lens_k: ``(S + 1,)`` document bounds of a flat batch, as made by transformers'
+                ``DataCollatorWithFlattening``; equal where both are given.
+            max_length_q, max_length_k: accepted from the same collator; not needed.
+            layout: what all of these amount to, for callers that have worked it out.
+
+        Raises:
+            ArgumentError: inputs contradict each other or cannot be honored.
+            CacheError: the cache is of another kind or batch.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ArgumentError("pass either input_ids or inputs_embeds, and not both")
+        cache = as_mamba2_cache(past_key_values, cache_params)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
+            use_cache, cache = _refuse_filled(cache)
+        if cache is None and use_cache:
+            cache = Mamba2Cache(self.config)
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+
+        hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, d)
+        batch, tokens = hidden_states.shape[:2]
+        if layout is None:
+            layout = _read_layout(batch, tokens, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
+        if output_attentions:
+            self._check_attentions(batch, tokens, cache)
+        hidden_states = layout.pack(hidden_states)  # (1, R, d) where there was padding
+        every_state: list[Tensor] = []
+        attentions: list[Tensor] = []
+        for layer in self.layers:
+            if output_hidden_states:
+                every_state.append(layout.unpack(hidden_states))
+            if output_attentions:
+                attentions.append(layout.unpack_matrix(layer.attention_matrix(hidden_states, layout)))
+            hidden_states = layer(hidden_states, layout, past_key_values=cache)
+        hidden_states = layout.unpack(self.norm_f(hidden_states))
+        if output_hidden_states:
+            every_state.append(hidden_states)
+        if cache is not None:
+            cache.seen_tokens += tokens
+
+        output = Mamba2Output(
+            last_hidden_state=hidden_states,
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(every_state) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _check_attentions(self, batch: int, tokens: int, cache: Mamba2Cache | None) -> None:
+        if cache is not None and cache.seen_tokens:
+            raise ArgumentError(
+                f"output_attentions=True with a cache of {cache.seen_tokens} tokens: their columns of the matrix cannot "
+                "be known from a state; run the whole sequence in one call without a cache"
+            )
+        needed = 4 * self.config.num_hidden_layers * batch * self.config.num_heads * tokens**2
+        if needed > ATTENTION_BYTES_LIMIT:
+            raise ArgumentError(
+                f"output_attentions=True for {batch} x {tokens} tokens takes {needed / 2**30:.1f} GiB, more than the "
+                f"limit of {ATTENTION_BYTES_LIMIT / 2**30:.1f} GiB: pass fewer tokens, or raise "
+                "mamba2_hf.models.modeling_mamba2.ATTENTION_BYTES_LIMIT"
+            )
+
+
+def _refuse_filled(cache: Mamba2Cache | None) -> tuple[bool, None]:
+    """Gradient checkpointing runs a layer twice, so it cannot write a cache: no cache, if none is lost by that."""
+    if cache is not None and cache.seen_tokens:
+        raise CacheError(
+            f"gradient checkpointing cannot continue a cache of {cache.seen_tokens} tokens: its layers run twice; "
+            "call gradient_checkpointing_disable(), or pass the whole sequence"
+        )
+    return False, None
+
+
+def _read_layout(
+    batch: int,
+    tokens: int,
+    attention_mask: Tensor | dict[str, Tensor] | None,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+) -> SequenceLayout:
+    if isinstance(attention_mask, dict):  # one mask per kind of layer, from a compiled generate
+        attention_mask = attention_mask.get("linear_attention")
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None and cu_seq_lens_q is not cu_seq_lens_k:
+        same = cu_seq_lens_q.shape == cu_seq_lens_k.shape
+        if not torch.compiler.is_compiling() and not (same and bool((cu_seq_lens_q == cu_seq_lens_k).all())):
+            raise ArgumentError("cu_seq_lens_q and cu_seq_lens_k differ: an SSD layer has one sequence, not two")
+    return sequence_layout(
+        batch,
+        tokens,
+        attention_mask=attention_mask,
+        seq_idx=seq_idx,
+        cu_seqlens=cu_seq_lens_q if cu_seq_lens_q is not None else cu_seq_lens_k,
+        position_ids=position_ids,
+    )
+
+
+_LAYOUT_NAMES = ("attention_mask", "position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+
+
+def _layout_of(input_ids: Tensor | None, inputs_embeds: Tensor | None, named: dict[str, Any]) -> SequenceLayout:
+    """Works out the layout before the backbone runs, for the heads that need it too."""
+    example = input_ids if input_ids is not None else inputs_embeds
+    if example is None:
+        raise ArgumentError("pass either input_ids or inputs_embeds")
+    return _read_layout(example.shape[0], example.shape[1], *(named.get(name) for name in _LAYOUT_NAMES))
+
+
+class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
+    """The language model: backbone and head."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__(config)
+        self.backbone = Mamba2Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding layer."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the embedding layer."""
+        self.backbone.set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Mamba2Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cache_params: Mamba2Cache | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **loss_kwargs: Any,
+    ) -> tuple[Any, ...] | Mamba2CausalLMOutput:
+        """:meth:`Mamba2Model.forward` and the head.
+
+        Args:
+            labels: ``(B, T)``, shifted inside; -100 is ignored. So is a token that would be predicted from padding or
+                from another document.
+            logits_to_keep: how many of the last positions to compute logits for (0 for all), or their indices.
+            num_items_in_batch: what to divide the summed loss by, in place of the number of labels.
+            loss_kwargs: passed on to ``self.loss_function``; refused without labels.
+
+        The other arguments are those of :meth:`Mamba2Model.forward`.
+        """
+        if loss_kwargs and labels is None:
+            raise ArgumentError(
+                f"unknown arguments {sorted(loss_kwargs)}: without labels there is no loss to pass them to"
+            )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        named = dict(
+            zip(_LAYOUT_NAMES, (attention_mask, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k), strict=True)
+        )
+        layout = _layout_of(input_ids, inputs_embeds, named)
+        outputs = self.backbone(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            cache_params=cache_params,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            layout=layout,
+        )
+        hidden_states = outputs.last_hidden_state
+        if isinstance(logits_to_keep, Tensor):
+            hidden_states = hidden_states[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden_states = hidden_states[:, -logits_to_keep:]
+        logits = self.lm_head(hidden_states)  # (B, T', vocab)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+
+        loss = None
+        if labels is not None:
+            if layout.breaks is not None:
+                labels = labels.masked_fill(layout.breaks.to(labels.device), -100)
+            if num_items_in_batch is not None:
+                loss_kwargs["num_items_in_batch"] = num_items_in_batch
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+        output = Mamba2CausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in transformers, with a cache that counts its tokens. After the prompt the mask has nothing to say: every
+        token that ``generate`` adds counts."""
+        if kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = kwargs.pop("cache_params", None)
+        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        inputs.pop("position_ids", None)
+        if not is_first_iteration and inputs.get("past_key_values") is not None:
+            inputs["attention_mask"] = None
+        return inputs
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """The mask as it is: an SSD layer needs no matrix of pairs, also where ``generate`` compiles the model."""
+        return attention_mask
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Installs a :class:`Mamba2Cache` as ``past_key_values``, whatever name the caller used."""
+        given = as_mamba2_cache(model_kwargs.get("past_key_values"), model_kwargs.pop("cache_params", None))
+        kind = generation_config.cache_implementation
+        if given is not None:
+            if kind is not None:
+                raise ArgumentError(f"cache_implementation={kind!r} and a cache were both given: pass one")
+            given._is_user_defined = True
+            model_kwargs["past_key_values"] = given
+        elif generation_config.use_cache is not False:
+            if kind not in (None, "dynamic", "static"):
+                raise ArgumentError(
+                    f"cache_implementation={kind!r}: the states of a Mamba-2 are constant in size, so there is nothing "
+                    "to offload, quantize or slide; use 'dynamic' (the default) or 'static'"
+                )
+            model_kwargs["past_key_values"] = Mamba2Cache(self.config, static=kind == "static")
+
+
+class Mamba2ForSequenceClassification(Mamba2PreTrainedModel):
+    """Backbone and a linear head that reads the last token of each sequence."""
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.backbone = Mamba2Model(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding layer."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the embedding layer."""
+        self.backbone.set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Mamba2Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        cache_params: Mamba2Cache | None = None,
+    ) -> tuple[Any, ...] | Mamba2SequenceClassifierOutput:
+        """:meth:`Mamba2Model.forward` and the head.
+
+        The last token of a sequence is the last that ``attention_mask`` counts; without a mask, the last that is not
+        ``config.pad_token_id``.
+
+        Args:
+            labels: ``(B,)`` classes, ``(B, num_labels)`` multi-label targets, or regression targets
+                (``config.problem_type``, or by dtype and ``num_labels``).
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            padding = input_ids == self.config.pad_token_id
+            attention_mask = (~padding).long() if torch.compiler.is_compiling() or bool(padding.any()) else None
+        outputs = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            cache_params=cache_params,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        hidden_states = outputs.last_hidden_state
+        if attention_mask is None:
+            pooled = hidden_states[:, -1]
+        else:
+            keep = attention_mask[:, -hidden_states.shape[1] :] != 0
+            last = (keep * torch.arange(keep.shape[1], device=keep.device)).argmax(1)
+            pooled = hidden_states[torch.arange(keep.shape[0], device=keep.device), last.to(hidden_states.device)]
+        logits = self.score(pooled)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        output = Mamba2SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if return_dict else output.to_tuple()
