@@ -111,7 +111,8 @@ def _name_lora_targets(constants: Any) -> None:
 
 def _allow_lora_everywhere(tuners_utils: Any) -> None:
     """Lifts PEFT's refusal of ``out_proj`` and ``conv1d`` for our models alone: their weights are never read behind
-    the back of a wrapper (``layers.plain_weight``), as the stock fused kernel does."""
+    the back of a wrapper (``layers.plain_weight``), as the stock fused kernel does.
+    """
     original = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
     if original is None or hasattr(original, "__wrapped__"):
         return

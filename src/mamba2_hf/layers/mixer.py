@@ -76,9 +76,9 @@ class Mamba2Mixer(nn.Module):
     def forward(self, hidden_states: Tensor, layout: SequenceLayout = PLAIN, state: SSDState | None = None) -> Tensor:
         """``(B, T, d)`` to ``(B, T, d)``; continues from ``state`` and leaves the next one there."""
         zxbcdt = self.in_proj(hidden_states)
-        if state is not None and state.started and zxbcdt.shape[1] == 1 and layout.is_plain:
-            if not torch.is_grad_enabled():
-                return self.out_proj(self._step(zxbcdt[:, 0], state)[:, None])
+        one_token = zxbcdt.shape[1] == 1 and layout.is_plain and not torch.is_grad_enabled()
+        if state is not None and state.started and one_token:
+            return self.out_proj(self._step(zxbcdt[:, 0], state)[:, None])
         conv_initial, ssm_initial = self._initial(zxbcdt, layout, state)
         conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
         if conv_weight is not None and norm_weight is not None:
@@ -144,7 +144,8 @@ class Mamba2Mixer(nn.Module):
     def _step(self, zxbcdt: Tensor, state: SSDState) -> Tensor:
         """One token of each sequence, ``(B, 2 H P + 2 G N + H)`` to ``(B, H P)``."""
         conv_state, ssm_state = state.initial(zxbcdt.shape[0])
-        assert conv_state is not None and ssm_state is not None  # the state has started
+        assert conv_state is not None  # the state has started
+        assert ssm_state is not None
         z, xbc, dt = self._split(zxbcdt)
         weight = plain_weight(self.conv1d)
         if weight is not None:
@@ -218,7 +219,7 @@ class Mamba2Mixer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Keeps the fp32 parameters (and their gradients) in fp32 through ``.to``, ``.half``, ``.bfloat16``."""
-        kept = set()
+        kept: set[int] = set()
         for name in FP32_PARAMETERS:
             parameter = getattr(self, name)
             kept.update((id(parameter), id(parameter.data), id(parameter.grad)))

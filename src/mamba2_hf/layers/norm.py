@@ -21,6 +21,7 @@ class RMSNorm(nn.Module):
         return ops.gated_rms_norm(x, None, self.weight, eps=self.eps).to(self.weight.dtype)
 
     def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
@@ -41,4 +42,5 @@ class GatedRMSNorm(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
         return f"{self.weight.shape[0]}, group_size={self.group_size}, eps={self.eps}"

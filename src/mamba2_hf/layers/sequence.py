@@ -167,9 +167,9 @@ def _from_positions(position_ids: Tensor, keep: Tensor | None, batch: int, token
 def _refuse_positions(positions: Tensor, steady: Tensor) -> Tensor:
     row, column = (~steady).nonzero()[0].tolist()
     raise ArgumentError(
-        f"position_ids goes from {int(positions[row, column])} to {int(positions[row, column + 1])} in row {row}: an SSD "
-        "layer has no positions, it only reads where documents start (0, 1, 2, ..., 0, 1, ...); pass seq_idx to name "
-        "documents in another way, or leave position_ids out"
+        f"position_ids goes from {int(positions[row, column])} to {int(positions[row, column + 1])} in row {row}: an "
+        "SSD layer has no positions, it only reads where documents start (0, 1, 2, ..., 0, 1, ...); pass seq_idx to "
+        "name documents in another way, or leave position_ids out"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .norm import GatedRMSNorm
@@ -20,7 +22,7 @@ def plain_weight(module: nn.Module) -> Tensor | None:
         return None
     if any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__:
         return None
-    weight = module.weight
+    weight: Any = module.weight
     if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
         return None
     return weight

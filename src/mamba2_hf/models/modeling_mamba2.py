@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -94,7 +92,7 @@ class Mamba2Block(GradientCheckpointingLayer):
             use_conv_bias=config.use_conv_bias,
             activation=config.hidden_act,
             norm_eps=config.layer_norm_epsilon,
-            dt_limit=tuple(config.time_step_limit),
+            dt_limit=(config.time_step_limit[0], config.time_step_limit[1]),
         )
 
     def forward(
@@ -128,7 +126,8 @@ class Mamba2PreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The original's initialization; every write goes through ``transformers.initialization``, which leaves loaded
-        weights alone."""
+        weights alone.
+        """
         if isinstance(module, Mamba2Mixer):
             self._init_mixer(module)
         elif isinstance(module, (RMSNorm, GatedRMSNorm)):
@@ -165,8 +164,9 @@ class Mamba2PreTrainedModel(PreTrainedModel):
             init.zeros_(linear.bias)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers. The saved config says ``rescale_prenorm_residual: false``: the weights are scaled already,
-        and stock transformers would scale them again at every load."""
+        """As in transformers. The saved config says ``rescale_prenorm_residual: false``: the weights are scaled
+        already, and stock transformers would scale them again at every load.
+        """
         rescale = self.config.rescale_prenorm_residual
         self.config.rescale_prenorm_residual = False
         try:
@@ -192,7 +192,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replaces the embedding layer."""
-        self.embeddings = value
+        self.embeddings = value  # type: ignore[assignment]
 
     def forward(
         self,
@@ -262,7 +262,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
             if output_hidden_states:
                 every_state.append(layout.unpack(hidden_states))
             if output_attentions:
-                attentions.append(layout.unpack_matrix(layer.attention_matrix(hidden_states, layout)))
+                attentions.append(layout.unpack_matrix(layer.attention_matrix(hidden_states, layout))  # type: ignore[operator])
             hidden_states = layer(hidden_states, layout, past_key_values=cache)
         hidden_states = layout.unpack(self.norm_f(hidden_states))
         if output_hidden_states:
@@ -281,8 +281,8 @@ class Mamba2Model(Mamba2PreTrainedModel):
     def _check_attentions(self, batch: int, tokens: int, cache: Mamba2Cache | None) -> None:
         if cache is not None and cache.seen_tokens:
             raise ArgumentError(
-                f"output_attentions=True with a cache of {cache.seen_tokens} tokens: their columns of the matrix cannot "
-                "be known from a state; run the whole sequence in one call without a cache"
+                f"output_attentions=True with a cache of {cache.seen_tokens} tokens: their columns of the matrix "
+                "cannot be known from a state; run the whole sequence in one call without a cache"
             )
         needed = 4 * self.config.num_hidden_layers * batch * self.config.num_heads * tokens**2
         if needed > ATTENTION_BYTES_LIMIT:
@@ -442,7 +442,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         self, *args: Any, is_first_iteration: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
         """As in transformers, with a cache that counts its tokens. After the prompt the mask has nothing to say: every
-        token that ``generate`` adds counts."""
+        token that ``generate`` adds counts.
+        """
         if kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = kwargs.pop("cache_params", None)
         inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)

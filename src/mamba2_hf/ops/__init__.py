@@ -2,14 +2,13 @@
 
 Each op has one contract (``checks.py``) and several backends (``dispatch.py``); names and equations are in
 ``NOTATION.md``, the oracles in ``reference.py``. Every function takes ``backend=None`` (automatic), ``"torch"`` or
-``"triton"``; a backend that is asked for and cannot serve raises :class:`mamba2_hf.errors.BackendError` with the reason.
+``"triton"``; a backend that is asked for and cannot serve raises :class:`mamba2_hf.errors.BackendError` and says why.
 """
 
 from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from . import checks, dispatch
@@ -216,9 +215,7 @@ def causal_conv1d_update(
     """
     checks.check_conv_update(x, conv_state, weight, bias, activation)
     choice = dispatch.choose("causal_conv1d_update", x.device, backend, taps=weight.shape[1], dtype=x.dtype)
-    return dispatch.backend_module(choice.name).causal_conv1d_update(
-        x, conv_state, weight, bias, activation=activation
-    )
+    return dispatch.backend_module(choice.name).causal_conv1d_update(x, conv_state, weight, bias, activation=activation)
 
 
 def gated_rms_norm(

@@ -6,6 +6,7 @@ where reading them is free: ``cu_seqlens`` on the CPU, outside of tracing.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ def check_packing(batch: int, tokens: int, seq_idx: Tensor | None, cu_seqlens: T
         _fail(f"cu_seqlens was given with batch {batch}: lay the documents end to end in one row, (1, T, ...)")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] > tokens or any(b > c for b, c in zip(bounds, bounds[1:], strict=False)):
+        if bounds[0] != 0 or bounds[-1] > tokens or any(b > c for b, c in pairwise(bounds)):
             _fail(f"cu_seqlens is {bounds}: it has to start at 0, never fall, and end at or before T = {tokens}")
     return cu_seqlens.shape[0] - 1
 
@@ -156,9 +157,7 @@ def check_state_update(
     return SSDShape(batch, 1, heads, head_dim, groups, n, batch)
 
 
-def _check_heads(
-    heads: int, head_dim: int, groups: int, A: Tensor, D: Tensor | None, dt_bias: Tensor | None
-) -> None:
+def _check_heads(heads: int, head_dim: int, groups: int, A: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> None:
     if groups < 1 or heads % groups:
         _fail(f"B and C have {groups} groups, which does not divide the {heads} heads of x")
     _shape("A", A, (heads,), "(H,)")

@@ -1,8 +1,8 @@
 """Which backend serves a call, and why.
 
-In order: the call's ``backend=``, an enclosing :func:`use_backend`, the environment variable ``MAMBA2_HF_BACKEND``, else
-the fastest backend that can serve the call. A backend that was asked for by name and cannot serve raises its reason;
-one that was merely preferred steps aside for the next.
+In order: the call's ``backend=``, an enclosing :func:`use_backend`, the environment variable ``MAMBA2_HF_BACKEND``,
+else the fastest backend that can serve the call. A backend that was asked for by name and cannot serve raises its
+reason; one that was merely preferred steps aside for the next.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def choose(op: str, device: torch.device, requested: str | None = None, **call: 
         if not ok:
             raise BackendError(f"backend {forced!r} was asked for by {source}, but cannot serve {op}: {reason}")
         return Choice(forced, f"asked for by {source}")
-    skipped = []
+    skipped: list[str] = []
     for name in BACKENDS:
         ok, reason = _supports(name, op, device, call)
         if ok:

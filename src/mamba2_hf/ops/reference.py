@@ -111,7 +111,7 @@ def ssd_quadratic(
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The masked attention form. Returns ``y (B, T, H, P)`` and the last state ``(B, H, P, N)``."""
-    heads, head_dim = x.shape[2:]
+    heads = x.shape[2]
     matrix = ssd_attention_matrix(
         dt, A, B, C, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, seq_idx=seq_idx
     )

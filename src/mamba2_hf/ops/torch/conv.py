@@ -1,5 +1,7 @@
-"""Causal depthwise convolution in PyTorch: a sum of K shifted, scaled copies, which beats a general convolution for
-the few taps of a Mamba and needs no transpose."""
+"""Causal depthwise convolution in PyTorch.
+
+A sum of K shifted, scaled copies: for the few taps of a Mamba it beats a general convolution and needs no transpose.
+"""
 
 from __future__ import annotations
 

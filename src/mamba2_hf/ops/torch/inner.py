@@ -78,9 +78,7 @@ def mamba2_inner(
         )
         y = y.flatten(-2)
         if norm_weight is not None:
-            y = gated_rms_norm(
-                y, z, norm_weight, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate
-            )
+            y = gated_rms_norm(y, z, norm_weight, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate)
         return y, conv_state, state
 
     tensors = (zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_initial_states, ssm_initial_states)

@@ -7,6 +7,7 @@ the number of chunks; and a differentiable call keeps its inputs only and recomp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ def ssd_chunk_scan(
 
     ``recompute=False`` is for callers that recompute a larger region themselves.
     """
-    scan = _scan_packed if cu_seqlens is not None else _scan_rows
+    scan: Callable[..., tuple[Tensor, Tensor]] = _scan_packed if cu_seqlens is not None else _scan_rows
     args = (
         *(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit),
         *(chunk_size or CHUNK_SIZE, initial_states, seq_idx if cu_seqlens is None else cu_seqlens),
@@ -160,7 +161,7 @@ def _scan_chunks(
     """
     x, dt, B, C = chunks
     batch, count, size, heads, head_dim = x.shape
-    groups, n = B.shape[-2:]
+    groups = B.shape[-2]
     per_group = heads // groups
 
     a = (dt * A).cumsum(2).permute(0, 1, 3, 2)  # (B, c, H, Q) log decay from the chunk's start
@@ -279,7 +280,7 @@ def ssd_state_update(
 ) -> Tensor:
     """See :func:`mamba2_hf.ops.ssd_state_update`."""
     dtype = compute_dtype(x.dtype)
-    batch, per_group = shape.batch, shape.heads // shape.groups
+    per_group = shape.heads // shape.groups
     dt = step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)  # (B, H)
     decay = torch.exp(dt * A.to(dtype))[..., None, None]
     B = B.to(dtype).repeat_interleave(per_group, 1)[:, :, None]  # (B, H, 1, N)
