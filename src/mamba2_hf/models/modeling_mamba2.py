@@ -262,7 +262,8 @@ class Mamba2Model(Mamba2PreTrainedModel):
             if output_hidden_states:
                 every_state.append(layout.unpack(hidden_states))
             if output_attentions:
-                attentions.append(layout.unpack_matrix(layer.attention_matrix(hidden_states, layout))  # type: ignore[operator])
+                matrix = layer.attention_matrix(hidden_states, layout)  # type: ignore[operator]
+                attentions.append(layout.unpack_matrix(matrix))
             hidden_states = layer(hidden_states, layout, past_key_values=cache)
         hidden_states = layout.unpack(self.norm_f(hidden_states))
         if output_hidden_states:
