@@ -1,0 +1,431 @@
+"""The command line: ``mamba2-hf generate`` and ``mamba2-hf env``.
+
+Exit codes: 0 when the command did what was asked, 1 when it could not (the message says what to change), 2 when it was
+called wrongly. Only what a script wants goes to stdout; everything said about it goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+# torch, transformers and the ops are imported by the commands that need them, so that --help answers at once.
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+app = typer.Typer(
+    name="mamba2-hf",
+    help="Mamba-2 on Hugging Face transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_show_locals=False,
+)
+# Text of models and users passes through here: no markup, no highlighting, no wrapping.
+out = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+PACKAGES = (
+    *("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface-hub"),
+    *("peft", "accelerate", "datasets", "trl", "einops", "numpy"),
+)
+
+
+class Backend(str, Enum):
+    """What ``--backend`` accepts."""
+
+    auto = "auto"
+    torch = "torch"
+    triton = "triton"
+
+
+class DType(str, Enum):
+    """What ``--dtype`` accepts."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(_version("mamba2-hf"))
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Mamba-2 on Hugging Face transformers."""
+
+
+WHAT, HOW, SHOWN = "What runs", "How it writes", "What is printed"
+
+
+@app.command(
+    epilog=r"""[bold]Examples[/bold]
+
+[cyan]mamba2-hf generate "def read_json(path):"[/cyan]
+
+[cyan]mamba2-hf generate "class Stack:" --temperature 0 -n 80[/cyan]
+
+[cyan]head -n 20 module.py | mamba2-hf generate - --no-echo > rest.py[/cyan]
+
+[cyan]mamba2-hf generate "Once upon a time" --model ./my-mamba2 --device cuda[/cyan]
+"""
+)
+def generate(
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="The text to continue; [cyan]-[/cyan] reads it from stdin.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="PATH",
+            help="A local directory or a Hub id. Without it: the tiny Python model inside the package.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="cpu, cuda, cuda:1 or any other PyTorch device; auto is a GPU where there is one.",
+            rich_help_panel=WHAT,
+        ),
+    ] = "auto",
+    dtype: Annotated[
+        DType,
+        typer.Option(
+            metavar="NAME",
+            help="Of the weights: float32, bfloat16 or float16; auto is float32 on the CPU and the checkpoint's own "
+            "on a GPU.",
+            rich_help_panel=WHAT,
+        ),
+    ] = DType.auto,
+    backend: Annotated[
+        Backend,
+        typer.Option(
+            metavar="NAME",
+            help="Of the Mamba-2 ops: torch or triton; auto is the fastest that can serve (see mamba2-hf env).",
+            rich_help_panel=WHAT,
+        ),
+    ] = Backend.auto,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-new-tokens",
+            "-n",
+            metavar="N",
+            min=1,
+            help="Stop after this many tokens, or at the end of the text.",
+            rich_help_panel=HOW,
+        ),
+    ] = 200,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temperature",
+            "-t",
+            metavar="T",
+            min=0.0,
+            help="0 is greedy: always the likeliest token. Above 0 samples, the higher the wilder. Without it: what "
+            "the model's generation_config.json says, or greedy.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            "--top-p",
+            metavar="P",
+            min=0.0,
+            max=1.0,
+            help="Samples from the likeliest tokens that together reach this probability.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Of the sampling: the same seed gives the same text again.", rich_help_panel=HOW
+        ),
+    ] = 0,
+    stream: Annotated[
+        bool, typer.Option(help="Print each token as it comes, or all at the end.", rich_help_panel=SHOWN)
+    ] = True,
+    echo: Annotated[bool, typer.Option(help="Print the prompt before its continuation.", rich_help_panel=SHOWN)] = True,
+) -> None:
+    """Continue a text.
+
+    The text goes to stdout, bare when it is piped; what was run and how fast goes to stderr.
+    """
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    if not prompt:
+        raise typer.BadParameter("the prompt is empty; give at least one character to continue", param_hint="PROMPT")
+    if top_p == 0.0:
+        raise typer.BadParameter("no token reaches a probability of 0; use --temperature 0", param_hint="--top-p")
+    if temperature == 0.0 and top_p is not None:
+        raise typer.BadParameter(
+            "--temperature 0 is greedy and --top-p samples; give one of them", param_hint="--top-p"
+        )
+
+    import torch
+
+    from .errors import Mamba2HFError
+    from .ops import use_backend
+
+    where = _device(device)
+    net, tokenizer = _load(model, where, dtype)
+    inputs = tokenizer(prompt, return_tensors="pt").to(where)
+    sampling = _sampling(temperature, top_p)
+    torch.manual_seed(seed)
+    if echo:
+        out.print(Text(prompt, style="bold"), end="")
+    printer = _Printer(tokenizer, _write if stream else None)
+    start = time.perf_counter()
+    try:
+        with use_backend(backend.value):
+            net.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=printer)
+    except Mamba2HFError as error:
+        _write("\n" if echo else "")
+        _fail(str(error))
+    seconds = time.perf_counter() - start
+    _write("\n" if stream else printer.text + "\n")
+    kind = str(next(net.parameters()).dtype).removeprefix("torch.")
+    err.print(
+        f"{printer.tokens} tokens in {seconds:.1f} s ({printer.tokens / seconds:.0f} a second), {kind} on {where}",
+        style="dim",
+    )
+
+
+@app.command(
+    epilog=r"""[bold]Examples[/bold]
+
+[cyan]mamba2-hf env[/cyan]
+
+[cyan]mamba2-hf env --json | jq '.ops[] | select(.backend == "torch")'[/cyan]
+"""
+)
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for machines.")] = False,
+) -> None:
+    """Show versions, devices, and which backend serves each op and why."""
+    report = _environment()
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    console = Console(highlight=False)
+    for heading, columns, rows in (
+        (
+            "Versions",
+            ("package", "version"),
+            [(name, text or "not installed") for name, text in report["versions"].items()],
+        ),
+        ("Devices", ("device", "name"), [(device["device"], device["name"]) for device in report["devices"]]),
+        (
+            "Backends",
+            ("backend", "usable", "reason"),
+            [
+                (status["name"], "yes" if status["available"] else "no", status["reason"])
+                for status in report["backends"]
+            ],
+        ),
+        (
+            "Ops",
+            ("op", "device", "backend", "reason"),
+            [(op["op"], op["device"], op["backend"] or "none", op["reason"]) for op in report["ops"]],
+        ),
+    ):
+        table = Table(*columns, title=heading, title_justify="left", title_style="bold", pad_edge=False, box=None)
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+        console.print()
+    for name, value in report["environment"].items():
+        console.print(f"{name}={value}" if value else f"{name} is not set: the fastest usable backend is chosen")
+
+
+class _Printer:
+    """Receives the tokens of ``generate`` and hands their text on as soon as it is final.
+
+    Tokens are decoded together with those before them: a character may span tokens, and some tokenizers drop the space
+    before a token that is decoded alone.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None] | None) -> None:
+        self._tokenizer = tokenizer
+        self._write = write
+        self._ids: list[int] = []
+        self._context = 0  # decoding starts here ...
+        self._done = 0  # ... and text up to here has been handed on
+        self.text = ""
+        self.tokens = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        ids = value.flatten().tolist()
+        if not self._ids:  # the first call brings the prompt
+            self._ids, self._done = ids, len(ids)
+            self._context = max(0, self._done - 8)
+            return
+        self._ids += ids
+        self.tokens += len(ids)
+        self._flush(incomplete=False)
+
+    def end(self) -> None:
+        self._flush(incomplete=True)
+
+    def _flush(self, *, incomplete: bool) -> None:
+        before = self._decode(self._ids[self._context : self._done])
+        now = self._decode(self._ids[self._context :])
+        if now.endswith("\N{REPLACEMENT CHARACTER}") and not incomplete:
+            return
+        new = now[len(before) :]
+        self._context, self._done = self._done, len(self._ids)
+        self.text += new
+        if self._write is not None:
+            self._write(new)
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _fail(message: str) -> NoReturn:
+    err.print(Text.assemble(("error: ", "bold red"), message))
+    raise typer.Exit(1)
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise typer.BadParameter(
+            f"{name!r} is no PyTorch device; use cpu, cuda, cuda:1 ...", param_hint="--device"
+        ) from None
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # each device type fails with an error of its own
+        _fail(f"device {name} cannot be used here ({_first_line(error)}); mamba2-hf env lists the devices")
+    return device
+
+
+def _sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
+    """The arguments of ``generate`` for what the user asked for; nothing asked leaves the model's own settings."""
+    if temperature == 0.0:
+        # A generation config that samples also carries values that greedy decoding would warn about.
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    asked = {"temperature": temperature, "top_p": top_p}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    return {"do_sample": True, **asked} if asked else {}
+
+
+def _load(model: str | None, device: torch.device, dtype: DType) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from . import pretrained
+
+    path = str(pretrained.shipped_model_path()) if model is None else str(Path(model).expanduser())
+    if model is None or Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            _fail(f"no config.json in {path}; give a directory that a model was saved to, or a Hub id")
+    elif Path(path).exists():
+        _fail(f"{path} is a file; give the directory that holds it, with its config.json and tokenizer")
+    elif model.startswith((".", "/", "~")) or (os.sep != "/" and os.sep in model) or model.count("/") > 1:
+        _fail(f"no such directory: {path}; give a directory that a model was saved to, or a Hub id such as owner/name")
+    else:
+        path = model
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    kind: Any = torch.float32 if dtype is DType.auto and device.type == "cpu" else dtype.value
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        net = AutoModelForCausalLM.from_pretrained(path, dtype=kind).to(device).eval()
+    except Exception as error:  # broken files surface as errors of json, safetensors, tokenizers, torch ...
+        remedy = "check that the directory is complete" if Path(path).is_dir() else "check the id and the connection"
+        _fail(f"cannot load a model from {path}: {_first_line(error)} ({remedy})")
+    if net.generation_config.pad_token_id is None:
+        net.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+    return net, tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _environment() -> dict[str, Any]:
+    import torch
+
+    from .errors import BackendError
+    from .ops import dispatch
+
+    devices = [("cpu", platform.processor() or platform.machine())]
+    devices += [(f"cuda:{i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
+    ops = []
+    for op in dispatch.OPS:
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            try:
+                backend, reason = dispatch.choose(op, torch.device(device))
+            except BackendError as error:
+                backend, reason = None, str(error)
+            ops.append({"op": op, "device": device, "backend": backend, "reason": reason})
+    return {
+        "versions": {
+            "mamba2-hf": metadata.version("mamba2-hf"),
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "platform": platform.platform(),
+        "devices": [{"device": device, "name": name} for device, name in devices],
+        "backends": [status._asdict() for status in dispatch.report()],
+        "ops": ops,
+        "environment": {dispatch.ENVIRONMENT_VARIABLE: os.environ.get(dispatch.ENVIRONMENT_VARIABLE)},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
