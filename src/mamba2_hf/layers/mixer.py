@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .fp32 import KeepsFp32
 from .norm import GatedRMSNorm
 from .sequence import PLAIN, SequenceLayout
 from .state import SSDState
@@ -18,11 +17,11 @@ from .weights import plain_weight
 FP32_PARAMETERS = ("A_log", "D", "dt_bias")
 
 
-class Mamba2Mixer(nn.Module):
+class Mamba2Mixer(KeepsFp32):
     """in_proj, causal convolution, SSD scan, gated norm, out_proj.
 
-    ``A_log``, ``D`` and ``dt_bias`` stay in fp32 through every cast of the module (fp64 is kept too): half a percent
-    of error in a decay rate compounds over thousands of tokens.
+    ``A_log``, ``D`` and ``dt_bias`` stay in fp32 (see :class:`KeepsFp32`): half a percent of error in a decay rate
+    compounds over thousands of tokens.
 
     Args:
         hidden_size: width of input and output.
@@ -36,6 +35,8 @@ class Mamba2Mixer(nn.Module):
         dt_limit: clamp of the step size.
         chunk_size: tiling hint for the scan, None for the backend's own.
     """
+
+    fp32_parameters = FP32_PARAMETERS
 
     def __init__(
         self,
@@ -216,18 +217,3 @@ class Mamba2Mixer(nn.Module):
         x, B, C = xbc.split([self.inner_size, bc, bc], -1)
         groups = (self.n_groups, self.state_size)
         return x.unflatten(-1, (self.num_heads, self.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Keeps the fp32 parameters (and their gradients) in fp32 through ``.to``, ``.half``, ``.bfloat16``."""
-        kept: set[int] = set()
-        for name in FP32_PARAMETERS:
-            parameter = getattr(self, name)
-            kept.update((id(parameter), id(parameter.data), id(parameter.grad)))
-
-        def keep(tensor: Tensor) -> Tensor:
-            out = fn(tensor)
-            if id(tensor) in kept and out.dtype in (torch.float16, torch.bfloat16):
-                out = tensor.to(out.device, torch.float32)
-            return out
-
-        return super()._apply(keep, recurse)
