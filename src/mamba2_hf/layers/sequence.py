@@ -193,6 +193,8 @@ def _without_padding(keep: Tensor, seq_idx: Tensor | None) -> SequenceLayout:
         source = torch.argsort(~flat, stable=True)  # padding stays behind the last document
     else:
         source = flat.nonzero()[:, 0]
+        if not source.numel():  # ops want a token: any one, which no document owns
+            source, seq_idx = slot[:1], None
     if seq_idx is None:
         cu_seqlens = F.pad(keep.sum(1).cumsum(0), (1, 0))
         return SequenceLayout(cu_seqlens=cu_seqlens, source=source, slot=slot, keep=keep, breaks=breaks)
