@@ -13,9 +13,12 @@ class SSDState:
 
     Buffers are made by the first :meth:`update` and then written in place, so their addresses stay fixed for compiled
     and captured graphs. The state holds no autograd graph.
+
+    Args:
+        ssm_dtype: of the SSM state; None for what the scan computes in, fp32 (fp64 in an fp64 model).
     """
 
-    def __init__(self, ssm_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, ssm_dtype: torch.dtype | None = None) -> None:
         self.ssm_dtype = ssm_dtype
         self.conv: Tensor | None = None
         self.ssm: Tensor | None = None
@@ -24,39 +27,50 @@ class SSDState:
     def update(self, conv: Tensor, ssm: Tensor) -> None:
         """Stores the states after a block of tokens."""
         conv, ssm = conv.detach(), ssm.detach()
-        if self.conv is None or self.ssm is None:
-            self.conv = conv.clone(memory_format=torch.contiguous_format)
-            self.ssm = ssm.to(self.ssm_dtype, copy=True, memory_format=torch.contiguous_format)
+        if self.conv is None or self.ssm is None or (not self.started and self.conv.shape != conv.shape):
+            self.allocate(conv, ssm)
         else:
+            self._leave_inference_mode()
             self.conv.copy_(conv)
             self.ssm.copy_(ssm)
         self.started = True
 
+    def allocate(self, conv: Tensor, ssm: Tensor) -> None:
+        """Makes the buffers, holding copies of these states."""
+        self.conv = conv.clone(memory_format=torch.contiguous_format)
+        self.ssm = ssm.to(self.ssm_dtype or ssm.dtype, copy=True, memory_format=torch.contiguous_format)
+
     def initial(self, batch: int) -> tuple[Tensor | None, Tensor | None]:
-        """The states to continue from, or a pair of None before the first update.
+        """The states to continue from, or a pair of None before the first update: the buffers themselves, but copies
+        where autograd may keep them for a backward that runs after the next update.
 
         Raises:
             CacheError: the state belongs to another batch size.
         """
-        if not self.started or self.conv is None:
+        if not self.started or self.conv is None or self.ssm is None:
             return None, None
         if self.conv.shape[0] != batch:
             raise CacheError(
                 f"the cache holds {self.conv.shape[0]} sequences and the input has {batch}: "
                 "use batch_repeat_interleave or batch_select_indices, or start with an empty cache"
             )
-        return self.conv, self.ssm
+        self._leave_inference_mode()
+        return (self.conv.clone(), self.ssm.clone()) if torch.is_grad_enabled() else (self.conv, self.ssm)
+
+    def _leave_inference_mode(self) -> None:
+        """Replaces buffers made under ``torch.inference_mode``, which nothing outside of it may write."""
+        if torch.is_inference_mode_enabled() or self.conv is None or self.ssm is None:
+            return
+        if self.conv.is_inference():
+            self.conv, self.ssm = self.conv.clone(), self.ssm.clone()
 
     @property
     def batch_size(self) -> int:
         """Sequences held, -1 before the first update."""
-        return -1 if self.conv is None else self.conv.shape[0]
+        return self.conv.shape[0] if self.started and self.conv is not None else -1
 
     def reset(self) -> None:
-        """Forgets everything, keeping the buffers."""
-        if self.conv is not None and self.ssm is not None:
-            self.conv.zero_()
-            self.ssm.zero_()
+        """Forgets everything, keeping the buffers for the next update."""
         self.started = False
 
     def select(self, indices: Tensor) -> None:
