@@ -36,9 +36,7 @@ def make_model(cls: type[Any] = Mamba2ForCausalLM, *, seed: int = 0, **changes: 
     model = cls(make_config(**changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias") and not name.endswith("dt_bias"):
-                parameter.normal_(std=0.5)
-            elif "embeddings" in name or "lm_head" in name:
+            if name.endswith((".bias", "embeddings.weight", "lm_head.weight")):
                 parameter.normal_(std=0.5)
     return model.eval()
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..errors import CacheError
 from ..layers import SSDState
@@ -49,13 +49,14 @@ class Mamba2Cache(Cache):
 
     Args:
         config: the model's configuration.
-        state_dtype: of the SSM state; fp32 unless memory matters more than exactness.
+        state_dtype: of the SSM state, such as ``torch.bfloat16`` where memory matters more than exactness. None keeps
+            what the scan computes in: fp32, and fp64 in an fp64 model.
         static: whether ``generate`` may compile the model over this cache (``cache_implementation="static"``).
     """
 
-    def __init__(self, config: Mamba2Config, *, state_dtype: torch.dtype = torch.float32, static: bool = False) -> None:
-        if not state_dtype.is_floating_point:
-            raise CacheError(f"state_dtype is {state_dtype}, expected a floating dtype, usually torch.float32")
+    def __init__(self, config: Mamba2Config, *, state_dtype: torch.dtype | None = None, static: bool = False) -> None:
+        if state_dtype is not None and not state_dtype.is_floating_point:
+            raise CacheError(f"state_dtype is {state_dtype}, expected a floating dtype, or None for the scan's own")
         super().__init__(layers=[SSDCacheLayer(state_dtype) for _ in range(config.num_hidden_layers)])
         self.static = static
         self.seen_tokens = 0
@@ -119,8 +120,9 @@ class Mamba2Cache(Cache):
         return f"{type(self).__name__}(layers={len(self.layers)}, batch={self.batch_size}, tokens={self.seen_tokens})"
 
 
-def as_mamba2_cache(past_key_values: Any, cache_params: Any) -> Mamba2Cache | None:
-    """The cache given under either of its names.
+def as_mamba2_cache(past_key_values: Any, cache_params: Any, config: Mamba2Config) -> Mamba2Cache | None:
+    """The cache given under either of its names. An empty ``DynamicCache`` or ``StaticCache``, which generic code
+    makes for any model, becomes a :class:`Mamba2Cache`.
 
     Raises:
         CacheError: two different caches were given, or one of another kind.
@@ -128,9 +130,23 @@ def as_mamba2_cache(past_key_values: Any, cache_params: Any) -> Mamba2Cache | No
     cache = past_key_values if past_key_values is not None else cache_params
     if cache_params is not None and cache is not cache_params:
         raise CacheError("past_key_values and cache_params are two different caches: pass one")
-    if cache is not None and not isinstance(cache, Mamba2Cache):
-        raise CacheError(
-            f"the cache is a {type(cache).__name__}, which has no place for SSM states that count their tokens: pass a "
-            "mamba2_hf.Mamba2Cache(model.config), or nothing and take the one that the forward returns"
-        )
-    return cache
+    if cache is None or isinstance(cache, Mamba2Cache):
+        return cache
+    if type(cache) in (DynamicCache, StaticCache) and _is_fresh(cache):
+        # The caller keeps the object and will pass it again, so it is the object that has to change.
+        static = isinstance(cache, StaticCache)
+        vars(cache).clear()
+        cache.__class__ = Mamba2Cache
+        cache.__init__(config, static=static)
+        return cache
+    raise CacheError(
+        f"the cache is a {type(cache).__name__} that is not empty or has no place for SSM states: pass a "
+        "mamba2_hf.Mamba2Cache(model.config), or nothing and take the one that the forward returns"
+    )
+
+
+def _is_fresh(cache: Cache) -> bool:
+    """Whether a cache of transformers is made for any model or for linear layers, and is empty."""
+    if cache.offloading:
+        return False
+    return not cache.layers or (all(cache.is_linear) and not cache.has_previous_state())

@@ -237,7 +237,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ArgumentError("pass either input_ids or inputs_embeds, and not both")
-        cache = as_mamba2_cache(past_key_values, cache_params)
+        cache = as_mamba2_cache(past_key_values, cache_params, self.config)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
@@ -299,7 +299,7 @@ def _refuse_filled(cache: Mamba2Cache | None) -> tuple[bool, None]:
     if cache is not None and cache.seen_tokens:
         raise CacheError(
             f"gradient checkpointing cannot continue a cache of {cache.seen_tokens} tokens: its layers run twice; "
-            "call gradient_checkpointing_disable(), or pass the whole sequence"
+            "turn it off, or pass the whole sequence"
         )
     return False, None
 
@@ -453,6 +453,40 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             inputs["attention_mask"] = None
         return inputs
 
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Feeds what the cache has not seen, with its padding moved to the front, so that each row ends in a token."""
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        embeds = model_kwargs.get("inputs_embeds")
+        tokens = input_ids.shape[1] if embeds is None else embeds.shape[1]
+        total = getattr(generation_config, "_mask_length", tokens) if mask is None else mask.shape[1]
+        past = 0 if cache is None else cache.get_seq_length()
+        if past and not (total > past and tokens in (total, total - past)):
+            raise CacheError(
+                f"the cache has seen {past} tokens, the input holds {tokens} and the attention mask {total}: pass the "
+                "ids of all tokens, seen and new, or the new ones with an attention_mask over all of them"
+            )
+        new = total - past if past else tokens
+        if embeds is None:
+            input_ids = input_ids[:, -new:]
+        if mask is not None:
+            keep = mask[:, -new:] != 0
+            if not bool(keep.any(1).all()):
+                raise ArgumentError(
+                    "attention_mask leaves a row without any new token, so there is nothing to continue"
+                )
+            if not bool(keep[:, -1].all()):
+                order = keep.long().argsort(1, stable=True)  # (B, T) padding first, tokens as they were
+                mask = torch.cat([mask[:, :-new], mask[:, -new:].gather(1, order)], 1)
+                model_kwargs = {**model_kwargs, "attention_mask": mask}
+                if embeds is None:
+                    input_ids = input_ids.gather(1, order)
+                else:
+                    moved = embeds[:, -new:].gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
+                    model_kwargs["inputs_embeds"] = torch.cat([embeds[:, :-new], moved], 1)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
         """The mask as it is: an SSD layer needs no matrix of pairs, also where ``generate`` compiles the model."""
@@ -467,7 +501,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """Installs a :class:`Mamba2Cache` as ``past_key_values``, whatever name the caller used."""
-        given = as_mamba2_cache(model_kwargs.get("past_key_values"), model_kwargs.pop("cache_params", None))
+        names = (model_kwargs.get("past_key_values"), model_kwargs.pop("cache_params", None))
+        given = as_mamba2_cache(*names, self.config)
         kind = generation_config.cache_implementation
         if given is not None:
             if kind is not None:
