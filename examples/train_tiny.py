@@ -311,6 +311,7 @@ class Run:
                     row = {"step": self.step, "learning_rate": lr, "train": value, "seconds": self.seconds}
                     if look:
                         row["validation"] = self.validate()
+                        console.print(f"step {self.step}: train {value:.3f}, validation {row['validation']:.3f}")
                         progress.update(bar, validation=self.best)
                     self.log.append(row)
                     if look:

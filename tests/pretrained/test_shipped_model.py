@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import ast
+import csv
+import hashlib
+import json
+import lzma
+import math
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+import mamba2_hf
+from mamba2_hf import Mamba2ForCausalLM
+from mamba2_hf.pretrained import shipped_model_path
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(shipped_model_path())
+
+
+@pytest.fixture(scope="module")
+def model() -> Mamba2ForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(shipped_model_path(), dtype=torch.float32).eval()
+
+
+def manifest() -> list[dict[str, str]]:
+    return list(csv.DictReader((shipped_model_path() / "manifest.tsv").read_text().splitlines(), delimiter="\t"))
+
+
+def test_one_call_gives_a_folder_that_the_auto_classes_load() -> None:
+    model = AutoModelForCausalLM.from_pretrained(shipped_model_path())
+    assert type(model) is Mamba2ForCausalLM
+    assert model.lm_head.weight is model.backbone.embeddings.weight
+
+
+def test_another_name_is_refused_with_those_that_ship() -> None:
+    with pytest.raises(ValueError, match=r"no model named 'mamba2-huge'.*mamba2-tiny-python"):
+        shipped_model_path("mamba2-huge")
+
+
+def test_weights_are_small_and_in_bf16_but_for_the_recurrence() -> None:
+    path = shipped_model_path() / "model.safetensors"
+    assert path.stat().st_size <= 8_000_000
+    for name, tensor in load_file(path).items():
+        kept = name.rpartition(".")[2] in ("A_log", "D", "dt_bias")
+        assert tensor.dtype == (torch.float32 if kept else torch.bfloat16), name
+        assert tensor.isfinite().all(), name
+
+
+def test_tokenizer_gives_back_source_exactly(tokenizer: PreTrainedTokenizerBase) -> None:
+    for path in Path(mamba2_hf.__file__).parent.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    for text in ("", "\n", "    ", "\t\tx  \r\n", "naïve 🐍 '日本'", "a  b\n\n\n  c "):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_special_tokens_agree(tokenizer: PreTrainedTokenizerBase, model: Mamba2ForCausalLM) -> None:
+    for owner in (model.config, model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            assert getattr(owner, name) == getattr(tokenizer, name)
+    assert len(tokenizer) == model.config.vocab_size
+
+
+def test_card_states_what_was_measured_and_it_beats_the_baselines() -> None:
+    folder = shipped_model_path()
+    card, metrics = (folder / "README.md").read_text(), json.loads((folder / "metrics.json").read_text())
+    baselines = metrics["baselines"]
+    assert metrics["bits_per_byte"] < min(baselines["ngram"], baselines["xz"])
+    for bits in (metrics["bits_per_byte"], *baselines.values()):
+        assert f"| {bits:.3f} |" in card
+    assert hashlib.sha256((folder / "manifest.tsv").read_bytes()).hexdigest() in card
+    assert (folder / "loss.png").exists()
+    assert "psf-2.0" in card
+
+
+def test_compresses_held_out_source_as_the_card_says(
+    tokenizer: PreTrainedTokenizerBase, model: Mamba2ForCausalLM
+) -> None:
+    """On held-out modules of the running Python, whichever version that is."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    held_out = {row["path"] for row in manifest() if row["split"] == "test"}
+    texts = [(library / name).read_text(encoding="utf-8") for name in ("sched.py", "copyreg.py") if name in held_out]
+    assert texts
+    bits = 0.0
+    for text in texts:
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text).input_ids, tokenizer.eos_token_id]])
+        with torch.no_grad():
+            logits = model(ids[:, :-1]).logits[0]
+        bits += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item() / math.log(2)
+    data = "".join(texts).encode()
+    metrics = json.loads((shipped_model_path() / "metrics.json").read_text())
+    assert bits / len(data) < metrics["baselines"]["xz"]
+    assert bits < 8 * len(lzma.compress(data, preset=9))
+
+
+@pytest.mark.parametrize("prompt", ["def read_json(path):", "class Stack:\n    def __init__(self"])
+def test_continues_with_code_that_parses(
+    tokenizer: PreTrainedTokenizerBase, model: Mamba2ForCausalLM, prompt: str
+) -> None:
+    ids = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**ids, max_new_tokens=96, do_sample=False, temperature=None, top_p=None)
+    lines = tokenizer.decode(output[0], skip_special_tokens=True).splitlines()
+
+    def parses(count: int) -> bool:
+        try:
+            ast.parse("\n".join(lines[:count]))
+        except SyntaxError:
+            return False
+        return True
+
+    # The last lines may be cut off inside a string or a bracket.
+    assert any(parses(count) for count in range(4, len(lines) + 1)), "\n".join(lines)
