@@ -74,12 +74,28 @@ class Mamba2Mixer(KeepsFp32):
         self.norm = GatedRMSNorm(self.inner_size, self.inner_size // n_groups, norm_eps, norm_before_gate)
         self.out_proj = nn.Linear(self.inner_size, hidden_size, bias=use_bias)
 
-    def forward(self, hidden_states: Tensor, layout: SequenceLayout = PLAIN, state: SSDState | None = None) -> Tensor:
-        """``(B, T, d)`` to ``(B, T, d)``; continues from ``state`` and leaves the next one there."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: SequenceLayout = PLAIN,
+        state: SSDState | None = None,
+        output_attentions: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``(B, T, d)`` to ``(B, T, d)``; continues from ``state`` and leaves the next one there.
+
+        With ``output_attentions`` also the SSD attention matrix of each head, ``(B, H, T, T)``, which knows nothing of
+        ``state``; see :func:`mamba2_hf.ops.ssd_attention_matrix`.
+        """
         zxbcdt = self.in_proj(hidden_states)
+        if output_attentions:
+            return self.out_proj(self._inner(zxbcdt, layout, state)), self._attention_matrix(zxbcdt, layout)
+        return self.out_proj(self._inner(zxbcdt, layout, state))
+
+    def _inner(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
+        """What is between the projections: ``(B, T, 2 H P + 2 G N + H)`` to ``(B, T, H P)``."""
         one_token = zxbcdt.shape[1] == 1 and layout.is_plain and not torch.is_grad_enabled()
         if state is not None and state.started and one_token:
-            return self.out_proj(self._step(zxbcdt[:, 0], state)[:, None])
+            return self._step(zxbcdt[:, 0], state)[:, None]
         conv_initial, ssm_initial = self._initial(zxbcdt, layout, state)
         conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
         if conv_weight is not None and norm_weight is not None:
@@ -119,11 +135,11 @@ class Mamba2Mixer(KeepsFp32):
             y = self.norm(y.flatten(-2), z)
         if state is not None:
             state.update(layout.gather_states(conv_final), layout.gather_states(ssm_final))
-        return self.out_proj(y)
+        return y
 
-    def attention_matrix(self, hidden_states: Tensor, layout: SequenceLayout = PLAIN) -> Tensor:
-        """The SSD attention matrix of each head, ``(B, H, T, T)``; see :func:`mamba2_hf.ops.ssd_attention_matrix`."""
-        _, xbc, dt = self._split(self.in_proj(hidden_states))
+    def _attention_matrix(self, zxbcdt: Tensor, layout: SequenceLayout) -> Tensor:
+        """``(B, H, T, T)``."""
+        _, xbc, dt = self._split(zxbcdt)
         _, B, C = self._split_xbc(self._convolve(xbc, None, layout)[0])
         seq_idx = layout.seq_idx
         if layout.cu_seqlens is not None:
@@ -198,13 +214,19 @@ class Mamba2Mixer(KeepsFp32):
 
         if weight is not None:
             return convolve(weight.squeeze(1), self.conv1d.bias, self.activation)
+        taps = self.conv1d.kernel_size[0]  # the module pads by K - 1 on both sides
+        if layout.is_plain:
+            if initial is None:
+                initial = xbc.new_zeros(xbc.shape[0], self.conv_size, taps - 1)
+            xbc = torch.cat([initial.to(xbc.dtype), xbc.transpose(1, 2)], -1)  # (B, C, K - 1 + T)
+            y = self.conv1d(xbc)[..., taps - 1 : xbc.shape[-1]]
+            return nn.functional.silu(y).transpose(1, 2), xbc[..., xbc.shape[-1] - taps + 1 :]
         # A convolution with one tap set moves tokens without mixing them, and knows documents and states: K of them
         # make the window that the module itself can be called on.
-        taps = self.conv1d.kernel_size[0]
         one_tap = torch.eye(taps, device=xbc.device, dtype=xbc.dtype)[:, None].expand(-1, self.conv_size, -1)
         moved = [convolve(tap, None, None) for tap in one_tap]
         window = torch.stack([y for y, _ in moved], -1)  # (B, T, C, K)
-        y = self.conv1d(window.flatten(0, 1))[..., taps - 1]  # the module pads by K - 1 on both sides
+        y = self.conv1d(window.flatten(0, 1))[..., taps - 1]
         return nn.functional.silu(y).view_as(xbc), moved[0][1]
 
     def _split(self, zxbcdt: Tensor) -> list[Tensor]:

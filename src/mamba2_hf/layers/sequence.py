@@ -7,7 +7,7 @@ a document each, so it can reach neither the convolution nor the state.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -47,24 +47,34 @@ class SequenceLayout:
         """Whether every row is one document without padding."""
         return self.seq_idx is None and self.cu_seqlens is None
 
+    def to(self, device: torch.device | str) -> SequenceLayout:
+        """The same layout on another device; layers may be spread over several."""
+        example = self.seq_idx if self.cu_seqlens is None else self.cu_seqlens
+        if example is None or example.device == torch.device(device):
+            return self
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return SequenceLayout(**{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
+
     def pack(self, tensor: Tensor) -> Tensor:
         """``(B, T, ...)`` to ``(1, R, ...)`` where the layout asks for it."""
         return tensor if self.source is None else tensor.flatten(0, 1)[self.source][None]
 
     def unpack(self, tensor: Tensor) -> Tensor:
         """Inverse of :meth:`pack`; padding comes out as zeros."""
-        if self.slot is None or self.keep is None:
+        slot, keep = self.to(tensor.device).slot, self.to(tensor.device).keep
+        if slot is None or keep is None:
             return tensor
-        keep = self.keep.view(*self.keep.shape, *[1] * (tensor.dim() - 2))
-        return torch.where(keep, tensor[0, self.slot].unflatten(0, tuple(self.keep.shape)), 0)
+        counts = keep.view(*keep.shape, *[1] * (tensor.dim() - 2))
+        return torch.where(counts, tensor[0, slot].unflatten(0, tuple(keep.shape)), 0)
 
     def unpack_matrix(self, matrix: Tensor) -> Tensor:
         """``(1, H, R, R)`` attention of the packed row to ``(B, H, T, T)``; rows and columns of padding are zero."""
-        if self.slot is None or self.keep is None:
+        slot, keep = self.to(matrix.device).slot, self.to(matrix.device).keep
+        if slot is None or keep is None:
             return matrix
-        slots = self.slot.view(self.keep.shape)  # (B, T)
+        slots = slot.view(keep.shape)  # (B, T)
         matrix = matrix[0][:, slots[:, :, None], slots[:, None, :]].transpose(0, 1)  # (B, H, T, T)
-        return torch.where((self.keep[:, :, None] & self.keep[:, None, :])[:, None], matrix, 0)
+        return torch.where((keep[:, :, None] & keep[:, None, :])[:, None], matrix, 0)
 
     def spread_states(self, states: Tensor | None) -> Tensor | None:
         """A row's cached states ``(B, ...)`` to its documents' initial states ``(S, ...)``."""

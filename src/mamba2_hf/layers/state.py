@@ -79,7 +79,8 @@ class SSDState:
             indices = indices.to(self.conv.device)
             self.conv, self.ssm = self.conv.index_select(0, indices), self.ssm.index_select(0, indices)
 
-    def to(self, device: torch.device | str) -> None:
-        """Moves the buffers."""
+    def to(self, device: torch.device | str) -> SSDState:
+        """Moves the buffers, in place; returns itself, as hooks that move a module's inputs expect."""
         if self.conv is not None and self.ssm is not None:
             self.conv, self.ssm = self.conv.to(device), self.ssm.to(device)
+        return self

@@ -96,17 +96,20 @@ class Mamba2Block(GradientCheckpointingLayer):
         )
 
     def forward(
-        self, hidden_states: Tensor, layout: SequenceLayout = PLAIN, past_key_values: Mamba2Cache | None = None
-    ) -> Tensor:
-        """``(B, T, d)`` to ``(B, T, d)``."""
+        self,
+        hidden_states: Tensor,
+        layout: SequenceLayout = PLAIN,
+        past_key_values: Mamba2Cache | None = None,
+        output_attentions: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``(B, T, d)`` to ``(B, T, d)``; with ``output_attentions`` also the mixer's matrices ``(B, H, T, T)``."""
         if self.residual_in_fp32:
             hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         state = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if output_attentions:
+            mixed, attention = self.mixer(self.norm(hidden_states), layout, state, output_attentions=True)
+            return hidden_states + mixed, attention
         return hidden_states + self.mixer(self.norm(hidden_states), layout, state)
-
-    def attention_matrix(self, hidden_states: Tensor, layout: SequenceLayout) -> Tensor:
-        """The SSD attention matrices of the block for its input: ``(B, H, T, T)``."""
-        return self.mixer.attention_matrix(self.norm(hidden_states), layout)
 
 
 class Mamba2PreTrainedModel(PreTrainedModel):
@@ -262,9 +265,10 @@ class Mamba2Model(Mamba2PreTrainedModel):
             if output_hidden_states:
                 every_state.append(layout.unpack(hidden_states))
             if output_attentions:
-                matrix = layer.attention_matrix(hidden_states, layout)  # type: ignore[operator]
+                hidden_states, matrix = layer(hidden_states, layout, past_key_values=cache, output_attentions=True)
                 attentions.append(layout.unpack_matrix(matrix))
-            hidden_states = layer(hidden_states, layout, past_key_values=cache)
+            else:
+                hidden_states = layer(hidden_states, layout, past_key_values=cache)
         hidden_states = layout.unpack(self.norm_f(hidden_states))
         if output_hidden_states:
             every_state.append(hidden_states)
