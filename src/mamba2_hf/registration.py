@@ -1,7 +1,6 @@
 """What ``import mamba2_hf`` does to transformers and PEFT, in one place.
 
 * Auto classes build our models for ``model_type: mamba2``; the stock classes stay reachable by their own names.
-* Checkpoints with the original's embedding key load.
 * Trainer keeps weight decay off ``A_log``, ``D``, ``dt_bias`` and the norms of our models.
 * PEFT may put LoRA on every linear of our models, ``out_proj`` included, and knows the default targets.
 
@@ -27,8 +26,6 @@ from transformers import (
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
 )
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
 from .models import (
     Mamba2Config,
@@ -49,9 +46,6 @@ def register() -> None:
     AutoModelForCausalLM.register(Mamba2Config, Mamba2ForCausalLM, exist_ok=True)
     AutoModelForPreTraining.register(Mamba2Config, Mamba2ForCausalLM, exist_ok=True)
     AutoModelForSequenceClassification.register(Mamba2Config, Mamba2ForSequenceClassification, exist_ok=True)
-    register_checkpoint_conversion_mapping(
-        "mamba2", [WeightRenaming(r"embedding\.weight", "embeddings.weight")], overwrite=True
-    )
     when_imported("transformers.trainer", _keep_decay_off)
     when_imported("peft.utils.constants", _name_lora_targets)
     when_imported("peft.tuners.tuners_utils", _allow_lora_everywhere)

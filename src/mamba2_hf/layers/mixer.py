@@ -68,9 +68,10 @@ class Mamba2Mixer(KeepsFp32):
             padding=conv_kernel - 1,
             bias=use_conv_bias,
         )
-        self.A_log = nn.Parameter(torch.zeros(num_heads))
-        self.D = nn.Parameter(torch.ones(num_heads))
-        self.dt_bias = nn.Parameter(torch.zeros(num_heads))
+        at_least_fp32 = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.A_log = nn.Parameter(torch.zeros(num_heads, dtype=at_least_fp32))
+        self.D = nn.Parameter(torch.ones(num_heads, dtype=at_least_fp32))
+        self.dt_bias = nn.Parameter(torch.zeros(num_heads, dtype=at_least_fp32))
         self.norm = GatedRMSNorm(self.inner_size, self.inner_size // n_groups, norm_eps, norm_before_gate)
         self.out_proj = nn.Linear(self.inner_size, hidden_size, bias=use_bias)
 

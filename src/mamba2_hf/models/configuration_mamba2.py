@@ -1,18 +1,25 @@
 """Configuration of the pure Mamba-2 models; on disk exactly the ``mamba2`` format of transformers."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: the types of the fields are checked, see `strict_config`.
 
 import difflib
 import math
 from dataclasses import fields
+from os import PathLike
 from typing import Any, ClassVar
 
-from huggingface_hub.dataclasses import strict
+import torch
 from transformers import PreTrainedConfig
 from transformers.generation import GenerationConfig
 
 from ..errors import ConfigurationError
 from .mamba_ssm_config import is_mamba_ssm_config, translate_mamba_ssm_config
+from .strict_config import strict_config
+
+Number = int | float
+
+_FLOATS = ("layer_norm_epsilon", "initializer_range", "time_step_min", "time_step_max", "time_step_floor")
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Keyword arguments that PreTrainedConfig reads without declaring a field for them.
 _UNDECLARED = {
@@ -23,7 +30,7 @@ _UNDECLARED = {
 }
 
 
-@strict
+@strict_config
 class Mamba2Config(PreTrainedConfig):
     """Sizes and options of a Mamba-2 model. Names and defaults are those of transformers' ``mamba2``, but for the
     initialization, which is the original's ("Transformers are SSMs", Dao & Gu 2024).
@@ -32,8 +39,9 @@ class Mamba2Config(PreTrainedConfig):
         vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
         num_hidden_layers: mixers.
-        expand: inner width over hidden width; ``num_heads * head_dim`` has to equal ``hidden_size * expand``.
-        num_heads: H, heads of a mixer. Worked out from the other sizes if only they are given.
+        expand: inner width over hidden width, which other readers of the format want whole; ``num_heads * head_dim``
+            has to equal ``hidden_size * expand``.
+        num_heads: H, heads of a mixer.
         head_dim: P, channels of a head.
         n_groups: G, groups of heads that share B and C; divides ``num_heads``.
         state_size: N, state of a channel.
@@ -76,23 +84,23 @@ class Mamba2Config(PreTrainedConfig):
     hidden_size: int = 4096
     state_size: int = 128
     num_hidden_layers: int = 64
-    layer_norm_epsilon: float = 1e-5
+    layer_norm_epsilon: Number = 1e-5
     pad_token_id: int | None = 1
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 2
-    expand: int | float = 2
+    expand: Number = 2
     conv_kernel: int = 4
     n_groups: int = 8
     use_bias: bool = False
     use_conv_bias: bool = True
     hidden_act: str = "silu"
-    initializer_range: float = 0.02
+    initializer_range: Number = 0.02
     residual_in_fp32: bool = True
     time_step_rank: str | int = "auto"
-    time_step_min: float = 0.001
-    time_step_max: float = 0.1
-    time_step_floor: float = 1e-4
-    time_step_limit: list[float] | tuple[float, ...] = (0.0, math.inf)
+    time_step_min: Number = 0.001
+    time_step_max: Number = 0.1
+    time_step_floor: Number = 1e-4
+    time_step_limit: list[Number] | tuple[Number, ...] = (0.0, math.inf)
     rescale_prenorm_residual: bool = True
     use_cache: bool = True
     chunk_size: int = 256
@@ -101,12 +109,17 @@ class Mamba2Config(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         inert = kwargs.pop("_inert", {})
         self._refuse_unknown(kwargs)
+        self._check_undeclared(kwargs)
         if self.time_step_rank == "auto":
             self.time_step_rank = math.ceil(self.hidden_size / 16)
-        self.time_step_limit = tuple(self.time_step_limit)
+        for name in _FLOATS:  # a whole number is fine here, but not for stock transformers, which reads what we save
+            setattr(self, name, float(getattr(self, name)))
+        self.time_step_limit = tuple(map(float, self.time_step_limit))
+        self.expand = int(self.expand) if self.expand % 1 == 0 else self.expand
         super().__post_init__(**kwargs)
         for key, value in inert.items():
-            setattr(self, key, value)
+            if not hasattr(type(self), key):  # what the class defines, such as layer_types, cannot be overridden
+                setattr(self, key, value)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -123,11 +136,16 @@ class Mamba2Config(PreTrainedConfig):
         rest = {key: value for key, value in config_dict.items() if key in known}
         return super().from_dict({**rest, "_inert": inert} if inert else rest, **kwargs)
 
+    @classmethod
+    def from_json_file(cls, json_file: str | PathLike[str]) -> Any:
+        """:meth:`from_dict` of a file."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
     def validate_architecture(self) -> None:
         """Refuses every value that no model can be built from (run on construction and on save)."""
         for name in ("num_heads", "head_dim", "vocab_size", "hidden_size", "state_size", "n_groups", "chunk_size"):
-            self._require(getattr(self, name) >= 1, name, "a size: it has to be at least 1")
-        self._require(self.num_hidden_layers >= 0, "num_hidden_layers", "a count: it has to be at least 0")
+            self._require(getattr(self, name) >= 1, name, "a size of at least 1")
+        self._require(self.num_hidden_layers >= 0, "num_hidden_layers", "a count of at least 0")
         self._require(self.expand > 0 and math.isfinite(self.expand), "expand", "a factor above 0, usually 2")
         self._require(self.conv_kernel >= 2, "conv_kernel", "a number of taps: 2 or more, usually 4")
         inner = self.hidden_size * self.expand
@@ -143,11 +161,8 @@ class Mamba2Config(PreTrainedConfig):
             f"it has to divide num_heads={self.num_heads}, so that every group has as many heads",
         )
         self._require(self.hidden_act in ("silu", "swish"), "hidden_act", "the Mamba-2 kernels know 'silu' ('swish')")
-        for name in ("layer_norm_epsilon", "initializer_range"):
-            value = getattr(self, name)
-            self._require(
-                0 < value < math.inf, name, "a small number above 0, such as 1e-5 for a norm, 0.02 for a range"
-            )
+        for name, usual in (("layer_norm_epsilon", 1e-5), ("initializer_range", 0.02)):
+            self._require(0 < getattr(self, name) < math.inf, name, f"a small number above 0, usually {usual}")
         low, high, floor = self.time_step_min, self.time_step_max, self.time_step_floor
         self._require(0 < low < math.inf, "time_step_min", "a step size above 0, usually 0.001")
         self._require(low <= high < math.inf, "time_step_max", f"a step size of at least time_step_min={low}")
@@ -163,8 +178,13 @@ class Mamba2Config(PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id"):
             self._check_token(name, getattr(self, name))
         eos = self.eos_token_id
+        self._require(eos != [], "eos_token_id", "one token id or more, or None")
         for token in eos if isinstance(eos, list) else [eos]:
             self._check_token("eos_token_id", token)
+        self._require(self.num_labels is None or self.num_labels >= 1, "num_labels", "a count of at least 1")
+        self._require(
+            self.problem_type in (None, *_PROBLEM_TYPES), "problem_type", f"None or one of {', '.join(_PROBLEM_TYPES)}"
+        )
 
     @property
     def layer_types(self) -> list[str]:
@@ -182,7 +202,17 @@ class Mamba2Config(PreTrainedConfig):
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         known = {field.name for field in fields(self)}
-        for key in kwargs.keys() - _UNDECLARED:
-            near = difflib.get_close_matches(key, known, n=1)
-            remedy = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(sorted(known))}"
-            raise ConfigurationError(f"{key}={kwargs[key]!r} is no field of {type(self).__name__}: {remedy}")
+        for key, value in kwargs.items():
+            if key not in _UNDECLARED:
+                near = difflib.get_close_matches(key, known, n=1)
+                remedy = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(sorted(known))}"
+                raise ConfigurationError(f"{key}={value!r} is no field of {type(self).__name__}: {remedy}")
+
+    def _check_undeclared(self, kwargs: dict[str, Any]) -> None:
+        """What PreTrainedConfig would trip over before anything is validated."""
+        labels = kwargs.get("num_labels")
+        if labels is not None and (not isinstance(labels, int) or labels < 1):
+            raise ConfigurationError(f"num_labels is {labels!r}: a count of at least 1")
+        dtype = self.dtype if self.dtype is not None else kwargs.get("torch_dtype")
+        if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ConfigurationError(f"dtype is {dtype!r}: the name of a torch dtype, such as 'float32' or 'bfloat16'")

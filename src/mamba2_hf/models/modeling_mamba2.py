@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from ..errors import ArgumentError, CacheError
+from ..errors import ArgumentError, CacheError, CheckpointError
 from ..layers import GatedRMSNorm, Mamba2Mixer, RMSNorm, SequenceLayout
 from ..layers.mixer import FP32_PARAMETERS
 from ..layers.sequence import PLAIN, sequence_layout
@@ -126,6 +126,10 @@ class Mamba2PreTrainedModel(PreTrainedModel):
     _is_stateful = True
     supports_gradient_checkpointing = True
 
+    def __init__(self, config: Mamba2Config, *args: Any, **kwargs: Any) -> None:
+        config.validate()  # fields that were assigned one by one have not been judged together yet
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The original's initialization; every write goes through ``transformers.initialization``, which leaves loaded
@@ -139,43 +143,111 @@ class Mamba2PreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.Linear):
             self._init_linear(module, scale=1.0)
+        else:
+            super()._init_weights(module)
 
     def _init_mixer(self, mixer: Mamba2Mixer) -> None:
         config = self.config
         low, high = math.log(config.time_step_min), math.log(config.time_step_max)
-        shape, device = mixer.dt_bias.shape, mixer.dt_bias.device
-        dt = torch.exp(torch.empty(shape, device=device).uniform_(low, high)).clamp(min=config.time_step_floor)
+        dt = torch.exp(torch.empty_like(mixer.dt_bias).uniform_(low, high)).clamp(min=config.time_step_floor)
         init.copy_(mixer.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
-        init.copy_(mixer.A_log, torch.log(torch.empty(shape, device=device).uniform_(1, 16)))
+        init.copy_(mixer.A_log, torch.log(torch.empty_like(mixer.A_log).uniform_(1, 16)))
         init.ones_(mixer.D)
         init.kaiming_uniform_(mixer.conv1d.weight, a=math.sqrt(5))
         if mixer.conv1d.bias is not None:
             bound = 1 / math.sqrt(config.conv_kernel)
             init.uniform_(mixer.conv1d.bias, -bound, bound)
-        scale = 1 / math.sqrt(config.num_hidden_layers) if config.rescale_prenorm_residual else 1.0
-        self._init_linear(mixer.in_proj, scale=1.0)
-        self._init_linear(mixer.out_proj, scale=scale)
+        if config.rescale_prenorm_residual and isinstance(mixer.out_proj, nn.Linear):
+            # Drawn anew rather than multiplied, so that however often this runs, the scale is there once.
+            self._init_linear(mixer.out_proj, scale=1 / math.sqrt(config.num_hidden_layers))
 
     @staticmethod
-    def _init_linear(linear: nn.Module, scale: float) -> None:
+    def _init_linear(linear: nn.Linear, scale: float) -> None:
         """Kaiming uniform as in ``nn.Linear`` itself, times ``scale``."""
-        if not isinstance(linear, nn.Linear):  # replaced, by a quantized layer say: its weights come from a file
-            return
         bound = scale / math.sqrt(linear.in_features)
         init.uniform_(linear.weight, -bound, bound)
         if linear.bias is not None:
             init.zeros_(linear.bias)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers. The saved config says ``rescale_prenorm_residual: false``: the weights are scaled
-        already, and stock transformers would scale them again at every load.
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        key_mapping: dict[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers; also reads the original's name of the embedding, and refuses what cannot be a Mamba-2.
+
+        Raises:
+            CheckpointError: the backbone lacks a weight, a weight has another shape (unless
+                ``ignore_mismatched_sizes=True``, which makes up new values for both), or a decay rate, skip or step
+                bias is not finite.
         """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            key_mapping={_LEGACY_EMBEDDING: "embeddings.weight", **(key_mapping or {})},
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+            **kwargs,
+        )
+        source = pretrained_model_name_or_path or "the state dict"
+        if not ignore_mismatched_sizes:
+            _refuse_made_up(model, info, source)
+        _refuse_infinite(model, source)
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, always under the names of the ``mamba2`` format. The saved config says
+        ``rescale_prenorm_residual: false``: the weights are scaled already, and stock transformers would scale them
+        again at every load.
+        """
+        kwargs.setdefault("save_original_format", False)
         rescale = self.config.rescale_prenorm_residual
         self.config.rescale_prenorm_residual = False
         try:
             super().save_pretrained(*args, **kwargs)
         finally:
             self.config.rescale_prenorm_residual = rescale
+
+
+_LEGACY_EMBEDDING = r"embedding\.weight"
+
+
+def _read_legacy_embedding(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Lets ``load_state_dict`` read the original's name of the embedding too."""
+    if f"{prefix}embedding.weight" in state_dict:
+        state_dict[f"{prefix}embeddings.weight"] = state_dict.pop(f"{prefix}embedding.weight")
+
+
+def _refuse_made_up(model: Mamba2PreTrainedModel, info: dict[str, Any], source: Any) -> None:
+    """A new task's head may start anew; a backbone with random weights in it is never what was asked for."""
+    backbone = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+    problems = [f"{name} is missing" for name in sorted(info["missing_keys"]) if name.startswith(backbone)]
+    problems += [
+        f"{name} has shape {tuple(found)}, the model expects {tuple(expected)}"
+        for name, found, expected in sorted(info["mismatched_keys"])
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{source}: {'; '.join(problems[:3])}{more}. Get the complete checkpoint and its own config.json, or pass "
+            "ignore_mismatched_sizes=True to start these weights anew"
+        )
+
+
+def _refuse_infinite(model: Mamba2PreTrainedModel, source: Any) -> None:
+    """One NaN in a decay rate turns every state, and so every logit, into NaN."""
+    for name, parameter in model.named_parameters():
+        fragile = name.rpartition(".")[2] in FP32_PARAMETERS and not parameter.is_meta
+        if fragile and not bool(torch.isfinite(parameter).all()):
+            raise CheckpointError(
+                f"{source}: {name} holds NaN or Inf. The file is damaged or was saved after training diverged: "
+                "get it again, or load an earlier checkpoint"
+            )
 
 
 class Mamba2Model(Mamba2PreTrainedModel):
@@ -187,6 +259,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
         self.layers = nn.ModuleList([Mamba2Block(config, index) for index in range(config.num_hidden_layers)])
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
+        self.register_load_state_dict_pre_hook(_read_legacy_embedding)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
