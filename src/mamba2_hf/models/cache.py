@@ -15,31 +15,6 @@ if TYPE_CHECKING:
     from .configuration_mamba2 import Mamba2Config
 
 
-class SSDCacheLayer(SSDState):
-    """:class:`SSDState` under the names that transformers calls on the layers of a cache."""
-
-    is_compileable = True
-    is_sliding = False
-    supports_early_init = False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follows a beam search: sequence ``i`` becomes the former ``beam_idx[i]``."""
-        self.select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the sequences at ``indices``."""
-        self.select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each sequence ``repeats`` times, next to itself."""
-        if self.conv is not None:
-            self.select(torch.arange(self.batch_size, device=self.conv.device).repeat_interleave(repeats))
-
-    def get_max_length(self) -> int:
-        """-1: the state has no length and no limit."""
-        return -1
-
-
 class Mamba2Cache(Cache):
     """The states of every layer and the number of tokens they have seen.
 
@@ -57,9 +32,34 @@ class Mamba2Cache(Cache):
     def __init__(self, config: Mamba2Config, *, state_dtype: torch.dtype | None = None, static: bool = False) -> None:
         if state_dtype is not None and not state_dtype.is_floating_point:
             raise CacheError(f"state_dtype is {state_dtype}, expected a floating dtype, or None for the scan's own")
-        super().__init__(layers=[SSDCacheLayer(state_dtype) for _ in range(config.num_hidden_layers)])
+        super().__init__(layers=[SSDState(state_dtype) for _ in range(config.num_hidden_layers)])
         self.static = static
         self.seen_tokens = 0
+        self.padding: Tensor | None = None  # (B,) how many of them did not count
+
+    def count(self, tokens: int, keep: Tensor | None = None) -> None:
+        """Counts a block of tokens that every layer has seen; ``keep (B, T)`` says which of them were no padding."""
+        self.seen_tokens += tokens
+        if keep is not None:
+            padding = (~keep).sum(1)
+            self.padding = padding if self.padding is None else self.padding + padding
+
+    def check_padding(self, mask: Tensor) -> None:
+        """Compares a mask of the seen tokens, ``(B, seen_tokens)``, with what was padding when they were seen.
+
+        Raises:
+            CacheError: a row's states hold other tokens than the mask says, such as those that ``generate`` fed after
+                the end of the row.
+        """
+        said = (mask == 0).sum(1)
+        known = torch.zeros_like(said) if self.padding is None else self.padding.to(said)
+        if said.shape == known.shape and not bool((said == known).all()):
+            row = int((said != known).nonzero()[0])
+            raise CacheError(
+                f"attention_mask leaves out {int(said[row])} of the {self.seen_tokens} tokens that the cache saw in "
+                f"row {row}, but {int(known[row])} were left out when it saw them and a state cannot forget: keep the "
+                "mask as it was, or start with an empty cache"
+            )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far, padding included; the same for every layer."""
@@ -72,6 +72,26 @@ class Mamba2Cache(Cache):
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Whether any token has been seen."""
         return self.seen_tokens > 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: a state has no length and no limit."""
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follows a beam search: sequence ``i`` becomes the former ``beam_idx[i]``."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
+        for layer in self.layers:
+            layer.select(indices)
+        if self.padding is not None:
+            self.padding = self.padding[indices.to(self.padding.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence ``repeats`` times, next to itself."""
+        if self.batch_size > 0:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     @property
     def batch_size(self) -> int:
@@ -96,7 +116,7 @@ class Mamba2Cache(Cache):
     def reset(self) -> None:
         """Forgets everything, keeping the buffers where they are."""
         super().reset()
-        self.seen_tokens = 0
+        self.seen_tokens, self.padding = 0, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: a state cannot forget its last tokens.

@@ -346,7 +346,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
         if output_hidden_states:
             every_state.append(hidden_states)
         if cache is not None:
-            cache.seen_tokens += tokens
+            cache.count(tokens, layout.keep)
 
         output = Mamba2Output(
             last_hidden_state=hidden_states,
@@ -517,16 +517,28 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         return output if return_dict else output.to_tuple()
 
     def prepare_inputs_for_generation(
-        self, *args: Any, is_first_iteration: bool = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Mamba2Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers, with a cache that counts its tokens. After the prompt the mask has nothing to say: every
-        token that ``generate`` adds counts.
-        """
-        if kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = kwargs.pop("cache_params", None)
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        """As in transformers, with a cache that counts its tokens and no positions."""
+        given = kwargs.pop("cache_params", None)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=given if past_key_values is None else past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
         inputs.pop("position_ids", None)
-        if not is_first_iteration and inputs.get("past_key_values") is not None:
+        if next_sequence_length == 1 and not is_first_iteration:  # every token that generate adds counts
             inputs["attention_mask"] = None
         return inputs
 
@@ -539,11 +551,14 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         tokens = input_ids.shape[1] if embeds is None else embeds.shape[1]
         total = getattr(generation_config, "_mask_length", tokens) if mask is None else mask.shape[1]
         past = 0 if cache is None else cache.get_seq_length()
+        _refuse_packed(model_kwargs)
         if past and not (total > past and tokens in (total, total - past)):
             raise CacheError(
                 f"the cache has seen {past} tokens, the input holds {tokens} and the attention mask {total}: pass the "
                 "ids of all tokens, seen and new, or the new ones with an attention_mask over all of them"
             )
+        if cache is not None and past:
+            cache.check_padding(input_ids.new_ones(len(input_ids), past) if mask is None else mask[:, :past])
         new = total - past if past else tokens
         if embeds is None:
             input_ids = input_ids[:, -new:]
@@ -554,7 +569,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                     "attention_mask leaves a row without any new token, so there is nothing to continue"
                 )
             if not bool(keep[:, -1].all()):
-                order = keep.long().argsort(1, stable=True)  # (B, T) padding first, tokens as they were
+                order = torch.argsort(keep, dim=1, stable=True)  # (B, T) padding first, tokens as they were
                 mask = torch.cat([mask[:, :-new], mask[:, -new:].gather(1, order)], 1)
                 model_kwargs = {**model_kwargs, "attention_mask": mask}
                 if embeds is None:
@@ -580,19 +595,39 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         """Installs a :class:`Mamba2Cache` as ``past_key_values``, whatever name the caller used."""
         names = (model_kwargs.get("past_key_values"), model_kwargs.pop("cache_params", None))
         given = as_mamba2_cache(*names, self.config)
-        kind = generation_config.cache_implementation
+        kind, use_cache = generation_config.cache_implementation, generation_config.use_cache is not False
+        if generation_config.is_assistant:
+            raise ArgumentError("a Mamba-2 cannot be the assistant of another model: it cannot take tokens back")
+        if use_cache and generation_config.output_attentions:
+            raise ArgumentError(
+                "output_attentions=True: the matrix of earlier tokens cannot be known from a cached state; call "
+                "model(sequences, output_attentions=True) on what was generated, or pass use_cache=False"
+            )
         if given is not None:
-            if kind is not None:
-                raise ArgumentError(f"cache_implementation={kind!r} and a cache were both given: pass one")
+            if kind is not None or not use_cache:
+                other = f"cache_implementation={kind!r}" if use_cache else "use_cache=False"
+                raise ArgumentError(f"{other} and a cache were both given: pass one")
             given._is_user_defined = True
             model_kwargs["past_key_values"] = given
-        elif generation_config.use_cache is not False:
+        elif use_cache:
             if kind not in (None, "dynamic", "static"):
                 raise ArgumentError(
                     f"cache_implementation={kind!r}: the states of a Mamba-2 are constant in size, so there is nothing "
                     "to offload, quantize or slide; use 'dynamic' (the default) or 'static'"
                 )
             model_kwargs["past_key_values"] = Mamba2Cache(self.config, static=kind == "static")
+
+
+def _refuse_packed(model_kwargs: dict[str, Any]) -> None:
+    """``generate`` continues one document per row; it makes position ids itself, which restart only if packed."""
+    named = [name for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k") if model_kwargs.get(name) is not None]
+    positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+    if positions is not None:
+        restarts = (positions[:, 1:] == 0) & (positions[:, :-1] != 0)
+        if bool((restarts if mask is None else restarts & (mask[:, 1 - positions.shape[1] :] != 0)).any()):
+            named.append("position_ids")
+    if named:
+        raise ArgumentError(f"{named[0]} packs several documents into a row: generate continues one, pass a row each")
 
 
 class Mamba2ForSequenceClassification(Mamba2PreTrainedModel):
