@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import importlib.abc
-import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -36,6 +36,7 @@ from .models import (
 )
 from .training import no_decay_parameter_names
 
+_MARK = "_mamba2_hf"
 LORA_TARGETS = {"mamba2": ["in_proj", "out_proj"]}
 
 
@@ -51,69 +52,97 @@ def register() -> None:
     when_imported("peft.tuners.tuners_utils", _allow_lora_everywhere)
 
 
-def when_imported(name: str, then: Callable[[ModuleType], None]) -> None:
-    """Calls ``then(module)`` once the module is imported: now, if it is already."""
+def when_imported(name: str, then: Callable[[Any], None]) -> None:
+    """Calls ``then(module)`` whenever the module has been executed: now if it is imported already, and on every later
+    import or reload.
+    """
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    _finder.then[name] = then
     if (module := sys.modules.get(name)) is not None:
         then(module)
-    elif not any(isinstance(finder, _Waiting) and finder.name == name for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting(name, then))
 
 
-class _Waiting(importlib.abc.MetaPathFinder):
-    """Lets a module be found as usual and calls back after it was executed."""
+class _CallbackFinder(importlib.abc.MetaPathFinder):
+    """Lets modules be found as usual, and has their loaders call back after they were executed."""
 
-    def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
-        self.name, self.then = name, then
+    def __init__(self) -> None:
+        self.then: dict[str, Callable[[Any], None]] = {}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.name:
+        if (then := self.then.get(fullname)) is None:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    self._call_back(spec.loader, fullname, then)
+                return spec
+        return None
 
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                self.then(module)
+    @staticmethod
+    def _call_back(loader: Any, fullname: str, then: Callable[[Any], None]) -> None:
+        execute = loader.exec_module
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            if module.__name__ == fullname:  # a loader may serve several modules
+                then(module)
+
+        loader.exec_module = exec_module
+
+
+_finder = _CallbackFinder()
+
+
+def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
+    """Puts ``around(function)`` in the function's place, once; False if there is no such function."""
+    function = getattr(owner, name, None)
+    if function is not None and not hasattr(function, _MARK):
+        wrapped = functools.wraps(function)(around(function))
+        setattr(wrapped, _MARK, True)
+        setattr(owner, name, wrapped)
+    return function is not None
 
 
 def _keep_decay_off(trainer: Any) -> None:
     """Wraps ``Trainer.get_decay_parameter_names``, which knows norms by their class and name patterns only."""
-    original = trainer.Trainer.get_decay_parameter_names
-    if hasattr(original, "__wrapped__"):
-        return
 
-    @functools.wraps(original)
-    def get_decay_parameter_names(self: Any, model: nn.Module) -> list[str]:
-        kept_off = no_decay_parameter_names(model)
-        return [name for name in original(self, model) if name not in kept_off]
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_decay_parameter_names(self: Any, model: nn.Module) -> list[str]:
+            kept_off = no_decay_parameter_names(model)
+            return [name for name in original(self, model) if name not in kept_off]
 
-    trainer.Trainer.get_decay_parameter_names = get_decay_parameter_names
+        return get_decay_parameter_names
+
+    if not _wrap(getattr(trainer, "Trainer", None), "get_decay_parameter_names", around):
+        warnings.warn(
+            "this version of transformers chooses the parameters with weight decay in a way that mamba2_hf does not "
+            "know: to keep decay off A_log, D and the norms, pass Trainer an optimizer over "
+            "mamba2_hf.parameter_groups(model)",
+            stacklevel=2,
+        )
 
 
 def _name_lora_targets(constants: Any) -> None:
     """Gives LoRA without ``target_modules`` its defaults, where PEFT has none."""
+    mapping = getattr(constants, "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", {})
     for model_type, targets in LORA_TARGETS.items():
-        constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(model_type, targets)
+        mapping.setdefault(model_type, targets)
 
 
 def _allow_lora_everywhere(tuners_utils: Any) -> None:
     """Lifts PEFT's refusal of ``out_proj`` and ``conv1d`` for our models alone: their weights are never read behind
     the back of a wrapper (``layers.plain_weight``), as the stock fused kernel does.
     """
-    original = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
-    if original is None or hasattr(original, "__wrapped__"):
-        return
 
-    @functools.wraps(original)
-    def check(peft_config: Any, model: nn.Module, target_name: str) -> None:
-        if not any(isinstance(module, Mamba2PreTrainedModel) for module in model.modules()):
-            original(peft_config, model, target_name)
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def check(peft_config: Any, model: nn.Module, target_name: str) -> None:
+            if not any(isinstance(module, Mamba2PreTrainedModel) for module in model.modules()):
+                original(peft_config, model, target_name)
 
-    tuners_utils._check_lora_target_modules_mamba = check
+        return check
+
+    _wrap(tuners_utils, "_check_lora_target_modules_mamba", around)

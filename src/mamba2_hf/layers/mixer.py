@@ -57,6 +57,7 @@ class Mamba2Mixer(KeepsFp32):
     ) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.n_groups, self.state_size = num_heads, head_dim, n_groups, state_size
+        self.conv_kernel = conv_kernel
         self.inner_size = num_heads * head_dim
         self.conv_size = self.inner_size + 2 * n_groups * state_size
         self.activation, self.dt_limit, self.chunk_size = activation, dt_limit, chunk_size
@@ -215,7 +216,7 @@ class Mamba2Mixer(KeepsFp32):
 
         if weight is not None:
             return convolve(weight.squeeze(1), self.conv1d.bias, self.activation)
-        taps = self.conv1d.kernel_size[0]  # the module pads by K - 1 on both sides
+        taps = self.conv_kernel  # the module pads by K - 1 on both sides
         if layout.is_plain:
             if initial is None:
                 initial = xbc.new_zeros(xbc.shape[0], self.conv_size, taps - 1)

@@ -1,0 +1,202 @@
+"""LoRA on every linear of our models: trained, saved, reloaded, merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor, nn
+
+from mamba2_hf import Mamba2ForCausalLM, Mamba2ForSequenceClassification
+
+pytestmark = [
+    # PEFT looks for the base model's config on the Hub when it saves.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),  # PEFT reads it
+    pytest.mark.filterwarnings("ignore:Could not find a config file"),
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1"),
+]
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "no target_modules": {},
+    "all-linear": {"target_modules": "all-linear"},
+    "out_proj": {"target_modules": ["out_proj"]},
+    "in_proj": {"target_modules": ["in_proj"]},
+    "pattern": {"target_modules": r".*\.layers\.1\.mixer\.(in|out)_proj"},
+    "embeddings": {"target_modules": ["embeddings", "out_proj"]},
+    "DoRA": {"target_modules": ["in_proj", "out_proj"], "use_dora": True},
+    "rsLoRA": {"target_modules": ["in_proj", "out_proj"], "use_rslora": True},
+}
+
+
+def adapt(model: nn.Module, **config: Any) -> Any:
+    """An adapter whose effect is far from zero."""
+    adapted = get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, **{"r": 4, **config}))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name or "lora_embedding_A" in name:
+                parameter.normal_(std=0.3, generator=generator)
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+class TestVariants:
+    def test_changes_the_logits_and_merges_into_the_same(
+        self, variant: str, make_model: Callable[..., Any], input_ids: Tensor
+    ) -> None:
+        with torch.no_grad():
+            plain = make_model()(input_ids).logits
+            adapted = adapt(make_model(), **VARIANTS[variant])
+            logits = adapted(input_ids).logits
+            merged = adapted.merge_and_unload()
+            assert type(merged) is Mamba2ForCausalLM
+            assert not any("lora" in name for name, _ in merged.named_modules())
+            assert (logits - plain).abs().max() > 0.1
+            torch.testing.assert_close(merged(input_ids).logits, logits, atol=1e-5, rtol=0)
+
+    def test_every_adapter_gets_a_gradient_and_nothing_else_does(
+        self, variant: str, make_model: Callable[..., Any], input_ids: Tensor
+    ) -> None:
+        adapted = adapt(make_model(), **VARIANTS[variant]).train()
+        adapted(input_ids, labels=input_ids).loss.backward()
+        for name, parameter in adapted.named_parameters():
+            assert parameter.requires_grad == ("lora_" in name), name
+            if parameter.requires_grad:
+                assert parameter.grad is not None, name
+                assert parameter.grad.abs().max() > 0, name
+            else:
+                assert parameter.grad is None, name
+
+
+def adapted_modules(model: nn.Module) -> set[str]:
+    return {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_modules() if ".lora_A" in name}
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_default_targets_are_both_projections(targets: str | None, make_model: Callable[..., Any]) -> None:
+    assert adapted_modules(adapt(make_model(), target_modules=targets)) == {"in_proj", "out_proj"}
+
+
+def test_the_head_of_a_classifier_stays_trainable(make_model: Callable[..., Any], input_ids: Tensor) -> None:
+    model = make_model(Mamba2ForSequenceClassification, num_labels=3)
+    adapted = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=4))
+    assert adapted_modules(adapted) == {"in_proj", "out_proj"}
+    adapted(input_ids, labels=torch.tensor([0, 2])).loss.backward()
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
+    assert "base_model.model.score.modules_to_save.default.weight" in trained
+
+
+def test_generation_decodes_what_a_whole_forward_predicts(make_model: Callable[..., Any], input_ids: Tensor) -> None:
+    adapted = adapt(make_model())
+    with torch.no_grad():
+        tokens = adapted.generate(input_ids=input_ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        predicted = adapted(tokens).logits[:, input_ids.shape[1] - 1 : -1].argmax(-1)
+    assert torch.equal(tokens[:, input_ids.shape[1] :], predicted)
+
+
+def test_saved_adapter_gives_the_same_logits(make_model: Callable[..., Any], input_ids: Tensor, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "base")
+    adapted = adapt(Mamba2ForCausalLM.from_pretrained(tmp_path / "base"), target_modules="all-linear")
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = Mamba2ForCausalLM.from_pretrained(tmp_path / "base")
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids).logits, adapted(input_ids).logits)
+        with again.disable_adapter():
+            assert torch.equal(again(input_ids).logits, make_model()(input_ids).logits)
+
+
+def test_merged_model_is_an_ordinary_checkpoint(
+    make_model: Callable[..., Any], input_ids: Tensor, tmp_path: Path
+) -> None:
+    merged = adapt(make_model()).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    with torch.no_grad():
+        loaded = Mamba2ForCausalLM.from_pretrained(tmp_path)(input_ids).logits
+        assert torch.equal(loaded, merged(input_ids).logits)
+
+
+def test_adapters_of_transformers_itself(make_model: Callable[..., Any], input_ids: Tensor, tmp_path: Path) -> None:
+    model = make_model()
+    plain = model(input_ids).logits
+    model.add_adapter(LoraConfig(r=4, target_modules=["out_proj"], init_lora_weights=False))
+    logits = model(input_ids).logits
+    assert (logits - plain).abs().max() > 1e-3
+    model.save_pretrained(tmp_path)
+    again = make_model()
+    again.load_adapter(str(tmp_path))
+    torch.testing.assert_close(again.eval()(input_ids).logits, logits)
+
+
+def test_bf16_base_with_adapters_on_every_linear(make_model: Callable[..., Any], input_ids: Tensor) -> None:
+    adapted = adapt(make_model().bfloat16())
+    with torch.no_grad():
+        logits = adapted(input_ids).logits
+        expected = adapt(make_model())(input_ids).logits
+    assert adapted.base_model.model.backbone.layers[0].mixer.A_log.dtype == torch.float32
+    assert (logits - expected).norm() / expected.norm() < 0.03
+
+
+class TestConv1d:
+    def test_a_rank_that_grouped_convolutions_cannot_have_is_peft_s_to_refuse(
+        self, make_model: Callable[..., Any]
+    ) -> None:
+        with pytest.raises(ValueError, match="divisible by groups"):
+            adapt(make_model(), target_modules=["conv1d"])
+
+    def test_an_adapted_convolution_is_called(self, make_model: Callable[..., Any], input_ids: Tensor) -> None:
+        model = make_model()
+        channels = model.backbone.layers[0].mixer.conv_size
+        adapted = adapt(model, target_modules=["conv1d"], r=channels)
+        with torch.no_grad():
+            logits = adapted(input_ids).logits
+            assert (logits - make_model()(input_ids).logits).abs().max() > 0.01
+            cache = adapted(input_ids[:, :9], use_cache=True).past_key_values
+            steps = [adapted(input_ids[:, t : t + 1], past_key_values=cache).logits for t in range(9, 17)]
+        torch.testing.assert_close(torch.cat(steps, 1), logits[:, 9:], atol=1e-5, rtol=1e-5)
+
+
+ORDERS = {
+    "peft first": "import peft, mamba2_hf",
+    "peft last, looked for and then imported by two threads": """
+import importlib.util, threading
+import mamba2_hf
+assert importlib.util.find_spec("peft.tuners.tuners_utils") is not None
+threads = [threading.Thread(target=__import__, args=("peft.tuners.tuners_utils",)) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+""",
+    "reloaded": """
+import importlib
+import mamba2_hf.registration, peft.tuners.tuners_utils as utils
+importlib.reload(mamba2_hf.registration).register()
+importlib.reload(utils)
+""",
+}
+
+SIZES = "vocab_size=13, hidden_size=8, num_hidden_layers=1, num_heads=2, head_dim=8, n_groups=1, state_size=4"
+ADAPT = f"""
+import warnings
+import transformers
+from peft import LoraConfig, get_peft_model
+warnings.simplefilter("ignore")
+ours = get_peft_model(mamba2_hf.Mamba2ForCausalLM(mamba2_hf.Mamba2Config({SIZES})), LoraConfig(r=2))
+print(sum("lora_A.default.weight" in name for name, _ in ours.named_parameters()), "adapters")
+stock = transformers.Mamba2ForCausalLM(transformers.Mamba2Config({SIZES}))
+for targets in (["out_proj"], ["conv1d"], "all-linear"):
+    try:
+        get_peft_model(stock, LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=targets))
+    except ValueError as error:
+        print("refused" if "incompatible with Mamba" in str(error) else error)
+"""
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_order_of_imports_does_not_matter(order: str, run_python: Callable[..., str]) -> None:
+    assert run_python(ORDERS[order] + ADAPT).splitlines() == ["2 adapters", *["refused"] * 3]
