@@ -59,9 +59,9 @@ class SSDState:
 
     def _leave_inference_mode(self) -> None:
         """Replaces buffers made under ``torch.inference_mode``, which nothing outside of it may write."""
-        if torch.is_inference_mode_enabled() or self.conv is None or self.ssm is None:
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return
-        if self.conv.is_inference():
+        if self.conv is not None and self.ssm is not None and self.conv.is_inference():
             self.conv, self.ssm = self.conv.clone(), self.ssm.clone()
 
     @property

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import BackendError
+from . import torch as torch_backend
 
 ENVIRONMENT_VARIABLE = "MAMBA2_HF_BACKEND"
 BACKENDS = ("triton", "torch")  # fastest first
@@ -31,6 +32,7 @@ OPS = (
 )
 
 _override: str | None = None
+_modules: dict[str, ModuleType] = {"torch": torch_backend}  # a dict, so that compiled graphs can look a backend up
 
 
 class Choice(NamedTuple):
@@ -94,7 +96,9 @@ def choose(op: str, device: torch.device, requested: str | None = None, **call: 
 
 def backend_module(name: str) -> ModuleType:
     """The module that implements the ops for a backend, imported on first use."""
-    return importlib.import_module(f"{__package__}.{name}")
+    if name not in _modules:
+        _modules[name] = importlib.import_module(f"{__package__}.{name}")
+    return _modules[name]
 
 
 def report() -> list[BackendStatus]:
