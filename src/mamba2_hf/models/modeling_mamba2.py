@@ -552,6 +552,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         total = getattr(generation_config, "_mask_length", tokens) if mask is None else mask.shape[1]
         past = 0 if cache is None else cache.get_seq_length()
         _refuse_packed(model_kwargs)
+        if embeds is not None and generation_config.prefill_chunk_size is not None:
+            raise ArgumentError("prefill_chunk_size cuts input_ids, not inputs_embeds: pass one or the other")
         if past and not (total > past and tokens in (total, total - past)):
             raise CacheError(
                 f"the cache has seen {past} tokens, the input holds {tokens} and the attention mask {total}: pass the "
