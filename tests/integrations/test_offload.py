@@ -1,0 +1,171 @@
+"""Weights that are elsewhere between calls: accelerate's offloading and device maps change no result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import ModelHook, add_hook_to_module
+from torch import Tensor
+
+from mamba2_hf import Mamba2ForCausalLM, Mamba2ForSequenceClassification
+from mamba2_hf.layers import Mamba2Mixer
+from mamba2_hf.layers.sequence import sequence_layout
+
+pytestmark = pytest.mark.filterwarnings("ignore:`.*` was set to a device map")
+CPU = torch.device("cpu")
+
+
+def from_cpu(model: Any, folder: Path) -> Any:
+    cpu_offload(model, execution_device=CPU)
+    return model
+
+
+def from_disk(model: Any, folder: Path) -> Any:
+    disk_offload(model, str(folder), execution_device=CPU)
+    return model
+
+
+def dispatched(model: Any, folder: Path) -> Any:
+    return dispatch_model(model, {"": "cpu"}, force_hooks=True)
+
+
+def mapped(device_map: Any, **options: Any) -> Callable[[Any, Path], Any]:
+    def load(model: Any, folder: Path) -> Any:
+        model.save_pretrained(folder / "model")
+        options.setdefault("offload_folder", str(folder / "offload"))
+        return type(model).from_pretrained(folder / "model", device_map=device_map, **options)
+
+    return load
+
+
+SPLIT = {
+    "backbone.embeddings": "cpu",
+    "backbone.layers.0": "cpu",
+    "backbone.layers.1": "disk",
+    "backbone.norm_f": "cpu",
+    "lm_head": "disk",
+}
+PLACEMENTS: dict[str, Callable[[Any, Path], Any]] = {
+    "cpu_offload": from_cpu,
+    "disk_offload": from_disk,
+    "dispatch_model": dispatched,
+    "device_map of the cpu": mapped({"": "cpu"}),
+    "device_map auto": mapped("auto"),
+    "device_map auto, all on disk": mapped("auto", max_memory={"cpu": "20KB"}),
+    "device_map auto, over cpu and disk": mapped("auto", max_memory={"cpu": "45KB"}),
+    "device_map that splits the layers": mapped(SPLIT),
+}
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+class TestPlacements:
+    @pytest.fixture
+    def models(self, placement: str, make_model: Callable[..., Any], tmp_path: Path) -> Iterator[tuple[Any, Any]]:
+        """The same weights, placed and plain."""
+        placed = PLACEMENTS[placement](make_model(), tmp_path)
+        if "disk" in placement or "offload" in placement:
+            assert any(parameter.is_meta for parameter in placed.parameters())
+        with torch.no_grad():
+            yield placed, make_model()
+
+    def test_logits(self, models: tuple[Any, Any], input_ids: Tensor) -> None:
+        placed, plain = models
+        torch.testing.assert_close(placed(input_ids).logits, plain(input_ids).logits, atol=1e-5, rtol=1e-5)
+
+    def test_logits_of_padded_and_packed_batches(self, models: tuple[Any, Any], input_ids: Tensor) -> None:
+        placed, plain = models
+        mask = torch.ones_like(input_ids)
+        mask[0, :5] = 0
+        documents = (torch.arange(input_ids.shape[1]) // 6).expand_as(input_ids)
+        for named in ({"attention_mask": mask}, {"seq_idx": documents}):
+            expected = plain(input_ids, **named).logits
+            torch.testing.assert_close(placed(input_ids, **named).logits, expected, atol=1e-5, rtol=1e-5)
+
+    def test_cached_steps(self, models: tuple[Any, Any], input_ids: Tensor) -> None:
+        placed, plain = models
+        cache = placed(input_ids[:, :9], use_cache=True).past_key_values
+        steps = [placed(part, past_key_values=cache).logits for part in input_ids[:, 9:].split([1, 1, 4, 1, 1], 1)]
+        torch.testing.assert_close(torch.cat(steps, 1), plain(input_ids).logits[:, 9:], atol=1e-5, rtol=1e-5)
+
+    def test_generation(self, models: tuple[Any, Any], input_ids: Tensor) -> None:
+        placed, plain = models
+        for options in ({}, {"num_beams": 3}):
+            options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, **options}
+            assert torch.equal(placed.generate(input_ids, **options), plain.generate(input_ids, **options))
+
+    def test_attention_matrices(self, models: tuple[Any, Any], input_ids: Tensor) -> None:
+        placed, plain = models
+        expected = plain(input_ids, output_attentions=True).attentions
+        matrices = placed(input_ids, output_attentions=True).attentions
+        torch.testing.assert_close(matrices, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", [from_cpu, from_disk])
+def test_classification(
+    place: Callable[[Any, Path], Any], make_model: Callable[..., Any], input_ids: Tensor, tmp_path: Path
+) -> None:
+    placed = place(make_model(Mamba2ForSequenceClassification), tmp_path)
+    plain = make_model(Mamba2ForSequenceClassification)
+    with torch.no_grad():
+        torch.testing.assert_close(placed(input_ids).logits, plain(input_ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_tied_embeddings(make_model: Callable[..., Any], input_ids: Tensor, tmp_path: Path) -> None:
+    make_model(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    placed = Mamba2ForCausalLM.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory={"cpu": "20KB"}, offload_folder=str(tmp_path / "offload")
+    )
+    with torch.no_grad():
+        expected = make_model(tie_word_embeddings=True)(input_ids).logits
+        torch.testing.assert_close(placed(input_ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_offloaded_bf16_model_brings_its_fp32_parameters_in_fp32(
+    make_model: Callable[..., Any], input_ids: Tensor, tmp_path: Path
+) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    options = {"dtype": torch.bfloat16, "device_map": "auto"}
+    placed = Mamba2ForCausalLM.from_pretrained(
+        tmp_path / "model", max_memory={"cpu": "10KB"}, offload_folder=str(tmp_path / "offload"), **options
+    )
+    plain = Mamba2ForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    seen: dict[str, Any] = {}
+
+    class Look(ModelHook):
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.update({name: getattr(module, name).dtype for name in module.fp32_parameters})
+            return args, kwargs
+
+    add_hook_to_module(placed.backbone.layers[0].mixer, Look(), append=True)
+    with torch.no_grad():
+        torch.testing.assert_close(placed(input_ids).logits, plain(input_ids).logits, atol=0.02, rtol=0.02)
+    assert seen == dict.fromkeys(Mamba2Mixer.fp32_parameters, torch.float32)
+
+
+def test_layouts_and_states_follow_their_layer_to_its_device(make_model: Callable[..., Any], input_ids: Tensor) -> None:
+    """What accelerate does to the inputs of a layer on another device; "meta" stands in for one."""
+    mask = torch.ones_like(input_ids)
+    mask[0, :5] = 0
+    documents = (torch.arange(input_ids.shape[1]) // 6).expand_as(input_ids)
+    for named in ({"attention_mask": mask}, {"seq_idx": documents}, {"attention_mask": mask, "seq_idx": documents}):
+        layout = sequence_layout(2, 17, **named)
+        moved = layout.to("meta")
+        tensors = {name: tensor for name, tensor in vars(layout).items() if tensor is not None}
+        assert tensors
+        assert all(getattr(moved, name).is_meta for name in tensors)
+        assert moved.to("meta") is moved
+        hidden = layout.pack(torch.ones(2, 17, 3))
+        assert layout.unpack(hidden.to("meta")).shape == (2, 17, 3)
+    plain = sequence_layout(2, 17)
+    assert plain.to("meta") is plain
+    cache = make_model()(input_ids, use_cache=True).past_key_values
+    state = cache.layers[0]
+    assert state.to("meta") is state
+    assert state.ssm.is_meta
+    assert cache.to("meta") is cache
+    assert cache.layers[1].conv.is_meta
