@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import mamba2_hf
 
@@ -226,3 +228,17 @@ class TestRepository:
                 if place.search(line):
                     found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
         assert not found
+
+    def test_lowest_versions_are_those_that_are_tested(self):
+        lines = (ROOT / "constraints" / "lowest.txt").read_text(encoding="utf-8").splitlines()
+        lowest = dict(line.split("==") for line in lines if "==" in line)
+        requirements = [Requirement(text) for text in metadata.requires("mamba2-hf") or []]
+        floors = {
+            found.name: spec.version for found in requirements for spec in found.specifier if spec.operator == ">="
+        }
+        assert floors.pop("torch") == "2.11"
+        assert floors.keys() <= lowest.keys()
+        different = {
+            name: (floor, lowest[name]) for name, floor in floors.items() if Version(floor) != Version(lowest[name])
+        }
+        assert not different
