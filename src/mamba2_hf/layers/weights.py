@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .norm import GatedRMSNorm
 
 _PLAIN_TYPES = (nn.Conv1d, GatedRMSNorm)
+_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # torch.export traces with fake tensors
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -23,6 +25,6 @@ def plain_weight(module: nn.Module) -> Tensor | None:
     if any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__:
         return None
     weight: Any = module.weight
-    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
+    if type(weight) not in _PLAIN_TENSORS or weight.is_meta:
         return None
     return weight
