@@ -61,6 +61,15 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def known(condition: bool) -> bool:
+    """A condition on sizes, False where it depends on a size that a compiled or exported graph leaves open."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
 class _Chunks(NamedTuple):
     """Operands of the scan, cut into chunks, in the compute dtype."""
 
@@ -87,20 +96,25 @@ def _scan_rows(
 ) -> tuple[Tensor, Tensor]:
     """Every row is one sequence, or several told apart by ``seq_idx``."""
     tokens, dtype = x.shape[1], compute_dtype(x.dtype)
-    size = min(chunk_size, tokens)
-    pad = -tokens % size
+    size = tokens if known(tokens <= chunk_size) else chunk_size
+    count = (tokens + size - 1) // size
+    open_ = not (known(count == 1) or known(count > 1))
+    if open_:  # one more, of padding alone: a graph for many chunks does not serve one
+        count = (tokens + 2 * size - 1) // size
+    pad = count * size - tokens
 
     def cut(tensor: Tensor) -> Tensor:
-        padded = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, pad)) if pad else tensor
-        return padded.unflatten(1, (-1, size))
+        padded = tensor if known(pad == 0) else F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, pad))
+        return padded.unflatten(1, (count, size))
 
     dt = step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)
     chunks = _Chunks(cut(x.to(dtype)), cut(dt), cut(B.to(dtype)), cut(C.to(dtype)))
     document = None
     if seq_idx is not None:  # padding continues the last document, so that the final state is the last document's
-        document = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], 1).unflatten(1, (-1, size))
+        document = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], 1).unflatten(1, (count, size))
     y, states = _scan_chunks(chunks, A.to(dtype), initial_states, document=document)
-    y = y.flatten(1, 2)[:, :tokens]
+    y = y.flatten(1, 2)
+    y = y[:, torch.arange(tokens, device=y.device)] if open_ else y[:, :tokens]  # a slice's strides tell its length
     return _skip_and_gate(y, x, D, z), states[:, -1]
 
 
@@ -121,7 +135,7 @@ def _scan_packed(
 ) -> tuple[Tensor, Tensor]:
     """One row of documents, each with its own initial and final state: chunks start where documents start."""
     tokens, dtype = x.shape[1], compute_dtype(x.dtype)
-    size = min(chunk_size, tokens)
+    size = tokens if known(tokens <= chunk_size) else chunk_size
     layout = chunk_layout(cu_seqlens.to(x.device), tokens, size)
 
     def cut(tensor: Tensor) -> Tensor:
@@ -202,10 +216,9 @@ def _scan_chunks(
         cut = cut | is_first
     states = _pass_states(added, passes, cut.cumsum(1))  # (B, c, H, N, P) after each chunk
 
-    carried = F.pad(states[:, :-1], (0, 0) * 3 + (1, 0))
-    if initial_states is not None:
-        carried = torch.cat([first.expand(batch, -1, -1, -1, -1), carried[:, 1:]], 1)
-    elif restart is not None:
+    carried = states.roll(1, 1)
+    carried[:, 0] = 0 if initial_states is None else first[:, 0]
+    if restart is not None:
         carried = torch.where(is_first[:, None, None, None], given, carried)
     carried = carried.unflatten(2, (groups, per_group)).permute(0, 1, 2, 4, 3, 5).flatten(4)  # (B, c, G, N, H/G * P)
     read = (C.transpose(2, 3) @ carried).transpose(2, 3)  # (B, c, Q, G, H/G * P)
@@ -227,19 +240,21 @@ def _pass_states(added: Tensor, log_decay: Tensor, epoch: Tensor) -> Tensor:
         ``(B, c, H, N, P)``.
     """
     count = added.shape[1]
-    block = min(count, SCAN_BLOCK)
-    pad = -count % block
-    if pad:
+    block, blocks = count, 1  # also where a graph leaves the count open
+    if known(count > SCAN_BLOCK):
+        block, blocks = SCAN_BLOCK, (count + SCAN_BLOCK - 1) // SCAN_BLOCK
+    pad = blocks * block - count
+    if not known(pad == 0):
         added, log_decay = F.pad(added, (0, 0) * 3 + (0, pad)), F.pad(log_decay, (0, 0, 0, pad))
         epoch = torch.cat([epoch, epoch[:, -1:].expand(-1, pad)], 1)
-    added, log_decay, epoch = (t.unflatten(1, (-1, block)) for t in (added, log_decay, epoch))
+    added, log_decay, epoch = (t.unflatten(1, (blocks, block)) for t in (added, log_decay, epoch))
 
     a = log_decay.cumsum(2).transpose(2, 3)  # (B, k, H, r)
     mask = torch.ones(block, block, dtype=torch.bool, device=a.device).tril()
     mask = mask & (epoch[..., :, None] == epoch[..., None, :])[:, :, None]  # (B, k, 1, r, r)
     decay = torch.exp((a[..., :, None] - a[..., None, :]).masked_fill(~mask, -torch.inf))
     states = (decay @ added.transpose(2, 3).flatten(4)).unflatten(-1, added.shape[-2:])  # (B, k, H, r, N, P)
-    if states.shape[1] > 1:
+    if not known(blocks == 1):
         last = epoch[..., -1]  # (B, k)
         before = F.pad(last[:, :-1], (1, 0))  # (B, k) epoch of the state carried into each block
         carried = _pass_states(states[:, :, :, -1], a[..., -1], last)
