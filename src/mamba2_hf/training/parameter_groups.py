@@ -9,6 +9,8 @@ from torch import nn
 from ..layers import GatedRMSNorm, Mamba2Mixer, RMSNorm
 from ..layers.mixer import FP32_PARAMETERS
 
+_KEPT = {*FP32_PARAMETERS, "bias"}
+
 
 def no_decay_parameter_names(model: nn.Module) -> set[str]:
     """Names of the parameters of our layers inside ``model`` that weight decay would harm.
@@ -18,7 +20,8 @@ def no_decay_parameter_names(model: nn.Module) -> set[str]:
     names: set[str] = set()
     for prefix, module in model.named_modules():
         if isinstance(module, Mamba2Mixer):
-            kept = [*FP32_PARAMETERS, "conv1d.bias", "in_proj.bias", "out_proj.bias"]
+            # The last part of the name only: what wraps a projection (LoRA) puts its bias further down.
+            kept = [name for name, _ in module.named_parameters() if name.rpartition(".")[2] in _KEPT]
         elif isinstance(module, (RMSNorm, GatedRMSNorm)):
             kept = ["weight"]
         else:

@@ -1,0 +1,171 @@
+"""What importing the package changes, that it changes nothing else, and that a changed upstream breaks no import."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+)
+
+import mamba2_hf
+from mamba2_hf import registration
+from mamba2_hf.registration import when_imported
+
+AUTO_CLASSES = {
+    AutoModel: mamba2_hf.Mamba2Model,
+    AutoModelForCausalLM: mamba2_hf.Mamba2ForCausalLM,
+    AutoModelForPreTraining: mamba2_hf.Mamba2ForCausalLM,
+    AutoModelForSequenceClassification: mamba2_hf.Mamba2ForSequenceClassification,
+}
+
+
+@pytest.fixture
+def config() -> Any:
+    return mamba2_hf.Mamba2Config(
+        vocab_size=13, hidden_size=8, num_hidden_layers=1, num_heads=2, head_dim=8, n_groups=1, state_size=4
+    )
+
+
+class TestAutoClasses:
+    @pytest.mark.parametrize("auto", AUTO_CLASSES)
+    def test_build_our_models_from_our_config(self, auto: Any, config: Any) -> None:
+        assert type(auto.from_config(config)) is AUTO_CLASSES[auto]
+
+    @pytest.mark.parametrize("auto", AUTO_CLASSES)
+    def test_build_our_models_from_stock_files(self, auto: Any, config: Any, tmp_path: Path) -> None:
+        stock = transformers.Mamba2Config.from_dict(config.to_dict())
+        transformers.Mamba2ForCausalLM(stock).save_pretrained(tmp_path)
+        assert type(AutoConfig.from_pretrained(tmp_path)) is mamba2_hf.Mamba2Config
+        assert type(auto.from_pretrained(tmp_path)) is AUTO_CLASSES[auto]
+
+    def test_stock_classes_stay_reachable(self, config: Any, tmp_path: Path) -> None:
+        mamba2_hf.Mamba2ForCausalLM(config).save_pretrained(tmp_path)
+        stock = transformers.Mamba2ForCausalLM.from_pretrained(tmp_path)
+        assert type(stock).__module__.startswith("transformers.")
+        assert type(stock.config).__module__.startswith("transformers.")
+
+    def test_registering_again_changes_nothing(self, config: Any) -> None:
+        finders = list(sys.meta_path)
+        mamba2_hf.register()
+        mamba2_hf.register()
+        assert sys.meta_path == finders
+        assert type(AutoModelForCausalLM.from_config(config)) is mamba2_hf.Mamba2ForCausalLM
+
+
+class TestWhenImported:
+    @pytest.fixture
+    def package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+        """A package with a submodule, importable and forgotten afterwards."""
+        name = "package_that_only_this_test_knows"
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("from .part import number\n")
+        (tmp_path / name / "part.py").write_text("number = 1\n")
+        (tmp_path / name / "broken.py").write_text("raise RuntimeError('broken')\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        yield name
+        for module in [module for module in sys.modules if module.startswith(name)]:
+            del sys.modules[module]
+        for waiting in [waiting for waiting in registration._finder.then if waiting.startswith(name)]:
+            del registration._finder.then[waiting]
+
+    def test_calls_back_after_the_module_was_executed(self, package: str) -> None:
+        seen: list[int] = []
+        when_imported(f"{package}.part", lambda module: seen.append(module.number))
+        assert seen == []
+        importlib.import_module(package)
+        assert seen == [1]
+        importlib.import_module(f"{package}.part")
+        assert seen == [1]
+
+    def test_calls_back_at_once_if_it_is_imported_already(self, package: str) -> None:
+        part = importlib.import_module(f"{package}.part")
+        seen: list[ModuleType] = []
+        when_imported(f"{package}.part", seen.append)
+        assert seen == [part]
+
+    def test_looking_a_module_up_does_not_use_the_callback_up(self, package: str) -> None:
+        seen: list[ModuleType] = []
+        when_imported(package, seen.append)
+        assert importlib.util.find_spec(package) is not None
+        assert importlib.util.find_spec(package) is not None
+        assert seen == []
+        importlib.import_module(package)
+        assert len(seen) == 1
+
+    def test_calls_back_after_a_reload(self, package: str, tmp_path: Path) -> None:
+        seen: list[int] = []
+        part = importlib.import_module(f"{package}.part")
+        when_imported(f"{package}.part", lambda module: seen.append(module.number))
+        (tmp_path / package / "part.py").write_text("number = 'two'\n")
+        importlib.reload(part)
+        assert seen == [1, "two"]
+
+    def test_calls_back_once_for_many_threads(self, package: str) -> None:
+        seen: list[ModuleType] = []
+        when_imported(package, seen.append)
+        threads = [threading.Thread(target=importlib.import_module, args=(package,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(seen) == 1
+
+    def test_missing_and_broken_modules_fail_as_ever(self, package: str) -> None:
+        when_imported(f"{package}.missing", pytest.fail)
+        when_imported(f"{package}.broken", pytest.fail)
+        with pytest.raises(ModuleNotFoundError, match="missing"):
+            importlib.import_module(f"{package}.missing")
+        with pytest.raises(RuntimeError, match="broken"):
+            importlib.import_module(f"{package}.broken")
+
+    def test_the_module_looks_as_if_nothing_had_happened(self, package: str) -> None:
+        when_imported(f"{package}.part", lambda module: None)
+        part = importlib.import_module(f"{package}.part")
+        assert part.__spec__ is not None
+        assert type(part.__loader__).__name__ == "SourceFileLoader"
+        assert part.__loader__.get_source(part.__name__) == "number = 1\n"
+
+
+class TestChangedUpstream:
+    """Functions that are wrapped may go away: that must not break the import that they are part of."""
+
+    def test_trainer_without_the_function_warns(self) -> None:
+        for trainer in (SimpleNamespace(), SimpleNamespace(Trainer=type("Trainer", (), {}))):
+            with pytest.warns(UserWarning, match="mamba2_hf.parameter_groups"):
+                registration._keep_decay_off(trainer)
+
+    def test_peft_without_refusals_needs_nothing(self) -> None:
+        module = SimpleNamespace()
+        registration._allow_lora_everywhere(module)
+        registration._name_lora_targets(module)
+        assert vars(module) == {}
+
+    def test_peft_s_own_defaults_stand(self) -> None:
+        mapping = {"mamba2": ["in_proj"]}
+        registration._name_lora_targets(SimpleNamespace(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING=mapping))
+        assert mapping == {"mamba2": ["in_proj"]}
+
+    def test_wrapping_twice_is_wrapping_once(self) -> None:
+        class Trainer:
+            def get_decay_parameter_names(self, model: Any) -> list[str]:
+                return [name for name, _ in model.named_parameters()]
+
+        module = SimpleNamespace(Trainer=Trainer)
+        registration._keep_decay_off(module)
+        once = Trainer.get_decay_parameter_names
+        registration._keep_decay_off(module)
+        assert Trainer.get_decay_parameter_names is once
