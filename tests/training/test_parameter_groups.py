@@ -77,7 +77,7 @@ def test_biases_inside_adapters_are_biases(model: nn.Module) -> None:
         f"{projection}.lora_{matrix}" for projection in ("in_proj", "out_proj") for matrix in "AB"
     }
     assert all(name.endswith("bias") for name in names_of(adapted, kept))
-    assert len(kept["params"]) == 2 * 4  # in_proj, conv1d, out_proj and dt_bias of each layer
+    assert len(kept["params"]) == 2 * 3  # in_proj, conv1d and out_proj of each layer
 
 
 def test_feed_an_optimizer(model: nn.Module) -> None:
