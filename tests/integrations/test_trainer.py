@@ -158,12 +158,10 @@ class TestTraining:
     def test_gradient_checkpointing_changes_no_loss(self, make_trainer: Callable[..., Any]) -> None:
         plain, checkpointed = make_trainer(), make_trainer(**{CHECKPOINTING: True})
         runs: list[int] = []
-        checkpointed.model.backbone.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
-        mixer = checkpointed.model.backbone.layers[0].mixer
-        mixer.register_forward_pre_hook(lambda *_: runs.append(2))
+        checkpointed.model.backbone.layers[0].mixer.register_forward_pre_hook(lambda *_: runs.append(1))
         plain.train()
         checkpointed.train()
-        assert runs == [1, 2, 2] * 4  # each mixer once more for its backward
+        assert len(runs) == 2 * 4  # the mixer once more for the backward of each step
         assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
 
     def test_bf16_autocast_stays_near_fp32(self, make_trainer: Callable[..., Any]) -> None:

@@ -68,6 +68,7 @@ class Mamba2Config(PreTrainedConfig):
     """
 
     model_type = "mamba2"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]  # Trainer gathers the other outputs
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
         "embeddings": "free_full_weight",
         "layers.*": "free_full_weight",

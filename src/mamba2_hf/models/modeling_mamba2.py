@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -579,6 +580,20 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 else:
                     moved = embeds[:, -new:].gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
                     model_kwargs["inputs_embeds"] = torch.cat([embeds[:, :-new], moved], 1)
+        chunk = generation_config.prefill_chunk_size
+        if past and chunk is not None:
+            # Before transformers 5.21, generate reads the mask of a continuation's chunks from its first column on.
+            for start in range(0, new - chunk, chunk):
+                self(
+                    input_ids[:, start : start + chunk],
+                    attention_mask=None if mask is None else mask[:, : past + start + chunk],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+            input_ids = input_ids[:, (new - 1) // chunk * chunk :]
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     @staticmethod
