@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArgumentError
+
 
 class KeepsFp32(nn.Module):
     """A module whose ``fp32_parameters`` no cast reaches.
@@ -40,10 +42,25 @@ class KeepsFp32(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 registers the sharded parameter here, and the gathered one for as long as the module runs.
         if name in self.fp32_parameters:
-            sharded = _gather_as_stored(value)
-            if not sharded and self.gathered_grad_dtype is not None:
+            if _gather_as_stored(value):
+                self._refuse_mixed_group(name, value)
+            elif self.gathered_grad_dtype is not None:
                 value.grad_dtype = self.gathered_grad_dtype
         super().__setattr__(name, value)
+
+    def _refuse_mixed_group(self, name: str, parameter: Tensor) -> None:
+        """FSDP2 would refuse trainable parameters of several dtypes too, but only in the first forward."""
+        from torch.distributed.fsdp import FSDPModule  # there is a sharded parameter, so there is torch.distributed
+
+        together = (child for child in self.children() if not isinstance(child, FSDPModule))
+        for other in (other for child in together for other in child.parameters()):
+            if parameter.requires_grad and other.requires_grad and other.dtype != parameter.dtype:
+                raise ArgumentError(
+                    f"fully_shard got {name} in {parameter.dtype} together with weights in {other.dtype}, and FSDP2 "
+                    "trains one dtype per group: load the model with dtype=torch.float32 and have it gathered in "
+                    f"{other.dtype} by MixedPrecisionPolicy(param_dtype={other.dtype}), or shard it with "
+                    "mamba2_hf.training.fully_shard_model, which makes groups of their own"
+                )
 
 
 class _StoredShard(Tensor):

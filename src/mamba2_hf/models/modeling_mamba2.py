@@ -131,6 +131,16 @@ class Mamba2PreTrainedModel(PreTrainedModel):
         config.validate()  # fields that were assigned one by one have not been judged together yet
         super().__init__(config, *args, **kwargs)
 
+    def init_parallel_plans(self) -> None:
+        """As in transformers. FSDP2 trains one dtype per group, so that beside half-precision weights the fp32
+        parameters of a mixer cannot be in the group of their block: its modules are sharded one by one.
+        """
+        super().init_parallel_plans()
+        if self.base_model is self and self.dtype in (torch.float16, torch.bfloat16):
+            style = self._fsdp_plan.pop("layers.*")
+            parts = ("norm", "mixer.in_proj", "mixer.conv1d", "mixer.norm", "mixer.out_proj")
+            self._fsdp_plan.update({f"layers.*.{part}": style for part in parts})
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The original's initialization; every write goes through ``transformers.initialization``, which leaves loaded
@@ -423,6 +433,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
     accepts_loss_kwargs = True
 
     def __init__(self, config: Mamba2Config) -> None:
@@ -649,6 +660,8 @@ def _refuse_packed(model_kwargs: dict[str, Any]) -> None:
 
 class Mamba2ForSequenceClassification(Mamba2PreTrainedModel):
     """Backbone and a linear head that reads the last token of each sequence."""
+
+    _fsdp_plan = {"score": "keep_full_weight"}
 
     def __init__(self, config: Mamba2Config) -> None:
         super().__init__(config)

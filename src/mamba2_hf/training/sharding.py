@@ -1,0 +1,34 @@
+"""FSDP2 for models in half precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..models.modeling_mamba2 import Mamba2Block
+
+
+def fully_shard_model(model: nn.Module, **options: Any) -> nn.Module:
+    """Applies ``torch.distributed.fsdp.fully_shard`` to every block and to the model, in place.
+
+    It is needed for models that train in half precision without fp32 master weights: FSDP2 trains one dtype per group,
+    and ``A_log``, ``D`` and ``dt_bias`` are fp32, so the other weights of a block become a group of their own. A model
+    loaded in fp32 can be sharded in any way, with ``MixedPrecisionPolicy(param_dtype=torch.bfloat16)`` or without; the
+    three are fp32 inside the forward all the same.
+
+    Args:
+        model: holds :class:`Mamba2Block`s.
+        options: of ``fully_shard``: ``mesh``, ``mp_policy``, ``reshard_after_forward``, ``offload_policy``, ...
+
+    Returns:
+        ``model``.
+    """
+    from torch.distributed.fsdp import fully_shard  # not in every build of PyTorch
+
+    for block in [module for module in model.modules() if isinstance(module, Mamba2Block)]:
+        if len({parameter.dtype for parameter in block.parameters() if parameter.requires_grad}) > 1:
+            fully_shard([block.norm, *block.mixer.children()], **options)
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    return model
