@@ -204,6 +204,7 @@ def train(
     batch: Annotated[int | None, typer.Option(help=f"Windows per step [default: {Recipe.batch}].")] = None,
     window: Annotated[int | None, typer.Option(help=f"Tokens per window [default: {Recipe.window}].")] = None,
     learning_rate: Annotated[float | None, typer.Option(help=f"Peak [default: {Recipe.learning_rate}].")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help=f"On matrices [default: {Recipe.weight_decay}].")] = None,
     hidden_size: Annotated[int | None, typer.Option(help=f"Width [default: {Recipe.hidden_size}].")] = None,
     layers: Annotated[int | None, typer.Option(help=f"Depth [default: {Recipe.layers}].")] = None,
     state_size: Annotated[int | None, typer.Option(help=f"N [default: {Recipe.state_size}].")] = None,
@@ -434,7 +435,9 @@ def export(model: Mamba2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder:
         if name.rpartition(".")[2] not in FLOAT32:
             parameter.data = parameter.data.bfloat16()
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model.generation_config = GenerationConfig(do_sample=True, temperature=0.5, top_p=0.95, max_new_tokens=128, **ids)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.7, top_p=0.9, repetition_penalty=1.15, max_new_tokens=128, **ids
+    )
     model.save_pretrained(folder)
 
 
