@@ -75,6 +75,7 @@ class Mamba2Config(PreTrainedConfig):
         "norm_f": "keep_full_weight",
     }
     base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
+        "embeddings": "embedding_rowwise",
         "layers.*.mixer.in_proj": "colwise_gather_output",
         "layers.*.mixer.out_proj": "rowwise_split_input",
     }

@@ -1,0 +1,585 @@
+"""One of the processes that ``test_distributed.py`` starts: runs the checks of a suite and writes down how each went.
+
+Not collected by pytest. Every process runs the same checks in the same order; the first that fails is the last.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from mamba2_hf import Mamba2Config, Mamba2ForCausalLM
+from mamba2_hf.errors import ArgumentError
+from mamba2_hf.layers import Mamba2Mixer
+from mamba2_hf.training import fully_shard_model
+
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+FP32 = Mamba2Mixer.fp32_parameters
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+CHECKS: dict[str, dict[str, Callable[[Path], None]]] = {"fsdp": {}, "transformers": {}}
+
+
+def check(suite: str) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
+    def add(function: Callable[[Path], None]) -> Callable[[Path], None]:
+        CHECKS[suite][function.__name__] = function
+        return function
+
+    return add
+
+
+def make_model(heads: int = 5, **changes: Any) -> Any:
+    """By default with heads that no two processes can share evenly."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 62,
+        "hidden_size": 4 * heads,
+        "num_hidden_layers": 2,
+        "num_heads": heads,
+        "head_dim": 8,
+        "n_groups": 1,
+        "state_size": 8,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return Mamba2ForCausalLM(Mamba2Config(**{**sizes, **changes})).eval()
+
+
+def shard(model: Any, **options: Any) -> Any:
+    """As users of FSDP2 do it: every block, then the model."""
+    for block in model.backbone.layers:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+IDS = torch.randint(3, 62, (2 * WORLD, 17), generator=torch.Generator().manual_seed(1))
+PARTS = IDS.chunk(WORLD)
+MINE = PARTS[RANK]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    one, other = whole(one).detach().double(), whole(other).detach().double()
+    return float((one - other).norm() / other.norm())
+
+
+def mean_over_processes(value: Tensor) -> float:
+    value = value.detach().clone()
+    dist.all_reduce(value)
+    return float(value / WORLD)
+
+
+@contextmanager
+def dtypes_inside(model: nn.Module) -> Iterator[dict[str, torch.dtype]]:
+    """The dtypes of the parameters of every mixer, while it runs."""
+    seen: dict[str, torch.dtype] = {}
+    mixers = [module for module in model.modules() if isinstance(module, Mamba2Mixer)]
+
+    def look(mixer: nn.Module, args: Any) -> None:
+        for name, parameter in mixer.named_parameters():
+            assert not isinstance(parameter, DTensor), name
+            seen[name] = parameter.dtype
+
+    handles = [mixer.register_forward_pre_hook(look) for mixer in mixers]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+def assert_fp32_inside(seen: dict[str, torch.dtype], others: torch.dtype) -> None:
+    assert seen
+    for name, dtype in seen.items():
+        assert dtype == (torch.float32 if name in FP32 else others), (name, dtype)
+
+
+def assert_trains_like(reference: Any, model: Any, tolerance: float, steps: int = 3, rate: float = 1e-2) -> None:
+    """Losses of ``steps`` steps, and gradients of each, against one process that sees all parts one by one."""
+    one = torch.optim.AdamW(reference.parameters(), lr=rate)
+    other = torch.optim.AdamW(model.parameters(), lr=rate)
+    for step in range(steps):
+        expected = 0.0
+        for part in PARTS:
+            loss = reference(part, labels=part).loss / WORLD
+            loss.backward()
+            expected += loss.item()
+        loss = model(MINE, labels=MINE).loss
+        loss.backward()
+        assert abs(mean_over_processes(loss) - expected) < tolerance * expected, (step, loss, expected)
+        for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+            assert p.grad is not None, name
+            assert p.grad.dtype == p.dtype, name
+            # AdamW turns a rounding of a gradient near zero into a whole step: later steps drift, the first does not.
+            limit = tolerance if step == 0 else 20 * tolerance
+            assert distance(p.grad, q.grad) < limit, (step, name, distance(p.grad, q.grad))
+        for optimizer in (one, other):
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@check("fsdp")
+def fp32_trains_as_one_process_does(folder: Path) -> None:
+    assert_trains_like(make_model(), shard(make_model()), 1e-5)
+
+
+@check("fsdp")
+def mixed_precision_gathers_the_three_as_they_are(folder: Path) -> None:
+    reference, model = make_model(), shard(make_model(), mp_policy=BF16)
+    equal: list[bool] = []
+
+    def compare(mixer: Any, args: Any) -> None:
+        expected = reference.backbone.layers[0].mixer
+        equal.extend(torch.equal(getattr(mixer, name), getattr(expected, name)) for name in FP32)
+
+    model.backbone.layers[0].mixer.register_forward_pre_hook(compare)
+    with dtypes_inside(model) as seen, torch.no_grad():
+        model(MINE)
+        model(MINE)
+    assert_fp32_inside(seen, torch.bfloat16)
+    assert equal == [True] * 6
+
+
+@check("fsdp")
+def mixed_precision_trains_as_one_process_in_bf16_does(folder: Path) -> None:
+    """The reference holds what FSDP2 gathers: bf16 weights, the three in fp32. Gradients are rounded to bf16."""
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    model = shard(make_model(), mp_policy=policy).train()
+    reference = make_model().bfloat16().train()
+    assert_trains_like(reference, model, 0.01, steps=1)
+
+
+@check("fsdp")
+def mixed_precision_follows_the_loss_curve_of_fp32(folder: Path) -> None:
+    reference, model = make_model().train(), shard(make_model(), mp_policy=BF16).train()
+    curves: list[list[float]] = [[], []]
+    for curve, module, parts in ((curves[0], reference, [IDS]), (curves[1], model, [MINE])):
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        for _ in range(3):
+            (ids,) = parts
+            loss = module(ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(mean_over_processes(loss))
+    assert all(abs(a - b) < 0.005 * a for a, b in zip(*curves, strict=True)), curves
+    assert curves[0][-1] < 0.9 * curves[0][0]
+    for name, p in model.named_parameters():
+        assert p.dtype == torch.float32, name
+
+
+@check("fsdp")
+def every_option_of_fully_shard(folder: Path) -> None:
+    with torch.no_grad():
+        expected = make_model()(MINE).logits
+    options: list[dict[str, Any]] = [
+        {"reshard_after_forward": False},
+        {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+        {"mesh": init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("replicate", "shard"))},
+        {"mesh": init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("replicate", "shard"))},
+    ]
+    for option in options:
+        model = shard(make_model(), mp_policy=BF16, **option).train()
+        with dtypes_inside(model) as seen:
+            for _ in range(2):
+                out = model(MINE, labels=MINE)
+                out.loss.backward()
+        assert_fp32_inside(seen, torch.bfloat16)
+        assert distance(out.logits, expected) < 0.03
+        assert all(p.grad is not None for p in model.parameters())
+
+
+@check("fsdp")
+def every_kind_of_optimizer(folder: Path) -> None:
+    expected: dict[str, Tensor] = {}
+    for kind in ({"foreach": False}, {"foreach": True}, {"fused": True}):
+        model = shard(make_model(), mp_policy=BF16).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **kind)
+        for _ in range(2):
+            model(MINE, labels=MINE).loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(whole(p).detach(), expected.setdefault(name, whole(p).detach()))
+
+
+@check("fsdp")
+def gradient_checkpointing_and_accumulation_change_no_gradient(folder: Path) -> None:
+    plain = shard(make_model(), mp_policy=BF16).train()
+    plain(MINE, labels=MINE).loss.backward()
+
+    checkpointed = make_model().train()
+    checkpointed.gradient_checkpointing_enable()
+    shard(checkpointed, mp_policy=BF16)(MINE, labels=MINE).loss.backward()
+
+    accumulated = shard(make_model(), mp_policy=BF16).train()
+    for last in (False, True):
+        accumulated.set_requires_gradient_sync(last)
+        (accumulated(MINE, labels=MINE).loss / 2).backward()
+
+    for name, p in plain.named_parameters():
+        for other in (checkpointed, accumulated):
+            assert distance(other.get_parameter(name).grad, p.grad) < 0.02, name
+
+
+@check("fsdp")
+def states_are_those_of_the_plain_model_and_go_round(folder: Path) -> None:
+    plain = make_model()
+    trained = shard(make_model(), mp_policy=BF16).train()
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
+    trained(MINE, labels=MINE).loss.backward()
+    optimizer.step()
+    full = get_model_state_dict(trained, options=StateDictOptions(full_state_dict=True))
+    assert list(full) == list(plain.state_dict())
+    sharded = get_model_state_dict(trained)
+    assert {type(value.to_local()) for value in sharded.values()} == {Tensor}
+
+    # a whole file, on every process
+    plain.load_state_dict(full)
+    again = shard(make_model().requires_grad_(True), mp_policy=BF16)
+    set_model_state_dict(again, dict(full), options=StateDictOptions(full_state_dict=True))
+    # the shards of every process
+    states = {"model": sharded, "optimizer": get_optimizer_state_dict(trained, optimizer)}
+    dcp.save(states, checkpoint_id=folder / "dcp")
+    resumed = shard(make_model(), mp_policy=BF16).train()
+    other = torch.optim.AdamW(resumed.parameters(), lr=1e-2)
+    states = {"model": get_model_state_dict(resumed), "optimizer": get_optimizer_state_dict(resumed, other)}
+    dcp.load(states, checkpoint_id=folder / "dcp")
+    set_model_state_dict(resumed, states["model"])
+    set_optimizer_state_dict(resumed, other, states["optimizer"])
+    # plain pickles, read without trusting them
+    file = io.BytesIO()
+    torch.save({name: value.to_local() for name, value in trained.state_dict().items()}, file)
+    file.seek(0)
+    for name, value in torch.load(file, weights_only=True).items():
+        assert torch.equal(value, sharded[name].to_local())
+
+    for name, value in full.items():
+        for model in (again, resumed):
+            assert torch.equal(whole(model.state_dict()[name]), value), name
+    for module, optim in ((trained, optimizer), (resumed, other)):
+        optim.zero_grad()
+        with dtypes_inside(module) as seen:
+            module(MINE, labels=MINE).loss.backward()
+        assert_fp32_inside(seen, torch.bfloat16)
+        optim.step()
+    for name, value in trained.state_dict().items():
+        assert torch.equal(value.to_local(), resumed.state_dict()[name].to_local()), name
+    with torch.no_grad():
+        assert distance(again(MINE).logits, plain(MINE).logits) < 0.03
+
+
+@check("fsdp")
+def weights_may_come_after_sharding(folder: Path) -> None:
+    """Made on the meta device, sharded, given memory, filled: in place and by assignment."""
+    state = make_model().state_dict()
+    for assign in (False, True):
+        with torch.device("meta"):
+            model = make_model()
+        shard(model, mp_policy=BF16)
+        if assign:
+            shards = {
+                name: torch.distributed.tensor.distribute_tensor(state[name], value.device_mesh, value.placements)
+                for name, value in model.state_dict().items()
+            }
+            model.load_state_dict(shards, assign=True)
+        else:
+            model.to_empty(device="cpu")
+            set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
+        for _ in range(2):
+            with dtypes_inside(model) as seen:
+                loss = model(MINE, labels=MINE).loss
+            loss.backward()
+            assert_fp32_inside(seen, torch.bfloat16)
+        with torch.no_grad():
+            assert distance(loss, make_model()(MINE, labels=MINE).loss) < 0.01
+
+
+@check("fsdp")
+def casts_after_sharding_leave_the_three_alone(folder: Path) -> None:
+    model = shard(make_model().requires_grad_(False))
+    model.bfloat16()
+    with dtypes_inside(model) as seen, torch.no_grad():
+        model(MINE)
+    assert_fp32_inside(seen, torch.bfloat16)
+
+
+@check("fsdp")
+def half_precision_is_refused_in_one_group_and_trained_in_two(folder: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"MixedPrecisionPolicy\(param_dtype=torch.bfloat16\).*fully_shard_model"):
+        shard(make_model().bfloat16())
+
+    frozen = shard(make_model().bfloat16().requires_grad_(False))
+    with dtypes_inside(frozen) as seen, torch.no_grad():
+        frozen(MINE)
+    assert_fp32_inside(seen, torch.bfloat16)
+
+    for policy in (MixedPrecisionPolicy(), MixedPrecisionPolicy(torch.bfloat16, torch.float32)):
+        model = fully_shard_model(make_model().bfloat16(), mp_policy=policy).train()
+        with dtypes_inside(model) as seen:
+            assert_trains_like(make_model().bfloat16().train(), model, 0.03, steps=1, rate=1e-3)
+        assert_fp32_inside({name: seen[name] for name in FP32}, torch.bfloat16)
+        model.eval()
+        with torch.no_grad():
+            tokens = model.generate(MINE, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        assert tokens.shape == (2, 21)
+
+    whole_precision = fully_shard_model(make_model())
+    assert not isinstance(whole_precision.backbone.layers[0].norm, FSDPModule)
+    assert_trains_like(make_model(), whole_precision, 1e-5, steps=1)
+
+
+@check("fsdp")
+def generation_and_attention_matrices(folder: Path) -> None:
+    plain, model = make_model(), shard(make_model())
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad():
+        assert torch.equal(model.generate(MINE, **options), plain.generate(MINE, **options))
+        expected = plain(MINE, output_attentions=True).attentions
+        torch.testing.assert_close(model(MINE, output_attentions=True).attentions, expected)
+
+
+@check("fsdp")
+def lora_on_a_sharded_model(folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def adapted() -> Any:
+        model = get_peft_model(make_model(), LoraConfig(r=2, init_lora_weights=False))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_" in name:
+                    p.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        return model
+
+    reference, model = adapted(), adapted()
+    for block in model.base_model.model.backbone.layers:
+        fully_shard(block, mp_policy=BF16)
+    fully_shard(model, mp_policy=BF16)
+    for part in PARTS:
+        (reference(part, labels=part).loss / WORLD).backward()
+    with dtypes_inside(model) as seen:
+        model(MINE, labels=MINE).loss.backward()
+    assert_fp32_inside({name: seen[name] for name in FP32}, torch.bfloat16)
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        assert q.grad is None or distance(p.grad, q.grad) < 0.05, name
+
+
+@check("fsdp")
+def the_way_accelerate_shards(folder: Path) -> None:
+    """Its FSDP2 wants a GPU; what it does to the model is this one function."""
+    from accelerate import PartialState
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    PartialState(cpu=True)  # its logger asks for it
+    for cpu_ram_efficient_loading in (False, True):
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            cpu_ram_efficient_loading=cpu_ram_efficient_loading,
+        )
+        plugin.set_mixed_precision("bf16")
+        accelerator = SimpleNamespace(
+            state=SimpleNamespace(fsdp_plugin=plugin),
+            torch_device_mesh=None,
+            mixed_precision="bf16",
+            is_main_process=RANK == 0,
+            device=torch.device("cpu"),
+        )
+        loaded = make_model().bfloat16()  # accelerate makes fp32 master weights of it
+        reference = copy.deepcopy(loaded).train()
+        model = fsdp2_prepare_model(accelerator, loaded).train()
+        assert isinstance(model.backbone.layers[0], FSDPModule)
+        with dtypes_inside(model) as seen:
+            loss = model(MINE, labels=MINE).loss
+            loss.backward()
+        assert_fp32_inside(seen, torch.bfloat16)
+        for part in PARTS:
+            (reference(part, labels=part).loss / WORLD).backward()
+        for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+            assert p.grad.dtype == torch.float32, name
+            assert distance(p.grad, q.grad) < 0.1, (name, distance(p.grad, q.grad))
+
+
+@check("fsdp")
+def distributed_data_parallel(folder: Path) -> None:
+    model = nn.parallel.DistributedDataParallel(make_model())
+    reference = make_model()
+    for part in PARTS:
+        (reference(part, labels=part).loss / WORLD).backward()
+    model(MINE, labels=MINE).loss.backward()
+    for (name, p), q in zip(model.module.named_parameters(), reference.named_parameters(), strict=True):
+        assert distance(p.grad, q[1].grad) < 1e-5, name
+
+
+def saved(folder: Path, **changes: Any) -> Path:
+    path = folder / "model"
+    if RANK == 0:
+        make_model(6, n_groups=2, use_bias=True, **changes).save_pretrained(path)
+    dist.barrier()
+    return path
+
+
+def load(path: Path, **config: Any) -> Any:
+    from transformers.distributed import DistributedConfig
+
+    dtype = config.pop("dtype", torch.float32)
+    return Mamba2ForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(**config), dtype=dtype)
+
+
+def assert_saves_like(model: Any, plain: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    dist.barrier()
+    again = Mamba2ForCausalLM.from_pretrained(folder, dtype=plain.dtype).state_dict()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(again[name], value), name
+
+
+@check("transformers")
+def tensor_parallel_plan(folder: Path) -> None:
+    path = saved(folder)
+    plain, model = Mamba2ForCausalLM.from_pretrained(path), load(path, tp_size=WORLD, tp_plan="auto")
+    mixer = model.backbone.layers[0].mixer
+    for split in (mixer.in_proj, mixer.out_proj, model.lm_head):
+        assert split.weight.to_local().numel() == split.weight.numel() // WORLD
+    mask = torch.ones_like(MINE)
+    mask[0, :5] = 0
+    same = PARTS[0]  # the processes share a batch
+    with torch.no_grad():
+        for named in ({}, {"attention_mask": mask}):
+            torch.testing.assert_close(model(same, **named).logits, plain(same, **named).logits, atol=1e-5, rtol=1e-5)
+        for options in ({}, {"num_beams": 2}):
+            options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, **options}
+            assert torch.equal(model.generate(same, **options), plain.generate(same, **options))
+    model(same, labels=same).loss.backward()
+    plain(same, labels=same).loss.backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert distance(p.grad, q.grad) < 1e-4, name
+    assert_saves_like(model, plain, folder / "again")
+
+
+@check("transformers")
+def tensor_parallel_half_precision_and_tied(folder: Path) -> None:
+    path = saved(folder, tie_word_embeddings=True)
+    plain = Mamba2ForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model = load(path, tp_size=WORLD, tp_plan="auto", dtype=torch.bfloat16)
+    with torch.no_grad(), dtypes_inside(plain) as seen:
+        assert distance(model(PARTS[0]).logits, plain(PARTS[0]).logits) < 0.02
+    assert_fp32_inside(seen, torch.bfloat16)
+    assert model.backbone.layers[0].mixer.A_log.dtype == torch.float32
+
+
+def fsdp_plan(folder: Path, dtype: torch.dtype, mixed: bool, **changes: Any) -> None:
+    path = saved(folder, **changes)
+    plain = Mamba2ForCausalLM.from_pretrained(path, dtype=dtype)
+    model = load(path, fsdp_size=WORLD, fsdp_mixed_precision=mixed, dtype=dtype)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    assert_saves_like(model, plain, folder / "again")
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    half = dtype == torch.bfloat16 or mixed
+    with torch.no_grad():
+        assert distance(model(MINE).logits, plain(MINE).logits) < (0.03 if half else 1e-5)
+        tokens = model.generate(MINE, **options)
+        assert half or torch.equal(tokens, plain.generate(MINE, **options))
+    with dtypes_or_shards_inside(model) as seen:
+        model.train()(MINE, labels=MINE).loss.backward()
+    assert seen == dict.fromkeys(FP32, torch.float32)
+    reference = Mamba2ForCausalLM.from_pretrained(path, dtype=torch.float32).train()
+    for part in PARTS:
+        (reference(part, labels=part).loss / WORLD).backward()
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert distance(p.grad, q.grad) < (0.15 if half else 1e-4), (name, distance(p.grad, q.grad))
+
+
+@contextmanager
+def dtypes_or_shards_inside(model: Any) -> Iterator[dict[str, torch.dtype]]:
+    """The dtypes of the three; modules that are sharded by themselves still hold shards when the mixer starts."""
+    seen: dict[str, torch.dtype] = {}
+
+    def look(mixer: Any, args: Any) -> None:
+        seen.update({name: getattr(mixer, name).dtype for name in FP32})
+
+    handle = model.backbone.layers[0].mixer.register_forward_pre_hook(look)
+    yield seen
+    handle.remove()
+
+
+@check("transformers")
+def fsdp_plan_in_fp32(folder: Path) -> None:
+    fsdp_plan(folder, torch.float32, mixed=False)
+
+
+@check("transformers")
+def fsdp_plan_in_mixed_precision(folder: Path) -> None:
+    fsdp_plan(folder, torch.float32, mixed=True)
+
+
+@check("transformers")
+def fsdp_plan_in_bf16(folder: Path) -> None:
+    fsdp_plan(folder, torch.bfloat16, mixed=False)
+
+
+@check("transformers")
+def fsdp_plan_in_bf16_and_mixed_precision(folder: Path) -> None:
+    fsdp_plan(folder, torch.bfloat16, mixed=True)
+
+
+@check("transformers")
+def fsdp_plan_with_tied_embeddings(folder: Path) -> None:
+    fsdp_plan(folder, torch.float32, mixed=False, tie_word_embeddings=True)
+
+
+def main(suite: str, folder: Path, *only: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    results: dict[str, str] = {}
+    for name, function in CHECKS[suite].items():
+        if only and name not in only:
+            continue
+        here = folder / name
+        here.mkdir(exist_ok=True)
+        dist.barrier()
+        try:
+            function(here)
+        except BaseException:
+            results[name] = traceback.format_exc()
+        else:
+            results[name] = "passed"
+        (folder / f"{suite}-{RANK}.json").write_text(json.dumps(results))
+        if results[name] != "passed":
+            os._exit(1)  # the other processes may wait for this one: let them fail at once
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
