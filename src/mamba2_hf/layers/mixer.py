@@ -146,14 +146,15 @@ class Mamba2Mixer(KeepsFp32):
         seq_idx = layout.seq_idx
         if layout.cu_seqlens is not None:
             positions = torch.arange(dt.shape[1], device=dt.device)
-            seq_idx = torch.searchsorted(layout.cu_seqlens[1:].to(positions), positions, right=True)[None]
-        return ops.ssd_attention_matrix(
-            *(dt, self.A, B, C),
+            seq_idx = layout.align(torch.searchsorted(layout.cu_seqlens[1:].to(positions), positions, right=True)[None])
+        matrix = ops.ssd_attention_matrix(
+            *(layout.align(dt), self.A, layout.align(B), layout.align(C)),
             dt_bias=self.dt_bias,
             dt_softplus=True,
             dt_limit=self.dt_limit,
             seq_idx=seq_idx,
         )
+        return layout.unalign_matrix(matrix)
 
     @property
     def A(self) -> Tensor:

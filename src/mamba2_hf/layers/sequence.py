@@ -67,13 +67,22 @@ class SequenceLayout:
         counts = keep.view(*keep.shape, *[1] * (tensor.dim() - 2))
         return torch.where(counts, tensor[0, slot].unflatten(0, tuple(keep.shape)), 0)
 
-    def unpack_matrix(self, matrix: Tensor) -> Tensor:
-        """``(1, H, R, R)`` attention of the packed row to ``(B, H, T, T)``; rows and columns of padding are zero."""
-        slot, keep = self.to(matrix.device).slot, self.to(matrix.device).keep
+    def align(self, tensor: Tensor) -> Tensor:
+        """``(1, R, ...)`` to ``(B, T, ...)`` with the tokens of each row at its left; behind them is anything."""
+        slot, keep = self.to(tensor.device).slot, self.to(tensor.device).keep
         if slot is None or keep is None:
+            return tensor
+        order = torch.argsort(~keep, dim=1, stable=True)  # (B, T) positions that count, then padding
+        return tensor[0, slot.view(keep.shape).gather(1, order)]
+
+    def unalign_matrix(self, matrix: Tensor) -> Tensor:
+        """``(B, H, T, T)`` over aligned rows to the batch's own positions; rows and columns of padding are zero."""
+        keep = self.to(matrix.device).keep
+        if keep is None:
             return matrix
-        slots = slot.view(keep.shape)  # (B, T)
-        matrix = matrix[0][:, slots[:, :, None], slots[:, None, :]].transpose(0, 1)  # (B, H, T, T)
+        position = (keep.long().cumsum(1) - 1).clamp(min=0)  # (B, T) of each token in its aligned row
+        row = torch.arange(len(keep), device=matrix.device)[:, None, None]
+        matrix = matrix[row, :, position[:, :, None], position[:, None, :]].permute(0, 3, 1, 2)
         return torch.where((keep[:, :, None] & keep[:, None, :])[:, None], matrix, 0)
 
     def spread_states(self, states: Tensor | None) -> Tensor | None:

@@ -298,6 +298,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        token_type_ids: Tensor | None = None,
         layout: SequenceLayout | None = None,
     ) -> tuple[Any, ...] | Mamba2Output:
         """Runs the tokens through the layers.
@@ -316,14 +317,14 @@ class Mamba2Model(Mamba2PreTrainedModel):
             cu_seq_lens_q, cu_seq_lens_k: ``(S + 1,)`` document bounds of a flat batch, as made by transformers'
                 ``DataCollatorWithFlattening``; equal where both are given.
             max_length_q, max_length_k: accepted from the same collator; not needed.
+            token_type_ids: accepted because some tokenizers make them; a Mamba-2 has no use for them.
             layout: what all of these amount to, for callers that have worked it out.
 
         Raises:
             ArgumentError: inputs contradict each other or cannot be honored.
             CacheError: the cache is of another kind or batch.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ArgumentError("pass either input_ids or inputs_embeds, and not both")
+        batch, tokens = _batch_and_tokens(input_ids, inputs_embeds)
         cache = as_mamba2_cache(past_key_values, cache_params, self.config)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -337,7 +338,6 @@ class Mamba2Model(Mamba2PreTrainedModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
 
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, d)
-        batch, tokens = hidden_states.shape[:2]
         if layout is None:
             layout = _read_layout(batch, tokens, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
         if output_attentions:
@@ -350,7 +350,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
                 every_state.append(layout.unpack(hidden_states))
             if output_attentions:
                 hidden_states, matrix = layer(hidden_states, layout, past_key_values=cache, output_attentions=True)
-                attentions.append(layout.unpack_matrix(matrix))
+                attentions.append(matrix)
             else:
                 hidden_states = layer(hidden_states, layout, past_key_values=cache)
         hidden_states = layout.unpack(self.norm_f(hidden_states))
@@ -392,6 +392,19 @@ def _refuse_filled(cache: Mamba2Cache | None) -> tuple[bool, None]:
     return False, None
 
 
+def _batch_and_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
+    """B and T of whichever was given."""
+    if input_ids is not None and inputs_embeds is None:
+        if input_ids.dim() != 2:
+            raise ArgumentError(f"input_ids has shape {tuple(input_ids.shape)}, expected (B, T)")
+        return input_ids.shape[0], input_ids.shape[1]
+    if inputs_embeds is not None and input_ids is None:
+        if inputs_embeds.dim() != 3:
+            raise ArgumentError(f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (B, T, d)")
+        return inputs_embeds.shape[0], inputs_embeds.shape[1]
+    raise ArgumentError("pass either input_ids or inputs_embeds, and not both")
+
+
 def _read_layout(
     batch: int,
     tokens: int,
@@ -415,17 +428,6 @@ def _read_layout(
         cu_seqlens=cu_seq_lens_q if cu_seq_lens_q is not None else cu_seq_lens_k,
         position_ids=position_ids,
     )
-
-
-_LAYOUT_NAMES = ("attention_mask", "position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
-
-
-def _layout_of(input_ids: Tensor | None, inputs_embeds: Tensor | None, named: dict[str, Any]) -> SequenceLayout:
-    """Works out the layout before the backbone runs, for the heads that need it too."""
-    example = input_ids if input_ids is not None else inputs_embeds
-    if example is None:
-        raise ArgumentError("pass either input_ids or inputs_embeds")
-    return _read_layout(example.shape[0], example.shape[1], *(named.get(name) for name in _LAYOUT_NAMES))
 
 
 class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
@@ -469,8 +471,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        token_type_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **loss_kwargs: Any,
     ) -> tuple[Any, ...] | Mamba2CausalLMOutput:
         """:meth:`Mamba2Model.forward` and the head.
 
@@ -479,19 +481,12 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 from another document.
             logits_to_keep: how many of the last positions to compute logits for (0 for all), or their indices.
             num_items_in_batch: what to divide the summed loss by, in place of the number of labels.
-            loss_kwargs: passed on to ``self.loss_function``; refused without labels.
 
         The other arguments are those of :meth:`Mamba2Model.forward`.
         """
-        if loss_kwargs and labels is None:
-            raise ArgumentError(
-                f"unknown arguments {sorted(loss_kwargs)}: without labels there is no loss to pass them to"
-            )
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        named = dict(
-            zip(_LAYOUT_NAMES, (attention_mask, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k), strict=True)
-        )
-        layout = _layout_of(input_ids, inputs_embeds, named)
+        batch, tokens = _batch_and_tokens(input_ids, inputs_embeds)
+        layout = _read_layout(batch, tokens, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
         outputs = self.backbone(
             input_ids=input_ids,
             past_key_values=past_key_values,
@@ -516,9 +511,12 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         if labels is not None:
             if layout.breaks is not None:
                 labels = labels.masked_fill(layout.breaks.to(labels.device), -100)
-            if num_items_in_batch is not None:
-                loss_kwargs["num_items_in_batch"] = num_items_in_batch
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
         output = Mamba2CausalLMOutput(
             loss=loss,
             logits=logits,
@@ -691,20 +689,18 @@ class Mamba2ForSequenceClassification(Mamba2PreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         cache_params: Mamba2Cache | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> tuple[Any, ...] | Mamba2SequenceClassifierOutput:
         """:meth:`Mamba2Model.forward` and the head.
 
-        The last token of a sequence is the last that ``attention_mask`` counts; without a mask, the last that is not
-        ``config.pad_token_id``.
+        The last token of a sequence is the last that ``attention_mask`` counts. Without a mask every token is read, as
+        everywhere in transformers, and the last one is the last that is not ``config.pad_token_id``.
 
         Args:
             labels: ``(B,)`` classes, ``(B, num_labels)`` multi-label targets, or regression targets
                 (``config.problem_type``, or by dtype and ``num_labels``).
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            padding = input_ids == self.config.pad_token_id
-            attention_mask = (~padding).long() if torch.compiler.is_compiling() or bool(padding.any()) else None
         outputs = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -718,13 +714,17 @@ class Mamba2ForSequenceClassification(Mamba2PreTrainedModel):
             return_dict=True,
         )
         hidden_states = outputs.last_hidden_state
-        if attention_mask is None:
-            pooled = hidden_states[:, -1]
-        else:
-            keep = attention_mask[:, -hidden_states.shape[1] :] != 0
-            last = (keep * torch.arange(keep.shape[1], device=keep.device)).argmax(1)
-            pooled = hidden_states[torch.arange(keep.shape[0], device=keep.device), last.to(hidden_states.device)]
-        logits = self.score(pooled)
+        batch, tokens = hidden_states.shape[:2]
+        rows = torch.arange(batch, device=hidden_states.device)
+        last = torch.full_like(rows, tokens - 1)
+        counts = None
+        if attention_mask is not None:
+            counts = attention_mask[:, -tokens:] != 0
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            counts = input_ids != self.config.pad_token_id
+        if counts is not None:
+            last = (counts * torch.arange(tokens, device=counts.device)).argmax(1).to(rows)
+        logits = self.score(hidden_states[rows, last])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
