@@ -128,19 +128,6 @@ class TestWeightDecay:
             "conv1d.modules_to_save.default.weight",
         }
 
-    @pytest.mark.parametrize(
-        "imports",
-        ["from transformers import Trainer; import mamba2_hf", "import mamba2_hf; from transformers import Trainer"],
-    )
-    def test_whichever_was_imported_first(self, imports: str, run_python: Callable[..., str]) -> None:
-        sizes = "hidden_size=8, num_hidden_layers=1, num_heads=2, head_dim=8, n_groups=1, state_size=4, vocab_size=9"
-        out = run_python(
-            f"{imports}\nmodel = mamba2_hf.Mamba2Model(mamba2_hf.Mamba2Config({sizes}))\n"
-            "print(*sorted(Trainer.get_decay_parameter_names(None, model)))"
-        )
-        mixer = ["conv1d.weight", "in_proj.weight", "out_proj.weight"]
-        assert out.split() == ["embeddings.weight", *(f"layers.0.mixer.{name}" for name in mixer)]
-
 
 class TestTraining:
     @pytest.mark.parametrize(
