@@ -16,8 +16,8 @@ class KeepsFp32(nn.Module):
 
     ``.to(dtype)``, ``.half()`` and ``.bfloat16()`` leave them and their gradients in fp32 (fp64 is kept too). FSDP2
     (``fully_shard``) gathers them as they are stored, whatever ``MixedPrecisionPolicy.param_dtype`` says; only their
-    gradients are rounded to ``param_dtype``, like those of all parameters that are reduced together. FSDP2 offers no such
-    choice together with a number as ``reshard_after_forward`` (NotImplementedError): pass True or False.
+    gradients are rounded to ``param_dtype``, like those of all parameters that are reduced together. FSDP2 offers no
+    such choice together with a number as ``reshard_after_forward`` (NotImplementedError): pass True or False.
     """
 
     fp32_parameters: ClassVar[tuple[str, ...]] = ()
