@@ -157,6 +157,8 @@ def _flat(batch: int, tokens: int, keep: Tensor | None, cu_seqlens: Tensor) -> S
         raise ArgumentError(f"cu_seq_lens were given with batch {batch}: lay the documents end to end in one row")
     if keep is not None and not torch.compiler.is_compiling():
         raise ArgumentError("cu_seq_lens and an attention_mask with zeros were both given: leave the padding out")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ArgumentError(f"cu_seq_lens has shape {tuple(cu_seqlens.shape)}, expected (S + 1,) for S >= 1 documents")
     starts = torch.zeros(tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
     starts = starts.index_fill(0, cu_seqlens.long().clamp(max=tokens), True)[:tokens]
     starts = starts | (torch.arange(tokens, device=starts.device) >= cu_seqlens[-1])  # what belongs to no document
@@ -170,26 +172,23 @@ def _from_positions(position_ids: Tensor, keep: Tensor | None, batch: int, token
             f"position_ids has shape {tuple(position_ids.shape)}, expected (B, T) = {(batch, tokens)} or (1, T)"
         )
     positions = position_ids[:, position_ids.shape[1] - tokens :].expand(batch, -1)
-    starts = positions == 0
-    if keep is not None:
-        starts = starts & keep
+    counts = torch.ones_like(positions, dtype=torch.bool) if keep is None else keep
+    starts = (positions == 0) & counts
     if not torch.compiler.is_compiling():
-        if not bool(starts[:, 1:].any()) and keep is None:
-            steady = positions.diff(dim=1) == 1
-            return None if bool(steady.all()) else _refuse_positions(positions, steady)
-        steady = (positions.diff(dim=1) == 1) | starts[:, 1:]
-        if keep is None and not bool(steady.all()):
-            return _refuse_positions(positions, steady)
+        row, column = counts.nonzero(as_tuple=True)  # the tokens that count, end to end
+        position = positions[row, column]
+        grows = torch.where(column.diff() == 1, position.diff() == 1, position.diff() > 0)  # by any step over padding
+        steady = grows | (position[1:] == 0) | (row.diff() > 0)
+        if not bool(steady.all()):
+            at = int((~steady).nonzero()[0])
+            raise ArgumentError(
+                f"position_ids goes from {int(position[at])} to {int(position[at + 1])} in row {int(row[at])}: an SSD "
+                "layer has no positions, it only reads where documents start (0, 1, 2, ..., 0, 1, ...); pass seq_idx "
+                "to name documents in another way, or leave position_ids out"
+            )
+        if not bool(starts[:, 1:].any()):
+            return None
     return starts.long().cumsum(1)
-
-
-def _refuse_positions(positions: Tensor, steady: Tensor) -> Tensor:
-    row, column = (~steady).nonzero()[0].tolist()
-    raise ArgumentError(
-        f"position_ids goes from {int(positions[row, column])} to {int(positions[row, column + 1])} in row {row}: an "
-        "SSD layer has no positions, it only reads where documents start (0, 1, 2, ..., 0, 1, ...); pass seq_idx to "
-        "name documents in another way, or leave position_ids out"
-    )
 
 
 def _changes(seq_idx: Tensor) -> Tensor:
@@ -220,7 +219,7 @@ def _without_padding(keep: Tensor, seq_idx: Tensor | None) -> SequenceLayout:
 
     breaks = breaks | _changes(seq_idx)
     row, document = source // tokens, seq_idx.flatten()[source]
-    new = F.pad((row[1:] == row[:-1]) & (document[1:] != document[:-1]), (1, 0)) if source.numel() else row.bool()
+    new = F.pad((row[1:] == row[:-1]) & (document[1:] != document[:-1]), (1, 0))
     more = torch.zeros(batch, dtype=torch.long, device=keep.device).index_add(0, row, new.long())
     last = (more + 1).cumsum(0) - 1  # (B,) each row holds one document and one more per change
     first = last - more
