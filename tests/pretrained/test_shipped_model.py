@@ -101,20 +101,19 @@ def test_compresses_held_out_source_as_the_card_says(
     assert bits < 8 * len(lzma.compress(data, preset=9))
 
 
-@pytest.mark.parametrize("prompt", ["def read_json(path):", "class Stack:\n    def __init__(self"])
-def test_continues_with_code_that_parses(
-    tokenizer: PreTrainedTokenizerBase, model: Mamba2ForCausalLM, prompt: str
-) -> None:
-    ids = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(**ids, max_new_tokens=96, do_sample=False, temperature=None, top_p=None)
-    lines = tokenizer.decode(output[0], skip_special_tokens=True).splitlines()
+def test_most_continuations_are_code_that_parses(tokenizer: PreTrainedTokenizerBase, model: Mamba2ForCausalLM) -> None:
+    """As `generate` samples by default; the last lines may be cut off inside a string or a bracket."""
+    torch.manual_seed(0)
+    ids = tokenizer("class Stack:\n    def __init__(self", return_tensors="pt")
+    outputs = model.generate(**ids, max_new_tokens=96, num_return_sequences=8)
 
-    def parses(count: int) -> bool:
+    def parses(lines: list[str]) -> bool:
         try:
-            ast.parse("\n".join(lines[:count]))
+            ast.parse("\n".join(lines))
         except SyntaxError:
             return False
         return True
 
-    # The last lines may be cut off inside a string or a bracket.
-    assert any(parses(count) for count in range(4, len(lines) + 1)), "\n".join(lines)
+    texts = [text.splitlines() for text in tokenizer.batch_decode(outputs, skip_special_tokens=True)]
+    good = [any(parses(lines[:count]) for count in range(4, len(lines) + 1)) for lines in texts]
+    assert sum(good) > 4, texts

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checks import SSDShape
 from .conv import causal_conv1d
 from .norm import gated_rms_norm
+from .precision import without_autocast
 from .ssd import needs_grad, ssd_chunk_scan
 
 
@@ -82,6 +83,7 @@ def mamba2_inner(
         return y, conv_state, state
 
     tensors = (zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_initial_states, ssm_initial_states)
-    if needs_grad(*tensors):
-        return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
-    return run(*tensors)
+    with without_autocast(zxbcdt.device):
+        if needs_grad(*tensors):
+            return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
+        return run(*tensors)

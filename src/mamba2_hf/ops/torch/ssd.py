@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checks import SSDShape
 from ..reference import compute_dtype, step_size
 from .packing import chunk_layout
+from .precision import without_autocast
 
 CHUNK_SIZE = 64  # tokens of a chunk: the quadratic part costs Q per token, passing states costs N P / Q
 SCAN_BLOCK = 16  # chunks whose states are passed by one matrix product
@@ -51,9 +52,10 @@ def ssd_chunk_scan(
         *(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit),
         *(chunk_size or CHUNK_SIZE, initial_states, seq_idx if cu_seqlens is None else cu_seqlens),
     )
-    if recompute and needs_grad(x, dt, A, B, C, D, z, dt_bias, initial_states):
-        return checkpoint(scan, *args, use_reentrant=False, preserve_rng_state=False)
-    return scan(*args)
+    with without_autocast(x.device):
+        if recompute and needs_grad(x, dt, A, B, C, D, z, dt_bias, initial_states):
+            return checkpoint(scan, *args, use_reentrant=False, preserve_rng_state=False)
+        return scan(*args)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -307,5 +309,6 @@ def ssd_state_update(
     else:
         new = torch.addcmul(state.to(dtype) * decay, inputs, B)
         state.copy_(new)
-    y = (new @ C)[..., 0]  # (B, H, P)
+    with without_autocast(x.device):
+        y = (new @ C)[..., 0]  # (B, H, P)
     return _skip_and_gate(y, x, D, z)
