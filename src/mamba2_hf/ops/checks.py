@@ -180,6 +180,8 @@ def check_conv(
     _rank("x", x, 3, "(B, T, C)")
     _floating("x", x)
     batch, tokens, channels = x.shape
+    if min(batch, tokens, channels) < 1:
+        _fail(f"x has shape {tuple(x.shape)}: every size has to be at least 1")
     taps = _check_taps(channels, weight, bias, activation)
     states = check_packing(batch, tokens, seq_idx, cu_seqlens)
     if initial_states is not None:
