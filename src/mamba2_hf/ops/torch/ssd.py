@@ -298,17 +298,16 @@ def ssd_state_update(
 ) -> Tensor:
     """See :func:`mamba2_hf.ops.ssd_state_update`."""
     dtype = compute_dtype(x.dtype)
-    per_group = shape.heads // shape.groups
+    groups = (shape.groups, shape.heads // shape.groups)
     dt = step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)  # (B, H)
     decay = torch.exp(dt * A.to(dtype))[..., None, None]
-    B = B.to(dtype).repeat_interleave(per_group, 1)[:, :, None]  # (B, H, 1, N)
-    C = C.to(dtype).repeat_interleave(per_group, 1)[..., None]  # (B, H, N, 1)
-    inputs = (x.to(dtype) * dt[..., None])[..., None]  # (B, H, P, 1)
-    if state.dtype == dtype:
-        new = state.mul_(decay).addcmul_(inputs, B)
-    else:
-        new = torch.addcmul(state.to(dtype) * decay, inputs, B)
-        state.copy_(new)
-    with without_autocast(x.device):
-        y = (new @ C)[..., 0]  # (B, H, P)
+    inputs = (x.to(dtype) * dt[..., None]).unflatten(1, groups)[..., None]  # (B, G, H/G, P, 1)
+    B, C = B.to(dtype)[:, :, None, None], C.to(dtype)[:, :, None, None]  # (B, G, 1, 1, N)
+    in_place = state.dtype == dtype
+    new = state.mul_(decay) if in_place else state.to(dtype) * decay
+    new = new.unflatten(1, groups).addcmul_(inputs, B)  # (B, G, H/G, P, N)
+    if not in_place:
+        state.copy_(new.flatten(1, 2))
+    # A sum of products: for one column, a batched matrix product takes several times as long on a CPU.
+    y = (new * C).sum(-1).flatten(1, 2)  # (B, H, P)
     return _skip_and_gate(y, x, D, z)
