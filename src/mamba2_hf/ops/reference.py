@@ -24,7 +24,8 @@ def step_size(
         dt = dt + dt_bias.to(dtype)
     if dt_softplus:
         dt = F.softplus(dt)
-    return dt if tuple(dt_limit) == (0.0, INF) else dt.clamp(*dt_limit)
+    low, high = dt_limit
+    return dt if dt_softplus and low == 0.0 and high == INF else dt.clamp(low, high)
 
 
 def ssd_recurrent(
