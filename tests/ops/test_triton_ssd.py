@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -67,8 +68,7 @@ def make(
         "initial_states": draw(states or B, H, P, N) if initial else None,
     }
     return {
-        k: v if v is None else v.to(dtype if k in LOW_PRECISION else torch.float32).double()
-        for k, v in inputs.items()
+        k: v if v is None else v.to(dtype if k in LOW_PRECISION else torch.float32).double() for k, v in inputs.items()
     }
 
 
@@ -95,7 +95,7 @@ def oracle(inputs: dict[str, Tensor | None], cu_seqlens: Tensor | None = None, *
     x, initial = inputs["x"], inputs["initial_states"]
     ys, states = [], []
     bounds = cu_seqlens.tolist()
-    for s, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for s, (start, end) in enumerate(pairwise(bounds)):
         first = initial[s : s + 1] if initial is not None else x.new_zeros(1, *x.shape[2:], inputs["B"].shape[-1])
         if start < end:
             document = {k: v[:, start:end] for k, v in inputs.items() if k in LOW_PRECISION and v is not None}
@@ -107,7 +107,11 @@ def oracle(inputs: dict[str, Tensor | None], cu_seqlens: Tensor | None = None, *
 
 
 def compare(
-    inputs: dict[str, Tensor | None], dtype: torch.dtype = torch.float32, final: bool = True, **options: Any
+    inputs: dict[str, Tensor | None],
+    dtype: torch.dtype = torch.float32,
+    final: bool = True,
+    tolerance: float = 0.0,
+    **options: Any,
 ) -> None:
     """Outputs and every gradient against the recurrence."""
     expected = {k: v if v is None else v.clone().requires_grad_() for k, v in inputs.items()}
@@ -127,7 +131,7 @@ def compare(
     pairs = {"y": (y, y0), "states": (states, states0)}
     pairs |= {f"d{k}": (given[k].grad, v.grad) for k, v in expected.items() if v is not None}
     errors = {k: ((a.double().cpu() - b).norm() / b.norm().clamp(min=1e-30)).item() for k, (a, b) in pairs.items()}
-    assert all(e < TOLERANCE[dtype] for e in errors.values()), errors
+    assert all(e < (tolerance or TOLERANCE[dtype]) for e in errors.values()), errors
 
 
 SIZES = {
@@ -234,7 +238,8 @@ def test_large_and_tiny_steps() -> None:
     inputs = make(T=100)
     inputs["dt"][:, ::7] = 30.0
     inputs["dt"][:, 1::7] = -30.0
-    compare(inputs)
+    # dA weighs each token's difference of two nearly equal sums with a step of 30.
+    compare(inputs, tolerance=5e-5)
 
 
 def test_views_of_the_projection() -> None:

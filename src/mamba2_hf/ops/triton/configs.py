@@ -33,6 +33,8 @@ class Config(NamedTuple):
     warps: int
     stages: int  # of the software pipeline
     heads: int = 1  # most heads a program takes one after another
+    narrow: bool = False  # C B^T is kept in 16 bits over the heads
+    registers: int | None = None  # most registers a thread may use
 
 
 @functools.cache

@@ -108,8 +108,8 @@ def prep_kernel(
 def prep_backward_kernel(
     dt, dt_bias, A, steps, dstep, da, ddt, partial, table,
     tokens, per_row, H, low, high, stride_row, stride_token,
-    Q: tl.constexpr, BH: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
-    PACKED: tl.constexpr,
+    Q: tl.constexpr, BH: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """From gradients of steps and of log decays, ``(chunks, H, Q)``, to those of ``dt``, ``A`` and ``dt_bias``.
 
@@ -128,7 +128,8 @@ def prep_backward_kernel(
     offsets = (tl.cast(chunk, tl.int64) * H + heads)[None, :] * Q + tl.arange(0, Q)[:, None]
     step = tl.load(steps + offsets, mask=mask, other=0.0)
     rate = tl.load(A + heads, mask=heads < H, other=0.0).to(tl.float32)
-    dlog = tl.load(da + offsets, mask=(heads < H)[None, :], other=0.0)  # the padding holds what concerns the whole chunk
+    # What concerns the whole chunk stands at its last place, be that padding or not.
+    dlog = tl.load(da + offsets, mask=(heads < H)[None, :], other=0.0)
     dlog = tl.cumsum(dlog, 0, reverse=True)  # gradient of dt * A
     grad = tl.load(dstep + offsets, mask=mask, other=0.0) + dlog * rate[None, :]
     if CLAMP:

@@ -186,9 +186,6 @@ def scan_backward(dy: Tensor, dfinal: Tensor | None, between: Tensor, *args: Any
     dx = new(x.shape, dtype=x.dtype, device=x.device)
     dz = None if z is None else new(x.shape, dtype=x.dtype, device=x.device)
     dstep, da = torch.empty_like(cut.steps), torch.empty_like(cut.a)
-    dD = None
-    if D is not None:
-        dD = new(cut.chunks, *D.shape, dtype=torch.float32, device=x.device)
     n_heads = configs.heads_per_program(per_group, config.heads)
     views = (
         *(cut.steps, cut.a, D, cut.document),
@@ -204,11 +201,12 @@ def scan_backward(dy: Tensor, dfinal: Tensor | None, between: Tensor, *args: Any
         *views,
         _tokens(dx, config.Q, config.BP, tma),
         _tokens(dz, config.Q, config.BP, tma),
-        *(dstep, da, dD, cut.chunk_table),
+        *(dstep, da, cut.chunk_table),
         *(tokens, cut.per_row, heads),
         *(*_strides(x), *_strides(B), *_strides(C), *_strides(z), *_strides(dout), *_strides(dy)),
         **call.sizes,
         HEADS=n_heads,
+        NARROW=config.narrow,
         **_tiles(config),
         D_RANK=0 if D is None else D.dim(),
         HAS_Z=z is not None,
@@ -218,6 +216,7 @@ def scan_backward(dy: Tensor, dfinal: Tensor | None, between: Tensor, *args: Any
     config = configs.maps_backward(chip, x.dtype, P, N, config.Q)
     n_heads = configs.heads_per_program(per_group, config.heads)
     blocks = per_group // n_heads
+    dD = None if D is None else new(cut.chunks, *D.shape, dtype=torch.float32, device=x.device)
     partial = new(blocks, 2, *B.shape, dtype=torch.float32, device=x.device)
     maps_backward_kernel[(cut.chunks * heads // n_heads * triton.cdiv(N, config.BN),)](
         _tokens(x, config.Q, config.BP, tma),
@@ -226,18 +225,17 @@ def scan_backward(dy: Tensor, dfinal: Tensor | None, between: Tensor, *args: Any
         _tokens(dy, config.Q, config.BP, tma),
         *(cut.steps, cut.a, cut.document),
         *(_states(states, config.BN, config.BP, tma), _states(dstates, config.BN, config.BP, tma)),
-        *(partial, cut.chunk_table),
+        *(partial, dD, cut.chunk_table),
         *(tokens, cut.per_row, heads, batch),
         *(*_strides(x), *_strides(B), *_strides(C), *_strides(dy)),
         **call.sizes,
         HEADS=n_heads,
+        D_RANK=0 if D is None else D.dim(),
         **_tiles(config),
         **_flags(call, cut),
     )
     dB, dC = (torch.empty(B.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    sum_kernel[(triton.cdiv(dB.numel(), SUM_BLOCK), 2)](
-        partial, dB, dC, dB.numel(), BLOCKS=blocks, BLOCK=SUM_BLOCK
-    )
+    sum_kernel[(triton.cdiv(dB.numel(), SUM_BLOCK), 2)](partial, dB, dC, dB.numel(), BLOCKS=blocks, BLOCK=SUM_BLOCK)
 
     ddt = new(batch, tokens, heads, dtype=given.dt.dtype, device=x.device)
     shares = torch.empty(cut.chunks, 2, heads, dtype=torch.float32, device=x.device)
@@ -458,6 +456,7 @@ def _tiles(config: Config) -> dict[str, int]:
         "STAGES": config.stages,
         "num_warps": config.warps,
         "num_stages": config.stages,
+        "maxnreg": config.registers,
     }
 
 
@@ -466,7 +465,7 @@ def _strides(tensor: Tensor | None) -> tuple[int, ...]:
 
 
 def _last_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 and tensor.is_contiguous() else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _fits_tma(tensor: Tensor) -> bool:

@@ -36,18 +36,18 @@ def gate_backward_kernel(
 
 @triton.jit
 def inputs_backward_kernel(
-    x, B, C, z, dout, dy, steps, a, D, document, states, dstates, dx, dz, dstep, da, dD, table,
+    x, B, C, z, dout, dy, steps, a, D, document, states, dstates, dx, dz, dstep, da, table,
     tokens, per_row, H,
     x_row, x_token, x_head, b_row, b_token, b_head, c_row, c_token, c_head, z_row, z_token, z_head,
     o_row, o_token, o_head, d_row, d_token, d_head,
     PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    D_RANK: tl.constexpr, HAS_Z: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    NARROW: tl.constexpr, D_RANK: tl.constexpr, HAS_Z: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
     PACKED: tl.constexpr, TMA: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x, z, the steps (direct part), the log decays and D for one chunk and ``HEADS`` heads of a group.
+    """Gradients of x, z, the steps (direct part) and the log decays for one chunk and ``HEADS`` heads of a group.
 
-    ``dstep, da (chunks, H, Q)``; ``dD (chunks, H)`` or ``(chunks, H, P)``, each chunk's share.
+    ``dstep, da (chunks, H, Q)``.
     """
     P_TILES: tl.constexpr = (P + BP - 1) // BP
     blocks = H // HEADS
@@ -68,6 +68,8 @@ def inputs_backward_kernel(
         doc, doc_before, doc_last = load_documents(document, chunk, start, Q)
         causal = causal & (doc[:, None] == doc[None, :])
     scores = tl.where(causal, scores, 0.0)
+    if NARROW:
+        scores = scores.to(b_tile.dtype)
 
     for k in tl.range(0, HEADS, num_stages=STAGES):
         h = h0 + k
@@ -80,40 +82,34 @@ def inputs_backward_kernel(
             enters = tl.where(doc == doc_before, enters, 0.0)
             leaves = tl.where(doc == doc_last, leaves, 0.0)
             passes = tl.where(doc_last == doc_before, passes, 0.0)
-        weights = scores * (tl.exp2(tl.minimum(log[None, :] - log[:, None], 0.0)) * step[:, None])
+        wide = widen(scores, ASM) if NARROW else scores
+        weights = wide * (tl.exp2(tl.minimum(log[None, :] - log[:, None], 0.0)) * step[:, None])
         weights = weights.to(b_tile.dtype)
         column = tl.zeros([Q], tl.float32)
         row_sum = tl.zeros([Q], tl.float32)
         at_last = 0.0
-        dskip = 0.0
         if D_RANK == 1:
             skip = tl.load(D + h).to(tl.float32)
         for tile in tl.static_range(P_TILES):
             p0 = tile * BP
-            x_tile = load_tokens(x, x_row, x_token, x_head, row, start, end, h, p0, Q, BP, P, TMA)  # (Q, P)
-            dy_tile = load_tokens(dy, d_row, d_token, d_head, row, start, end, h, p0, Q, BP, P, TMA)
+            # Their product comes first, so that registers hold the two tiles no longer than that.
             dstate = load_chunk_state(dstates, chunk * H + h, 0, p0, P, N, BP, BN, TMA)  # (N, P)
+            state = load_chunk_state(states, chunk * H + h, 0, p0, P, N, BP, BN, TMA)  # (N, P)
+            at_last += passes * tl.sum(tl.sum(widen(state, ASM) * widen(dstate, ASM), 1), 0)
             if D_RANK == 2:
                 p = p0 + tl.arange(0, BP)
                 skip = tl.load(D + h * P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
 
             grad = tl.dot(b_tile, dstate, input_precision=PRECISION) * (leaves * step)[:, None]
+            x_tile = load_tokens(x, x_row, x_token, x_head, row, start, end, h, p0, Q, BP, P, TMA)  # (Q, P)
             at_last += tl.sum(tl.sum(grad * widen(x_tile, ASM), 1), 0)
+            dy_tile = load_tokens(dy, d_row, d_token, d_head, row, start, end, h, p0, Q, BP, P, TMA)  # (Q, P)
             grad = tl.dot(weights, dy_tile, grad, input_precision=PRECISION)
             column += tl.sum(grad * widen(x_tile, ASM), 1)
             if D_RANK > 0:
-                both = widen(x_tile, ASM) * widen(dy_tile, ASM)
-                if D_RANK == 1:
-                    dskip += tl.sum(tl.sum(both, 1), 0)
-                else:
-                    tl.store(dD + index * P + p, tl.sum(both, 0), mask=p < P)
                 grad += widen(dy_tile, ASM) * skip
-            store_tokens(
-                dx, grad.to(x_tile.dtype), tokens * H * P, H * P, P, row, start, end, h, p0, Q, BP, P, TMA
-            )
+            store_tokens(dx, grad.to(x_tile.dtype), tokens * H * P, H * P, P, row, start, end, h, p0, Q, BP, P, TMA)
 
-            state = load_chunk_state(states, chunk * H + h, 0, p0, P, N, BP, BN, TMA)  # (N, P)
-            at_last += passes * tl.sum(tl.sum(widen(state, ASM) * widen(dstate, ASM), 1), 0)
             out = tl.dot(c_tile, state, input_precision=PRECISION) * enters[:, None]
             out = tl.dot(tl.trans(weights), x_tile, out, input_precision=PRECISION)
             row_sum += tl.sum(out * widen(dy_tile, ASM), 1)
@@ -130,23 +126,22 @@ def inputs_backward_kernel(
 
         tl.store(dstep + index * Q + q, column / tl.where(step != 0.0, step, 1.0))
         tl.store(da + index * Q + q, row_sum - column + tl.where(q == Q - 1, at_last, 0.0))
-        if D_RANK == 1:
-            tl.store(dD + index, dskip)
 
 
 @triton.jit
 def maps_backward_kernel(
-    x, B, C, dy, steps, a, document, states, dstates, partial, table,
+    x, B, C, dy, steps, a, document, states, dstates, partial, dD, table,
     tokens, per_row, H, rows,
     x_row, x_token, x_head, b_row, b_token, b_head, c_row, c_token, c_head, d_row, d_token, d_head,
     PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr,
+    D_RANK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
     PACKED: tl.constexpr, TMA: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of B and C from one chunk, one tile of N and ``HEADS`` heads of a group.
 
     ``partial (PER_GROUP / HEADS, 2, B, T, G, N)``, fp32: dB and dC of each block of heads; the caller sums the blocks.
+    On the way, each chunk's share of dD, ``(chunks, H)`` or ``(chunks, H, P)``.
     """
     P_TILES: tl.constexpr = (P + BP - 1) // BP
     N_TILES: tl.constexpr = (N + BN - 1) // BN
@@ -171,12 +166,14 @@ def maps_backward_kernel(
 
     for k in tl.range(0, HEADS, num_stages=STAGES):
         h = h0 + k
-        step, log, whole = load_steps(steps, a, (tl.cast(chunk, tl.int64) * H + h) * Q, Q)
+        index = tl.cast(chunk, tl.int64) * H + h
+        step, log, whole = load_steps(steps, a, index * Q, Q)
         enters = tl.exp2(log)
         leaves = tl.exp2(whole - log)
         if HAS_DOCUMENTS:
             enters = tl.where(doc == doc_before, enters, 0.0)
             leaves = tl.where(doc == doc_last, leaves, 0.0)
+        dskip = 0.0
         for tile in tl.static_range(P_TILES):
             p0 = tile * BP
             x_tile = load_tokens(x, x_row, x_token, x_head, row, start, end, h, p0, Q, BP, P, TMA)  # (Q, P)
@@ -190,6 +187,15 @@ def maps_backward_kernel(
             dC = tl.dot(scaled, tl.trans(state), dC, input_precision=PRECISION)
             scaled = (widen(x_tile, ASM) * (leaves * step)[:, None]).to(x_tile.dtype)
             dB = tl.dot(scaled, tl.trans(dstate), dB, input_precision=PRECISION)
+            if D_RANK > 0 and n0 == 0:
+                both = widen(x_tile, ASM) * widen(dy_tile, ASM)
+                if D_RANK == 1:
+                    dskip += tl.sum(tl.sum(both, 1), 0)
+                else:
+                    p = p0 + tl.arange(0, BP)
+                    tl.store(dD + index * P + p, tl.sum(both, 0), mask=p < P)
+        if D_RANK == 1 and n0 == 0:
+            tl.store(dD + index, dskip)
 
     b_tile = load_tokens(B, b_row, b_token, b_head, row, start, end, g, n0, Q, BN, N, TMA)  # (Q, N)
     c_tile = load_tokens(C, c_row, c_token, c_head, row, start, end, g, n0, Q, BN, N, TMA)

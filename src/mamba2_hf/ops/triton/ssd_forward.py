@@ -1,4 +1,4 @@
-"""Forward kernels of the SSD scan: the walk that writes outputs, the walk that only passes states, and the link between.
+"""Forward kernels of the SSD scan: one walk writes outputs, one passes states only, a link joins segments.
 
 A program walks the chunks of one segment for one head (and one tile of its channels) with the state in registers, fp32.
 A sequence is one segment unless that leaves the chip idle; then its segments' states are found first (``state_kernel``)
@@ -41,9 +41,7 @@ def walk_kernel(
     h = tl.program_id(0) // TILES % H
     p0 = tl.program_id(0) % TILES * BP
     g = h // PER_GROUP
-    row, start, end, chunk, sequence, _, last = segment_bounds(
-        segment, table, tokens, per_row, per_segment, Q, PACKED
-    )
+    row, start, end, chunk, sequence, _, last = segment_bounds(segment, table, tokens, per_row, per_segment, Q, PACKED)
     if PACKED:
         if sequence < 0:
             return
@@ -86,9 +84,7 @@ def walk_kernel(
         if HAS_Z:
             gate = load_tokens(z, z_row, z_token, z_head, row, t, end, h, p0, Q, BP, P, TMA).to(tl.float32)
             out = out * gate / (1.0 + tl.exp(-gate))
-        store_tokens(
-            y, out.to(x_tile.dtype), tokens * H * P, H * P, P, row, t, end, h, p0, Q, BP, P, TMA
-        )
+        store_tokens(y, out.to(x_tile.dtype), tokens * H * P, H * P, P, row, t, end, h, p0, Q, BP, P, TMA)
         scaled = (widen(x_tile, ASM) * (leaves * step)[:, None]).to(x_tile.dtype)
         state = tl.dot(tl.trans(b_tile), scaled, state * passes, input_precision=PRECISION)
 
@@ -158,9 +154,7 @@ def state_kernel(
         if SUMMARY:
             total *= passes
         else:
-            store_chunk_state(
-                at_chunks, state.to(tile.dtype), (chunk + c) * H + h, n0, p0, P, N, BP, BN, TMA
-            )
+            store_chunk_state(at_chunks, state.to(tile.dtype), (chunk + c) * H + h, n0, p0, P, N, BP, BN, TMA)
         scaled = (widen(tile, ASM) * weight[:, None]).to(tile.dtype)
         state = tl.dot(tl.trans(map_tile), scaled, state * passes, input_precision=PRECISION)
 

@@ -1,7 +1,7 @@
 """What every SSD kernel shares: where a chunk lies, tiles of tensors, decays.
 
-Chunks are numbered through all rows. Step sizes and log decays are kept per chunk, ``(chunks, H, Q)``, padded with steps
-of zero, so that a chunk's numbers are one aligned run of memory wherever its tokens begin.
+Chunks are numbered through all rows. Step sizes and log decays are kept per chunk, ``(chunks, H, Q)``, padded
+with steps of zero, so that a chunk's numbers are one aligned run of memory wherever its tokens begin.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def load_tokens(
 ):  # fmt: skip
     """Tile ``(ROWS, COLUMNS)`` of a ``(B, T, heads, WIDTH)`` tensor, zero from token ``end`` and column ``WIDTH`` on.
 
-    Where ``TMA``, ``source`` is a descriptor ``(B, heads, T, WIDTH)``, which knows the strides and stops at the end of the
-    row by itself. (Heads lead: only leading sizes of 1 are dropped for free, without a trip through registers.)
+    Where ``TMA``, ``source`` is a descriptor ``(B, heads, T, WIDTH)``, which knows the strides and stops at the row's
+    end by itself. (Heads lead: only leading sizes of 1 are dropped for free, without a trip through registers.)
     """
     if TMA:
         tile = source.load([row, head, start, column]).reshape(ROWS, COLUMNS)
