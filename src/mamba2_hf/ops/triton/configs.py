@@ -19,6 +19,11 @@ class Chip(NamedTuple):
     interpreted: bool = False
 
     @property
+    def is_hopper(self) -> bool:
+        """The chip the tables were timed on."""
+        return self.backend == "cuda" and self.capability == 90
+
+    @property
     def has_tma(self) -> bool:
         """Whether tiles can be copied by descriptor."""
         return self.backend == "cuda" and self.capability >= 90
@@ -70,7 +75,9 @@ def walk(chip: Chip, dtype: torch.dtype, P: int, N: int) -> Config:
     if dtype == torch.float32:
         return Config(Q=32, BP=tile(P, 32), BN=bn, warps=4, stages=1)
     narrow = bn > 128
-    return Config(Q=64, BP=tile(P, 32 if narrow else 64), BN=bn, warps=4, stages=_stages(chip, 1 if narrow else 2))
+    return Config(
+        Q=64, BP=tile(P, 32 if narrow else 64), BN=bn, warps=_warps(chip, 4), stages=_stages(chip, 1 if narrow else 2)
+    )
 
 
 def state(chip: Chip, dtype: torch.dtype, P: int, N: int, Q: int) -> Config:
@@ -84,18 +91,28 @@ def inputs_backward(chip: Chip, dtype: torch.dtype, P: int, N: int) -> Config:
     bn = tile(N, 256)
     if dtype == torch.float32:
         return Config(Q=32, BP=tile(P, 32), BN=bn, warps=4, stages=1, heads=8)
-    return Config(Q=64, BP=tile(P, 64), BN=bn, warps=4, stages=_stages(chip, 2 if bn <= 128 else 1), heads=20)
+    stages = _stages(chip, 2 if P <= 64 and bn <= 128 else 1)
+    return Config(Q=64, BP=tile(P, 64), BN=bn, warps=_warps(chip, 4), stages=stages, heads=20)
 
 
 def maps_backward(chip: Chip, dtype: torch.dtype, P: int, N: int, Q: int) -> Config:
     """``maps_backward_kernel``."""
     if dtype == torch.float32:
         return Config(Q=Q, BP=tile(P, 32), BN=tile(N, 64), warps=4, stages=1, heads=8)
-    return Config(Q=Q, BP=tile(P, 64), BN=tile(N, 128), warps=4, stages=_stages(chip, 2), heads=40)
+    return Config(Q=Q, BP=tile(P, 64), BN=tile(N, 128), warps=8, stages=_stages(chip, 2 if P <= 64 else 1), heads=40)
 
 
 def _stages(chip: Chip, stages: int) -> int:
-    return stages if chip.backend == "cuda" else 1
+    """Several tiles in flight on A100 and Hopper only.
+
+    AMD and consumer chips have 64 to 100 KiB of shared memory; on Blackwell, Triton 3.6 cannot pipeline these loops.
+    """
+    return stages if chip.backend == "cuda" and chip.capability in (80, 90) else 1
+
+
+def _warps(chip: Chip, warps: int) -> int:
+    """Before Hopper matrix products take their operands from registers: twice the threads hold them."""
+    return 2 * warps if chip.backend == "cuda" and chip.capability < 90 else warps
 
 
 def heads_per_program(per_group: int, most: int) -> int:

@@ -443,7 +443,7 @@ def _flags(call: _Call, cut: _Cut) -> dict[str, Any]:
         "HAS_DOCUMENTS": cut.document is not None,
         "PACKED": call.packed,
         "TMA": call.tma,
-        "ASM": call.chip.backend == "cuda" and not call.chip.interpreted and call.x.dtype != torch.float32,
+        "ASM": call.chip.is_hopper and not call.chip.interpreted and call.x.dtype != torch.float32,
         "PRECISION": configs.precision(call.chip, call.x.dtype),
     }
 
@@ -456,7 +456,7 @@ def _tiles(config: Config) -> dict[str, int]:
         "STAGES": config.stages,
         "num_warps": config.warps,
         "num_stages": config.stages,
-        "maxnreg": config.registers,
+        **({} if config.registers is None else {"maxnreg": config.registers}),
     }
 
 
