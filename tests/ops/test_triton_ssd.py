@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mamba2_hf.ops.checks import check_ssd
+from mamba2_hf.ops.checks import SSDShape, check_ssd
 from mamba2_hf.ops.reference import ssd_recurrent
 from mamba2_hf.ops.triton import configs
-from mamba2_hf.ops.triton.ssd import ssd_chunk_scan
+from mamba2_hf.ops.triton.ssd import ssd_chunk_scan, supports
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW_PRECISION = ("x", "dt", "B", "C", "z")
@@ -169,6 +169,9 @@ WIDE = {
 @pytest.mark.parametrize("size", WIDE.values(), ids=WIDE)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
 def test_wide_heads_and_states(size: dict[str, Any], dtype: torch.dtype) -> None:
+    shape = SSDShape(*(size[k] for k in ("B", "T", "H", "P", "G", "N")), size["B"])
+    if DEVICE == "cuda" and not supports(shape=shape, dtype=dtype)[0]:
+        pytest.skip("dispatch sends this call to PyTorch")
     compare(make(**size, dtype=dtype), dtype)
 
 
@@ -313,3 +316,13 @@ def test_both_ways_of_reading_tiles_agree(monkeypatch: pytest.MonkeyPatch) -> No
     for a, b in zip(expected, scan(cast(inputs, torch.float16)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     compare(inputs, torch.float16)
+
+
+def test_sizes_that_cannot_be_served_say_why() -> None:
+    shape = SSDShape(1, 8, 2, 64, 1, 128, 1)
+    assert supports(shape=shape, dtype=torch.bfloat16)[0]
+    assert supports(shape=shape._replace(state=256), dtype=torch.float32)[0]
+    for changed, dtype in (({"state": 129}, torch.bfloat16), ({"head_dim": 257}, torch.float32), ({}, torch.float64)):
+        ok, reason = supports(shape=shape._replace(**changed), dtype=dtype)
+        assert not ok
+        assert any(word in reason for word in ("state size 129", "head_dim 257", "float64"))

@@ -38,8 +38,6 @@ class Config(NamedTuple):
     warps: int
     stages: int  # of the software pipeline
     heads: int = 1  # most heads a program takes one after another
-    narrow: bool = False  # C B^T is kept in 16 bits over the heads
-    registers: int | None = None  # most registers a thread may use
 
 
 @functools.cache
@@ -99,7 +97,7 @@ def maps_backward(chip: Chip, dtype: torch.dtype, P: int, N: int, Q: int) -> Con
     """``maps_backward_kernel``."""
     if dtype == torch.float32:
         return Config(Q=Q, BP=tile(P, 32), BN=tile(N, 64), warps=4, stages=1, heads=8)
-    return Config(Q=Q, BP=tile(P, 64), BN=tile(N, 128), warps=8, stages=_stages(chip, 2 if P <= 64 else 1), heads=40)
+    return Config(Q=Q, BP=tile(P, 64), BN=tile(N, 128), warps=8, stages=_stages(chip, 3 if P <= 64 else 1), heads=40)
 
 
 def _stages(chip: Chip, stages: int) -> int:

@@ -24,7 +24,9 @@ from .ssd_backward import gate_backward_kernel, inputs_backward_kernel, maps_bac
 from .ssd_forward import link_kernel, state_kernel, walk_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LARGEST = 256  # head dim and state size
+LARGEST_HEAD = 256
+# On Hopper, Triton 3.6 reads past shared memory in the product that updates a 16-bit state of more than 128.
+LARGEST_STATE = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 256}
 LAYOUT_BLOCK, LINK_BLOCK, SUM_BLOCK, PREP_HEADS = 128, 1024, 1024, 16
 
 
@@ -32,8 +34,10 @@ def supports(*, shape: SSDShape, dtype: torch.dtype) -> tuple[bool, str]:
     """Whether a scan of these sizes can be served, and why (not)."""
     if dtype not in DTYPES:
         return False, f"dtype {dtype} is not bfloat16, float16 or float32"
-    if max(shape.head_dim, shape.state) > LARGEST:
-        return False, f"head_dim {shape.head_dim} or state size {shape.state} is above {LARGEST}"
+    if shape.head_dim > LARGEST_HEAD:
+        return False, f"head_dim {shape.head_dim} is above {LARGEST_HEAD}"
+    if shape.state > LARGEST_STATE[dtype]:
+        return False, f"state size {shape.state} is above {LARGEST_STATE[dtype]}, the most for {dtype}"
     return True, "the Triton scan serves it"
 
 
@@ -206,7 +210,6 @@ def scan_backward(dy: Tensor, dfinal: Tensor | None, between: Tensor, *args: Any
         *(*_strides(x), *_strides(B), *_strides(C), *_strides(z), *_strides(dout), *_strides(dy)),
         **call.sizes,
         HEADS=n_heads,
-        NARROW=config.narrow,
         **_tiles(config),
         D_RANK=0 if D is None else D.dim(),
         HAS_Z=z is not None,
@@ -456,7 +459,6 @@ def _tiles(config: Config) -> dict[str, int]:
         "STAGES": config.stages,
         "num_warps": config.warps,
         "num_stages": config.stages,
-        **({} if config.registers is None else {"maxnreg": config.registers}),
     }
 
 

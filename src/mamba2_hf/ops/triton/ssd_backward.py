@@ -42,7 +42,7 @@ def inputs_backward_kernel(
     o_row, o_token, o_head, d_row, d_token, d_head,
     PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    NARROW: tl.constexpr, D_RANK: tl.constexpr, HAS_Z: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    D_RANK: tl.constexpr, HAS_Z: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
     PACKED: tl.constexpr, TMA: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x, z, the steps (direct part) and the log decays for one chunk and ``HEADS`` heads of a group.
@@ -68,8 +68,6 @@ def inputs_backward_kernel(
         doc, doc_before, doc_last = load_documents(document, chunk, start, Q)
         causal = causal & (doc[:, None] == doc[None, :])
     scores = tl.where(causal, scores, 0.0)
-    if NARROW:
-        scores = scores.to(b_tile.dtype)
 
     for k in tl.range(0, HEADS, num_stages=STAGES):
         h = h0 + k
@@ -82,8 +80,7 @@ def inputs_backward_kernel(
             enters = tl.where(doc == doc_before, enters, 0.0)
             leaves = tl.where(doc == doc_last, leaves, 0.0)
             passes = tl.where(doc_last == doc_before, passes, 0.0)
-        wide = widen(scores, ASM) if NARROW else scores
-        weights = wide * (tl.exp2(tl.minimum(log[None, :] - log[:, None], 0.0)) * step[:, None])
+        weights = scores * (tl.exp2(tl.minimum(log[None, :] - log[:, None], 0.0)) * step[:, None])
         weights = weights.to(b_tile.dtype)
         column = tl.zeros([Q], tl.float32)
         row_sum = tl.zeros([Q], tl.float32)
