@@ -19,6 +19,7 @@ from torch import Tensor
 from ..torch.packing import document_ids
 from .rows import channels_last, vector_strides
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TAPS = 8  # the taps are unrolled
 
 # How documents are told apart; see `Documents`.
@@ -37,7 +38,32 @@ class Documents(NamedTuple):
     mode: int  # NO_PACKING, BY_INDEX or BY_BOUNDS
     ids: Tensor | None  # (B, T) seq_idx, or (T,) the document of each token, S past the last bound
     bounds: Tensor | None  # (S + 1,)
-    count: int  # states in and out
+    states: int  # in and out
+
+
+def supports(*, taps: int, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether a convolution can be served, and why (not)."""
+    if dtype not in DTYPES:
+        return False, f"dtype {dtype} is not bfloat16, float16 or float32"
+    if taps > MAX_TAPS:
+        return False, f"{taps} taps are more than {MAX_TAPS}"
+    return True, "the Triton convolution serves it"
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`mamba2_hf.ops.causal_conv1d`; always returns the final states too."""
+    return torch.ops.mamba2_hf.causal_conv1d(
+        x, weight, bias, initial_states, seq_idx, cu_seqlens, activation is not None
+    )
 
 
 def documents(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> Documents:
@@ -52,7 +78,7 @@ def documents(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> D
 
 @triton.jit
 def _when(flag, inside):
-    """The mask ``inside`` where the scalar ``flag`` holds. (``&`` of the two is no mask in Triton's interpreter.)"""
+    """The mask ``inside`` where the scalar ``flag`` holds; ``&`` of the two is no mask in Triton's interpreter."""
     return tl.where(flag, inside, False)
 
 
@@ -63,7 +89,7 @@ def load_taps(weight, bias, channel, inside, K: tl.constexpr):
     for i in tl.static_range(K):
         taps = taps + (tl.load(weight + channel * K + i, mask=inside, other=0.0).to(tl.float32),)
     if bias is None:
-        offset = tl.zeros_like(taps[0])
+        offset = tl.zeros(channel.shape, tl.float32)
     else:
         offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     return taps, offset
@@ -101,7 +127,7 @@ def _window_before(t, x_row, sx_t, ids, initial, document, start, channel, insid
         seen = _when(reachable, inside)
         here = tl.load(x_row + at.to(tl.int64) * sx_t * VEC + channel, mask=_when(at >= start, seen), other=0.0)
         before = _history(initial, document, at - start + K - 1, channel, seen, C, K)
-        window = (here.to(tl.float32) + before,) + window  # noqa: RUF005
+        window = (here.to(tl.float32) + before,) + window
     return window
 
 
@@ -181,7 +207,7 @@ def conv_forward_kernel(x, weight, bias, initial, ids, bounds, y, T, C, RUN, doc
     if MODE == BY_INDEX:
         ids += row * T
     taps, offset = load_taps(weight, bias, channel, inside, K)
-    document, start, stop = _document_of(t0, row, ids, bounds, documents, T, MODE)
+    document, start, _stop = _document_of(t0, row, ids, bounds, documents, T, MODE)
     window = _window_before(t0, x_row, sx_t, ids, initial, document, start, channel, inside, T, C, MODE, VEC, K)
     for step in range(0, tl.minimum(RUN, T - t0), STEPS):
         t = t0 + step
@@ -191,7 +217,7 @@ def conv_forward_kernel(x, weight, bias, initial, ids, bounds, y, T, C, RUN, doc
             values = values + (tl.load(at, mask=_when(t + u < T, inside), other=0.0),)
         for u in tl.static_range(STEPS):
             if MODE != NO_PACKING:
-                window, fresh = _enter(t + u, window, ids, documents, initial, channel, inside, T, C, MODE, K)
+                window, _fresh = _enter(t + u, window, ids, documents, initial, channel, inside, T, C, MODE, K)
             value = values[u].to(tl.float32)
             total = convolve(window, value, taps, offset, K)
             if SILU:
@@ -229,7 +255,7 @@ def conv_state_kernel(x, initial, ids, bounds, final, T, C, sx_b, sx_t,
 def _final_state_gradient(t, dfinal, row, ids, bounds, documents, channel, inside, T, C,
                           MODE: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """What token ``t``'s input receives from the gradient of the final states: zero but for a document's last K - 1."""
-    document, start, end = _document_of(t, row, ids, bounds, documents, T, MODE)
+    document, _start, end = _document_of(t, row, ids, bounds, documents, T, MODE)
     reachable = t < end
     if MODE == BY_INDEX:
         for i in tl.static_range(K - 2):
@@ -242,7 +268,7 @@ def conv_backward_kernel(x, weight, bias, initial, ids, bounds, dy, dfinal, dx, 
                          sx_b, sx_t, sdy_b, sdy_t, sdx_b, sdx_t,
                          SILU: tl.constexpr, MODE: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr,
                          STEPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """dx of one run of tokens for one block of channels, and the run's share ``(K + 1, C)`` of dweight and dbias.
+    """Dx of one run of tokens for one block of channels, and the run's share ``(K + 1, C)`` of dweight and dbias.
 
     ``pending`` is dx of the last K - 1 tokens, each complete, and written, K - 1 steps after its own token. So the
     first K - 1 tokens of the next run are walked too, for their share in this run's dx only.
@@ -253,7 +279,7 @@ def conv_backward_kernel(x, weight, bias, initial, ids, bounds, dy, dfinal, dx, 
     if MODE == BY_INDEX:
         ids += row * T
     taps, offset = load_taps(weight, bias, channel, inside, K)
-    document, start, stop = _document_of(t0, row, ids, bounds, documents, T, MODE)
+    document, start, _stop = _document_of(t0, row, ids, bounds, documents, T, MODE)
     window = _window_before(t0, x_row, sx_t, ids, initial, document, start, channel, inside, T, C, MODE, VEC, K)
     zero = tl.zeros([BLOCK], tl.float32)
     pending, sums = (), (zero,)
@@ -284,7 +310,7 @@ def conv_backward_kernel(x, weight, bias, initial, ids, bounds, dy, dfinal, dx, 
             window, old, full = window + (value,), sums, pending + (zero,)
             sums, pending = (old[K] + own,), ()
             for back in tl.static_range(K):
-                sums = (old[K - 1 - back] + own * window[K - 1 - back],) + sums  # noqa: RUF005
+                sums = (old[K - 1 - back] + own * window[K - 1 - back],) + sums
             for i in tl.static_range(K):
                 share = gradient * taps[i]
                 if MODE != NO_PACKING:
@@ -364,7 +390,7 @@ def conv_forward(
     batch, tokens, channels = x.shape
     x, initial = channels_last(x), _history_like(initial, x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final = torch.empty(packing.count, channels, weight.shape[1] - 1, dtype=x.dtype, device=x.device)
+    final = torch.empty(packing.states, channels, weight.shape[1] - 1, dtype=x.dtype, device=x.device)
     vector, strides = vector_strides(x, y)
     run = _run_length(batch, tokens, channels)
     blocks = triton.cdiv(channels, CHANNELS)
@@ -373,13 +399,13 @@ def conv_forward(
     )
     conv_forward_kernel[(batch * triton.cdiv(tokens, run) * blocks,)](
         *(x, weight.contiguous(), bias, initial, packing.ids, packing.bounds, y),
-        *(tokens, channels, run, packing.count, *strides),
+        *(tokens, channels, run, packing.states, *strides),
         SILU=silu,
         STEPS=STEPS,
         **common,
     )
     if weight.shape[1] > 1:
-        conv_state_kernel[(packing.count, blocks)](
+        conv_state_kernel[(packing.states, blocks)](
             x, initial, packing.ids, packing.bounds, final, tokens, channels, *strides[:2], **common
         )
     return y, final
@@ -405,7 +431,6 @@ def conv_backward(
     silu: bool,
     *,
     dx: Tensor | None = None,
-    needs_initial: bool = True,
 ) -> ConvGradients:
     """Launches the backward; ``dx`` may name the (strided) tensor that receives the input's gradient."""
     batch, tokens, channels = x.shape
@@ -424,14 +449,14 @@ def conv_backward(
         SILU=silu, MODE=packing.mode, VEC=vector, K=taps, BLOCK=CHANNELS, num_warps=WARPS, enable_fp_fusion=True
     )
     conv_backward_kernel[(runs * blocks,)](
-        *(*inputs, dx, partial, tokens, channels, run, packing.count, *strides), STEPS=STEPS, **common
+        *(*inputs, dx, partial, tokens, channels, run, packing.states, *strides), STEPS=STEPS, **common
     )
     dinitial = None
-    if initial is not None and needs_initial:
+    if initial is not None:
         dinitial = torch.empty(initial.shape, dtype=initial.dtype, device=x.device)
         if taps > 1:
-            conv_initial_gradient_kernel[(packing.count, blocks)](
-                *(*inputs, dinitial, tokens, channels, packing.count, *strides[:4]), **common
+            conv_initial_gradient_kernel[(packing.states, blocks)](
+                *(*inputs, dinitial, tokens, channels, packing.states, *strides[:4]), **common
             )
     total = partial.sum(0)  # (K + 1, C)
     dweight = total[:taps].T.to(weight.dtype).contiguous()

@@ -12,12 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv import conv_forward, convolve, documents, load_taps
+from ..checks import SSDShape
+from .conv import DTYPES, MAX_TAPS, conv_forward, convolve, documents, load_taps
 from .prep import softplus
 from .rows import channels_last
 
+LARGEST = 256  # head dim and state size
 LONGEST_BLOCK = 16  # tokens of a convolution update that are unrolled
-CHANNELS = 128  # of a convolution program
+CHANNELS = 128  # of a program of the convolution's update
 WIDE, NARROW = (64, 4), (16, 2)  # channels of a head and warps per program: to fill memory, or to fill the chip
 FEW_ROWS = 8  # batch up to which programs are narrow
 NORM_BLOCK = 1024
@@ -210,6 +212,80 @@ def scale_kernel(inputs, squares, u, weight, y, T, width, parts, eps, su_b, su_t
     tl.store(y + line * width + channel, value.to(y.dtype.element_ty), mask=mask)
 
 
+def supports_update(*, shape: SSDShape, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether a state update can be served, and why (not)."""
+    if dtype not in DTYPES:
+        return False, f"dtype {dtype} is not bfloat16, float16 or float32"
+    if max(shape.head_dim, shape.state) > LARGEST:
+        return False, f"head_dim {shape.head_dim} or state size {shape.state} is above {LARGEST}"
+    return True, "the Triton update serves it"
+
+
+def supports_step(*, shape: SSDShape, dtype: torch.dtype, taps: int, group_size: int) -> tuple[bool, str]:
+    """Whether a fused step can be served, and why (not)."""
+    if taps > MAX_TAPS:
+        return False, f"{taps} taps are more than {MAX_TAPS}"
+    if group_size % shape.head_dim:
+        return False, f"group_size {group_size} is no multiple of head_dim {shape.head_dim}"
+    return supports_update(shape=shape, dtype=dtype)
+
+
+def ssd_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    shape: SSDShape,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+) -> Tensor:
+    """See :func:`mamba2_hf.ops.ssd_state_update`."""
+    return torch.ops.mamba2_hf.ssd_state_update(
+        state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *map(float, dt_limit)
+    )
+
+
+def causal_conv1d_update(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None
+) -> Tensor:
+    """See :func:`mamba2_hf.ops.causal_conv1d_update`."""
+    block = x[:, None] if x.dim() == 2 else x
+    y = torch.ops.mamba2_hf.causal_conv1d_update(block, conv_state, weight, bias, activation is not None)
+    return y[:, 0] if x.dim() == 2 else y
+
+
+def mamba2_step(
+    zxbcdt: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    position: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    *,
+    norm_weight: Tensor | None,
+    shape: SSDShape,
+    activation: str | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    dt_limit: tuple[float, float],
+) -> Tensor:
+    """See :func:`mamba2_hf.ops.mamba2_step`."""
+    return torch.ops.mamba2_hf.mamba2_step(
+        *(zxbcdt, conv_state, position, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight),
+        *(shape.groups, activation is not None, eps, group_size, norm_before_gate, *map(float, dt_limit)),
+    )
+
+
 def state_update(
     state: Tensor,
     x: Tensor,
@@ -318,7 +394,7 @@ def mixer_step(
         K=taps,
         BP=bp,
         BN=triton.next_power_of_2(N),
-        num_warps=warps,
+        num_warps=warps if tokens == 1 else 2 * warps,  # more tokens keep the taps in registers, too
         enable_fp_fusion=True,
     )
     if not keep:

@@ -7,7 +7,7 @@ of rows, so that the weight's gradient is summed in registers, then over program
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .rows import channels_last, vector_strides
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_GROUP = 16384  # a group stays in registers
 CHUNK = 1024  # channels of a chunk, at most
 FORWARD_TILE, BACKWARD_TILE = 2048, 1024  # elements of a program, where groups are small
@@ -93,7 +94,7 @@ def _load_row(x, z, dy, dtotal, row, first, end, sx, sz, sdy, sdt,
 def norm_backward_kernel(x, z, weight, dy, dtotal, dx, dz, partial, M, RUN, eps, sx, sz, sdy, sdt, sdx, sdz,
                          SIZE: tl.constexpr, GATE_LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
                          BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
-    """dx and dz of one group in ``RUN`` rows, and their share of dweight. ``dtotal`` is added to dx.
+    """Dx and dz of one group in ``RUN`` rows, and their share of dweight. ``dtotal`` is added to dx.
 
     With ``u`` the normed input, ``n = u r`` and ``e`` the gradient of ``n``: ``du = r (e - n mean(e n))``. The rows
     after the current ones are under way while it is computed.
@@ -167,6 +168,28 @@ def norm_backward_kernel(x, z, weight, dy, dtotal, dx, dz, partial, M, RUN, eps,
         column = k * BLOCK + tl.arange(0, BLOCK)
         to = partial + tl.program_id(0).to(tl.int64) * width + first + column
         tl.store(to, tl.sum(sums[k], 0), mask=column < SIZE)
+
+
+def supports(*, group_size: int, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether a norm can be served, and why (not)."""
+    if dtype not in DTYPES:
+        return False, f"dtype {dtype} is not bfloat16, float16 or float32"
+    if group_size > LARGEST_GROUP:
+        return False, f"group_size {group_size} is above {LARGEST_GROUP}"
+    return True, "the Triton norm serves it"
+
+
+def gated_rms_norm(
+    x: Tensor, z: Tensor | None, weight: Tensor, *, eps: float, group_size: int, norm_before_gate: bool
+) -> Tensor:
+    """See :func:`mamba2_hf.ops.gated_rms_norm`."""
+    y, _ = torch.ops.mamba2_hf.rms_norm(x, z, None, weight, eps, group_size, norm_before_gate)
+    return y
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """See :func:`mamba2_hf.ops.add_rms_norm`."""
+    return torch.ops.mamba2_hf.rms_norm(x, None, residual, weight, eps, x.shape[-1], False)
 
 
 class _Tile(NamedTuple):
@@ -268,5 +291,6 @@ def norm_backward(
     return NormGradients(dx, dz, partial.sum(0).to(weight.dtype))
 
 
-def _as_rows(x: Tensor | None) -> Tensor | None:
+def _as_rows(x: Tensor | None) -> Any:
+    """``x`` as ``(rows, width)``, None where there is none."""
     return None if x is None else channels_last(x.reshape(-1, x.shape[-1]))

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..checks import SSDShape
@@ -80,32 +79,10 @@ def ssd_chunk_scan(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mamba2_hf.ops.ssd_chunk_scan`; always returns the final states too."""
     B, C, z = (t if t is None else t.to(x.dtype) for t in (B, C, z))
-    y, states, _ = _Scan.apply(
+    y, states, _ = torch.ops.mamba2_hf.ssd_chunk_scan(
         *(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, *map(float, dt_limit))
     )
     return y, states
-
-
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        y, states, between = scan_forward(*args)
-        tensors = Arguments(*args)[:11]
-        ctx.save_for_backward(between, *tensors)
-        ctx.options = args[11:]
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(between)
-        return y, states, between
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dstates: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        between, *tensors = ctx.saved_tensors
-        if dy is None:
-            dy = torch.zeros_like(tensors[0])
-        grads = scan_backward(dy, dstates, between, *tensors, *ctx.options)
-        wanted = ctx.needs_input_grad
-        return *(g if needed else None for g, needed in zip(grads, wanted, strict=False)), *(None,) * 5
 
 
 def scan_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -353,11 +330,25 @@ def _prepare(given: Arguments) -> _Call:
     )
 
 
+def _segment_length(chip: Chip, batch: int, tokens: int, heads: int, P: int, N: int, dtype: torch.dtype) -> int:
+    tiles = triton.cdiv(P, configs.walk(chip, dtype, P, N).BP)
+    return configs.segment_tokens(chip, batch * heads * tiles, tokens)
+
+
+def segments_between(
+    batch: int, tokens: int, heads: int, P: int, N: int, dtype: torch.dtype, documents: int | None
+) -> int:
+    """How many segments' states :func:`scan_forward` returns beside its results; 0 where it cuts no sequence."""
+    length = _segment_length(configs.current_chip(), batch, tokens, heads, P, N, dtype)
+    if tokens <= length:
+        return 0
+    return batch * triton.cdiv(tokens, length) if documents is None else tokens // length + documents
+
+
 def _cut(call: _Call, Q: int) -> _Cut:
     batch, tokens, heads, P, _, N, sequences = call.shape
     device = call.x.device
-    tiles = triton.cdiv(P, configs.walk(call.chip, call.x.dtype, P, N).BP)
-    length = configs.segment_tokens(call.chip, batch * heads * tiles, tokens)
+    length = _segment_length(call.chip, batch, tokens, heads, P, N, call.x.dtype)
     per_segment = length // Q
     per_row = triton.cdiv(tokens, Q)
     per_sequence = triton.cdiv(tokens, length)
