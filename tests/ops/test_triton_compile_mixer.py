@@ -75,6 +75,7 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
     return [kernel._asdict() for kernel in kernels]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_everywhere(target: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
