@@ -1,7 +1,6 @@
 """What transformers' own Mamba-2 gets wrong or refuses, and what holds here instead: one short test each.
 
-LoRA and weight decay are in `tests/integrations`, refused configurations in `test_configuration.py`, caches and
-continued generation in `test_cache.py` and `test_generation.py`.
+LoRA on ``out_proj`` and without ``target_modules`` and Trainer's weight decay have theirs in ``tests/integrations``.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers.models.mamba2.configuration_mamba2 import Mamba2Config as StockConfig
 from transformers.models.mamba2.modeling_mamba2 import Mamba2ForCausalLM as StockModel
 
-from mamba2_hf import Mamba2Config, Mamba2ForCausalLM
-from mamba2_hf.errors import CheckpointError, Mamba2HFError
+from mamba2_hf import Mamba2Config, Mamba2ForCausalLM, Mamba2ForSequenceClassification
+from mamba2_hf.errors import CheckpointError, ConfigurationError, Mamba2HFError
 
 SIZES = {
     **{"vocab_size": 61, "hidden_size": 16, "num_heads": 4, "head_dim": 8, "n_groups": 1, "state_size": 6},
@@ -76,6 +75,18 @@ def test_padded_segments_that_continue_a_cache(side):
         close(outputs.logits[i, -1], model(whole).logits[0, -1])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_decoding_after_padding(side):
+    model = random_model(use_bias=True)
+    rows, following = [tokens(5), tokens(11)], tokens(2, 3)
+    ids, mask = padded(rows, side)
+    cache = model(ids, attention_mask=mask).past_key_values
+    steps = torch.cat([model(following[:, t : t + 1], past_key_values=cache).logits for t in range(3)], 1)
+    for row, more, out in zip(rows, following, steps, strict=True):
+        close(out, model(torch.cat([row, more])[None]).logits[0, -3:])
+
+
 @pytest.mark.parametrize("named_by", ["seq_idx", "cu_seq_lens", "position_ids"])
 def test_packing_reaches_logits_loss_and_gradients(named_by):
     model = random_model()
@@ -96,6 +107,30 @@ def test_packing_reaches_logits_loss_and_gradients(named_by):
         torch.autograd.grad(outputs.loss, parameters), torch.autograd.grad(loss, parameters), strict=True
     ):
         close(left, right)
+
+
+@torch.no_grad()
+def test_the_cache_counts_selects_and_goes_by_both_names():
+    model = random_model()
+    ids = tokens(3, 9)
+    cache = model(ids[:, :6]).past_key_values
+    assert cache.get_seq_length() == 6
+    rows = torch.tensor([2, 0])
+    cache.batch_select_indices(rows)
+    out = model(ids[rows, 6:8], past_key_values=cache)
+    assert out.past_key_values.get_seq_length() == 8
+    close(model(ids[rows, 8:], cache_params=out.cache_params).logits, model(ids[rows]).logits[:, 8:])
+
+
+def test_generation_reads_prompts_in_chunks_and_continues_from_a_cache():
+    model = random_model()
+    ids = tokens(2, 9)
+    options = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, **{**options, "max_new_tokens": 8})
+    assert torch.equal(model.generate(ids, **options, prefill_chunk_size=4), expected[:, :13])
+    first = model.generate(ids, **options, return_dict_in_generate=True)
+    again = model.generate(first.sequences, **options, past_key_values=first.past_key_values)
+    assert torch.equal(again, expected)
 
 
 @torch.no_grad()
@@ -219,6 +254,40 @@ def test_each_heads_attention_matrix():
         assert matrix.abs().sum() > 0
         assert not matrix.triu(1).any()
         assert not matrix[:, :, 4:, :4].any()  # no row crosses a document
+
+
+def test_classifies_whatever_the_padding():
+    torch.manual_seed(0)
+    model = Mamba2ForSequenceClassification(Mamba2Config(**SIZES, num_labels=3)).eval()
+    rows = [tokens(5), tokens(11)]
+    alone = torch.cat([model(row[None]).logits for row in rows])
+    for side in ("left", "right"):
+        ids, mask = padded(rows, side)
+        out = model(ids, attention_mask=mask, labels=torch.tensor([2, 0]))
+        close(out.logits, alone)
+        assert out.loss.isfinite()
+
+
+def test_says_how_to_split_it_over_devices():
+    mixer = "backbone.layers.*.mixer"
+    assert {f"{mixer}.in_proj", f"{mixer}.out_proj", "lm_head"} <= random_model().tp_plan.keys()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n_groups", 3),
+        ("chunk_size", 0),
+        ("state_size", -6),
+        ("time_step_limit", (0.5, 0.1)),
+        ("layer_norm_epsilon", float("nan")),
+        ("num_head", 4),
+    ],
+)
+def test_nonsense_in_a_configuration_is_refused(field, value):
+    StockConfig(**{**SIZES, field: value})
+    with pytest.raises(ConfigurationError, match=field):
+        Mamba2Config(**{**SIZES, field: value})
 
 
 def test_training_keeps_little_for_the_backward():
