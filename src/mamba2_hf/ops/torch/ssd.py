@@ -302,12 +302,11 @@ def ssd_state_update(
     dt = step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)  # (B, H)
     decay = torch.exp(dt * A.to(dtype))[..., None, None]
     inputs = (x.to(dtype) * dt[..., None]).unflatten(1, groups)[..., None]  # (B, G, H/G, P, 1)
-    B, C = B.to(dtype)[:, :, None, None], C.to(dtype)[:, :, None, None]  # (B, G, 1, 1, N)
     in_place = state.dtype == dtype
     new = state.mul_(decay) if in_place else state.to(dtype) * decay
-    new = new.unflatten(1, groups).addcmul_(inputs, B)  # (B, G, H/G, P, N)
+    new = new.unflatten(1, groups).addcmul_(inputs, B.to(dtype)[:, :, None, None])  # (B, G, H/G, P, N)
     if not in_place:
         state.copy_(new.flatten(1, 2))
-    # A sum of products: for one column, a batched matrix product takes several times as long on a CPU.
-    y = (new * C).sum(-1).flatten(1, 2)  # (B, H, P)
-    return _skip_and_gate(y, x, D, z)
+    with without_autocast(x.device):  # C first: on a CPU, matrices times rows take a fraction of matrices times columns
+        y = C.to(dtype)[:, :, None] @ new.flatten(2, 3).mT  # (B, G, 1, H/G * P)
+    return _skip_and_gate(y.reshape(x.shape), x, D, z)
