@@ -17,10 +17,12 @@ from .dispatch import use_backend
 from .reference import ssd_attention_matrix
 
 __all__ = [
+    "add_rms_norm",
     "causal_conv1d",
     "causal_conv1d_update",
     "gated_rms_norm",
     "mamba2_inner",
+    "mamba2_step",
     "ssd_attention_matrix",
     "ssd_chunk_scan",
     "ssd_state_update",
@@ -254,6 +256,30 @@ def gated_rms_norm(
     )
 
 
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-5, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Adds to the residual stream and norms the sum: ``(norm(x + residual) * weight, x + residual)``, in fp32.
+
+    Args:
+        x: ``(..., d)``, a block's output.
+        residual: shaped as ``x``; may be of a wider dtype.
+        weight: ``(d,)``.
+        eps: added to the mean square.
+        backend: see the module.
+
+    Returns:
+        The normed sum in the dtype of ``x``, and the sum in the dtype of ``residual``. The norm reads the sum before
+        it is rounded to that dtype.
+
+    Raises:
+        ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
+    """
+    checks.check_add_norm(x, residual, weight, eps)
+    choice = dispatch.choose("add_rms_norm", x.device, backend, group_size=x.shape[-1], dtype=x.dtype)
+    return dispatch.backend_module(choice.name).add_rms_norm(x, residual, weight, eps=eps)
+
+
 def mamba2_inner(
     zxbcdt: Tensor,
     conv_weight: Tensor,
@@ -316,7 +342,15 @@ def mamba2_inner(
     if norm_weight is not None:
         group_size = checks.check_norm(zxbcdt[..., :inner], None, norm_weight, eps, group_size)
     shape = SSDShape(batch, tokens, heads, head_dim, n_groups, state, states)
-    choice = dispatch.choose("mamba2_inner", zxbcdt.device, backend, shape=shape, dtype=zxbcdt.dtype)
+    choice = dispatch.choose(
+        "mamba2_inner",
+        zxbcdt.device,
+        backend,
+        shape=shape,
+        dtype=zxbcdt.dtype,
+        taps=conv_weight.shape[1],
+        group_size=group_size or inner,
+    )
     y, conv_state, ssm_state = dispatch.backend_module(choice.name).mamba2_inner(
         *(zxbcdt, conv_weight, conv_bias, dt_bias, A, D),
         norm_weight=norm_weight,
@@ -333,3 +367,66 @@ def mamba2_inner(
         cu_seqlens=cu_seqlens,
     )
     return (y, conv_state, ssm_state) if return_final_states else y
+
+
+def mamba2_step(
+    zxbcdt: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    position: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    *,
+    norm_weight: Tensor | None,
+    n_groups: int,
+    activation: str | None = "silu",
+    eps: float = 1e-5,
+    group_size: int | None = None,
+    norm_before_gate: bool = False,
+    dt_limit: tuple[float, float] = (0.0, INF),
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`mamba2_inner` for one token or a short block, from states that are updated in place.
+
+    Args:
+        zxbcdt: ``(B, T, 2 H P + 2 G N + H)``.
+        conv_state: ``(B, L, C)`` ring of the last inputs of the convolution, ``C = H P + 2 G N``, ``L >= K``: token
+            ``t`` of the sequence is in slot ``t % L``. With ``L >= K - 1 + T`` new tokens go in at no extra cost.
+        ssm_state: ``(B, H, P, N)``.
+        position: integer tensor of one element on the same device, the number of tokens before these (or anything
+            equal modulo L). It is read, not advanced: layers share it.
+        conv_weight: ``(C, K)``. conv_bias: ``(C,)`` or None.
+        dt_bias, A, D, norm_weight, n_groups, activation, eps, group_size, norm_before_gate, dt_limit, backend: as in
+            :func:`mamba2_inner`.
+
+    Returns:
+        ``y (B, T, H P)``.
+
+    Raises:
+        ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
+    """
+    shape = checks.check_step(
+        *(zxbcdt, conv_state, ssm_state, position, conv_weight, conv_bias, dt_bias, A, D),
+        *(n_groups, activation, dt_limit),
+    )
+    inner = shape.heads * shape.head_dim
+    if norm_weight is not None:
+        group_size = checks.check_norm(zxbcdt[..., :inner], None, norm_weight, eps, group_size)
+    size = group_size or inner
+    taps = conv_weight.shape[1]
+    choice = dispatch.choose(
+        "mamba2_step", zxbcdt.device, backend, shape=shape, dtype=zxbcdt.dtype, taps=taps, group_size=size
+    )
+    return dispatch.backend_module(choice.name).mamba2_step(
+        *(zxbcdt, conv_state, ssm_state, position, conv_weight, conv_bias, dt_bias, A, D),
+        norm_weight=norm_weight,
+        shape=shape,
+        activation=activation,
+        eps=eps,
+        group_size=size,
+        norm_before_gate=norm_before_gate,
+        dt_limit=dt_limit,
+    )

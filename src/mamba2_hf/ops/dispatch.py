@@ -28,7 +28,9 @@ OPS = (
     "causal_conv1d",
     "causal_conv1d_update",
     "gated_rms_norm",
+    "add_rms_norm",
     "mamba2_inner",
+    "mamba2_step",
 )
 
 _override: str | None = None

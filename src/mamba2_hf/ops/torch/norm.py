@@ -23,3 +23,11 @@ def gated_rms_norm(
     if gate is not None and norm_before_gate:
         y = y * gate
     return y.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """See :func:`mamba2_hf.ops.add_rms_norm`."""
+    dtype = compute_dtype(x.dtype)
+    total = x.to(dtype) + residual.to(dtype)
+    y = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
+    return y.to(x.dtype), total.to(residual.dtype)

@@ -1,0 +1,279 @@
+"""The Triton backend's ops as PyTorch sees them: schemas, fake kernels and autograd, under ``torch.ops.mamba2_hf``.
+
+Registered ops are opaque to ``torch.compile``, which so keeps whole graphs, and plain launches to CUDA graphs. A
+backward is an op of its own. Tensors that an op may leave out of its results are empty there (``(0,)``), because a
+schema has no optional results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .triton import conv, decode, inner, norm, ssd
+
+_LIBRARY = torch.library.Library("mamba2_hf", "FRAGMENT")
+
+
+def _register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Registers an op for every device; ``launch`` runs on the device of the op's first tensor."""
+
+    def run(*args: Any) -> Any:
+        with torch.cuda.device_of(args[0]):
+            return launch(*args)
+
+    name = f"mamba2_hf::{schema[: schema.index('(')]}"
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, "default", run, lib=_LIBRARY)
+    torch.library.register_fake(name, fake, lib=_LIBRARY)
+
+
+def _differentiate(
+    name: str, tensors: int, saved: int, outputs: int, backward: Callable[..., Sequence[Tensor | None]]
+) -> None:
+    """Registers the autograd of an op.
+
+    Args:
+        name: of the op.
+        tensors: how many arguments, the first ones, are differentiable.
+        saved: how many, the first ones, are tensors that the backward needs.
+        outputs: how many results, the first ones, have gradients; the others are kept for the backward.
+        backward: takes the gradients, the kept results, the arguments; returns ``tensors`` gradients.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        results = output if isinstance(output, tuple) else (output,)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*results[outputs:])
+        ctx.save_for_backward(*results[outputs:], *inputs[:saved])
+        ctx.kept, ctx.options = len(results) - outputs, inputs[saved:]
+        ctx.like = results[0].shape, results[0].dtype, results[0].device
+
+    def run(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        first, *rest = gradients[:outputs]
+        if first is None:  # only the states were used
+            shape, dtype, device = ctx.like
+            first = torch.zeros(shape, dtype=dtype, device=device)
+        arguments = (*ctx.saved_tensors[ctx.kept :], *ctx.options)
+        found = backward(first, *rest, *ctx.saved_tensors[: ctx.kept], *arguments)
+        wanted = ctx.needs_input_grad
+        result = [g if needed else None for g, needed in zip(found, wanted, strict=False)]
+        return *result, *(None,) * (len(arguments) - tensors)
+
+    torch.library.register_autograd(f"mamba2_hf::{name}", run, setup_context=setup_context, lib=_LIBRARY)
+
+
+def _dense(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """A result for a schema: ``tensor``, or an empty one where there is none."""
+    return like.new_empty(0) if tensor is None else tensor
+
+
+def _like(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """The fake of a gradient of ``tensor``."""
+    return like.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+
+
+# Convolution
+
+
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    return conv.conv_forward(x, weight, bias, initial, conv.documents(x, seq_idx, cu_seqlens), silu)
+
+
+def _conv_fake(
+    x: Tensor, weight: Tensor, bias: Any, initial: Any, seq_idx: Any, cu_seqlens: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    states = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(x.shape), x.new_empty(states, x.shape[2], weight.shape[1] - 1)
+
+
+def _conv_backward(
+    dy: Tensor, dfinal: Tensor | None, x: Tensor, weight: Tensor, bias: Any, initial: Any, *rest: Any
+) -> tuple[Tensor, ...]:
+    seq_idx, cu_seqlens, silu = rest
+    packing = conv.documents(x, seq_idx, cu_seqlens)
+    found = conv.conv_backward(dy, dfinal, x, weight, bias, initial, packing, silu)
+    return tuple(_dense(gradient, x) for gradient in found)
+
+
+def _conv_backward_fake(
+    dy: Tensor, dfinal: Any, x: Tensor, weight: Tensor, bias: Any, initial: Any, *rest: Any
+) -> tuple[Tensor, ...]:
+    return tuple(_like(tensor, x) for tensor in (x, weight, bias, initial))
+
+
+_CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial, Tensor? seq_idx, Tensor? cu_seqlens, bool silu"
+_register(f"causal_conv1d({_CONV}) -> (Tensor, Tensor)", _conv, _conv_fake)
+_register(
+    f"causal_conv1d_backward(Tensor dy, Tensor? dfinal, {_CONV}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _conv_backward,
+    _conv_backward_fake,
+)
+_differentiate("causal_conv1d", 4, 6, 2, lambda *args: torch.ops.mamba2_hf.causal_conv1d_backward(*args))
+
+
+# Norms
+
+
+def _norm(x: Tensor, z: Any, residual: Any, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    y, total = norm.norm_forward(x, z, residual, weight, *rest)
+    return y, _dense(total, x)
+
+
+def _norm_fake(x: Tensor, z: Any, residual: Tensor | None, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _like(residual, x)
+
+
+def _norm_backward(dy: Tensor, dtotal: Any, x: Tensor, z: Any, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(_dense(gradient, x) for gradient in norm.norm_backward(dy, dtotal, x, z, weight, *rest))
+
+
+def _norm_backward_fake(dy: Tensor, dtotal: Any, x: Tensor, z: Any, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(_like(tensor, x) for tensor in (x, z, weight))
+
+
+_OPTIONS = "float eps, int group_size, bool norm_before_gate"
+_register(
+    f"rms_norm(Tensor x, Tensor? z, Tensor? residual, Tensor weight, {_OPTIONS}) -> (Tensor, Tensor)",
+    _norm,
+    _norm_fake,
+)
+_register(
+    f"rms_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor? z, Tensor weight, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor)",
+    _norm_backward,
+    _norm_backward_fake,
+)
+
+
+def _norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, z, residual, weight, *options = inputs
+    total = output[1]
+    ctx.set_materialize_grads(False)
+    if residual is None:
+        ctx.mark_non_differentiable(total)
+    ctx.save_for_backward(x if residual is None else total, z, weight)
+    ctx.options, ctx.dtype = options, x.dtype
+
+
+def _norm_gradient(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+    normed, z, weight = ctx.saved_tensors
+    if dy is None:  # only the sum was used
+        dy = torch.zeros(normed.shape, dtype=ctx.dtype, device=normed.device)
+    dx, dz, dweight = torch.ops.mamba2_hf.rms_norm_backward(dy, dtotal, normed, z, weight, *ctx.options)
+    residual = dx if ctx.needs_input_grad[2] else None
+    return dx.to(ctx.dtype), None if z is None else dz, residual, dweight, None, None, None
+
+
+torch.library.register_autograd("mamba2_hf::rms_norm", _norm_gradient, setup_context=_norm_context, lib=_LIBRARY)
+
+
+# Scan
+
+
+def _states_fake(x: Tensor, heads: int, P: int, N: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Final states, and the states between the segments that long sequences are cut into."""
+    batch, tokens = x.shape[:2]
+    states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final = x.new_empty(states, heads, P, N, dtype=torch.float32)
+    segments = ssd.segments_between(batch, tokens, heads, P, N, x.dtype, None if cu_seqlens is None else states)
+    return final, x.new_empty((segments, heads, P, N) if segments else (0,), dtype=torch.float32)
+
+
+def _scan_fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    heads, P = x.shape[2:]
+    return x.new_empty(x.shape), *_states_fake(x, heads, P, B.shape[3], rest[5])
+
+
+def _scan_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(_dense(gradient, dy) for gradient in ssd.scan_backward(dy, *args))
+
+
+def _scan_backward_fake(dy: Tensor, dfinal: Any, between: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(_like(tensor, dy) for tensor in args[:9])
+
+
+_SCAN = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float low, float high"
+)
+_register(f"ssd_chunk_scan({_SCAN}) -> (Tensor, Tensor, Tensor)", ssd.scan_forward, _scan_fake)
+_register(
+    f"ssd_chunk_scan_backward(Tensor dy, Tensor? dfinal, Tensor between, {_SCAN}) -> ({', '.join(['Tensor'] * 9)})",
+    _scan_backward,
+    _scan_backward_fake,
+)
+_differentiate("ssd_chunk_scan", 9, 11, 2, lambda *args: torch.ops.mamba2_hf.ssd_chunk_scan_backward(*args))
+
+
+# The mixer between its projections
+
+
+def _inner_fake(*args: Any) -> tuple[Tensor, ...]:
+    call = inner.Arguments(*args)
+    width, maps, heads = call.widths
+    u, channels = call.zxbcdt, call.conv_weight
+    final, between = _states_fake(u, heads, call.head_dim, maps // call.n_groups, call.cu_seqlens)
+    conv_state = u.new_empty(final.shape[0], channels.shape[0], channels.shape[1] - 1)
+    return u.new_empty(*u.shape[:2], width), conv_state, final, between
+
+
+def _inner_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(_dense(gradient, dy) for gradient in inner.inner_backward(dy, *args))
+
+
+def _inner_backward_fake(dy: Tensor, dconv: Any, dssm: Any, between: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(_like(tensor, dy) for tensor in args[:9])
+
+
+_INNER = (
+    "Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor? dt_bias, Tensor A, Tensor? D, Tensor? norm_weight, "
+    "Tensor? conv_initial_states, Tensor? ssm_initial_states, Tensor? seq_idx, Tensor? cu_seqlens, int head_dim, "
+    f"int n_groups, bool silu, {_OPTIONS}, float low, float high"
+)
+_register(f"mamba2_inner({_INNER}) -> (Tensor, Tensor, Tensor, Tensor)", inner.inner_forward, _inner_fake)
+_register(
+    f"mamba2_inner_backward(Tensor dy, Tensor? dconv_state, Tensor? dssm_state, Tensor between, {_INNER})"
+    f" -> ({', '.join(['Tensor'] * 9)})",
+    _inner_backward,
+    _inner_backward_fake,
+)
+_differentiate("mamba2_inner", 9, 11, 3, lambda *args: torch.ops.mamba2_hf.mamba2_inner_backward(*args))
+
+
+# Decoding: states are updated in place
+
+
+def _step_fake(zxbcdt: Tensor, ring: Tensor, position: Tensor, state: Tensor, *rest: Any) -> Tensor:
+    return zxbcdt.new_empty(*zxbcdt.shape[:2], state.shape[1] * state.shape[2])
+
+
+_register(
+    "ssd_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? dt_bias, bool dt_softplus, float low, float high) -> Tensor",
+    decode.state_update,
+    lambda state, x, *rest: x.new_empty(x.shape),
+)
+_register(
+    "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu) -> Tensor",
+    decode.conv_update,
+    lambda x, *rest: x.new_empty(x.shape),
+)
+_register(
+    "mamba2_step(Tensor zxbcdt, Tensor(a!) conv_state, Tensor position, Tensor(b!) ssm_state, Tensor conv_weight, "
+    "Tensor? conv_bias, Tensor? dt_bias, Tensor A, Tensor? D, Tensor? norm_weight, int n_groups, bool silu, "
+    f"{_OPTIONS}, float low, float high) -> Tensor",
+    decode.mixer_step,
+    _step_fake,
+)
