@@ -20,12 +20,16 @@ import pytest
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "options": {"dtype": "float16", "z": True, "D": 2, "documents": True},
+    "documents": {"documents": True, "dtype": "float16"},
+    "small state": {"N": 16, "H": 3},
+    "own maps": {"G": 4, "N": 64},
     "packed": {"packed": True},
     "long": {"T": 16384},
     "wide": {"P": 256, "N": 256},
     "odd": {"P": 48, "N": 24, "T": 100, "G": 2},
     "fp32": {"dtype": "float32"},
 }
+MADE_FOR_HOPPER = {"plain", "documents", "long", "small state", "own maps"}
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
 
 
@@ -98,15 +102,18 @@ def check_sizes(target: str, cases: dict[str, list[dict[str, Any]]]) -> None:
     limit = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}[target] * 1024
     for case, kernels in cases.items():
         names = {kernel["name"] for kernel in kernels}
-        assert {"walk_kernel", "state_kernel", "inputs_backward_kernel", "maps_backward_kernel"} <= names, case
+        backward = {"inputs_backward_kernel", "maps_backward_kernel"}
+        if target == "sm_90" and case in MADE_FOR_HOPPER:
+            backward = {"chunk_backward_kernel"}
+        assert {"walk_kernel", "state_kernel"} | backward <= names, case
         for kernel in kernels:
             assert kernel["shared"] <= limit, (case, kernel)
 
 
-def test_hopper_kernels_do_not_spill() -> None:
-    """At the size they are tuned for; the walk uses every register there is and parks a few words outside its loop."""
-    for kernel in compiled("sm_90", ["plain"])["plain"]:
-        assert kernel["stack"] <= (128 if kernel["name"] == "walk_kernel" else 0), kernel
+def test_hopper_kernels_hold_what_they_need_in_registers() -> None:
+    """At the size they are tuned for; the backward, which uses every register there is, parks a few words."""
+    for kernel in compiled("sm_90", ["long"])["long"]:
+        assert kernel["stack"] <= (256 if kernel["name"] == "chunk_backward_kernel" else 0), kernel
 
 
 if __name__ == "__main__":

@@ -185,6 +185,38 @@ def test_half_precision(dtype: torch.dtype, size: dict[str, Any]) -> None:
     compare(make(**size, dtype=dtype), dtype)
 
 
+HOPPER = {
+    "one token": {"T": 1},
+    "one less": {"T": 63, "initial": False},
+    "one chunk": {"T": 64, "D": 0},
+    "one more": {"T": 65},
+    "three heads": {"H": 3, "G": 1, "T": 200},
+    "a group per head": {"H": 3, "G": 3, "T": 200},
+    "groups": {"H": 10, "G": 2, "T": 200, "N": 64},
+    "N 16": {"N": 16, "T": 200},
+    "N 32": {"N": 32, "T": 200, "H": 6, "G": 1},
+    "many heads": {"H": 24, "G": 1, "T": 333},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("size", HOPPER.values(), ids=HOPPER)
+def test_sizes_with_kernels_of_their_own(size: dict[str, Any], dtype: torch.dtype) -> None:
+    compare(make(**{"P": 64, "N": 128, **size}, dtype=dtype), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("segments", [False, True])
+def test_documents_and_segments_on_a_gpu(monkeypatch: pytest.MonkeyPatch, segments: bool) -> None:
+    if segments:
+        monkeypatch.setattr(configs, "SEGMENT", 128)
+        monkeypatch.setattr(configs, "CUT_COST", 0)
+    ids = torch.tensor([[0] * 20 + [1] * 12 + [0] * 65 + [7] * 603, [3] * 700, list(range(100)) + [5] * 600])
+    compare(make(B=3, T=700, P=64, N=128, H=4, G=2, dtype=torch.bfloat16), torch.bfloat16, seq_idx=ids)
+    compare(make(B=1, T=3000, P=64, N=128, H=3, G=1, dtype=torch.bfloat16), torch.bfloat16)
+
+
 def test_only_the_outputs_have_a_gradient() -> None:
     compare(make(), final=False)
 
@@ -212,18 +244,24 @@ def test_cu_seqlens_packs_documents(bounds: list[int], initial: bool) -> None:
     compare(inputs, cu_seqlens=torch.tensor(bounds))
 
 
+@pytest.fixture
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "SEGMENT", 64)
+    monkeypatch.setattr(configs, "CUT_COST", 0)
+    shape = SSDShape(1, 600, 2, 16, 1, 16, 1)
+    assert configs.segment_tokens(configs.current_chip(), shape, torch.float32) < 300
+
+
+@pytest.mark.usefixtures("short_segments")
 @pytest.mark.parametrize("bounds", [None, [0, 10, 10, 600, 800]])
 @pytest.mark.parametrize("options", [{}, {"initial": False}])
-def test_long_sequences_are_walked_in_segments(
-    monkeypatch: pytest.MonkeyPatch, bounds: list[int] | None, options: dict[str, Any]
-) -> None:
-    monkeypatch.setattr(configs, "SEGMENT", 64)
+def test_long_sequences_are_walked_in_segments(bounds: list[int] | None, options: dict[str, Any]) -> None:
     inputs = make(B=1, T=900, H=2, G=1, states=4 if bounds else None, **options)
     compare(inputs, **({"cu_seqlens": torch.tensor(bounds)} if bounds else {}))
 
 
-def test_segments_with_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "SEGMENT", 64)
+@pytest.mark.usefixtures("short_segments")
+def test_segments_with_documents() -> None:
     ids = torch.zeros(1, 600, dtype=torch.int32)
     ids[:, 300:] = 1
     compare(make(B=1, T=600, H=2, G=1), seq_idx=ids)

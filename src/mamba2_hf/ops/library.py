@@ -31,34 +31,29 @@ def _register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any])
     torch.library.register_fake(name, fake, lib=_LIBRARY)
 
 
-def _differentiate(
-    name: str, tensors: int, saved: int, outputs: int, backward: Callable[..., Sequence[Tensor | None]]
-) -> None:
+def _differentiate(name: str, tensors: int, saved: int, backward: Callable[..., Sequence[Tensor | None]]) -> None:
     """Registers the autograd of an op.
 
     Args:
         name: of the op.
         tensors: how many arguments, the first ones, are differentiable.
         saved: how many, the first ones, are tensors that the backward needs.
-        outputs: how many results, the first ones, have gradients; the others are kept for the backward.
-        backward: takes the gradients, the kept results, the arguments; returns ``tensors`` gradients.
+        backward: takes the gradients of the results (the first one is always there), then the arguments; returns
+            ``tensors`` gradients.
     """
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        results = output if isinstance(output, tuple) else (output,)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*results[outputs:])
-        ctx.save_for_backward(*results[outputs:], *inputs[:saved])
-        ctx.kept, ctx.options = len(results) - outputs, inputs[saved:]
-        ctx.like = results[0].shape, results[0].dtype, results[0].device
+        ctx.save_for_backward(*inputs[:saved])
+        ctx.options = inputs[saved:]
+        ctx.like = output[0].shape, output[0].dtype, output[0].device
 
-    def run(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        first, *rest = gradients[:outputs]
+    def run(ctx: Any, first: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
         if first is None:  # only the states were used
             shape, dtype, device = ctx.like
             first = torch.zeros(shape, dtype=dtype, device=device)
-        arguments = (*ctx.saved_tensors[ctx.kept :], *ctx.options)
-        found = backward(first, *rest, *ctx.saved_tensors[: ctx.kept], *arguments)
+        arguments = (*ctx.saved_tensors, *ctx.options)
+        found = backward(first, *rest, *arguments)
         wanted = ctx.needs_input_grad
         result = [g if needed else None for g, needed in zip(found, wanted, strict=False)]
         return *result, *(None,) * (len(arguments) - tensors)
@@ -120,7 +115,7 @@ _register(
     _conv_backward,
     _conv_backward_fake,
 )
-_differentiate("causal_conv1d", 4, 6, 2, lambda *args: torch.ops.mamba2_hf.causal_conv1d_backward(*args))
+_differentiate("causal_conv1d", 4, 6, lambda *args: torch.ops.mamba2_hf.causal_conv1d_backward(*args))
 
 
 # Norms
@@ -182,25 +177,20 @@ torch.library.register_autograd("mamba2_hf::rms_norm", _norm_gradient, setup_con
 # Scan
 
 
-def _states_fake(x: Tensor, heads: int, P: int, N: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Final states, and the states between the segments that long sequences are cut into."""
-    batch, tokens = x.shape[:2]
-    states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = x.new_empty(states, heads, P, N, dtype=torch.float32)
-    segments = ssd.segments_between(batch, tokens, heads, P, N, x.dtype, None if cu_seqlens is None else states)
-    return final, x.new_empty((segments, heads, P, N) if segments else (0,), dtype=torch.float32)
+def _final_fake(x: Tensor, heads: int, P: int, N: int, cu_seqlens: Tensor | None) -> Tensor:
+    states = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(states, heads, P, N, dtype=torch.float32)
 
 
-def _scan_fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    heads, P = x.shape[2:]
-    return x.new_empty(x.shape), *_states_fake(x, heads, P, B.shape[3], rest[5])
+def _scan_fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _final_fake(x, *x.shape[2:], B.shape[3], rest[5])
 
 
 def _scan_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(_dense(gradient, dy) for gradient in ssd.scan_backward(dy, *args))
 
 
-def _scan_backward_fake(dy: Tensor, dfinal: Any, between: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _scan_backward_fake(dy: Tensor, dfinal: Any, *args: Any) -> tuple[Tensor, ...]:
     return tuple(_like(tensor, dy) for tensor in args[:9])
 
 
@@ -208,13 +198,13 @@ _SCAN = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float low, float high"
 )
-_register(f"ssd_chunk_scan({_SCAN}) -> (Tensor, Tensor, Tensor)", ssd.scan_forward, _scan_fake)
+_register(f"ssd_chunk_scan({_SCAN}) -> (Tensor, Tensor)", ssd.scan_forward, _scan_fake)
 _register(
-    f"ssd_chunk_scan_backward(Tensor dy, Tensor? dfinal, Tensor between, {_SCAN}) -> ({', '.join(['Tensor'] * 9)})",
+    f"ssd_chunk_scan_backward(Tensor dy, Tensor? dfinal, {_SCAN}) -> ({', '.join(['Tensor'] * 9)})",
     _scan_backward,
     _scan_backward_fake,
 )
-_differentiate("ssd_chunk_scan", 9, 11, 2, lambda *args: torch.ops.mamba2_hf.ssd_chunk_scan_backward(*args))
+_differentiate("ssd_chunk_scan", 9, 11, lambda *args: torch.ops.mamba2_hf.ssd_chunk_scan_backward(*args))
 
 
 # The mixer between its projections
@@ -224,16 +214,16 @@ def _inner_fake(*args: Any) -> tuple[Tensor, ...]:
     call = inner.Arguments(*args)
     width, maps, heads = call.widths
     u, channels = call.zxbcdt, call.conv_weight
-    final, between = _states_fake(u, heads, call.head_dim, maps // call.n_groups, call.cu_seqlens)
+    final = _final_fake(u, heads, call.head_dim, maps // call.n_groups, call.cu_seqlens)
     conv_state = u.new_empty(final.shape[0], channels.shape[0], channels.shape[1] - 1)
-    return u.new_empty(*u.shape[:2], width), conv_state, final, between
+    return u.new_empty(*u.shape[:2], width), conv_state, final
 
 
 def _inner_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(_dense(gradient, dy) for gradient in inner.inner_backward(dy, *args))
 
 
-def _inner_backward_fake(dy: Tensor, dconv: Any, dssm: Any, between: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _inner_backward_fake(dy: Tensor, dconv: Any, dssm: Any, *args: Any) -> tuple[Tensor, ...]:
     return tuple(_like(tensor, dy) for tensor in args[:9])
 
 
@@ -242,14 +232,14 @@ _INNER = (
     "Tensor? conv_initial_states, Tensor? ssm_initial_states, Tensor? seq_idx, Tensor? cu_seqlens, int head_dim, "
     f"int n_groups, bool silu, {_OPTIONS}, float low, float high"
 )
-_register(f"mamba2_inner({_INNER}) -> (Tensor, Tensor, Tensor, Tensor)", inner.inner_forward, _inner_fake)
+_register(f"mamba2_inner({_INNER}) -> (Tensor, Tensor, Tensor)", inner.inner_forward, _inner_fake)
 _register(
-    f"mamba2_inner_backward(Tensor dy, Tensor? dconv_state, Tensor? dssm_state, Tensor between, {_INNER})"
+    f"mamba2_inner_backward(Tensor dy, Tensor? dconv_state, Tensor? dssm_state, {_INNER})"
     f" -> ({', '.join(['Tensor'] * 9)})",
     _inner_backward,
     _inner_backward_fake,
 )
-_differentiate("mamba2_inner", 9, 11, 3, lambda *args: torch.ops.mamba2_hf.mamba2_inner_backward(*args))
+_differentiate("mamba2_inner", 9, 11, lambda *args: torch.ops.mamba2_hf.mamba2_inner_backward(*args))
 
 
 # Decoding: states are updated in place

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
 import triton
 from triton import knobs
+
+from ..checks import SSDShape
 
 
 class Chip(NamedTuple):
@@ -118,14 +121,70 @@ def heads_per_program(per_group: int, most: int) -> int:
     return next(n for n in range(min(per_group, most), 0, -1) if per_group % n == 0)
 
 
-SEGMENT = 2048  # tokens under which a sequence is not cut
+# The kernels for Hopper: their chunk, their heads' width, and the states that fit the registers.
+HOPPER_CHUNK, HOPPER_HEAD, HOPPER_STATES = 64, 64, (16, 32, 64, 128)
 
 
-def segment_tokens(chip: Chip, programs: int, tokens: int) -> int:
-    """How many tokens one program walks where ``programs`` would walk ``tokens`` each.
+class HopperConfig(NamedTuple):
+    """Launch parameters of a kernel with a producer and several consumers."""
 
-    Sequences are cut only as far as needed to give every processor four programs: each cut costs a pass over x and B.
+    heads: int  # of a program: consumers side by side, or (gradients) heads one after another
+    stages: int  # tiles in flight
+    registers: int  # of a thread of the consumers but the first, which takes what is left
+    launched: int  # registers of a thread before they are shared out
+
+
+def hopper_kernels(chip: Chip, shape: SSDShape, dtype: torch.dtype) -> bool:
+    """Whether there are kernels made for these sizes on this chip."""
+    fits = shape.head_dim == HOPPER_HEAD and shape.state in HOPPER_STATES
+    return fits and chip.is_hopper and not chip.interpreted and dtype in (torch.bfloat16, torch.float16)
+
+
+def hopper_walk(per_group: int) -> HopperConfig:
+    """``walk_kernel``: two heads share B and C where a group has two."""
+    return HopperConfig(1, 2, 0, 128) if per_group == 1 else HopperConfig(2, 3, 232, 168)
+
+
+def hopper_state(chip: Chip, per_group: int, rows: int) -> HopperConfig:
+    """``state_kernel``: four heads a program where that fills the chip as well as two do."""
+    if per_group == 1:
+        return HopperConfig(1, 2, 0, 96)
+    two, four = (-(-rows * -(-per_group // heads) // chip.processors) * heads for heads in (2, 4))
+    return HopperConfig(4, 2, 112, 96) if four < two else HopperConfig(2, 4, 160, 168)
+
+
+def hopper_gradients(chip: Chip, per_group: int, rows: int) -> HopperConfig:
+    """``chunk_backward_kernel``: as many heads a program as leave every processor two programs."""
+    wanted = -(-2 * chip.processors // rows)
+    blocks = next(n for n in range(1, per_group + 1) if per_group % n == 0 and (n >= wanted or n == per_group))
+    return HopperConfig(per_group // blocks, 3, 232, 168)
+
+
+SEGMENT = 1024  # tokens under which a sequence is not cut
+SUMMARY_COST = 0.35  # a pass over x and B alone, against the whole walk
+CUT_COST = 30  # two more launches, in chunks walked
+
+
+def segment_tokens(chip: Chip, shape: SSDShape, dtype: torch.dtype) -> int:
+    """How many tokens one program walks.
+
+    Sequences are cut where their number does not fill the chip: time is counted in chunks, one program a processor
+    (or four of the portable kernels, which have one head each) walking one after another.
     """
-    wanted = -(-4 * chip.processors // programs)
-    segments = max(min(wanted, tokens // SEGMENT), 1)
-    return -(-tokens // (segments * 256)) * 256  # whole chunks of any size in the tables
+    if hopper_kernels(chip, shape, dtype):
+        programs = shape.batch * shape.groups * -(-shape.heads // shape.groups // 2)
+    else:
+        tiles = -(-shape.head_dim // walk(chip, dtype, shape.head_dim, shape.state).BP)
+        programs = -(-shape.batch * shape.heads * tiles // 4)
+    chunks = -(-shape.tokens // 64)
+    best, cheapest = 1, math.inf
+    for segments in range(1, max(shape.tokens // SEGMENT, 1) + 1):
+        length = -(-chunks // segments)
+        cost = -(-programs * segments // chip.processors) * length * 1.0
+        if segments > 1:
+            cost += SUMMARY_COST * -(-programs * (segments - 1) // chip.processors) * length + CUT_COST
+        if cost < cheapest:
+            best, cheapest = segments, cost
+        if programs * segments > 16 * chip.processors:
+            break
+    return -(-chunks // best) * 64

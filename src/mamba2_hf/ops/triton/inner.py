@@ -94,7 +94,7 @@ def mamba2_inner(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mamba2_hf.ops.mamba2_inner`."""
-    y, conv_state, ssm_state, _ = torch.ops.mamba2_hf.mamba2_inner(
+    y, conv_state, ssm_state = torch.ops.mamba2_hf.mamba2_inner(
         *(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_initial_states, ssm_initial_states),
         *(seq_idx, cu_seqlens, shape.head_dim, shape.groups, activation is not None, eps, group_size),
         *(norm_before_gate, *map(float, dt_limit)),
@@ -102,24 +102,20 @@ def mamba2_inner(
     return y, conv_state, ssm_state
 
 
-def inner_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Runs the mixer's inside on the fields of :class:`Arguments`.
-
-    Returns:
-        ``y (B, T, H P)``, both final states, and the states between the scan's segments for :func:`inner_backward`.
-    """
+def inner_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``y (B, T, H P)`` and both final states, given the fields of :class:`Arguments`."""
     call = Arguments(*args)
     convolved, conv_state = _convolve(call)
-    y, ssm_state, between = scan_forward(*call.scan(convolved))
+    y, ssm_state = scan_forward(*call.scan(convolved))
     y = y.flatten(-2)
     if call.norm_weight is not None:
         z = call.zxbcdt[..., : y.shape[-1]]
         y, _ = norm_forward(y, z, None, call.norm_weight, call.eps, call.group_size, call.norm_before_gate)
-    return y, conv_state, ssm_state, between
+    return y, conv_state, ssm_state
 
 
 def inner_backward(
-    dy: Tensor, dconv_state: Tensor | None, dssm_state: Tensor | None, between: Tensor, *args: Any
+    dy: Tensor, dconv_state: Tensor | None, dssm_state: Tensor | None, *args: Any
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the nine tensors that open :class:`Arguments`, given those of what :func:`inner_forward` returns."""
     call = Arguments(*args)
@@ -136,7 +132,7 @@ def inner_backward(
             dz=du[..., :inner],
         )
         del y
-    found: tuple[Any, ...] = scan_backward(dy.unflatten(-1, (heads, -1)), dssm_state, between, *scan)
+    found: tuple[Any, ...] = scan_backward(dy.unflatten(-1, (heads, -1)), dssm_state, *scan)
     dx, ddt, dA, dB, dC, dD, dz, dbias, dssm = found
     del convolved, scan, found
     if dz is not None:

@@ -13,6 +13,8 @@ from .tiles import chunk_bounds
 LOG2E = tl.constexpr(1.4426950408889634)
 # A step of exactly zero is stored as this: too small to act, and the gradient of dt survives the division by dt.
 TINY = tl.constexpr(1e-30)
+# 2^-160 is zero in fp32; a sum of many still resolves the decays inside of each document.
+APART = tl.constexpr(160.0)
 
 
 @triton.jit
@@ -85,12 +87,16 @@ def clamp(v, low, high):
 
 @triton.jit
 def prep_kernel(
-    dt, dt_bias, A, steps, a, table,
+    dt, dt_bias, A, steps, document, table,
     tokens, per_row, H, low, high, stride_row, stride_token,
     Q: tl.constexpr, BH: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, MARKS: tl.constexpr,
 ):  # fmt: skip
-    """``steps`` and ``a (chunks, H, Q)``: step sizes and their running sum times ``A log2(e)``, restarted per chunk."""
+    """``steps (chunks, H, 2, Q)``: the step sizes' running sum times ``A log2(e)``, restarted per chunk, and they.
+
+    With ``MARKS`` the running sum falls by ``APART`` where ``document (chunks, Q)`` changes, so that every decay from
+    one document to another is exactly zero.
+    """
     chunk = tl.program_id(0)
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
     row, start, end = chunk_bounds(chunk, table, tokens, per_row, Q, PACKED)
@@ -104,40 +110,54 @@ def prep_kernel(
     raw = tl.where(raw == 0.0, TINY, raw)
     step = tl.where(mask, raw, 0.0)  # (Q, BH)
     rate = tl.load(A + heads, mask=heads < H, other=0.0).to(tl.float32) * LOG2E
-    total = tl.cumsum(step * rate[None, :], 0)
-    offsets = (tl.cast(chunk, tl.int64) * H + heads)[None, :] * Q + tl.arange(0, Q)[:, None]
-    tl.store(steps + offsets, step, mask=(heads < H)[None, :])
-    tl.store(a + offsets, total, mask=(heads < H)[None, :])
+    log = step * rate[None, :]
+    q = tl.arange(0, Q)
+    if MARKS:
+        base = document + tl.cast(chunk, tl.int64) * Q + q
+        before = tl.load(base - 1, mask=start + q > 0, other=0)
+        log = tl.where((tl.load(base) != before)[:, None], log - APART, log)
+    offsets = (tl.cast(chunk, tl.int64) * H + heads)[None, :] * (2 * Q) + q[:, None]
+    tl.store(steps + offsets, tl.cumsum(log, 0), mask=(heads < H)[None, :])
+    tl.store(steps + offsets + Q, step, mask=(heads < H)[None, :])
 
 
 @triton.jit
 def prep_backward_kernel(
-    dt, dt_bias, A, steps, dstep, da, ddt, partial, table,
+    dt, dt_bias, A, steps, dots, ends, ddt, shares, table,
     tokens, per_row, H, low, high, stride_row, stride_token,
-    Q: tl.constexpr, BH: tl.constexpr,
+    Q: tl.constexpr, BH: tl.constexpr, DOTS: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """From gradients of steps and of log decays, ``(chunks, H, Q)``, to those of ``dt``, ``A`` and ``dt_bias``.
+    """From the gradients of steps and log decays to those of ``dt``, ``A`` and ``dt_bias``.
 
-    ``ddt`` is ``(B, T, H)``. ``partial (chunks, 2, H)`` takes each chunk's share of the gradients of ``A`` and
-    ``dt_bias``; the caller sums it.
+    ``dots (chunks, H, DOTS, Q)`` holds a token's row and column sums (see ``ssd_backward.py``), and with ``DOTS`` = 4
+    the column sums' share that leaves the chunk and ``<x, dy>``; ``ends (chunks, H)`` what else concerns the chunk's
+    end. ``ddt`` is ``(B, T, H)``. ``shares (chunks, 3, H)`` takes each chunk's share of the gradients of ``A``,
+    ``dt_bias`` and (with ``DOTS`` = 4) ``D``; the caller sums it.
     """
     chunk = tl.program_id(0)
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
-    out = partial + tl.cast(chunk, tl.int64) * 2 * H + heads
+    out = shares + tl.cast(chunk, tl.int64) * 3 * H + heads
     row, start, end = chunk_bounds(chunk, table, tokens, per_row, Q, PACKED)
     if start < 0:
-        tl.store(out, tl.zeros([BH], tl.float32), mask=heads < H)
-        tl.store(out + H, tl.zeros([BH], tl.float32), mask=heads < H)
+        for i in tl.static_range(3):
+            tl.store(out + i * H, tl.zeros([BH], tl.float32), mask=heads < H)
         return
     raw, mask = raw_step(dt, dt_bias, row, start, end, heads, stride_row, stride_token, H, Q, HAS_BIAS)
-    offsets = (tl.cast(chunk, tl.int64) * H + heads)[None, :] * Q + tl.arange(0, Q)[:, None]
-    step = tl.load(steps + offsets, mask=mask, other=0.0)
+    q = tl.arange(0, Q)[:, None]
+    index = tl.cast(chunk, tl.int64) * H + heads
+    step = tl.load(steps + (2 * index + 1)[None, :] * Q + q, mask=mask, other=0.0)
     rate = tl.load(A + heads, mask=heads < H, other=0.0).to(tl.float32)
-    # What concerns the whole chunk stands at its last place, be that padding or not.
-    dlog = tl.load(da + offsets, mask=(heads < H)[None, :], other=0.0)
+    sums = dots + (DOTS * index)[None, :] * Q + q
+    column = tl.load(sums + Q, mask=mask, other=0.0)
+    at_end = tl.load(ends + index, mask=heads < H, other=0.0)
+    if DOTS == 4:
+        at_end += tl.sum(tl.load(sums + 2 * Q, mask=mask, other=0.0), 0)
+        tl.store(out + 2 * H, tl.sum(tl.load(sums + 3 * Q, mask=mask, other=0.0), 0), mask=heads < H)
+    dlog = tl.load(sums, mask=mask, other=0.0) - column
+    dlog = tl.where(q == Q - 1, dlog + at_end[None, :], dlog)  # the last place, be that padding or not
     dlog = tl.cumsum(dlog, 0, reverse=True)  # gradient of dt * A
-    grad = tl.load(dstep + offsets, mask=mask, other=0.0) + dlog * rate[None, :]
+    grad = column / tl.where(step != 0.0, step, 1.0) + dlog * rate[None, :]
     if CLAMP:
         value = raw
         if SOFTPLUS:
@@ -146,8 +166,7 @@ def prep_backward_kernel(
     if SOFTPLUS:
         grad = grad / (1.0 + tl.exp(-raw))
     grad = tl.where(mask, grad, 0.0)
-    t = start + tl.arange(0, Q)
-    target = ddt + (tl.cast(row, tl.int64) * tokens + t)[:, None] * H + heads[None, :]
-    tl.store(target, grad, mask=mask)
-    tl.store(out, tl.sum(dlog * step, 0), mask=heads < H)
+    t = start + q
+    tl.store(ddt + (tl.cast(row, tl.int64) * tokens + t) * H + heads[None, :], grad, mask=mask)
+    tl.store(out, tl.sum(tl.where(mask, dlog * step, 0.0), 0), mask=heads < H)
     tl.store(out + H, tl.sum(grad, 0), mask=heads < H)

@@ -36,7 +36,7 @@ def gate_backward_kernel(
 
 @triton.jit
 def inputs_backward_kernel(
-    x, B, C, z, dout, dy, steps, a, D, document, states, dstates, dx, dz, dstep, da, table,
+    x, B, C, z, dout, dy, steps, D, document, states, dstates, dx, dz, dots, ends, table,
     tokens, per_row, H,
     x_row, x_token, x_head, b_row, b_token, b_head, c_row, c_token, c_head, z_row, z_token, z_head,
     o_row, o_token, o_head, d_row, d_token, d_head,
@@ -45,9 +45,9 @@ def inputs_backward_kernel(
     D_RANK: tl.constexpr, HAS_Z: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
     PACKED: tl.constexpr, TMA: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x, z, the steps (direct part) and the log decays for one chunk and ``HEADS`` heads of a group.
+    """Gradients of x and z, and what those of steps and log decays need, for one chunk and ``HEADS`` heads of a group.
 
-    ``dstep, da (chunks, H, Q)``.
+    ``dots (chunks, H, 2, Q)``: row and column sums. ``ends (chunks, H)``: what stands at the chunk's last token.
     """
     P_TILES: tl.constexpr = (P + BP - 1) // BP
     blocks = H // HEADS
@@ -72,7 +72,7 @@ def inputs_backward_kernel(
     for k in tl.range(0, HEADS, num_stages=STAGES):
         h = h0 + k
         index = tl.cast(chunk, tl.int64) * H + h
-        step, log, whole = load_steps(steps, a, index * Q, Q)
+        step, log, whole = load_steps(steps, index, Q)
         enters = tl.exp2(log)
         leaves = tl.exp2(whole - log)
         passes = tl.exp2(whole)
@@ -121,13 +121,14 @@ def inputs_backward_kernel(
                     dz, dgate.to(x_tile.dtype), tokens * H * P, H * P, P, row, start, end, h, p0, Q, BP, P, TMA
                 )
 
-        tl.store(dstep + index * Q + q, column / tl.where(step != 0.0, step, 1.0))
-        tl.store(da + index * Q + q, row_sum - column + tl.where(q == Q - 1, at_last, 0.0))
+        tl.store(dots + index * (2 * Q) + q, row_sum)
+        tl.store(dots + index * (2 * Q) + Q + q, column)
+        tl.store(ends + index, at_last)
 
 
 @triton.jit
 def maps_backward_kernel(
-    x, B, C, dy, steps, a, document, states, dstates, partial, dD, table,
+    x, B, C, dy, steps, document, states, dstates, partial, dD, table,
     tokens, per_row, H, rows,
     x_row, x_token, x_head, b_row, b_token, b_head, c_row, c_token, c_head, d_row, d_token, d_head,
     PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
@@ -164,7 +165,7 @@ def maps_backward_kernel(
     for k in tl.range(0, HEADS, num_stages=STAGES):
         h = h0 + k
         index = tl.cast(chunk, tl.int64) * H + h
-        step, log, whole = load_steps(steps, a, index * Q, Q)
+        step, log, whole = load_steps(steps, index, Q)
         enters = tl.exp2(log)
         leaves = tl.exp2(whole - log)
         if HAS_DOCUMENTS:

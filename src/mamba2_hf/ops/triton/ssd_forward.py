@@ -24,7 +24,7 @@ from .tiles import (
 
 @triton.jit
 def walk_kernel(
-    x, B, C, z, y, steps, a, D, document, entry, final, table,
+    x, B, C, z, y, steps, D, document, entry, final, table,
     tokens, per_row, per_segment, H,
     x_row, x_token, x_head, b_row, b_token, b_head, c_row, c_token, c_head, z_row, z_token, z_head,
     PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -63,7 +63,7 @@ def walk_kernel(
         c_tile = load_tokens(C, c_row, c_token, c_head, row, t, end, g, 0, Q, BN, N, TMA)  # (Q, N)
         b_tile = load_tokens(B, b_row, b_token, b_head, row, t, end, g, 0, Q, BN, N, TMA)  # (Q, N)
         x_tile = load_tokens(x, x_row, x_token, x_head, row, t, end, h, p0, Q, BP, P, TMA)  # (Q, P)
-        step, log, whole = load_steps(steps, a, (tl.cast(chunk + c, tl.int64) * H + h) * Q, Q)
+        step, log, whole = load_steps(steps, tl.cast(chunk + c, tl.int64) * H + h, Q)
         enters = tl.exp2(log)  # decay from the chunk's start to each token
         leaves = tl.exp2(whole - log)  # from each token to the chunk's end
         passes = tl.exp2(whole)
@@ -94,7 +94,7 @@ def walk_kernel(
 
 @triton.jit
 def state_kernel(
-    inputs, maps, steps, a, document, entry, at_chunks, decay, after, table,
+    inputs, maps, steps, document, entry, at_chunks, decay, after, table,
     tokens, per_row, per_segment, H,
     i_row, i_token, i_head, m_row, m_token, m_head,
     PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -142,7 +142,7 @@ def state_kernel(
         t = start + c * Q
         tile = load_tokens(inputs, i_row, i_token, i_head, row, t, end, h, p0, Q, BP, P, TMA)  # (Q, P)
         map_tile = load_tokens(maps, m_row, m_token, m_head, row, t, end, g, n0, Q, BN, N, TMA)  # (Q, N)
-        step, log, whole = load_steps(steps, a, (tl.cast(chunk + c, tl.int64) * H + h) * Q, Q)
+        step, log, whole = load_steps(steps, tl.cast(chunk + c, tl.int64) * H + h, Q)
         weight = tl.exp2(log) if REVERSE else tl.exp2(whole - log)
         passes = tl.exp2(whole)
         if HAS_DOCUMENTS:

@@ -162,10 +162,11 @@ def widen(tile, ASM: tl.constexpr):
 
 
 @triton.jit
-def load_steps(dt, a, base, Q: tl.constexpr):
-    """A chunk's step sizes and log2 decays, ``(Q,)`` each, and the log2 decay of the whole chunk."""
+def load_steps(steps, index, Q: tl.constexpr):
+    """Step sizes and log2 decays of a chunk and head, ``(Q,)`` each, and the log2 decay of the whole chunk."""
+    base = steps + tl.cast(index, tl.int64) * (2 * Q)
     q = tl.arange(0, Q)
-    return tl.load(dt + base + q), tl.load(a + base + q), tl.load(a + base + Q - 1)
+    return tl.load(base + Q + q), tl.load(base + q), tl.load(base + Q - 1)
 
 
 @triton.jit
