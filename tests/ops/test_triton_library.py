@@ -105,12 +105,11 @@ def test_whole_graphs() -> None:
 
 def test_a_compiled_step_updates_its_states() -> None:
     given = {k: v.to(DEVICE, torch.float32) for k, v in inputs().items()}
-    position = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     names = ("conv_weight", "conv_bias", "dt_bias", "A", "D")
 
-    def step(ring: Tensor, state: Tensor) -> Tensor:
+    def step(conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         return triton_backend.mamba2_step(
-            *(given["zxbcdt"][:, :1], ring, state, position, *(given[name] for name in names)),
+            *(given["zxbcdt"][:, :1], conv_state, ssm_state, *(given[name] for name in names)),
             norm_weight=given["norm_weight"],
             shape=SSDShape(B, 1, H, P, G, N, B),
             activation="silu",
@@ -122,8 +121,8 @@ def test_a_compiled_step_updates_its_states() -> None:
 
     results = []
     for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        ring, state = torch.zeros(B, K, C, device=DEVICE), given["ssm_initial_states"].clone()
-        results.append((run(ring, state), ring, state))
+        states = given["conv_initial_states"].clone(), given["ssm_initial_states"].clone()
+        results.append((run(*states), *states))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -373,7 +373,6 @@ def mamba2_step(
     zxbcdt: Tensor,
     conv_state: Tensor,
     ssm_state: Tensor,
-    position: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     dt_bias: Tensor | None,
@@ -393,11 +392,8 @@ def mamba2_step(
 
     Args:
         zxbcdt: ``(B, T, 2 H P + 2 G N + H)``.
-        conv_state: ``(B, L, C)`` ring of the last inputs of the convolution, ``C = H P + 2 G N``, ``L >= K``: token
-            ``t`` of the sequence is in slot ``t % L``. With ``L >= K - 1 + T`` new tokens go in at no extra cost.
-        ssm_state: ``(B, H, P, N)``.
-        position: integer tensor of one element on the same device, the number of tokens before these (or anything
-            equal modulo L). It is read, not advanced: layers share it.
+        conv_state: ``(B, C, L)``, the last ``L >= K - 1`` inputs of the convolution, newest last; ``C = H P + 2 G N``.
+        ssm_state: ``(B, H, P, N)``, any floating dtype; the step itself is computed in fp32.
         conv_weight: ``(C, K)``. conv_bias: ``(C,)`` or None.
         dt_bias, A, D, norm_weight, n_groups, activation, eps, group_size, norm_before_gate, dt_limit, backend: as in
             :func:`mamba2_inner`.
@@ -409,7 +405,7 @@ def mamba2_step(
         ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
     """
     shape = checks.check_step(
-        *(zxbcdt, conv_state, ssm_state, position, conv_weight, conv_bias, dt_bias, A, D),
+        *(zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D),
         *(n_groups, activation, dt_limit),
     )
     inner = shape.heads * shape.head_dim
@@ -421,7 +417,7 @@ def mamba2_step(
         "mamba2_step", zxbcdt.device, backend, shape=shape, dtype=zxbcdt.dtype, taps=taps, group_size=size
     )
     return dispatch.backend_module(choice.name).mamba2_step(
-        *(zxbcdt, conv_state, ssm_state, position, conv_weight, conv_bias, dt_bias, A, D),
+        *(zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D),
         norm_weight=norm_weight,
         shape=shape,
         activation=activation,

@@ -255,8 +255,8 @@ _differentiate("mamba2_inner", 9, 11, 3, lambda *args: torch.ops.mamba2_hf.mamba
 # Decoding: states are updated in place
 
 
-def _step_fake(zxbcdt: Tensor, ring: Tensor, position: Tensor, state: Tensor, *rest: Any) -> Tensor:
-    return zxbcdt.new_empty(*zxbcdt.shape[:2], state.shape[1] * state.shape[2])
+def _step_fake(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, *rest: Any) -> Tensor:
+    return zxbcdt.new_empty(*zxbcdt.shape[:2], ssm_state.shape[1] * ssm_state.shape[2])
 
 
 _register(
@@ -271,7 +271,7 @@ _register(
     lambda x, *rest: x.new_empty(x.shape),
 )
 _register(
-    "mamba2_step(Tensor zxbcdt, Tensor(a!) conv_state, Tensor position, Tensor(b!) ssm_state, Tensor conv_weight, "
+    "mamba2_step(Tensor zxbcdt, Tensor(a!) conv_state, Tensor(b!) ssm_state, Tensor conv_weight, "
     "Tensor? conv_bias, Tensor? dt_bias, Tensor A, Tensor? D, Tensor? norm_weight, int n_groups, bool silu, "
     f"{_OPTIONS}, float low, float high) -> Tensor",
     decode.mixer_step,
