@@ -57,10 +57,10 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
             conv.conv_backward(dy, initial, xbc, weight, bias, initial, packing, True)
         y, norm_weight = zeros(1, T, inner), zeros(inner)
         for group_size, norm_before_gate in ((inner, False), (inner // 8, True), (P, False)):
-            norm.norm_forward(y, z, None, norm_weight, 1e-5, group_size, norm_before_gate)
-            norm.norm_backward(y, None, y, z, norm_weight, 1e-5, group_size, norm_before_gate)
-        norm.norm_forward(y, None, y.float(), norm_weight, 1e-5, inner, False)
-        norm.norm_backward(y, y.float(), y.float(), None, norm_weight, 1e-5, inner, False)
+            norm.norm_forward(y, z, norm_weight, 1e-5, group_size, norm_before_gate, y.dtype)
+            norm.norm_backward(y, y, z, norm_weight, 1e-5, group_size, norm_before_gate)
+        norm.norm_forward(y.float(), None, norm_weight, 1e-5, inner, False, y.dtype)
+        norm.norm_backward(y, y.float(), None, norm_weight, 1e-5, inner, False)
         limits = (0.0, math.inf)
         for batch in (1, 64):
             ssm_state = zeros(batch, H, P, N, dtype=torch.float32)

@@ -232,14 +232,6 @@ def check_norm(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_si
     return size
 
 
-def check_add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
-    """Contract of ``add_rms_norm``; raises :class:`ArgumentError`."""
-    check_norm(x, None, weight, eps, None)
-    _floating("residual", residual)
-    _shape("residual", residual, tuple(x.shape), "as x")
-    _same_device(x.device, residual=residual)
-
-
 def check_step(
     zxbcdt: Tensor,
     conv_state: Tensor,

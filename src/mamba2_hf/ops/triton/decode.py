@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ..checks import SSDShape
 from .conv import DTYPES, MAX_TAPS, conv_forward, convolve, documents, load_taps
+from .conv import supports as supports_conv
 from .prep import clamp, softplus
 from .rows import channels_last
 
 LARGEST = 256  # head dim and state size
+NO_GRADIENT = "a step that updates its states in place has no gradient here"
 LONGEST_BLOCK = 16  # tokens of a convolution update that are unrolled
 CHANNELS = 128  # of a program of the convolution's update
 WIDE, NARROW = (64, 4), (16, 2)  # channels of a head and warps per program: to fill memory, or to fill the chip
@@ -227,8 +229,10 @@ def finish_kernel(raw, squares, u, weight, y, conv, T, width, parts, eps, C, sca
         _shift(pid - scales, u, conv, T, width, C, su_b, su_t, sc_b, sc_c, sc_l, L, BLOCK)
 
 
-def supports_update(*, shape: SSDShape, dtype: torch.dtype) -> tuple[bool, str]:
+def supports_update(*, shape: SSDShape, dtype: torch.dtype, differentiable: bool = False) -> tuple[bool, str]:
     """Whether a state update can be served, and why (not)."""
+    if differentiable:
+        return False, NO_GRADIENT
     if dtype not in DTYPES:
         return False, f"dtype {dtype} is not bfloat16, float16 or float32"
     if max(shape.head_dim, shape.state) > LARGEST:
@@ -236,13 +240,20 @@ def supports_update(*, shape: SSDShape, dtype: torch.dtype) -> tuple[bool, str]:
     return True, "the Triton update serves it"
 
 
-def supports_step(*, shape: SSDShape, dtype: torch.dtype, taps: int, group_size: int) -> tuple[bool, str]:
+def supports_conv_update(*, taps: int, dtype: torch.dtype, differentiable: bool = False) -> tuple[bool, str]:
+    """Whether a convolution's update can be served, and why (not)."""
+    return (False, NO_GRADIENT) if differentiable else supports_conv(taps=taps, dtype=dtype)
+
+
+def supports_step(
+    *, shape: SSDShape, dtype: torch.dtype, taps: int, group_size: int, differentiable: bool = False
+) -> tuple[bool, str]:
     """Whether a fused step can be served, and why (not)."""
     if taps > MAX_TAPS:
         return False, f"{taps} taps are more than {MAX_TAPS}"
     if group_size % shape.head_dim:
         return False, f"group_size {group_size} is no multiple of head_dim {shape.head_dim}"
-    return supports_update(shape=shape, dtype=dtype)
+    return supports_update(shape=shape, dtype=dtype, differentiable=differentiable)
 
 
 def ssd_state_update(
