@@ -27,8 +27,7 @@ KERNELS = {
     "norm_backward_kernel",
     "state_update_kernel",
     "step_kernel",
-    "ring_kernel",
-    "scale_kernel",
+    "finish_kernel",
 }
 
 
@@ -58,10 +57,10 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
             conv.conv_backward(dy, initial, xbc, weight, bias, initial, packing, True)
         y, norm_weight = zeros(1, T, inner), zeros(inner)
         for group_size, norm_before_gate in ((inner, False), (inner // 8, True), (P, False)):
-            norm.norm_forward(y, z, None, norm_weight, 1e-5, group_size, norm_before_gate)
-            norm.norm_backward(y, None, y, z, norm_weight, 1e-5, group_size, norm_before_gate)
-        norm.norm_forward(y, None, y.float(), norm_weight, 1e-5, inner, False)
-        norm.norm_backward(y, y.float(), y.float(), None, norm_weight, 1e-5, inner, False)
+            norm.norm_forward(y, z, norm_weight, 1e-5, group_size, norm_before_gate, y.dtype)
+            norm.norm_backward(y, y, z, norm_weight, 1e-5, group_size, norm_before_gate)
+        norm.norm_forward(y.float(), None, norm_weight, 1e-5, inner, False, y.dtype)
+        norm.norm_backward(y, y.float(), None, norm_weight, 1e-5, inner, False)
         limits = (0.0, math.inf)
         for batch in (1, 64):
             ssm_state = zeros(batch, H, P, N, dtype=torch.float32)
@@ -69,7 +68,7 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
             decode.state_update(ssm_state, x, step, per_head, maps, maps, per_head, x, per_head, True, *limits)
             decode.conv_update(zeros(batch, 1, channels), zeros(batch, channels, K), weight, bias, True)
             decode.mixer_step(
-                *(zeros(batch, 2, rows.shape[-1]), zeros(batch, K, channels), zeros(1, dtype=torch.int32), ssm_state),
+                *(zeros(batch, 2, rows.shape[-1]), zeros(batch, channels, K - 1), ssm_state),
                 *(weight, bias, per_head, per_head, per_head, norm_weight, 1, True, 1e-5, inner, False, *limits),
             )
     return [kernel._asdict() for kernel in kernels]

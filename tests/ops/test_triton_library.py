@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mamba2_hf.errors import BackendError
 from mamba2_hf.ops.checks import SSDShape
 from mamba2_hf.ops.dispatch import backend_module
 
@@ -83,9 +84,8 @@ def test_whole_graphs() -> None:
 
     def loss(given: dict[str, Tensor]) -> Tensor:
         y, conv_state, ssm_state = inner(triton_backend, given, B)
-        normed, total = triton_backend.add_rms_norm(y, y * 2, given["norm_weight"], eps=1e-5)
         gated = triton_backend.gated_rms_norm(
-            total, normed, given["norm_weight"], eps=1e-5, group_size=P, norm_before_gate=True
+            y * 2, y, given["norm_weight"], eps=1e-5, group_size=P, norm_before_gate=True
         )
         convolved, _ = triton_backend.causal_conv1d(
             *(gated, given["conv_weight"][: H * P], None),
@@ -105,12 +105,11 @@ def test_whole_graphs() -> None:
 
 def test_a_compiled_step_updates_its_states() -> None:
     given = {k: v.to(DEVICE, torch.float32) for k, v in inputs().items()}
-    position = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     names = ("conv_weight", "conv_bias", "dt_bias", "A", "D")
 
-    def step(ring: Tensor, state: Tensor) -> Tensor:
+    def step(conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         return triton_backend.mamba2_step(
-            *(given["zxbcdt"][:, :1], ring, state, position, *(given[name] for name in names)),
+            *(given["zxbcdt"][:, :1], conv_state, ssm_state, *(given[name] for name in names)),
             norm_weight=given["norm_weight"],
             shape=SSDShape(B, 1, H, P, G, N, B),
             activation="silu",
@@ -122,10 +121,17 @@ def test_a_compiled_step_updates_its_states() -> None:
 
     results = []
     for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        ring, state = torch.zeros(B, K, C, device=DEVICE), given["ssm_initial_states"].clone()
-        results.append((run(ring, state), ring, state))
+        states = given["conv_initial_states"].clone(), given["ssm_initial_states"].clone()
+        results.append((run(*states), *states))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = torch.randn(2, 3, 4, device=DEVICE, requires_grad=True)
+    y = triton_backend.gated_rms_norm(x, None, x[0, 0], eps=1e-5, group_size=4, norm_before_gate=False)
+    with pytest.raises(BackendError, match=r"second derivative.*use_backend\('torch'\)"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
 def test_registrations_hold() -> None:
@@ -137,7 +143,7 @@ def test_registrations_hold() -> None:
     ops = torch.ops.mamba2_hf
     arguments = {
         ops.causal_conv1d: (x, weight, bias, conv_state, None, None, True),
-        ops.rms_norm: (x[..., : H * P], u[..., : H * P], None, norm_weight, 1e-5, P, False),
+        ops.rms_norm: (x[..., : H * P], u[..., : H * P], norm_weight, 1e-5, P, False, torch.float16),
         ops.causal_conv1d_update: (x.detach(), conv_state, weight, bias, True),
     }
     for op, given_arguments in arguments.items():

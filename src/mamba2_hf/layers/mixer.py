@@ -97,7 +97,7 @@ class Mamba2Mixer(KeepsFp32):
         """What is between the projections: ``(B, T, 2 H P + 2 G N + H)`` to ``(B, T, H P)``."""
         one_token = zxbcdt.shape[1] == 1 and layout.is_plain and not torch.is_grad_enabled()
         if state is not None and state.started and one_token:
-            return self._step(zxbcdt[:, 0], state)[:, None]
+            return self._step(zxbcdt, state)
         conv_initial, ssm_initial = self._initial(zxbcdt, layout, state)
         conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
         if conv_weight is not None and norm_weight is not None:
@@ -162,29 +162,43 @@ class Mamba2Mixer(KeepsFp32):
         return -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
 
     def _step(self, zxbcdt: Tensor, state: SSDState) -> Tensor:
-        """One token of each sequence, ``(B, 2 H P + 2 G N + H)`` to ``(B, H P)``."""
+        """One token of each sequence, ``(B, 1, 2 H P + 2 G N + H)`` to ``(B, 1, H P)``."""
         conv_state, ssm_state = state.initial(zxbcdt.shape[0])
         assert conv_state is not None  # the state has started
         assert ssm_state is not None
-        z, xbc, dt = self._split(zxbcdt)
-        weight = plain_weight(self.conv1d)
-        if weight is not None:
-            xbc = ops.causal_conv1d_update(
-                xbc, conv_state, weight.squeeze(1), self.conv1d.bias, activation=self.activation
+        conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
+        if conv_weight is not None and norm_weight is not None:
+            return ops.mamba2_step(
+                *(
+                    zxbcdt,
+                    conv_state,
+                    ssm_state,
+                    conv_weight.squeeze(1),
+                    self.conv1d.bias,
+                    self.dt_bias,
+                    self.A,
+                    self.D,
+                ),
+                norm_weight=norm_weight,
+                n_groups=self.n_groups,
+                activation=self.activation,
+                eps=self.norm.eps,
+                group_size=self.norm.group_size,
+                norm_before_gate=self.norm.norm_before_gate,
+                dt_limit=self.dt_limit,
             )
-        else:
-            xbc, final = self._convolve(xbc[:, None], conv_state, PLAIN)
-            conv_state.copy_(final)
-            xbc = xbc[:, 0]
-        x, B, C = self._split_xbc(xbc)
+        z, xbc, dt = self._split(zxbcdt)
+        xbc, final = self._convolve(xbc, conv_state, PLAIN)
+        conv_state.copy_(final)
+        x, B, C = self._split_xbc(xbc[:, 0])
         y = ops.ssd_state_update(
-            *(ssm_state, x, dt, self.A, B, C),
+            *(ssm_state, x, dt[:, 0], self.A, B, C),
             D=self.D,
             dt_bias=self.dt_bias,
             dt_softplus=True,
             dt_limit=self.dt_limit,
         )
-        return self.norm(y.flatten(-2), z)
+        return self.norm(y.flatten(-2)[:, None], z)
 
     def _initial(
         self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None

@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 
 from torch import Tensor
+from torch import dtype as Dtype  # `torch` is the name of a backend here
 
 from . import checks, dispatch
 from .checks import SSDShape
 from .dispatch import use_backend
 from .reference import ssd_attention_matrix
+from .torch.ssd import needs_grad
 
 __all__ = [
-    "add_rms_norm",
     "causal_conv1d",
     "causal_conv1d_update",
     "gated_rms_norm",
@@ -139,7 +140,10 @@ def ssd_state_update(
         ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
     """
     shape = checks.check_state_update(state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_limit=dt_limit)
-    choice = dispatch.choose("ssd_state_update", x.device, backend, shape=shape, dtype=x.dtype)
+    differentiable = needs_grad(x, dt, A, B, C, D, z, dt_bias)
+    choice = dispatch.choose(
+        "ssd_state_update", x.device, backend, shape=shape, dtype=x.dtype, differentiable=differentiable
+    )
     return dispatch.backend_module(choice.name).ssd_state_update(
         *(state, x, dt, A, B, C),
         shape=shape,
@@ -216,7 +220,14 @@ def causal_conv1d_update(
         ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
     """
     checks.check_conv_update(x, conv_state, weight, bias, activation)
-    choice = dispatch.choose("causal_conv1d_update", x.device, backend, taps=weight.shape[1], dtype=x.dtype)
+    choice = dispatch.choose(
+        "causal_conv1d_update",
+        x.device,
+        backend,
+        taps=weight.shape[1],
+        dtype=x.dtype,
+        differentiable=needs_grad(x, weight, bias),
+    )
     return dispatch.backend_module(choice.name).causal_conv1d_update(x, conv_state, weight, bias, activation=activation)
 
 
@@ -228,6 +239,7 @@ def gated_rms_norm(
     eps: float = 1e-5,
     group_size: int | None = None,
     norm_before_gate: bool = False,
+    dtype: Dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """RMSNorm over groups of channels with a SiLU gate, computed in fp32.
@@ -241,43 +253,21 @@ def gated_rms_norm(
         eps: added to the mean square.
         group_size: channels that share one mean square; None for all ``d``.
         norm_before_gate: the order; the published Mamba-2 models gate first.
+        dtype: of the result, rounded to it once; None for that of ``x``.
         backend: see the module.
 
     Returns:
-        Shaped as ``x``, in its dtype.
+        Shaped as ``x``.
 
     Raises:
         ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
     """
     size = checks.check_norm(x, z, weight, eps, group_size)
+    dtype = dtype or x.dtype
     choice = dispatch.choose("gated_rms_norm", x.device, backend, group_size=size, dtype=x.dtype)
     return dispatch.backend_module(choice.name).gated_rms_norm(
-        x, z, weight, eps=eps, group_size=size, norm_before_gate=norm_before_gate
+        x, z, weight, eps=eps, group_size=size, norm_before_gate=norm_before_gate, dtype=dtype
     )
-
-
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-5, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """Adds to the residual stream and norms the sum: ``(norm(x + residual) * weight, x + residual)``, in fp32.
-
-    Args:
-        x: ``(..., d)``, a block's output.
-        residual: shaped as ``x``; may be of a wider dtype.
-        weight: ``(d,)``.
-        eps: added to the mean square.
-        backend: see the module.
-
-    Returns:
-        The normed sum in the dtype of ``x``, and the sum in the dtype of ``residual``. The norm reads the sum before
-        it is rounded to that dtype.
-
-    Raises:
-        ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
-    """
-    checks.check_add_norm(x, residual, weight, eps)
-    choice = dispatch.choose("add_rms_norm", x.device, backend, group_size=x.shape[-1], dtype=x.dtype)
-    return dispatch.backend_module(choice.name).add_rms_norm(x, residual, weight, eps=eps)
 
 
 def mamba2_inner(
@@ -373,7 +363,6 @@ def mamba2_step(
     zxbcdt: Tensor,
     conv_state: Tensor,
     ssm_state: Tensor,
-    position: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     dt_bias: Tensor | None,
@@ -393,11 +382,8 @@ def mamba2_step(
 
     Args:
         zxbcdt: ``(B, T, 2 H P + 2 G N + H)``.
-        conv_state: ``(B, L, C)`` ring of the last inputs of the convolution, ``C = H P + 2 G N``, ``L >= K``: token
-            ``t`` of the sequence is in slot ``t % L``. With ``L >= K - 1 + T`` new tokens go in at no extra cost.
-        ssm_state: ``(B, H, P, N)``.
-        position: integer tensor of one element on the same device, the number of tokens before these (or anything
-            equal modulo L). It is read, not advanced: layers share it.
+        conv_state: ``(B, C, L)``, the last ``L >= K - 1`` inputs of the convolution, newest last; ``C = H P + 2 G N``.
+        ssm_state: ``(B, H, P, N)``, any floating dtype; the step itself is computed in fp32.
         conv_weight: ``(C, K)``. conv_bias: ``(C,)`` or None.
         dt_bias, A, D, norm_weight, n_groups, activation, eps, group_size, norm_before_gate, dt_limit, backend: as in
             :func:`mamba2_inner`.
@@ -409,19 +395,24 @@ def mamba2_step(
         ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
     """
     shape = checks.check_step(
-        *(zxbcdt, conv_state, ssm_state, position, conv_weight, conv_bias, dt_bias, A, D),
+        *(zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D),
         *(n_groups, activation, dt_limit),
     )
-    inner = shape.heads * shape.head_dim
+    size = inner = shape.heads * shape.head_dim
     if norm_weight is not None:
-        group_size = checks.check_norm(zxbcdt[..., :inner], None, norm_weight, eps, group_size)
-    size = group_size or inner
-    taps = conv_weight.shape[1]
+        size = checks.check_norm(zxbcdt[..., :inner], None, norm_weight, eps, group_size)
     choice = dispatch.choose(
-        "mamba2_step", zxbcdt.device, backend, shape=shape, dtype=zxbcdt.dtype, taps=taps, group_size=size
+        "mamba2_step",
+        zxbcdt.device,
+        backend,
+        shape=shape,
+        dtype=zxbcdt.dtype,
+        taps=conv_weight.shape[1],
+        group_size=size,
+        differentiable=needs_grad(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight),
     )
     return dispatch.backend_module(choice.name).mamba2_step(
-        *(zxbcdt, conv_state, ssm_state, position, conv_weight, conv_bias, dt_bias, A, D),
+        *(zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D),
         norm_weight=norm_weight,
         shape=shape,
         activation=activation,

@@ -232,19 +232,10 @@ def check_norm(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_si
     return size
 
 
-def check_add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
-    """Contract of ``add_rms_norm``; raises :class:`ArgumentError`."""
-    check_norm(x, None, weight, eps, None)
-    _floating("residual", residual)
-    _shape("residual", residual, tuple(x.shape), "as x")
-    _same_device(x.device, residual=residual)
-
-
 def check_step(
     zxbcdt: Tensor,
     conv_state: Tensor,
     ssm_state: Tensor,
-    position: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     dt_bias: Tensor | None,
@@ -260,25 +251,16 @@ def check_step(
     _rank("ssm_state", ssm_state, 4, "(B, H, P, N)")
     _floating("ssm_state", ssm_state)
     batch, tokens, width = zxbcdt.shape
-    _, heads, head_dim, n = ssm_state.shape
+    heads, head_dim = ssm_state.shape[1:3]
+    if min(batch, tokens) < 1:
+        _fail(f"zxbcdt has shape {tuple(zxbcdt.shape)}: every size has to be at least 1")
     inner, state = split_widths(width, heads, head_dim, n_groups)
     _shape("ssm_state", ssm_state, (batch, heads, head_dim, state), "(B, H, P, N)")
-    channels = inner + 2 * n_groups * n
-    taps = _check_taps(channels, conv_weight, conv_bias, activation)
-    _rank("conv_state", conv_state, 3, "(B, L, C)")
-    if (conv_state.shape[0], conv_state.shape[2]) != (batch, channels) or conv_state.shape[1] < taps:
-        _fail(
-            f"conv_state has shape {tuple(conv_state.shape)}, expected (B, L, C) with B = {batch}, "
-            f"C = {channels} and L >= K = {taps}"
-        )
-    if position.numel() != 1 or position.is_floating_point():
-        _fail(f"position is {position.dtype} {tuple(position.shape)}, expected one integer in a tensor")
+    check_conv_update(zxbcdt[..., inner : width - heads], conv_state, conv_weight, conv_bias, activation)
     _check_heads(heads, head_dim, n_groups, A, D, dt_bias)
     check_dt_limit(dt_limit)
-    _same_device(
-        zxbcdt.device, conv_state=conv_state, ssm_state=ssm_state, position=position, conv_weight=conv_weight, A=A
-    )
-    return SSDShape(batch, tokens, heads, head_dim, n_groups, n, batch)
+    _same_device(zxbcdt.device, ssm_state=ssm_state, A=A, D=D, dt_bias=dt_bias)
+    return SSDShape(batch, tokens, heads, head_dim, n_groups, state, batch)
 
 
 def split_widths(width: int, heads: int, head_dim: int, n_groups: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import BackendError
 from .triton import conv, decode, inner, norm, ssd
 
 _LIBRARY = torch.library.Library("mamba2_hf", "FRAGMENT")
@@ -49,6 +50,10 @@ def _differentiate(name: str, tensors: int, saved: int, backward: Callable[..., 
         ctx.like = output[0].shape, output[0].dtype, output[0].device
 
     def run(ctx: Any, first: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise BackendError(
+                f"{name} has no second derivative on Triton: run the forward under mamba2_hf.ops.use_backend('torch')"
+            )
         if first is None:  # only the states were used
             shape, dtype, device = ctx.like
             first = torch.zeros(shape, dtype=dtype, device=device)
@@ -121,57 +126,26 @@ _differentiate("causal_conv1d", 4, 6, lambda *args: torch.ops.mamba2_hf.causal_c
 # Norms
 
 
-def _norm(x: Tensor, z: Any, residual: Any, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    y, total = norm.norm_forward(x, z, residual, weight, *rest)
-    return y, _dense(total, x)
+def _norm_fake(x: Tensor, z: Any, weight: Any, eps: Any, group_size: Any, order: Any, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
 
 
-def _norm_fake(x: Tensor, z: Any, residual: Tensor | None, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _like(residual, x)
+def _norm_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(_dense(gradient, dy) for gradient in norm.norm_backward(dy, *args))
 
 
-def _norm_backward(dy: Tensor, dtotal: Any, x: Tensor, z: Any, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(_dense(gradient, x) for gradient in norm.norm_backward(dy, dtotal, x, z, weight, *rest))
-
-
-def _norm_backward_fake(dy: Tensor, dtotal: Any, x: Tensor, z: Any, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _norm_backward_fake(dy: Tensor, x: Tensor, z: Any, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(_like(tensor, x) for tensor in (x, z, weight))
 
 
-_OPTIONS = "float eps, int group_size, bool norm_before_gate"
+_NORM = "Tensor x, Tensor? z, Tensor weight, float eps, int group_size, bool norm_before_gate"
+_register(f"rms_norm({_NORM}, ScalarType dtype) -> Tensor", norm.norm_forward, _norm_fake)
 _register(
-    f"rms_norm(Tensor x, Tensor? z, Tensor? residual, Tensor weight, {_OPTIONS}) -> (Tensor, Tensor)",
-    _norm,
-    _norm_fake,
-)
-_register(
-    f"rms_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor? z, Tensor weight, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor)",
+    f"rms_norm_backward(Tensor dy, {_NORM}) -> (Tensor, Tensor, Tensor)",
     _norm_backward,
     _norm_backward_fake,
 )
-
-
-def _norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, z, residual, weight, *options = inputs
-    total = output[1]
-    ctx.set_materialize_grads(False)
-    if residual is None:
-        ctx.mark_non_differentiable(total)
-    ctx.save_for_backward(x if residual is None else total, z, weight)
-    ctx.options, ctx.dtype = options, x.dtype
-
-
-def _norm_gradient(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
-    normed, z, weight = ctx.saved_tensors
-    if dy is None:  # only the sum was used
-        dy = torch.zeros(normed.shape, dtype=ctx.dtype, device=normed.device)
-    dx, dz, dweight = torch.ops.mamba2_hf.rms_norm_backward(dy, dtotal, normed, z, weight, *ctx.options)
-    residual = dx if ctx.needs_input_grad[2] else None
-    return dx.to(ctx.dtype), None if z is None else dz, residual, dweight, None, None, None
-
-
-torch.library.register_autograd("mamba2_hf::rms_norm", _norm_gradient, setup_context=_norm_context, lib=_LIBRARY)
+_differentiate("rms_norm", 3, 3, 1, lambda dy, *args: torch.ops.mamba2_hf.rms_norm_backward(dy, *args[:-1]))
 
 
 # Scan
@@ -230,7 +204,7 @@ def _inner_backward_fake(dy: Tensor, dconv: Any, dssm: Any, *args: Any) -> tuple
 _INNER = (
     "Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor? dt_bias, Tensor A, Tensor? D, Tensor? norm_weight, "
     "Tensor? conv_initial_states, Tensor? ssm_initial_states, Tensor? seq_idx, Tensor? cu_seqlens, int head_dim, "
-    f"int n_groups, bool silu, {_OPTIONS}, float low, float high"
+    "int n_groups, bool silu, float eps, int group_size, bool norm_before_gate, float low, float high"
 )
 _register(f"mamba2_inner({_INNER}) -> (Tensor, Tensor, Tensor)", inner.inner_forward, _inner_fake)
 _register(
@@ -245,8 +219,8 @@ _differentiate("mamba2_inner", 9, 11, lambda *args: torch.ops.mamba2_hf.mamba2_i
 # Decoding: states are updated in place
 
 
-def _step_fake(zxbcdt: Tensor, ring: Tensor, position: Tensor, state: Tensor, *rest: Any) -> Tensor:
-    return zxbcdt.new_empty(*zxbcdt.shape[:2], state.shape[1] * state.shape[2])
+def _step_fake(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, *rest: Any) -> Tensor:
+    return zxbcdt.new_empty(*zxbcdt.shape[:2], ssm_state.shape[1] * ssm_state.shape[2])
 
 
 _register(
@@ -261,9 +235,9 @@ _register(
     lambda x, *rest: x.new_empty(x.shape),
 )
 _register(
-    "mamba2_step(Tensor zxbcdt, Tensor(a!) conv_state, Tensor position, Tensor(b!) ssm_state, Tensor conv_weight, "
+    "mamba2_step(Tensor zxbcdt, Tensor(a!) conv_state, Tensor(b!) ssm_state, Tensor conv_weight, "
     "Tensor? conv_bias, Tensor? dt_bias, Tensor A, Tensor? D, Tensor? norm_weight, int n_groups, bool silu, "
-    f"{_OPTIONS}, float low, float high) -> Tensor",
+    "float eps, int group_size, bool norm_before_gate, float low, float high) -> Tensor",
     decode.mixer_step,
     _step_fake,
 )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from .conv import causal_conv1d, causal_conv1d_update
 from .inner import mamba2_inner
-from .norm import add_rms_norm, gated_rms_norm
+from .norm import gated_rms_norm
 from .ssd import ssd_chunk_scan, ssd_state_update
 from .step import mamba2_step
 
 __all__ = [
-    "add_rms_norm",
     "causal_conv1d",
     "causal_conv1d_update",
     "gated_rms_norm",

@@ -10,10 +10,17 @@ from ..reference import compute_dtype
 
 
 def gated_rms_norm(
-    x: Tensor, z: Tensor | None, weight: Tensor, *, eps: float, group_size: int, norm_before_gate: bool
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    *,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :func:`mamba2_hf.ops.gated_rms_norm`."""
-    dtype = compute_dtype(x.dtype)
+    out, dtype = dtype or x.dtype, compute_dtype(x.dtype)
     y = x.to(dtype)
     gate = None if z is None else F.silu(z.to(dtype))
     if gate is not None and not norm_before_gate:
@@ -22,12 +29,4 @@ def gated_rms_norm(
     y = (grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight.to(dtype)
     if gate is not None and norm_before_gate:
         y = y * gate
-    return y.to(x.dtype)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-    """See :func:`mamba2_hf.ops.add_rms_norm`."""
-    dtype = compute_dtype(x.dtype)
-    total = x.to(dtype) + residual.to(dtype)
-    y = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
-    return y.to(x.dtype), total.to(residual.dtype)
+    return y.to(out)

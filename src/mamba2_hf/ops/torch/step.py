@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import SSDShape
-from .conv import causal_conv1d
+from .conv import causal_conv1d_update
 from .norm import gated_rms_norm
 from .ssd import ssd_state_update
 
@@ -15,7 +15,6 @@ def mamba2_step(
     zxbcdt: Tensor,
     conv_state: Tensor,
     ssm_state: Tensor,
-    position: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     dt_bias: Tensor | None,
@@ -33,20 +32,7 @@ def mamba2_step(
     """See :func:`mamba2_hf.ops.mamba2_step`."""
     inner, bc = shape.heads * shape.head_dim, shape.groups * shape.state
     z, xbc, dt = zxbcdt.split([inner, inner + 2 * bc, shape.heads], -1)
-    slots, before = conv_state.shape[1], conv_weight.shape[1] - 1
-    past = (position.long() + torch.arange(-before, 0, device=zxbcdt.device)) % slots  # oldest first
-    history = conv_state[:, past].mT  # (B, C, K - 1)
-    convolved, _ = causal_conv1d(
-        *(xbc, conv_weight, conv_bias),
-        activation=activation,
-        initial_states=history,
-        seq_idx=None,
-        cu_seqlens=None,
-    )
-    kept = min(shape.tokens, slots)
-    new = (position.long() + torch.arange(shape.tokens - kept, shape.tokens, device=zxbcdt.device)) % slots
-    conv_state[:, new] = xbc[:, shape.tokens - kept :].to(conv_state.dtype)
-
+    convolved = causal_conv1d_update(xbc, conv_state, conv_weight, conv_bias, activation=activation)
     x, B, C = convolved.split([inner, bc, bc], -1)
     ys = [
         ssd_state_update(

@@ -1,8 +1,8 @@
-"""Decoding: the state update, the convolution's update, and both fused with step size, skip and gate.
+"""Decoding: the state update, the convolution's update, and both fused with step size, skip, gate and norm.
 
-The state is read and written once per call, however many tokens the call has, and stays in registers in between. The
-fused step keeps the convolution's inputs in a ring: the slots written for new tokens are none that the same call reads,
-so every head may recompute the convolution of the B and C it shares with others without a race.
+The SSM state is read and written once per call, however many tokens the call has, and stays in registers in between.
+In the fused step every head recomputes the convolution of the B and C it shares with others, so the convolution's state
+may change only when all of them have read it: a second launch, which the norm needs anyway, writes it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from torch import Tensor
 
 from ..checks import SSDShape
 from .conv import DTYPES, MAX_TAPS, conv_forward, convolve, documents, load_taps
+from .conv import supports as supports_conv
 from .prep import clamp, softplus
 from .rows import channels_last
 
 LARGEST = 256  # head dim and state size
+NO_GRADIENT = "a step that updates its states in place has no gradient here"
 LONGEST_BLOCK = 16  # tokens of a convolution update that are unrolled
 CHANNELS = 128  # of a program of the convolution's update
 WIDE, NARROW = (64, 4), (16, 2)  # channels of a head and warps per program: to fill memory, or to fill the chip
 FEW_ROWS = 8  # batch up to which programs are narrow
-NORM_BLOCK = 1024
+FINISH_BLOCK = 1024  # channels of a program of the fused step's second launch
 
 
 @triton.jit
@@ -108,32 +110,32 @@ def conv_update_kernel(x, state, weight, bias, y, C, sx_b, sx_t, ss_b, ss_c, ss_
 
 
 @triton.jit
-def _ring_window(ring, position, channel, mask, sr_l, L, K: tl.constexpr):
-    """The K - 1 inputs before the new tokens, oldest first. Token ``t`` of the sequence is in slot ``t % L``."""
+def _window(conv, channel, mask, dtype, sc_c, sc_l, L, K: tl.constexpr):
+    """The K - 1 inputs before the new tokens, oldest first, rounded to the dtype of those."""
     window = ()
     for i in tl.static_range(K - 1):
-        slot = (position + (L - (K - 1) + i)) % L
-        window = window + (tl.load(ring + slot * sr_l + channel, mask=mask, other=0.0).to(tl.float32),)
+        value = tl.load(conv + channel * sc_c + (L - (K - 1) + i) * sc_l, mask=mask, other=0.0)
+        window = window + (value.to(dtype).to(tl.float32),)
     return window
 
 
 @triton.jit
-def step_kernel(u, ring, position, state, weight, bias, dt_bias, A, D, y, squares, low, high, H, T, L,
-                su_b, su_t, sr_b, sr_l, ss_b, ss_h, ss_p,
-                SILU: tl.constexpr, D_RANK: tl.constexpr, GATE: tl.constexpr, KEEP: tl.constexpr,
+def step_kernel(u, conv, state, weight, bias, dt_bias, A, D, y, squares, low, high, H, T, L,
+                su_b, su_t, sc_b, sc_c, sc_l, ss_b, ss_h, ss_p, ss_n,
+                SILU: tl.constexpr, D_RANK: tl.constexpr, GATE: tl.constexpr,
                 PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
                 BP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """All T tokens of one block of a head's channels, from the in_proj output ``u`` (z, x, B, C, dt) to ``y``.
 
-    ``squares (B T, H, blocks)`` receives the sum of squares of the block's outputs, where a norm follows. ``KEEP`` says
-    whether the new inputs may go into the ring at once.
+    ``conv (B, C, L)`` is only read. ``squares (B T, H, blocks)`` receives the sum of squares of the block's outputs,
+    where a norm follows.
     """
     pid = tl.program_id(0)
     blocks: tl.constexpr = (P + BP - 1) // BP
     row, head, block = (pid // blocks // H).to(tl.int64), pid // blocks % H, pid % blocks
     p, n = block * BP + tl.arange(0, BP), tl.arange(0, BN)
     mask_p, mask_n = p < P, n < N
-    at = state + row * ss_b + head.to(tl.int64) * ss_h + p[:, None] * ss_p + n[None, :]
+    at = state + row * ss_b + head.to(tl.int64) * ss_h + p[:, None] * ss_p + n[None, :] * ss_n
     mask = mask_p[:, None] & mask_n[None, :]
     s = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     inner = H * P
@@ -141,33 +143,26 @@ def step_kernel(u, ring, position, state, weight, bias, dt_bias, A, D, y, square
     of_x, of_b = head * P + p, inner + group * N + n
     of_c = of_b + groups * N
     u += row * su_b
-    ring += row * sr_b
-    start = tl.load(position).to(tl.int32)
+    conv += row * sc_b
     taps_x, bias_x = load_taps(weight, bias, of_x, mask_p, K)
     taps_b, bias_b = load_taps(weight, bias, of_b, mask_n, K)
     taps_c, bias_c = load_taps(weight, bias, of_c, mask_n, K)
-    window_x = _ring_window(ring, start, of_x, mask_p, sr_l, L, K)
-    window_b = _ring_window(ring, start, of_b, mask_n, sr_l, L, K)
-    window_c = _ring_window(ring, start, of_c, mask_n, sr_l, L, K)
+    window_x = _window(conv, of_x, mask_p, u.dtype.element_ty, sc_c, sc_l, L, K)
+    window_b = _window(conv, of_b, mask_n, u.dtype.element_ty, sc_c, sc_l, L, K)
+    window_c = _window(conv, of_c, mask_n, u.dtype.element_ty, sc_c, sc_l, L, K)
     rate = tl.load(A + head).to(tl.float32)
     offset = 0.0 if dt_bias is None else tl.load(dt_bias + head).to(tl.float32)
     if D_RANK > 0:
         skip = tl.load(D + (head * P + p if D_RANK == 2 else head + p * 0), mask=mask_p, other=0.0).to(tl.float32)
     for t in range(0, T):
         token = u + t * su_t
-        new_x = tl.load(token + inner + of_x, mask=mask_p, other=0.0)
-        new_b = tl.load(token + inner + of_b, mask=mask_n, other=0.0)
-        new_c = tl.load(token + inner + of_c, mask=mask_n, other=0.0)
+        new_x = tl.load(token + inner + of_x, mask=mask_p, other=0.0).to(tl.float32)
+        new_b = tl.load(token + inner + of_b, mask=mask_n, other=0.0).to(tl.float32)
+        new_c = tl.load(token + inner + of_c, mask=mask_n, other=0.0).to(tl.float32)
         dt = tl.load(token + 2 * inner + 2 * groups * N + head)
-        if KEEP:
-            slot = ring + (start + t) % L * sr_l
-            tl.store(slot + of_x, new_x.to(ring.dtype.element_ty), mask=mask_p)
-            first = (block == 0) & (head % PER_GROUP == 0)
-            tl.store(slot + of_b, new_b.to(ring.dtype.element_ty), mask=n < tl.where(first, N, 0))
-            tl.store(slot + of_c, new_c.to(ring.dtype.element_ty), mask=n < tl.where(first, N, 0))
-        x, window_x = _advance(window_x, new_x.to(tl.float32), taps_x, bias_x, SILU, K)
-        b, window_b = _advance(window_b, new_b.to(tl.float32), taps_b, bias_b, SILU, K)
-        c, window_c = _advance(window_c, new_c.to(tl.float32), taps_c, bias_c, SILU, K)
+        x, window_x = _advance(window_x, new_x, taps_x, bias_x, SILU, K)
+        b, window_b = _advance(window_b, new_b, taps_b, bias_b, SILU, K)
+        c, window_c = _advance(window_c, new_c, taps_c, bias_c, SILU, K)
         step = _step_size(dt, offset, low, high, True)
         s = s * tl.exp(step * rate) + (x * step)[:, None] * b[None, :]
         out = tl.sum(s * c[None, :], 1)
@@ -183,26 +178,17 @@ def step_kernel(u, ring, position, state, weight, bias, dt_bias, A, D, y, square
 
 
 @triton.jit
-def ring_kernel(u, ring, position, T, L, first, channels, su_b, su_t, sr_b, sr_l, BLOCK: tl.constexpr):
-    """Writes the last new inputs into the ring, once no program reads it any more."""
-    row = tl.program_id(0).to(tl.int64)
-    t = tl.maximum(T - L, 0) + tl.program_id(1)
-    channel = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(u + row * su_b + t * su_t + first + channel, mask=channel < channels, other=0.0)
-    slot = (tl.load(position).to(tl.int32) + t) % L
-    tl.store(ring + row * sr_b + slot * sr_l + channel, value.to(ring.dtype.element_ty), mask=channel < channels)
-
-
-@triton.jit
-def scale_kernel(inputs, squares, u, weight, y, T, width, parts, eps, su_b, su_t,
-                 SIZE: tl.constexpr, GATE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _scale(pid, raw, squares, u, weight, y, T, width, parts, eps, su_b, su_t,
+           SIZE: tl.constexpr, GATE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The rest of the norm for one block of one group, given the ``parts`` sums of squares of the group."""
-    line, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    inside = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    groups = width // SIZE
+    line, group = (pid // blocks // groups).to(tl.int64), pid // blocks % groups
+    inside = pid % blocks * BLOCK + tl.arange(0, BLOCK)
     channel, mask = group * SIZE + inside, inside < SIZE
     part = tl.arange(0, PARTS)
-    total = tl.sum(tl.load(squares + (line * tl.num_programs(1) + group) * parts + part, part < parts, other=0.0), 0)
-    value = tl.load(inputs + line * width + channel, mask=mask, other=0.0) * tl.rsqrt(total / SIZE + eps)
+    total = tl.sum(tl.load(squares + (line * groups + group) * parts + part, mask=part < parts, other=0.0), 0)
+    value = tl.load(raw + line * width + channel, mask=mask, other=0.0) * tl.rsqrt(total / SIZE + eps)
     value *= tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
     if GATE:
         z = tl.load(u + line // T * su_b + line % T * su_t + channel, mask=mask, other=0.0)
@@ -210,8 +196,43 @@ def scale_kernel(inputs, squares, u, weight, y, T, width, parts, eps, su_b, su_t
     tl.store(y + line * width + channel, value.to(y.dtype.element_ty), mask=mask)
 
 
-def supports_update(*, shape: SSDShape, dtype: torch.dtype) -> tuple[bool, str]:
+@triton.jit
+def _shift(pid, u, conv, T, width, C, su_b, su_t, sc_b, sc_c, sc_l, L: tl.constexpr, BLOCK: tl.constexpr):
+    """Moves a block of channels of one row's ``conv (C, L)`` on by the T new inputs, in place."""
+    blocks = tl.cdiv(C, BLOCK)
+    row, channel = (pid // blocks).to(tl.int64), pid % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < C
+    at = conv + row * sc_b + channel * sc_c
+    columns = ()
+    for i in tl.static_range(L):
+        new = T + i - L  # the token that column i will hold, or one from before
+        kept = tl.load(at + (T + i) * sc_l, mask=channel < tl.where(new < 0, C, 0), other=0.0)
+        token = u + row * su_b + new * su_t + width + channel
+        value = tl.load(token, mask=channel < tl.where(new < 0, 0, C), other=0.0)
+        columns = columns + (tl.where(new < 0, kept, value.to(conv.dtype.element_ty)),)
+    tl.debug_barrier()  # threads store to columns that others have loaded
+    for i in tl.static_range(L):
+        tl.store(at + i * sc_l, columns[i], mask=inside)
+
+
+@triton.jit
+def finish_kernel(raw, squares, u, weight, y, conv, T, width, parts, eps, C, scales,
+                  su_b, su_t, sc_b, sc_c, sc_l,
+                  SIZE: tl.constexpr, GATE: tl.constexpr, PARTS: tl.constexpr, L: tl.constexpr,
+                  BLOCK: tl.constexpr):  # fmt: skip
+    """What waits for all of ``step_kernel``: the first ``scales`` programs norm, the others move the conv state on."""
+    pid = tl.program_id(0)
+    if pid < scales:
+        if squares is not None:
+            _scale(pid, raw, squares, u, weight, y, T, width, parts, eps, su_b, su_t, SIZE, GATE, PARTS, BLOCK)
+    else:
+        _shift(pid - scales, u, conv, T, width, C, su_b, su_t, sc_b, sc_c, sc_l, L, BLOCK)
+
+
+def supports_update(*, shape: SSDShape, dtype: torch.dtype, differentiable: bool = False) -> tuple[bool, str]:
     """Whether a state update can be served, and why (not)."""
+    if differentiable:
+        return False, NO_GRADIENT
     if dtype not in DTYPES:
         return False, f"dtype {dtype} is not bfloat16, float16 or float32"
     if max(shape.head_dim, shape.state) > LARGEST:
@@ -219,13 +240,20 @@ def supports_update(*, shape: SSDShape, dtype: torch.dtype) -> tuple[bool, str]:
     return True, "the Triton update serves it"
 
 
-def supports_step(*, shape: SSDShape, dtype: torch.dtype, taps: int, group_size: int) -> tuple[bool, str]:
+def supports_conv_update(*, taps: int, dtype: torch.dtype, differentiable: bool = False) -> tuple[bool, str]:
+    """Whether a convolution's update can be served, and why (not)."""
+    return (False, NO_GRADIENT) if differentiable else supports_conv(taps=taps, dtype=dtype)
+
+
+def supports_step(
+    *, shape: SSDShape, dtype: torch.dtype, taps: int, group_size: int, differentiable: bool = False
+) -> tuple[bool, str]:
     """Whether a fused step can be served, and why (not)."""
     if taps > MAX_TAPS:
         return False, f"{taps} taps are more than {MAX_TAPS}"
     if group_size % shape.head_dim:
         return False, f"group_size {group_size} is no multiple of head_dim {shape.head_dim}"
-    return supports_update(shape=shape, dtype=dtype)
+    return supports_update(shape=shape, dtype=dtype, differentiable=differentiable)
 
 
 def ssd_state_update(
@@ -262,7 +290,6 @@ def mamba2_step(
     zxbcdt: Tensor,
     conv_state: Tensor,
     ssm_state: Tensor,
-    position: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     dt_bias: Tensor | None,
@@ -279,7 +306,7 @@ def mamba2_step(
 ) -> Tensor:
     """See :func:`mamba2_hf.ops.mamba2_step`."""
     return torch.ops.mamba2_hf.mamba2_step(
-        *(zxbcdt, conv_state, position, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight),
+        *(zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight),
         *(shape.groups, activation is not None, eps, group_size, norm_before_gate, *map(float, dt_limit)),
     )
 
@@ -345,9 +372,8 @@ def conv_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | No
 
 def mixer_step(
     zxbcdt: Tensor,
-    ring: Tensor,
-    position: Tensor,
-    state: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     dt_bias: Tensor | None,
@@ -362,28 +388,26 @@ def mixer_step(
     low: float,
     high: float,
 ) -> Tensor:
-    """Launches the fused step of ``(B, T, ...)`` new tokens; ``ring`` and ``state`` are updated in place."""
+    """Launches the fused step of ``(B, T, ...)`` new tokens; both states are updated in place."""
     batch, tokens, _ = zxbcdt.shape
-    heads, P, N = state.shape[1:]
-    slots, taps = ring.shape[1], conv_weight.shape[1]
+    heads, P, N = ssm_state.shape[1:]
+    channels, taps = conv_weight.shape
     width = heads * P
     u = channels_last(zxbcdt)
     y = torch.empty(batch, tokens, width, dtype=u.dtype, device=u.device)
     bp, warps = _tile(batch, P)
     blocks = triton.cdiv(P, bp)
-    keep = tokens + taps - 1 <= slots  # otherwise new inputs would replace some that other programs still read
     raw, squares = y, None
     if norm_weight is not None:
         raw = torch.empty(y.shape, dtype=torch.float32, device=u.device)
         squares = torch.empty(batch * tokens, heads * blocks, dtype=torch.float32, device=u.device)
     step_kernel[(batch * heads * blocks,)](
-        *(u, ring, position, state, conv_weight.contiguous(), _dense(conv_bias), _dense(dt_bias), A.contiguous()),
-        *(_dense(D), raw, squares, low, high, heads, tokens, slots),
-        *(*u.stride()[:2], *ring.stride()[:2], *state.stride()[:3]),
+        *(u, conv_state, ssm_state, conv_weight.contiguous(), _dense(conv_bias), _dense(dt_bias), A.contiguous()),
+        *(_dense(D), raw, squares, low, high, heads, tokens, conv_state.shape[2]),
+        *(*u.stride()[:2], *conv_state.stride(), *ssm_state.stride()),
         SILU=silu,
         D_RANK=0 if D is None else D.dim(),
         GATE=norm_weight is None or not norm_before_gate,
-        KEEP=keep,
         PER_GROUP=heads // n_groups,
         P=P,
         N=N,
@@ -393,23 +417,18 @@ def mixer_step(
         num_warps=warps if tokens == 1 else 2 * warps,  # more tokens keep the taps in registers, too
         enable_fp_fusion=True,
     )
-    if not keep:
-        channels = ring.shape[2]
-        ring_kernel[(batch, min(tokens, slots), triton.cdiv(channels, NORM_BLOCK))](
-            *(u, ring, position, tokens, slots, width, channels, *u.stride()[:2], *ring.stride()[:2]),
-            BLOCK=NORM_BLOCK,
-        )
-    if norm_weight is not None:
-        block = min(triton.next_power_of_2(group_size), NORM_BLOCK)
-        parts = group_size // P * blocks
-        scale_kernel[(batch * tokens, width // group_size, triton.cdiv(group_size, block))](
-            *(raw, squares, u, norm_weight.contiguous(), y, tokens, width, parts, eps, *u.stride()[:2]),
-            SIZE=group_size,
-            GATE=norm_before_gate,
-            PARTS=triton.next_power_of_2(parts),
-            BLOCK=block,
-            enable_fp_fusion=True,
-        )
+    scales = 0 if squares is None else batch * tokens * (width // group_size) * triton.cdiv(group_size, FINISH_BLOCK)
+    parts = group_size // P * blocks
+    finish_kernel[(scales + batch * triton.cdiv(channels, FINISH_BLOCK),)](
+        *(raw, squares, u, _dense(norm_weight), y, conv_state, tokens, width, parts, eps, channels, scales),
+        *(*u.stride()[:2], *conv_state.stride()),
+        SIZE=group_size,
+        GATE=norm_before_gate,
+        PARTS=triton.next_power_of_2(parts),
+        L=conv_state.shape[2],
+        BLOCK=FINISH_BLOCK,
+        enable_fp_fusion=True,
+    )
     return y
 
 

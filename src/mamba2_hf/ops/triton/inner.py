@@ -110,7 +110,7 @@ def inner_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     y = y.flatten(-2)
     if call.norm_weight is not None:
         z = call.zxbcdt[..., : y.shape[-1]]
-        y, _ = norm_forward(y, z, None, call.norm_weight, call.eps, call.group_size, call.norm_before_gate)
+        y = norm_forward(y, z, call.norm_weight, call.eps, call.group_size, call.norm_before_gate, y.dtype)
     return y, conv_state, ssm_state
 
 
@@ -128,7 +128,7 @@ def inner_backward(
     if call.norm_weight is not None:
         y = scan_forward(*scan)[0].flatten(-2)
         dy, _, dnorm = norm_backward(
-            *(dy, None, y, u[..., :inner], call.norm_weight, call.eps, call.group_size, call.norm_before_gate),
+            *(dy, y, u[..., :inner], call.norm_weight, call.eps, call.group_size, call.norm_before_gate),
             dz=du[..., :inner],
         )
         del y

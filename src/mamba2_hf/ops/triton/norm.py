@@ -1,4 +1,4 @@
-"""RMSNorm over groups of channels, forward and backward: gated in either order, or after adding a residual.
+"""RMSNorm over groups of channels, forward and backward: plain, or gated in either order.
 
 A program holds one group of one or a few rows, cut into chunks of a power of two so that widths such as 5120 waste no
 lanes. Nothing but the inputs is kept for the backward, which recomputes the mean square; there each program takes a run
@@ -41,10 +41,10 @@ def _silu(z):
 
 
 @triton.jit
-def norm_forward_kernel(x, z, residual, weight, y, total, M, eps, sx, sz, sr, sy, st,
+def norm_forward_kernel(x, z, weight, y, M, eps, sx, sz, sy,
                         SIZE: tl.constexpr, GATE_LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
                         BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
-    """One group of ``ROWS`` rows. With a ``residual``, ``total`` receives ``x + residual``, which is what is normed."""
+    """One group of ``ROWS`` rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * SIZE
     values, gates = (), ()
@@ -53,9 +53,6 @@ def norm_forward_kernel(x, z, residual, weight, y, total, M, eps, sx, sz, sr, sy
         column = k * BLOCK + tl.arange(0, BLOCK)
         mask = (row < M)[:, None] & (column < SIZE)[None, :]
         value = _load(x, row, sx, first + column, mask, UNIT).to(tl.float32)
-        if residual is not None:
-            value += _load(residual, row, sr, first + column, mask, UNIT).to(tl.float32)
-            _store(total, row, st, first + column, value, mask, UNIT)
         if z is not None:
             gate = _silu(_load(z, row, sz, first + column, mask, UNIT).to(tl.float32))
             if not GATE_LAST:
@@ -74,10 +71,10 @@ def norm_forward_kernel(x, z, residual, weight, y, total, M, eps, sx, sz, sr, sy
 
 
 @triton.jit
-def _load_row(x, z, dy, dtotal, row, first, end, sx, sz, sdy, sdt,
+def _load_row(x, z, dy, row, first, end, sx, sz, sdy,
               SIZE: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
-    """What the backward reads of some rows, in chunks: x, dy, z and dtotal."""
-    values, gradients, gates, others = (), (), (), ()
+    """What the backward reads of some rows, in chunks: x, dy and z."""
+    values, gradients, gates = (), (), ()
     for k in tl.static_range(CHUNKS):
         column = k * BLOCK + tl.arange(0, BLOCK)
         mask = (row < end)[:, None] & (column < SIZE)[None, :]
@@ -85,16 +82,14 @@ def _load_row(x, z, dy, dtotal, row, first, end, sx, sz, sdy, sdt,
         gradients = gradients + (_load(dy, row, sdy, first + column, mask, UNIT),)
         if z is not None:
             gates = gates + (_load(z, row, sz, first + column, mask, UNIT),)
-        if dtotal is not None:
-            others = others + (_load(dtotal, row, sdt, first + column, mask, UNIT),)
-    return values, gradients, gates, others
+    return values, gradients, gates
 
 
 @triton.jit
-def norm_backward_kernel(x, z, weight, dy, dtotal, dx, dz, partial, M, RUN, eps, sx, sz, sdy, sdt, sdx, sdz,
+def norm_backward_kernel(x, z, weight, dy, dx, dz, partial, M, RUN, eps, sx, sz, sdy, sdx, sdz,
                          SIZE: tl.constexpr, GATE_LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
                          BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
-    """Dx and dz of one group in ``RUN`` rows, and their share of dweight. ``dtotal`` is added to dx.
+    """Dx and dz of one group in ``RUN`` rows, and their share of dweight.
 
     With ``u`` the normed input, ``n = u r`` and ``e`` the gradient of ``n``: ``du = r (e - n mean(e n))``. The rows
     after the current ones are under way while it is computed.
@@ -108,15 +103,11 @@ def norm_backward_kernel(x, z, weight, dy, dtotal, dx, dz, partial, M, RUN, eps,
         sums = sums + (tl.zeros([ROWS, BLOCK], tl.float32),)
         weights = weights + (tl.load(weight + first + column, mask=column < SIZE, other=0.0),)
     row = r0 + tl.arange(0, ROWS)
-    values, gradients, gates, others = _load_row(
-        x, z, dy, dtotal, row, first, end, sx, sz, sdy, sdt, SIZE, UNIT, BLOCK, CHUNKS
-    )
+    values, gradients, gates = _load_row(x, z, dy, row, first, end, sx, sz, sdy, SIZE, UNIT, BLOCK, CHUNKS)
     for step in range(0, RUN, ROWS):
         row = r0 + step + tl.arange(0, ROWS)
-        xs, dys, zs, dts = values, gradients, gates, others
-        values, gradients, gates, others = _load_row(
-            x, z, dy, dtotal, row + ROWS, first, end, sx, sz, sdy, sdt, SIZE, UNIT, BLOCK, CHUNKS
-        )
+        xs, dys, zs = values, gradients, gates
+        values, gradients, gates = _load_row(x, z, dy, row + ROWS, first, end, sx, sz, sdy, SIZE, UNIT, BLOCK, CHUNKS)
         squares, projection = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
         for k in tl.static_range(CHUNKS):
             u, e = xs[k].to(tl.float32), dys[k].to(tl.float32)
@@ -158,8 +149,6 @@ def norm_backward_kernel(x, z, weight, dy, dtotal, dx, dz, partial, M, RUN, eps,
             else:
                 dvalue = gradient * w * scale - value * mean
                 share = gradient * value * scale
-            if dtotal is not None:
-                dvalue += dts[k].to(tl.float32)
             _store(dx, row, sdx, first + column, dvalue, mask, UNIT)
             added = added + (sums[k] + share,)
         sums = added
@@ -180,16 +169,17 @@ def supports(*, group_size: int, dtype: torch.dtype) -> tuple[bool, str]:
 
 
 def gated_rms_norm(
-    x: Tensor, z: Tensor | None, weight: Tensor, *, eps: float, group_size: int, norm_before_gate: bool
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    *,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :func:`mamba2_hf.ops.gated_rms_norm`."""
-    y, _ = torch.ops.mamba2_hf.rms_norm(x, z, None, weight, eps, group_size, norm_before_gate)
-    return y
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-    """See :func:`mamba2_hf.ops.add_rms_norm`."""
-    return torch.ops.mamba2_hf.rms_norm(x, None, residual, weight, eps, x.shape[-1], False)
+    return torch.ops.mamba2_hf.rms_norm(x, z, weight, eps, group_size, norm_before_gate, dtype or x.dtype)
 
 
 class _Tile(NamedTuple):
@@ -213,21 +203,20 @@ def _tile(size: int, elements: int, per_warp: int) -> _Tile:
 def norm_forward(
     x: Tensor,
     z: Tensor | None,
-    residual: Tensor | None,
     weight: Tensor,
     eps: float,
     group_size: int,
     norm_before_gate: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Launches the forward: ``y``, and ``x + residual`` in the residual's dtype where there is one."""
+    dtype: torch.dtype,
+) -> Tensor:
+    """Launches the forward; ``dtype`` is the result's."""
     width = x.shape[-1]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = None if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    rows, gate, added = _as_rows(x), _as_rows(z), _as_rows(residual)
-    unit, strides = vector_strides(rows, gate, added, _as_rows(y), _as_rows(total))
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    rows, gate = _as_rows(x), _as_rows(z)
+    unit, strides = vector_strides(rows, gate, _as_rows(y))
     tile = _tile(group_size, FORWARD_TILE, FORWARD_PER_WARP)
     norm_forward_kernel[(triton.cdiv(rows.shape[0], tile.rows), width // group_size)](
-        *(rows, gate, added, weight.contiguous(), y, total, rows.shape[0], eps, *strides),
+        *(rows, gate, weight.contiguous(), y, rows.shape[0], eps, *strides),
         SIZE=group_size,
         GATE_LAST=norm_before_gate,
         UNIT=unit,
@@ -237,11 +226,11 @@ def norm_forward(
         num_warps=tile.warps,
         enable_fp_fusion=True,
     )
-    return y, total
+    return y
 
 
 class NormGradients(NamedTuple):
-    """Gradients of a norm's inputs; ``x`` is also the residual's."""
+    """Gradients of a norm's inputs."""
 
     x: Tensor
     z: Tensor | None
@@ -250,7 +239,6 @@ class NormGradients(NamedTuple):
 
 def norm_backward(
     dy: Tensor,
-    dtotal: Tensor | None,
     x: Tensor,
     z: Tensor | None,
     weight: Tensor,
@@ -260,17 +248,14 @@ def norm_backward(
     *,
     dz: Tensor | None = None,
 ) -> NormGradients:
-    """Launches the backward; ``dz`` may name the (strided) tensor that receives the gate's gradient.
-
-    ``x`` is what was normed: after a residual was added, their sum, whose gradient in its other uses is ``dtotal``.
-    """
+    """Launches the backward; ``dz`` may name the (strided) tensor that receives the gate's gradient."""
     width = x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if z is not None and dz is None:
         dz = torch.empty(z.shape, dtype=z.dtype, device=x.device)
     rows = _as_rows(x)
     to = dz if dz is None else dz.view(-1, width)
-    tensors = (rows, _as_rows(z), _as_rows(dy), _as_rows(dtotal), dx.view(-1, width), to)
+    tensors = (rows, _as_rows(z), _as_rows(dy), dx.view(-1, width), to)
     unit, strides = vector_strides(*tensors)
     tile = _tile(group_size, BACKWARD_TILE, BACKWARD_PER_WARP)
     groups = width // group_size
