@@ -43,11 +43,12 @@ def _differentiate(name: str, tensors: int, saved: int, backward: Callable[..., 
             ``tensors`` gradients.
     """
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        y = output if isinstance(output, Tensor) else output[0]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:saved])
         ctx.options = inputs[saved:]
-        ctx.like = output[0].shape, output[0].dtype, output[0].device
+        ctx.like = y.shape, y.dtype, y.device
 
     def run(ctx: Any, first: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
@@ -145,7 +146,7 @@ _register(
     _norm_backward,
     _norm_backward_fake,
 )
-_differentiate("rms_norm", 3, 3, 1, lambda dy, *args: torch.ops.mamba2_hf.rms_norm_backward(dy, *args[:-1]))
+_differentiate("rms_norm", 3, 3, lambda dy, *args: torch.ops.mamba2_hf.rms_norm_backward(dy, *args[:-1]))
 
 
 # Scan
