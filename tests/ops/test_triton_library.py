@@ -49,7 +49,7 @@ def inner(backend: Any, given: dict[str, Tensor], states: int, **packing: Any) -
         norm_before_gate=False,
         dt_limit=(0.0, math.inf),
         chunk_size=None,
-        **({"seq_idx": None, "cu_seqlens": None} | packing),
+        **({"seq_idx": None, "cu_seqlens": None, "return_final_states": True} | packing),
     )
 
 
@@ -74,6 +74,30 @@ def test_fused_mixer(packing: str, absent: tuple[str, ...]) -> None:
         source = torch.Generator().manual_seed(1)
         gradients = [torch.randn(o.shape, generator=source).to(device, kind) for o in found]
         results.append([*found, *torch.autograd.grad(found, list(given.values()), gradients)])
+    for expected, actual in zip(*results, strict=True):
+        assert (actual.double().cpu() - expected).norm() <= 2e-5 * expected.norm()
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("packing", PACKING)
+def test_fused_mixer_in_training(packing: str) -> None:
+    """No states in or out. What belongs to no document is read by nobody, whatever it is."""
+    rows, states = (1, 3) if packing == "cu_seqlens" else (B, B)
+    tensors = {k: v for k, v in inputs(rows, states).items() if "states" not in k}
+    kept = slice(None)
+    if packing == "cu_seqlens":
+        kept = slice(PACKING[packing]["cu_seqlens"][-1])
+        tensors["zxbcdt"][:, kept.stop :, H * P :] = 3.0
+    results = []
+    for backend, device, kind in ((torch_backend, "cpu", torch.float64), (triton_backend, DEVICE, torch.float32)):
+        given = {k: v.to(device, kind).clone().requires_grad_() for k, v in tensors.items()}
+        options = {k: v.to(device) for k, v in PACKING[packing].items()}
+        y, *_ = inner(backend, given, states, **options, return_final_states=False)
+        gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(device, kind)
+        found = torch.autograd.grad(y, list(given.values()), gradient)
+        assert (y[:, kept.stop or T :] == 0).all()
+        assert (found[0][:, kept.stop or T :] == 0).all()
+        results.append([y, *found])
     for expected, actual in zip(*results, strict=True):
         assert (actual.double().cpu() - expected).norm() <= 2e-5 * expected.norm()
 

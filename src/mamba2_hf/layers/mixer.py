@@ -101,7 +101,7 @@ class Mamba2Mixer(KeepsFp32):
         conv_initial, ssm_initial = self._initial(zxbcdt, layout, state)
         conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
         if conv_weight is not None and norm_weight is not None:
-            y, conv_final, ssm_final = ops.mamba2_inner(
+            inner = ops.mamba2_inner(
                 *(zxbcdt, conv_weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.A, self.D),
                 norm_weight=norm_weight,
                 head_dim=self.head_dim,
@@ -116,8 +116,9 @@ class Mamba2Mixer(KeepsFp32):
                 ssm_initial_states=ssm_initial,
                 seq_idx=layout.seq_idx,
                 cu_seqlens=layout.cu_seqlens,
-                return_final_states=True,
+                return_final_states=state is not None,
             )
+            y, *final = (inner,) if state is None else inner
         else:
             z, xbc, dt = self._split(zxbcdt)
             xbc, conv_final = self._convolve(xbc, conv_initial, layout)
@@ -134,9 +135,9 @@ class Mamba2Mixer(KeepsFp32):
                 cu_seqlens=layout.cu_seqlens,
                 return_final_states=True,
             )
-            y = self.norm(y.flatten(-2), z)
+            y, final = self.norm(y.flatten(-2), z), [conv_final, ssm_final]
         if state is not None:
-            state.update(layout.gather_states(conv_final), layout.gather_states(ssm_final))
+            state.update(*map(layout.gather_states, final))
         return y
 
     def _attention_matrix(self, zxbcdt: Tensor, layout: SequenceLayout) -> Tensor:

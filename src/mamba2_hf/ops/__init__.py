@@ -355,6 +355,7 @@ def mamba2_inner(
         ssm_initial_states=ssm_initial_states,
         seq_idx=seq_idx,
         cu_seqlens=cu_seqlens,
+        return_final_states=return_final_states,
     )
     return (y, conv_state, ssm_state) if return_final_states else y
 

@@ -7,69 +7,58 @@ schema has no optional results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import BackendError
 from .triton import conv, decode, inner, norm, ssd
+from .triton.calls import NAMESPACE, autograd_parts, on_its_device, set_differentiable, set_direct
 
-_LIBRARY = torch.library.Library("mamba2_hf", "FRAGMENT")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def _register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Registers an op for every device; ``launch`` runs on the device of the op's first tensor."""
-
-    def run(*args: Any) -> Any:
-        with torch.cuda.device_of(args[0]):
-            return launch(*args)
-
-    name = f"mamba2_hf::{schema[: schema.index('(')]}"
+    short = schema[: schema.index("(")]
+    name = f"{NAMESPACE}::{short}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(name, "default", run, lib=_LIBRARY)
+    torch.library.impl(name, "default", on_its_device(launch), lib=_LIBRARY)
     torch.library.register_fake(name, fake, lib=_LIBRARY)
+    set_direct(short, launch)
 
 
-def _differentiate(name: str, tensors: int, saved: int, backward: Callable[..., Sequence[Tensor | None]]) -> None:
-    """Registers the autograd of an op.
+def _differentiate(
+    name: str, launch: Callable[..., Any], backward: Callable[..., Any], tensors: int, saved: int, options: int = 0
+) -> None:
+    """Registers the autograd of an op whose backward is the op ``name_backward``.
 
     Args:
         name: of the op.
+        launch: runs it. backward: runs its backward; takes the gradients of the results (the first one is always
+            there), then the arguments, without the last ``options`` of them; returns ``tensors`` gradients or Nones.
         tensors: how many arguments, the first ones, are differentiable.
         saved: how many, the first ones, are tensors that the backward needs.
-        backward: takes the gradients of the results (the first one is always there), then the arguments; returns
-            ``tensors`` gradients.
+        options: how many arguments, the last ones, the backward does not take.
     """
+    op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward")
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        y = output if isinstance(output, Tensor) else output[0]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:saved])
-        ctx.options = inputs[saved:]
-        ctx.like = y.shape, y.dtype, y.device
+    def cut(run: Callable[..., Any]) -> Callable[..., Any]:
+        return (lambda *args: run(*args[:-options])) if options else run
 
-    def run(ctx: Any, first: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise BackendError(
-                f"{name} has no second derivative on Triton: run the forward under mamba2_hf.ops.use_backend('torch')"
-            )
-        if first is None:  # only the states were used
-            shape, dtype, device = ctx.like
-            first = torch.zeros(shape, dtype=dtype, device=device)
-        arguments = (*ctx.saved_tensors, *ctx.options)
-        found = backward(first, *rest, *arguments)
-        wanted = ctx.needs_input_grad
-        result = [g if needed else None for g, needed in zip(found, wanted, strict=False)]
-        return *result, *(None,) * (len(arguments) - tensors)
-
-    torch.library.register_autograd(f"mamba2_hf::{name}", run, setup_context=setup_context, lib=_LIBRARY)
+    setup_context, run = autograd_parts(name, cut(op), tensors, saved)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", run, setup_context=setup_context, lib=_LIBRARY)
+    set_differentiable(name, launch, cut(backward), tensors, saved)
 
 
-def _dense(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """A result for a schema: ``tensor``, or an empty one where there is none."""
-    return like.new_empty(0) if tensor is None else tensor
+def _filled(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """``backward`` with an empty tensor for every gradient that there is none of."""
+
+    def run(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in backward(dy, *args))
+
+    return run
 
 
 def _like(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -101,11 +90,10 @@ def _conv_fake(
 
 def _conv_backward(
     dy: Tensor, dfinal: Tensor | None, x: Tensor, weight: Tensor, bias: Any, initial: Any, *rest: Any
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     seq_idx, cu_seqlens, silu = rest
     packing = conv.documents(x, seq_idx, cu_seqlens)
-    found = conv.conv_backward(dy, dfinal, x, weight, bias, initial, packing, silu)
-    return tuple(_dense(gradient, x) for gradient in found)
+    return conv.conv_backward(dy, dfinal, x, weight, bias, initial, packing, silu)
 
 
 def _conv_backward_fake(
@@ -118,10 +106,10 @@ _CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial, Tensor? seq_idx
 _register(f"causal_conv1d({_CONV}) -> (Tensor, Tensor)", _conv, _conv_fake)
 _register(
     f"causal_conv1d_backward(Tensor dy, Tensor? dfinal, {_CONV}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _conv_backward,
+    _filled(_conv_backward),
     _conv_backward_fake,
 )
-_differentiate("causal_conv1d", 4, 6, lambda *args: torch.ops.mamba2_hf.causal_conv1d_backward(*args))
+_differentiate("causal_conv1d", _conv, _conv_backward, 4, 6)
 
 
 # Norms
@@ -129,10 +117,6 @@ _differentiate("causal_conv1d", 4, 6, lambda *args: torch.ops.mamba2_hf.causal_c
 
 def _norm_fake(x: Tensor, z: Any, weight: Any, eps: Any, group_size: Any, order: Any, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
-
-
-def _norm_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(_dense(gradient, dy) for gradient in norm.norm_backward(dy, *args))
 
 
 def _norm_backward_fake(dy: Tensor, x: Tensor, z: Any, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -143,10 +127,10 @@ _NORM = "Tensor x, Tensor? z, Tensor weight, float eps, int group_size, bool nor
 _register(f"rms_norm({_NORM}, ScalarType dtype) -> Tensor", norm.norm_forward, _norm_fake)
 _register(
     f"rms_norm_backward(Tensor dy, {_NORM}) -> (Tensor, Tensor, Tensor)",
-    _norm_backward,
+    _filled(norm.norm_backward),
     _norm_backward_fake,
 )
-_differentiate("rms_norm", 3, 3, lambda dy, *args: torch.ops.mamba2_hf.rms_norm_backward(dy, *args[:-1]))
+_differentiate("rms_norm", norm.norm_forward, norm.norm_backward, 3, 3, options=1)
 
 
 # Scan
@@ -161,10 +145,6 @@ def _scan_fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: An
     return x.new_empty(x.shape), _final_fake(x, *x.shape[2:], B.shape[3], rest[5])
 
 
-def _scan_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(_dense(gradient, dy) for gradient in ssd.scan_backward(dy, *args))
-
-
 def _scan_backward_fake(dy: Tensor, dfinal: Any, *args: Any) -> tuple[Tensor, ...]:
     return tuple(_like(tensor, dy) for tensor in args[:9])
 
@@ -176,10 +156,10 @@ _SCAN = (
 _register(f"ssd_chunk_scan({_SCAN}) -> (Tensor, Tensor)", ssd.scan_forward, _scan_fake)
 _register(
     f"ssd_chunk_scan_backward(Tensor dy, Tensor? dfinal, {_SCAN}) -> ({', '.join(['Tensor'] * 9)})",
-    _scan_backward,
+    _filled(ssd.scan_backward),
     _scan_backward_fake,
 )
-_differentiate("ssd_chunk_scan", 9, 11, lambda *args: torch.ops.mamba2_hf.ssd_chunk_scan_backward(*args))
+_differentiate("ssd_chunk_scan", ssd.scan_forward, ssd.scan_backward, 9, 11)
 
 
 # The mixer between its projections
@@ -189,13 +169,12 @@ def _inner_fake(*args: Any) -> tuple[Tensor, ...]:
     call = inner.Arguments(*args)
     width, maps, heads = call.widths
     u, channels = call.zxbcdt, call.conv_weight
+    y = u.new_empty(*u.shape[:2], width)
+    if not call.states:
+        return y, u.new_empty(0), u.new_empty(0)
     final = _final_fake(u, heads, call.head_dim, maps // call.n_groups, call.cu_seqlens)
     conv_state = u.new_empty(final.shape[0], channels.shape[0], channels.shape[1] - 1)
-    return u.new_empty(*u.shape[:2], width), conv_state, final
-
-
-def _inner_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(_dense(gradient, dy) for gradient in inner.inner_backward(dy, *args))
+    return y, conv_state, final
 
 
 def _inner_backward_fake(dy: Tensor, dconv: Any, dssm: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -205,16 +184,16 @@ def _inner_backward_fake(dy: Tensor, dconv: Any, dssm: Any, *args: Any) -> tuple
 _INNER = (
     "Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor? dt_bias, Tensor A, Tensor? D, Tensor? norm_weight, "
     "Tensor? conv_initial_states, Tensor? ssm_initial_states, Tensor? seq_idx, Tensor? cu_seqlens, int head_dim, "
-    "int n_groups, bool silu, float eps, int group_size, bool norm_before_gate, float low, float high"
+    "int n_groups, bool silu, float eps, int group_size, bool norm_before_gate, bool states, float low, float high"
 )
 _register(f"mamba2_inner({_INNER}) -> (Tensor, Tensor, Tensor)", inner.inner_forward, _inner_fake)
 _register(
     f"mamba2_inner_backward(Tensor dy, Tensor? dconv_state, Tensor? dssm_state, {_INNER})"
     f" -> ({', '.join(['Tensor'] * 9)})",
-    _inner_backward,
+    _filled(inner.inner_backward),
     _inner_backward_fake,
 )
-_differentiate("mamba2_inner", 9, 11, lambda *args: torch.ops.mamba2_hf.mamba2_inner_backward(*args))
+_differentiate("mamba2_inner", inner.inner_forward, inner.inner_backward, 9, 11)
 
 
 # Decoding: states are updated in place

@@ -32,8 +32,12 @@ def mamba2_inner(
     ssm_initial_states: Tensor | None,
     seq_idx: Tensor | None,
     cu_seqlens: Tensor | None,
+    return_final_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`mamba2_hf.ops.mamba2_inner`. Where gradients are needed only the inputs are kept."""
+    """See :func:`mamba2_hf.ops.mamba2_inner`. Where gradients are needed only the inputs are kept.
+
+    The states come at no cost here, so they are there whether asked for or not.
+    """
 
     def run(
         zxbcdt: Tensor,

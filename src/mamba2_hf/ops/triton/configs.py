@@ -11,6 +11,7 @@ import triton
 from triton import knobs
 
 from ..checks import SSDShape
+from .launch import power_of_two
 
 
 class Chip(NamedTuple):
@@ -60,7 +61,7 @@ def current_chip() -> Chip:
 
 def tile(size: int, largest: int) -> int:
     """The power of two that covers ``size``, between what a matrix product needs and ``largest``."""
-    return min(max(triton.next_power_of_2(size), 16), largest)
+    return min(max(power_of_two(size), 16), largest)
 
 
 def precision(chip: Chip, dtype: torch.dtype) -> str:
@@ -166,7 +167,15 @@ CUT_COST = 30  # two more launches, in chunks walked
 
 
 def segment_tokens(chip: Chip, shape: SSDShape, dtype: torch.dtype) -> int:
-    """How many tokens one program walks.
+    """How many tokens one program walks."""
+    return _segment_tokens(chip, shape, dtype, SEGMENT, SUMMARY_COST, CUT_COST)
+
+
+@functools.lru_cache(1024)
+def _segment_tokens(
+    chip: Chip, shape: SSDShape, dtype: torch.dtype, shortest: int, summary_cost: float, cut_cost: float
+) -> int:
+    """See :func:`segment_tokens`.
 
     Sequences are cut where their number does not fill the chip: time is counted in chunks, one program a processor
     (or four of the portable kernels, which have one head each) walking one after another.
@@ -178,11 +187,11 @@ def segment_tokens(chip: Chip, shape: SSDShape, dtype: torch.dtype) -> int:
         programs = -(-shape.batch * shape.heads * tiles // 4)
     chunks = -(-shape.tokens // 64)
     best, cheapest = 1, math.inf
-    for segments in range(1, max(shape.tokens // SEGMENT, 1) + 1):
+    for segments in range(1, max(shape.tokens // shortest, 1) + 1):
         length = -(-chunks // segments)
         cost = -(-programs * segments // chip.processors) * length * 1.0
         if segments > 1:
-            cost += SUMMARY_COST * -(-programs * (segments - 1) // chip.processors) * length + CUT_COST
+            cost += summary_cost * -(-programs * (segments - 1) // chip.processors) * length + cut_cost
         if cost < cheapest:
             best, cheapest = segments, cost
         if programs * segments > 16 * chip.processors:

@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..torch.packing import document_ids
+from .calls import call
+from .launch import cdiv, launch, power_of_two
 from .rows import channels_last, vector_strides
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -61,9 +63,7 @@ def causal_conv1d(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mamba2_hf.ops.causal_conv1d`; always returns the final states too."""
-    return torch.ops.mamba2_hf.causal_conv1d(
-        x, weight, bias, initial_states, seq_idx, cu_seqlens, activation is not None
-    )
+    return call("causal_conv1d", x, weight, bias, initial_states, seq_idx, cu_seqlens, activation is not None)
 
 
 def documents(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> Documents:
@@ -385,28 +385,35 @@ def conv_forward(
     initial: Tensor | None,
     packing: Documents,
     silu: bool,
+    *,
+    states: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the forward: ``y (B, T, C)`` and the final states ``(B or S, C, K - 1)``, both contiguous."""
+    """Launches the forward: ``y (B, T, C)`` and, if wanted, the final states ``(B or S, C, K - 1)``, contiguous."""
     batch, tokens, channels = x.shape
     x, initial = channels_last(x), _history_like(initial, x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final = torch.empty(packing.states, channels, weight.shape[1] - 1, dtype=x.dtype, device=x.device)
     vector, strides = vector_strides(x, y)
     run = _run_length(batch, tokens, channels)
-    blocks = triton.cdiv(channels, CHANNELS)
-    common = dict(
-        MODE=packing.mode, VEC=vector, K=weight.shape[1], BLOCK=CHANNELS, num_warps=WARPS, enable_fp_fusion=True
-    )
-    conv_forward_kernel[(batch * triton.cdiv(tokens, run) * blocks,)](
+    blocks = cdiv(channels, CHANNELS)
+    common = dict(MODE=packing.mode, VEC=vector, K=weight.shape[1], BLOCK=CHANNELS, num_warps=WARPS)
+    launch(
+        conv_forward_kernel,
+        (batch * cdiv(tokens, run) * blocks,),
         *(x, weight.contiguous(), bias, initial, packing.ids, packing.bounds, y),
         *(tokens, channels, run, packing.states, *strides),
         SILU=silu,
         STEPS=STEPS,
         **common,
     )
+    if not states:
+        return y, x.new_empty(0)
+    final = torch.empty(packing.states, channels, weight.shape[1] - 1, dtype=x.dtype, device=x.device)
     if weight.shape[1] > 1:
-        conv_state_kernel[(packing.states, blocks)](
-            x, initial, packing.ids, packing.bounds, final, tokens, channels, *strides[:2], **common
+        launch(
+            conv_state_kernel,
+            (packing.states, blocks),
+            *(x, initial, packing.ids, packing.bounds, final, tokens, channels, *strides[:2]),
+            **common,
         )
     return y, final
 
@@ -441,22 +448,27 @@ def conv_backward(
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     vector, strides = vector_strides(x, dy, dx)
     run = _run_length(batch, tokens, channels) - (taps - 1)  # whole steps, with the K - 1 tokens walked twice
-    runs = batch * triton.cdiv(tokens, run)
+    runs = batch * cdiv(tokens, run)
     partial = torch.empty(runs, taps + 1, channels, dtype=torch.float32, device=x.device)
-    blocks = triton.cdiv(channels, CHANNELS)
+    blocks = cdiv(channels, CHANNELS)
     inputs = (x, weight.contiguous(), bias, state, packing.ids, packing.bounds, dy, dfinal)
-    common = dict(
-        SILU=silu, MODE=packing.mode, VEC=vector, K=taps, BLOCK=CHANNELS, num_warps=WARPS, enable_fp_fusion=True
-    )
-    conv_backward_kernel[(runs * blocks,)](
-        *(*inputs, dx, partial, tokens, channels, run, packing.states, *strides), STEPS=STEPS, **common
+    common = dict(SILU=silu, MODE=packing.mode, VEC=vector, K=taps, BLOCK=CHANNELS, num_warps=WARPS)
+    launch(
+        conv_backward_kernel,
+        (runs * blocks,),
+        *(*inputs, dx, partial, tokens, channels, run, packing.states, *strides),
+        STEPS=STEPS,
+        **common,
     )
     dinitial = None
     if initial is not None:
         dinitial = torch.empty(initial.shape, dtype=initial.dtype, device=x.device)
         if taps > 1:
-            conv_initial_gradient_kernel[(packing.states, blocks)](
-                *(*inputs, dinitial, tokens, channels, packing.states, *strides[:4]), **common
+            launch(
+                conv_initial_gradient_kernel,
+                (packing.states, blocks),
+                *(*inputs, dinitial, tokens, channels, packing.states, *strides[:4]),
+                **common,
             )
     total = partial.sum(0)  # (K + 1, C)
     dweight = total[:taps].T.to(weight.dtype).contiguous()
@@ -469,5 +481,5 @@ def _history_like(state: Tensor | None, x: Tensor) -> Tensor | None:
 
 def _run_length(batch: int, tokens: int, channels: int) -> int:
     """Tokens that one program walks: long runs share the window's start, short ones fill the chip."""
-    programs = batch * tokens * triton.cdiv(channels, CHANNELS)
-    return min(256, max(4 * STEPS, triton.next_power_of_2(programs // PROGRAMS + 1)))
+    programs = batch * tokens * cdiv(channels, CHANNELS)
+    return min(256, max(4 * STEPS, power_of_two(programs // PROGRAMS + 1)))

@@ -13,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import SSDShape
+from .calls import call
 from .conv import DTYPES, MAX_TAPS, conv_forward, convolve, documents, load_taps
 from .conv import supports as supports_conv
+from .launch import cdiv, launch, power_of_two
 from .prep import clamp, softplus
 from .rows import channels_last
 
@@ -272,9 +274,7 @@ def ssd_state_update(
     dt_limit: tuple[float, float],
 ) -> Tensor:
     """See :func:`mamba2_hf.ops.ssd_state_update`."""
-    return torch.ops.mamba2_hf.ssd_state_update(
-        state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *map(float, dt_limit)
-    )
+    return call("ssd_state_update", state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *map(float, dt_limit))
 
 
 def causal_conv1d_update(
@@ -282,7 +282,7 @@ def causal_conv1d_update(
 ) -> Tensor:
     """See :func:`mamba2_hf.ops.causal_conv1d_update`."""
     block = x[:, None] if x.dim() == 2 else x
-    y = torch.ops.mamba2_hf.causal_conv1d_update(block, conv_state, weight, bias, activation is not None)
+    y = call("causal_conv1d_update", block, conv_state, weight, bias, activation is not None)
     return y[:, 0] if x.dim() == 2 else y
 
 
@@ -305,7 +305,8 @@ def mamba2_step(
     dt_limit: tuple[float, float],
 ) -> Tensor:
     """See :func:`mamba2_hf.ops.mamba2_step`."""
-    return torch.ops.mamba2_hf.mamba2_step(
+    return call(
+        "mamba2_step",
         *(zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight),
         *(shape.groups, activation is not None, eps, group_size, norm_before_gate, *map(float, dt_limit)),
     )
@@ -329,7 +330,9 @@ def state_update(
     batch, heads, P, N = state.shape
     y = torch.empty(batch, heads, P, dtype=x.dtype, device=x.device)
     bp, warps = _tile(batch, P)
-    state_update_kernel[(batch * heads * triton.cdiv(P, bp),)](
+    launch(
+        state_update_kernel,
+        (batch * heads * cdiv(P, bp),),
         *(state, x, dt, A.contiguous(), B, C, _dense(D), z, _dense(dt_bias), y, low, high, heads),
         *(*state.stride(), *x.stride(), *dt.stride(), *B.stride(), *C.stride()),
         *((0, 0, 0) if z is None else z.stride()),
@@ -339,9 +342,8 @@ def state_update(
         P=P,
         N=N,
         BP=bp,
-        BN=triton.next_power_of_2(N),
+        BN=power_of_two(N),
         num_warps=warps,
-        enable_fp_fusion=True,
     )
     return y
 
@@ -356,7 +358,9 @@ def conv_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | No
         return y
     x = channels_last(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    conv_update_kernel[(batch * triton.cdiv(channels, CHANNELS),)](
+    launch(
+        conv_update_kernel,
+        (batch * cdiv(channels, CHANNELS),),
         *(x, conv_state, weight.contiguous(), _dense(bias), y, channels),
         *(*x.stride()[:2], *conv_state.stride()),
         SILU=silu,
@@ -365,7 +369,6 @@ def conv_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | No
         K=weight.shape[1],
         BLOCK=CHANNELS,
         num_warps=1,
-        enable_fp_fusion=True,
     )
     return y
 
@@ -396,12 +399,14 @@ def mixer_step(
     u = channels_last(zxbcdt)
     y = torch.empty(batch, tokens, width, dtype=u.dtype, device=u.device)
     bp, warps = _tile(batch, P)
-    blocks = triton.cdiv(P, bp)
+    blocks = cdiv(P, bp)
     raw, squares = y, None
     if norm_weight is not None:
         raw = torch.empty(y.shape, dtype=torch.float32, device=u.device)
         squares = torch.empty(batch * tokens, heads * blocks, dtype=torch.float32, device=u.device)
-    step_kernel[(batch * heads * blocks,)](
+    launch(
+        step_kernel,
+        (batch * heads * blocks,),
         *(u, conv_state, ssm_state, conv_weight.contiguous(), _dense(conv_bias), _dense(dt_bias), A.contiguous()),
         *(_dense(D), raw, squares, low, high, heads, tokens, conv_state.shape[2]),
         *(*u.stride()[:2], *conv_state.stride(), *ssm_state.stride()),
@@ -413,21 +418,21 @@ def mixer_step(
         N=N,
         K=taps,
         BP=bp,
-        BN=triton.next_power_of_2(N),
+        BN=power_of_two(N),
         num_warps=warps if tokens == 1 else 2 * warps,  # more tokens keep the taps in registers, too
-        enable_fp_fusion=True,
     )
-    scales = 0 if squares is None else batch * tokens * (width // group_size) * triton.cdiv(group_size, FINISH_BLOCK)
+    scales = 0 if squares is None else batch * tokens * (width // group_size) * cdiv(group_size, FINISH_BLOCK)
     parts = group_size // P * blocks
-    finish_kernel[(scales + batch * triton.cdiv(channels, FINISH_BLOCK),)](
+    launch(
+        finish_kernel,
+        (scales + batch * cdiv(channels, FINISH_BLOCK),),
         *(raw, squares, u, _dense(norm_weight), y, conv_state, tokens, width, parts, eps, channels, scales),
         *(*u.stride()[:2], *conv_state.stride()),
         SIZE=group_size,
         GATE=norm_before_gate,
-        PARTS=triton.next_power_of_2(parts),
+        PARTS=power_of_two(parts),
         L=conv_state.shape[2],
         BLOCK=FINISH_BLOCK,
-        enable_fp_fusion=True,
     )
     return y
 
@@ -435,7 +440,7 @@ def mixer_step(
 def _tile(batch: int, P: int) -> tuple[int, int]:
     """Channels and warps of a program."""
     channels, warps = NARROW if batch <= FEW_ROWS else WIDE
-    return min(channels, triton.next_power_of_2(P)), warps
+    return min(channels, power_of_two(P)), warps
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
-import triton
 from torch import Tensor
 
 from . import configs
 from .gluon import TensorDescriptor, gl
 from .hopper_kernels import chunk_backward_kernel, state_kernel, walk_kernel
+from .launch import cdiv, launch
 from .portable import sum_blocks
-from .problem import Call, Cut, Gradients
+from .problem import Call, Cut, Gradients, Into, fits_tma
 
 Q, P = configs.HOPPER_CHUNK, configs.HOPPER_HEAD
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -34,7 +36,9 @@ def walk(call: Call, cut: Cut, entry: Tensor | None) -> tuple[Tensor, Tensor]:
     config = configs.hopper_walk(per_group)
     y = torch.empty(call.x.shape, dtype=call.x.dtype, device=call.x.device)
     final = torch.empty(call.state_shape, dtype=torch.float32, device=y.device)
-    walk_kernel[(cut.segments * groups * triton.cdiv(per_group, config.heads),)](
+    launch(
+        walk_kernel,
+        (cut.segments * groups * cdiv(per_group, config.heads),),
         *(_tokens(call.x, P), _tokens(call.B, N), _tokens(call.C, N), _tokens(y, P)),
         *(cut.steps, _or(call.D, final), _or(entry, final), final, heads, cut.per_row, cut.per_segment),
         **_sizes(per_group, N, config),
@@ -52,7 +56,9 @@ def summaries(call: Call, cut: Cut, *, reverse: bool, inputs: Tensor, maps: Tens
     per_group = heads // call.shape.groups
     config = configs.hopper_state(call.chip, per_group, cut.segments * call.shape.groups)
     x, m = _tokens(inputs, P), _tokens(maps, N)
-    state_kernel[(cut.segments * call.shape.groups * triton.cdiv(per_group, config.heads),)](
+    launch(
+        state_kernel,
+        (cut.segments * call.shape.groups * cdiv(per_group, config.heads),),
         *(x, m, x, m, x, x, cut.steps, states, states, states, states, decay, heads, cut.per_row, cut.per_segment),
         **_sizes(per_group, N, config),
         FORWARD=not reverse,
@@ -64,7 +70,9 @@ def summaries(call: Call, cut: Cut, *, reverse: bool, inputs: Tensor, maps: Tens
     return states, decay
 
 
-def gradients(call: Call, cut: Cut, dout: Tensor, entry: Tensor | None, leave: Tensor | None) -> Gradients:
+def gradients(
+    call: Call, cut: Cut, dout: Tensor, entry: Tensor | None, leave: Tensor | None, into: Into | None
+) -> Gradients:
     """Everything of the backward that is not about single numbers; see :class:`Gradients`.
 
     ``entry`` and ``leave (segments, H, P, N)``: states, and their gradients, between segments.
@@ -79,7 +87,9 @@ def gradients(call: Call, cut: Cut, dout: Tensor, entry: Tensor | None, leave: T
     after = torch.empty(2, *call.state_shape, dtype=torch.float32, device=x.device)
     S, dS = _states(states), _states(dstates)
     config = configs.hopper_state(call.chip, per_group, 2 * cut.segments * groups)
-    state_kernel[(2 * cut.segments * groups * triton.cdiv(per_group, config.heads),)](
+    launch(
+        state_kernel,
+        (2 * cut.segments * groups * cdiv(per_group, config.heads),),
         *(X, B, dY, C, S, dS, cut.steps, _or(entry, after), _or(leave, after), after[0], after[1], after),
         *(heads, cut.per_row, cut.per_segment),
         **_sizes(per_group, N, config),
@@ -90,20 +100,28 @@ def gradients(call: Call, cut: Cut, dout: Tensor, entry: Tensor | None, leave: T
         HAS_DENTRY=leave is not None,
     )
 
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if into is not None and fits_tma(into.dx) and into.dB.stride() == into.dC.stride():
+        dx, dB, dC = into[:3]
+    else:
+        dx, dB, dC = (torch.empty(t.shape, dtype=x.dtype, device=x.device) for t in (x, call.B, call.B))
     dots = torch.empty(cut.chunks, heads, 4, Q, dtype=torch.float32, device=x.device)
     ends = torch.empty(cut.chunks, heads, dtype=torch.float32, device=x.device)
     config = configs.hopper_gradients(call.chip, per_group, cut.chunks * groups)
     blocks = per_group // config.heads
-    dtype = x.dtype if blocks == 1 else torch.float32
-    partial = torch.empty(blocks, 2, *call.B.shape, dtype=dtype, device=x.device)
-    chunk_backward_kernel[(cut.chunks * groups * blocks,)](
-        *(B, C, X, dY, S, dS, _tokens(dx, P), cut.steps, _or(D, ends), dots, ends, partial[0, 0], partial[0, 1]),
-        *(heads, tokens, cut.per_row, partial.stride(0)),
+    to_B, to_C = dB, dC
+    if blocks > 1:
+        partial = torch.empty(blocks, 2, *call.B.shape, dtype=torch.float32, device=x.device)
+        to_B, to_C = partial[0].unbind()
+    launch(
+        chunk_backward_kernel,
+        (cut.chunks * groups * blocks,),
+        *(B, C, X, dY, S, dS, _tokens(dx, P), cut.steps, _or(D, ends), dots, ends, to_B, to_C),
+        *(heads, tokens, cut.per_row, partial.stride(0) if blocks > 1 else 0, *to_B.stride()[:2]),
         **_sizes(per_group, N, config),
         HAS_D=D is not None,
     )
-    dB, dC = partial[0] if blocks == 1 else sum_blocks(partial, x.dtype)
+    if blocks > 1:
+        sum_blocks(partial, dB, dC)
     return Gradients(dx, None, dB, dC, None, after[1], dots, ends)
 
 
@@ -134,8 +152,15 @@ def _states(tensor: Tensor) -> TensorDescriptor:
 
 
 def _descriptor(tensor: Tensor, shape: list[int], strides: list[int], tile: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(tile, DTYPES[tensor.dtype])
-    return TensorDescriptor(tensor, shape, strides, tile, layout)
+    made = TensorDescriptor.__new__(TensorDescriptor)  # its checks are ours already, and take longer than all the rest
+    made.base, made.shape, made.strides, made.block_shape = tensor, shape, strides, tile
+    made.layout, made.padding = _layout(tuple(tile), tensor.dtype), "zero"
+    return made
+
+
+@functools.cache
+def _layout(tile: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(tile), DTYPES[dtype])
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

@@ -437,18 +437,18 @@ def chunk_producer(tiles, shared, bars, place, H, P: gl.constexpr, N: gl.constex
 
 
 @gluon.jit
-def store_map_gradient(target, tile, row, t, g, T, G, Q: gl.constexpr, N: gl.constexpr):
-    """Stores ``(Q, N)`` into a ``(B, T, G, N)`` tensor, as far as the row goes."""
+def store_map_gradient(target, tile, t, T, stride_token, Q: gl.constexpr, N: gl.constexpr):
+    """Stores ``(Q, N)`` into a row of tokens, from ``t`` on and as far as the row goes."""
     wide: gl.constexpr = product(N)
-    q = t + gl.arange(0, Q, layout=gl.SliceLayout(1, wide))
+    q = gl.arange(0, Q, layout=gl.SliceLayout(1, wide))
     n = gl.arange(0, N, layout=gl.SliceLayout(0, wide))
-    at = ((row.to(gl.int64) * T + q)[:, None] * G + g) * N + n[None, :]
-    gl.store(target + at, tile.to(target.dtype.element_ty), mask=(q < T)[:, None])
+    at = (t + q).to(gl.int64)[:, None] * stride_token + n[None, :]
+    gl.store(target + at, tile.to(target.dtype.element_ty), mask=(t + q < T)[:, None])
 
 
 @gluon.jit
-def row_consumer(steps, dots, ends, dC, shared, dscores_s, f_s, bars, place, H, T, G, Q: gl.constexpr, P: gl.constexpr,
-                 N: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def row_consumer(steps, dots, ends, dC, shared, dscores_s, f_s, bars, place, H, T, stride_token, Q: gl.constexpr,
+                 P: gl.constexpr, N: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """What sums over j <= i: dC, the row sums of the log decays' gradient, and the part that crosses the chunk."""
     b_s, c_s, x_s, dy_s, s_s, ds_s = shared
     ready, empty, maps, handed = bars
@@ -501,12 +501,12 @@ def row_consumer(steps, dots, ends, dC, shared, dscores_s, f_s, bars, place, H, 
     async_copy.wait_group(0)
     mbarrier.wait(handed, 0)
     total = warpgroup_mma(dscores_s.permute((1, 0)), b_tile, total)
-    store_map_gradient(dC, total, row, t, g, T, G, Q, N)
+    store_map_gradient(dC, total, t, T, stride_token, Q, N)
 
 
 @gluon.jit
-def column_consumer(dx, steps, D, dots, dB, shared, dscores_s, f_s, out_s, bars, place, H, T, G, Q: gl.constexpr,
-                    P: gl.constexpr, N: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr,
+def column_consumer(dx, steps, D, dots, dB, shared, dscores_s, f_s, out_s, bars, place, H, T, stride_token,
+                    Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr,
                     HAS_D: gl.constexpr):  # fmt: skip
     """What sums over i >= j: dx, dB, the column sums of the log decays' gradient, and the gradient of ``C B^T``."""
     b_s, c_s, x_s, dy_s, s_s, ds_s = shared
@@ -578,12 +578,13 @@ def column_consumer(dx, steps, D, dots, dB, shared, dscores_s, f_s, out_s, bars,
     fence_async_shared()
     mbarrier.arrive(handed, count=1)
     total = warpgroup_mma(dscores_s, c_tile, total)
-    store_map_gradient(dB, total, row, t, g, T, G, Q, N)
+    store_map_gradient(dB, total, t, T, stride_token, Q, N)
     tma.store_wait(0)
 
 
 @gluon.jit
-def chunk_backward_kernel(B, C, x, dy, S, dS, dx, steps, D, dots, ends, dB, dC, H, T, per_row, stride_block,
+def chunk_backward_kernel(B, C, x, dy, S, dS, dx, steps, D, dots, ends, dB, dC, H, T, per_row, stride_block, stride_row,
+                          stride_token,
                           PER_GROUP: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
                           HEADS: gl.constexpr, STAGES: gl.constexpr, HAS_D: gl.constexpr, REGISTERS: gl.constexpr,
                           num_warps: gl.constexpr):  # fmt: skip
@@ -591,7 +592,7 @@ def chunk_backward_kernel(B, C, x, dy, S, dS, dx, steps, D, dots, ends, dB, dC, 
 
     ``dots (chunks, H, 4, Q)`` takes, with the formulas of ``ssd_backward.py``: the row sums, the column sums, the
     column sums' share ``w_j`` that leaves the chunk, and ``<x, dy>``. ``ends (chunks, H)``: ``exp(a_last) <dS, S>``.
-    ``dB, dC``: ``(B, T, G, N)`` for each block of heads, ``stride_block`` apart.
+    ``dB, dC``: ``(B, T, G N)`` for each block of heads, blocks, rows and tokens as far apart as the strides say.
     """
     pid = gl.program_id(0)
     blocks = H // HEADS
@@ -617,13 +618,13 @@ def chunk_backward_kernel(B, C, x, dy, S, dS, dx, steps, D, dots, ends, dB, dC, 
     mbarrier.init(handed, count=1)
     bars = (ready, empty, maps, handed)
     shared = (b_s, c_s, x_s, dy_s, s_s, ds_s)
-    place = (row, h0 // PER_GROUP, h0, chunk % per_row * Q, chunk)
-    G = H // PER_GROUP
-    dB += block.to(gl.int64) * stride_block
-    dC += block.to(gl.int64) * stride_block
+    g = h0 // PER_GROUP
+    place = (row, g, h0, chunk % per_row * Q, chunk)
+    offset = block.to(gl.int64) * stride_block + row.to(gl.int64) * stride_row + g * N
     gl.warp_specialize([
-        (column_consumer, (dx, steps, D, dots, dB, shared, dscores_s, f_s, out_s, bars, place, H, T, G, Q, P, N, HEADS,
-                           STAGES, HAS_D)),
-        (row_consumer, (steps, dots, ends, dC, shared, dscores_s, f_s, bars, place, H, T, G, Q, P, N, HEADS, STAGES)),
+        (column_consumer, (dx, steps, D, dots, dB + offset, shared, dscores_s, f_s, out_s, bars, place, H, T,
+                           stride_token, Q, P, N, HEADS, STAGES, HAS_D)),
+        (row_consumer, (steps, dots, ends, dC + offset, shared, dscores_s, f_s, bars, place, H, T, stride_token,
+                        Q, P, N, HEADS, STAGES)),
         (chunk_producer, ((B, C, x, dy, S, dS), shared, bars, place, H, P, N, HEADS, STAGES)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip

@@ -1,8 +1,7 @@
 """A mixer between its two projections for training: convolution, scan and gated norm as one op.
 
 Only the inputs are kept. The backward runs the convolution and the scan once more, then the three backwards, each of
-which writes its part of the gradient of the in_proj output into one buffer. The convolution is depthwise, so its
-backward takes x, B and C apart, as the scan's backward returns their gradients.
+which writes its part of the gradient of the in_proj output where it belongs.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ from torch import Tensor
 
 from ..checks import SSDShape
 from . import conv, norm, ssd
-from .conv import conv_backward, conv_forward, documents
+from .calls import call
+from .conv import Documents, conv_backward, conv_forward, documents
 from .norm import norm_backward, norm_forward
+from .problem import Into
 from .ssd import scan_backward, scan_forward
 
 
@@ -39,6 +40,7 @@ class Arguments(NamedTuple):
     eps: float
     group_size: int
     norm_before_gate: bool
+    states: bool
     low: float
     high: float
 
@@ -49,16 +51,26 @@ class Arguments(NamedTuple):
         inner = heads * self.head_dim
         return inner, (self.zxbcdt.shape[-1] - 2 * inner - heads) // 2, heads
 
-    def scan(self, convolved: Tensor) -> tuple[Any, ...]:
+    def heads_and_groups(self, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(B, T, H, P)`` and twice ``(B, T, G, N)``."""
+        groups = (self.n_groups, -1)
+        return x.unflatten(-1, (-1, self.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def scan(self, convolved: Tensor, packing: Documents) -> tuple[Any, ...]:
         """Arguments of the scan. Without a norm the gate is the scan's own."""
         inner, maps, heads = self.widths
-        x, B, C = convolved.split([inner, maps, maps], -1)
+        x, B, C = self.heads_and_groups(*convolved.split([inner, maps, maps], -1))
         z, dt = self.zxbcdt[..., :inner], self.zxbcdt[..., -heads:]
+        seq_idx, cu_seqlens = self.seq_idx, self.cu_seqlens
+        if cu_seqlens is not None and self.ssm_initial_states is None and not self.states:
+            # Documents without states of their own need no chunks of their own. Past the last one the convolution has
+            # left zeros.
+            seq_idx, cu_seqlens = packing.ids[None], None
+            dt = dt.masked_fill((seq_idx == packing.states)[..., None], 0.0)
         return (
-            *(x.unflatten(-1, (heads, -1)), dt, self.A),
-            *(B.unflatten(-1, (self.n_groups, -1)), C.unflatten(-1, (self.n_groups, -1)), self.D),
+            *(x, dt, self.A, B, C, self.D),
             z.unflatten(-1, (heads, -1)) if self.norm_weight is None else None,
-            *(self.dt_bias, self.ssm_initial_states, self.seq_idx, self.cu_seqlens, True, self.low, self.high),
+            *(self.dt_bias, self.ssm_initial_states, seq_idx, cu_seqlens, True, self.low, self.high),
         )
 
 
@@ -92,26 +104,29 @@ def mamba2_inner(
     ssm_initial_states: Tensor | None,
     seq_idx: Tensor | None,
     cu_seqlens: Tensor | None,
+    return_final_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`mamba2_hf.ops.mamba2_inner`."""
-    y, conv_state, ssm_state = torch.ops.mamba2_hf.mamba2_inner(
+    """See :func:`mamba2_hf.ops.mamba2_inner`; states that are not asked for are empty."""
+    y, conv_state, ssm_state = call(
+        "mamba2_inner",
         *(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_initial_states, ssm_initial_states),
         *(seq_idx, cu_seqlens, shape.head_dim, shape.groups, activation is not None, eps, group_size),
-        *(norm_before_gate, *map(float, dt_limit)),
+        *(norm_before_gate, return_final_states, *map(float, dt_limit)),
     )
     return y, conv_state, ssm_state
 
 
 def inner_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``y (B, T, H P)`` and both final states, given the fields of :class:`Arguments`."""
+    """``y (B, T, H P)`` and both final states (empty unless wanted), given the fields of :class:`Arguments`."""
     call = Arguments(*args)
-    convolved, conv_state = _convolve(call)
-    y, ssm_state = scan_forward(*call.scan(convolved))
+    packing = documents(call.zxbcdt, call.seq_idx, call.cu_seqlens)
+    convolved, conv_state = _convolve(call, packing)
+    y, ssm_state = scan_forward(*call.scan(convolved, packing))
     y = y.flatten(-2)
     if call.norm_weight is not None:
         z = call.zxbcdt[..., : y.shape[-1]]
         y = norm_forward(y, z, call.norm_weight, call.eps, call.group_size, call.norm_before_gate, y.dtype)
-    return y, conv_state, ssm_state
+    return y, conv_state, ssm_state if call.states else y.new_empty(0)
 
 
 def inner_backward(
@@ -122,8 +137,9 @@ def inner_backward(
     inner, maps, heads = call.widths
     u = call.zxbcdt
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    convolved, _ = _convolve(call)
-    scan = call.scan(convolved)
+    packing = documents(u, call.seq_idx, call.cu_seqlens)
+    convolved, _ = _convolve(call, packing)
+    scan = call.scan(convolved, packing)
     dnorm = None
     if call.norm_weight is not None:
         y = scan_forward(*scan)[0].flatten(-2)
@@ -132,39 +148,25 @@ def inner_backward(
             dz=du[..., :inner],
         )
         del y
-    found: tuple[Any, ...] = scan_backward(dy.unflatten(-1, (heads, -1)), dssm_state, *scan)
-    dx, ddt, dA, dB, dC, dD, dz, dbias, dssm = found
+    dconvolved = torch.empty_like(convolved)
+    dx, dB, dC = dconvolved.split([inner, maps, maps], -1)
+    into = Into(*call.heads_and_groups(dx, dB, dC), du[..., -heads:])
+    found: tuple[Any, ...] = scan_backward(dy.unflatten(-1, (heads, -1)), dssm_state, *scan, into=into)
+    *_, dA, _, _, dD, dz, dbias, dssm = found
     del convolved, scan, found
     if dz is not None:
         du[..., :inner] = dz.flatten(-2)
-    du[..., -heads:] = ddt
-
-    packing = documents(u, call.seq_idx, call.cu_seqlens)
-    parts: list[Any] = []
-    first = 0
-    for gradient, width in ((dx, inner), (dB, maps), (dC, maps)):
-        channels, last = slice(first, first + width), first + width
-        parts.append(
-            conv_backward(
-                gradient.flatten(-2),
-                None if dconv_state is None else dconv_state[:, channels],
-                u[..., inner + first : inner + last],
-                call.conv_weight[channels],
-                None if call.conv_bias is None else call.conv_bias[channels],
-                None if call.conv_initial_states is None else call.conv_initial_states[:, channels],
-                packing,
-                call.silu,
-                dx=du[..., inner + first : inner + last],
-            )
-        )
-        first = last
-    dconv = None if call.conv_initial_states is None else torch.cat([p.initial for p in parts], 1)
-    dconv_bias = None if call.conv_bias is None else torch.cat([p.bias for p in parts])
-    return du, torch.cat([p.weight for p in parts]), dconv_bias, dbias, dA, dD, dnorm, dconv, dssm
+    _, dweight, dconv_bias, dconv = conv_backward(
+        *(dconvolved, dconv_state, u[..., inner:-heads], call.conv_weight, call.conv_bias, call.conv_initial_states),
+        *(packing, call.silu),
+        dx=du[..., inner:-heads],
+    )
+    return du, dweight, dconv_bias, dbias, dA, dD, dnorm, dconv, dssm
 
 
-def _convolve(call: Arguments) -> tuple[Tensor, Tensor]:
+def _convolve(call: Arguments, packing: Documents) -> tuple[Tensor, Tensor]:
     inner, _, heads = call.widths
     xbc = call.zxbcdt[..., inner:-heads]
-    packing = documents(xbc, call.seq_idx, call.cu_seqlens)
-    return conv_forward(xbc, call.conv_weight, call.conv_bias, call.conv_initial_states, packing, call.silu)
+    return conv_forward(
+        *(xbc, call.conv_weight, call.conv_bias, call.conv_initial_states, packing, call.silu), states=call.states
+    )

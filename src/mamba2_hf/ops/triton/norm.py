@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .calls import call
+from .launch import cdiv, launch, power_of_two
 from .rows import channels_last, vector_strides
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -179,7 +181,7 @@ def gated_rms_norm(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :func:`mamba2_hf.ops.gated_rms_norm`."""
-    return torch.ops.mamba2_hf.rms_norm(x, z, weight, eps, group_size, norm_before_gate, dtype or x.dtype)
+    return call("rms_norm", x, z, weight, eps, group_size, norm_before_gate, dtype or x.dtype)
 
 
 class _Tile(NamedTuple):
@@ -191,12 +193,12 @@ class _Tile(NamedTuple):
 
 def _tile(size: int, elements: int, per_warp: int) -> _Tile:
     """How a program holds groups of ``size`` channels."""
-    block, exact = min(triton.next_power_of_2(size), CHUNK), size & -size
+    block, exact = min(power_of_two(size), CHUNK), size & -size
     if 256 <= exact < block and size <= 8 * exact:
         block = exact
-    chunks = triton.cdiv(size, block)
-    rows = max(1, triton.next_power_of_2(elements // (block * chunks) + 1) // 2)
-    warps = triton.next_power_of_2(triton.cdiv(rows * block * chunks, per_warp))
+    chunks = cdiv(size, block)
+    rows = max(1, power_of_two(elements // (block * chunks) + 1) // 2)
+    warps = power_of_two(cdiv(rows * block * chunks, per_warp))
     return _Tile(rows, block, chunks, min(16, warps))
 
 
@@ -215,7 +217,9 @@ def norm_forward(
     rows, gate = _as_rows(x), _as_rows(z)
     unit, strides = vector_strides(rows, gate, _as_rows(y))
     tile = _tile(group_size, FORWARD_TILE, FORWARD_PER_WARP)
-    norm_forward_kernel[(triton.cdiv(rows.shape[0], tile.rows), width // group_size)](
+    launch(
+        norm_forward_kernel,
+        (cdiv(rows.shape[0], tile.rows), width // group_size),
         *(rows, gate, weight.contiguous(), y, rows.shape[0], eps, *strides),
         SIZE=group_size,
         GATE_LAST=norm_before_gate,
@@ -224,7 +228,6 @@ def norm_forward(
         BLOCK=tile.block,
         CHUNKS=tile.chunks,
         num_warps=tile.warps,
-        enable_fp_fusion=True,
     )
     return y
 
@@ -259,10 +262,12 @@ def norm_backward(
     unit, strides = vector_strides(*tensors)
     tile = _tile(group_size, BACKWARD_TILE, BACKWARD_PER_WARP)
     groups = width // group_size
-    run = triton.cdiv(triton.cdiv(rows.shape[0] * groups, BACKWARD_PROGRAMS), tile.rows) * tile.rows
-    programs = triton.cdiv(rows.shape[0], run)
+    run = cdiv(cdiv(rows.shape[0] * groups, BACKWARD_PROGRAMS), tile.rows) * tile.rows
+    programs = cdiv(rows.shape[0], run)
     partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
-    norm_backward_kernel[(programs, groups)](
+    launch(
+        norm_backward_kernel,
+        (programs, groups),
         *(tensors[0], tensors[1], weight.contiguous(), *tensors[2:], partial, rows.shape[0], run, eps, *strides),
         SIZE=group_size,
         GATE_LAST=norm_before_gate,
@@ -271,7 +276,6 @@ def norm_backward(
         BLOCK=tile.block,
         CHUNKS=tile.chunks,
         num_warps=tile.warps,
-        enable_fp_fusion=True,
     )
     return NormGradients(dx, dz, partial.sum(0).to(weight.dtype))
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .configs import Config
-from .problem import Call, Cut, Gradients, strides
+from .launch import cdiv, launch
+from .problem import Call, Cut, Gradients, Into, strides
 from .ssd_backward import gate_backward_kernel, inputs_backward_kernel, maps_backward_kernel, sum_kernel
 from .ssd_forward import state_kernel, walk_kernel
 
@@ -29,7 +29,9 @@ def walk(call: Call, cut: Cut, entry: Tensor | None) -> tuple[Tensor, Tensor]:
     config = configs.walk(call.chip, x.dtype, P, call.shape.state)
     y = (torch.zeros if call.packed else torch.empty)(x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty(call.state_shape, dtype=torch.float32, device=x.device)
-    walk_kernel[(cut.segments * call.shape.heads * triton.cdiv(P, config.BP),)](
+    launch(
+        walk_kernel,
+        (cut.segments * call.shape.heads * cdiv(P, config.BP),),
         _tokens(x, config.Q, config.BP, tma),
         _tokens(B, config.Q, config.BN, tma),
         _tokens(C, config.Q, config.BN, tma),
@@ -57,10 +59,12 @@ def summaries(call: Call, cut: Cut, *, reverse: bool, inputs: Tensor, maps: Tens
     return states, decay
 
 
-def gradients(call: Call, cut: Cut, dout: Tensor, entry: Tensor | None, leave: Tensor | None) -> Gradients:
+def gradients(
+    call: Call, cut: Cut, dout: Tensor, entry: Tensor | None, leave: Tensor | None, into: Into | None
+) -> Gradients:
     """Everything of the backward that is not about single numbers; see :class:`Gradients`.
 
-    ``entry`` and ``leave (segments, H, P, N)``: states, and their gradients, between segments.
+    ``entry`` and ``leave (segments, H, P, N)``: states, and their gradients, between segments. ``into`` is not used.
     """
     x, B, C, z, D, chip = call.x, call.B, call.C, call.z, call.D, call.chip
     batch, tokens, heads, P, groups, N, _ = call.shape
@@ -68,8 +72,13 @@ def gradients(call: Call, cut: Cut, dout: Tensor, entry: Tensor | None, leave: T
     dy = dout
     if z is not None:
         dy = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        gate_backward_kernel[(triton.cdiv(tokens, 8), triton.cdiv(heads * P, 512), batch)](
-            *(dout, z, dy, tokens, heads * P, *strides(dout), *strides(z)), P=P, BLOCK=512, ROWS=8
+        launch(
+            gate_backward_kernel,
+            (cdiv(tokens, 8), cdiv(heads * P, 512), batch),
+            *(dout, z, dy, tokens, heads * P, *strides(dout), *strides(z)),
+            P=P,
+            BLOCK=512,
+            ROWS=8,
         )
 
     # The state on entering every chunk, and its gradient on leaving it, (chunks, H, N, P).
@@ -85,7 +94,9 @@ def gradients(call: Call, cut: Cut, dout: Tensor, entry: Tensor | None, leave: T
     ends = torch.empty(cut.chunks, heads, dtype=torch.float32, device=x.device)
     config, tma = configs.inputs_backward(chip, x.dtype, P, N), call.tma
     n_heads = configs.heads_per_program(per_group, config.heads)
-    inputs_backward_kernel[(cut.chunks * heads // n_heads,)](
+    launch(
+        inputs_backward_kernel,
+        (cut.chunks * heads // n_heads,),
         _tokens(x, config.Q, config.BP, tma),
         _tokens(B, config.Q, config.BN, tma),
         _tokens(C, config.Q, config.BN, tma),
@@ -112,7 +123,9 @@ def gradients(call: Call, cut: Cut, dout: Tensor, entry: Tensor | None, leave: T
     blocks = per_group // n_heads
     dD = None if D is None else new(cut.chunks, *D.shape, dtype=torch.float32, device=x.device)
     partial = new(blocks, 2, *B.shape, dtype=torch.float32, device=x.device)
-    maps_backward_kernel[(cut.chunks * heads // n_heads * triton.cdiv(N, config.BN),)](
+    launch(
+        maps_backward_kernel,
+        (cut.chunks * heads // n_heads * cdiv(N, config.BN),),
         _tokens(x, config.Q, config.BP, tma),
         _tokens(B, config.Q, config.BN, tma),
         _tokens(C, config.Q, config.BN, tma),
@@ -128,17 +141,22 @@ def gradients(call: Call, cut: Cut, dout: Tensor, entry: Tensor | None, leave: T
         **_tiles(config),
         **_flags(call, cut),
     )
-    dB, dC = sum_blocks(partial, x.dtype)
+    dB, dC = (torch.empty(B.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    sum_blocks(partial, dB, dC)
     return Gradients(dx, dz, dB, dC, None if dD is None else dD.sum(0), dinitial, dots, ends)
 
 
-def sum_blocks(partial: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """dB and dC from ``(blocks, 2, B, T, G, N)``, added up in order."""
-    dB, dC = (torch.empty(partial.shape[2:], dtype=dtype, device=partial.device) for _ in range(2))
-    sum_kernel[(triton.cdiv(dB.numel(), SUM_BLOCK), 2)](
-        partial, dB, dC, dB.numel(), BLOCKS=partial.shape[0], BLOCK=SUM_BLOCK
+def sum_blocks(partial: Tensor, dB: Tensor, dC: Tensor) -> None:
+    """Adds up ``(blocks, 2, B, T, G, N)`` in order; ``dB`` and ``dC (B, T, G, N)`` have equally spaced tokens."""
+    blocks, _, batch, tokens, groups, N = partial.shape
+    width = groups * N
+    launch(
+        sum_kernel,
+        (cdiv(batch * tokens * width, SUM_BLOCK), 2),
+        *(partial, dB, dC, batch * tokens * width, width, dB.stride(1)),
+        BLOCKS=blocks,
+        BLOCK=SUM_BLOCK,
     )
-    return dB, dC
 
 
 def _walk_states(
@@ -155,8 +173,10 @@ def _walk_states(
 ) -> None:
     P, N = call.shape.head_dim, call.shape.state
     config = configs.state(call.chip, inputs.dtype, P, N, cut.Q)
-    programs = call.shape.heads * triton.cdiv(P, config.BP) * triton.cdiv(N, config.BN)
-    state_kernel[(cut.segments * programs,)](
+    programs = call.shape.heads * cdiv(P, config.BP) * cdiv(N, config.BN)
+    launch(
+        state_kernel,
+        (cut.segments * programs,),
         _tokens(inputs, config.Q, config.BP, call.tma),
         _tokens(maps, config.Q, config.BN, call.tma),
         *(cut.steps, cut.document, entry),

@@ -124,7 +124,7 @@ def prep_kernel(
 @triton.jit
 def prep_backward_kernel(
     dt, dt_bias, A, steps, dots, ends, ddt, shares, table,
-    tokens, per_row, H, low, high, stride_row, stride_token,
+    tokens, per_row, H, low, high, stride_row, stride_token, d_row, d_token,
     Q: tl.constexpr, BH: tl.constexpr, DOTS: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +132,7 @@ def prep_backward_kernel(
 
     ``dots (chunks, H, DOTS, Q)`` holds a token's row and column sums (see ``ssd_backward.py``), and with ``DOTS`` = 4
     the column sums' share that leaves the chunk and ``<x, dy>``; ``ends (chunks, H)`` what else concerns the chunk's
-    end. ``ddt`` is ``(B, T, H)``. ``shares (chunks, 3, H)`` takes each chunk's share of the gradients of ``A``,
+    end. ``ddt`` is ``(B, T, H)``, its rows ``d_row`` and its tokens ``d_token`` apart. ``shares (chunks, 3, H)`` takes each chunk's share of the gradients of ``A``,
     ``dt_bias`` and (with ``DOTS`` = 4) ``D``; the caller sums it.
     """
     chunk = tl.program_id(0)
@@ -167,6 +167,7 @@ def prep_backward_kernel(
         grad = grad / (1.0 + tl.exp(-raw))
     grad = tl.where(mask, grad, 0.0)
     t = start + q
-    tl.store(ddt + (tl.cast(row, tl.int64) * tokens + t) * H + heads[None, :], grad, mask=mask)
+    target = ddt + tl.cast(row, tl.int64) * d_row + tl.cast(t, tl.int64) * d_token + heads[None, :]
+    tl.store(target, grad, mask=mask)
     tl.store(out, tl.sum(tl.where(mask, dlog * step, 0.0), 0), mask=heads < H)
     tl.store(out + H, tl.sum(grad, 0), mask=heads < H)

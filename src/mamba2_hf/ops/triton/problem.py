@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from ..checks import SSDShape
 from . import configs
 from .configs import Chip
+from .launch import cdiv, launch
 from .prep import layout_kernel, prep_kernel
 
 LAYOUT_BLOCK, PREP_HEADS = 128, 16
@@ -100,6 +100,15 @@ class Cut(NamedTuple):
     document: Tensor | None  # (chunks, Q), where kernels are to tell documents apart
 
 
+class Into(NamedTuple):
+    """Where a backward is to leave gradients, where the caller has a place for them: views with a dense last size."""
+
+    dx: Tensor  # (B, T, H, P)
+    dB: Tensor  # (B, T, G, N)
+    dC: Tensor  # (B, T, G, N)
+    ddt: Tensor  # (B, T, H)
+
+
 class Gradients(NamedTuple):
     """What the kernels of a backward give; ``dots`` and ``ends`` are for ``prep.prep_backward_kernel``."""
 
@@ -149,8 +158,8 @@ def cut(call: Call, Q: int, *, marks: bool = False) -> Cut:
     device = call.x.device
     length = configs.segment_tokens(call.chip, call.shape, call.x.dtype)
     per_segment = length // Q
-    per_row = triton.cdiv(tokens, Q)
-    per_sequence = triton.cdiv(tokens, length)
+    per_row = cdiv(tokens, Q)
+    per_sequence = cdiv(tokens, length)
     chunk_table = segment_table = first_segment = None
     if call.cu_seqlens is None:
         chunks, segments = batch * per_row, batch * per_sequence
@@ -159,7 +168,9 @@ def cut(call: Call, Q: int, *, marks: bool = False) -> Cut:
         segments = sequences if per_sequence == 1 else tokens // length + sequences
         tables = torch.full((2 * chunks + 7 * segments + 1,), -1, dtype=torch.int32, device=device)
         chunk_table, segment_table, first_segment = tables.split([2 * chunks, 6 * segments, segments + 1])
-        layout_kernel[(sequences,)](
+        launch(
+            layout_kernel,
+            (sequences,),
             *(call.cu_seqlens, chunk_table, segment_table, first_segment, sequences, per_segment),
             Q=Q,
             BLOCK=LAYOUT_BLOCK,
@@ -170,7 +181,9 @@ def cut(call: Call, Q: int, *, marks: bool = False) -> Cut:
         padding = numbers[:, -1:].expand(-1, per_row * Q - tokens)
         document = torch.cat([numbers, padding], 1).to(torch.int32)
     steps = torch.empty(chunks, heads, 2, Q, dtype=torch.float32, device=device)
-    prep_kernel[(chunks, triton.cdiv(heads, PREP_HEADS))](
+    launch(
+        prep_kernel,
+        (chunks, cdiv(heads, PREP_HEADS)),
         *(call.dt, call.dt_bias, call.A, steps, document if marks else None, chunk_table),
         *(tokens, per_row, heads, *call.limits, *call.dt.stride()[:2]),
         **call.prep_flags(Q),

@@ -11,13 +11,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..checks import SSDShape
 from . import configs, portable
+from .calls import call
+from .launch import cdiv, launch
 from .prep import prep_backward_kernel
-from .problem import PREP_HEADS, Arguments, Call, Cut, cut, fits_tma, last_contiguous, prepare
+from .problem import PREP_HEADS, Arguments, Call, Cut, Into, cut, fits_tma, last_contiguous, prepare
 from .ssd_forward import link_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -58,8 +59,9 @@ def ssd_chunk_scan(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mamba2_hf.ops.ssd_chunk_scan`; always returns the final states too."""
     B, C, z = (t if t is None else t.to(x.dtype) for t in (B, C, z))
-    y, states = torch.ops.mamba2_hf.ssd_chunk_scan(
-        *(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, *map(float, dt_limit))
+    y, states = call(
+        "ssd_chunk_scan",
+        *(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, *map(float, dt_limit)),
     )
     return y, states
 
@@ -72,12 +74,13 @@ def scan_forward(*args: Any) -> tuple[Tensor, Tensor]:
     return kernels.walk(call, pieces, _entry(call, pieces, kernels))
 
 
-def scan_backward(dy: Tensor, dfinal: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
+def scan_backward(dy: Tensor, dfinal: Tensor | None, *args: Any, into: Into | None = None) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial states, each in its tensor's dtype.
 
     Args:
         dy: gradient of y. dfinal: gradient of the final states, or None.
         args: the fields of :class:`Arguments`.
+        into: where those of x, B, C and dt go; new tensors if None.
     """
     given = Arguments(*args)
     call = prepare(given)
@@ -88,32 +91,45 @@ def scan_backward(dy: Tensor, dfinal: Tensor | None, *args: Any) -> tuple[Tensor
         dy = dy.clone(memory_format=torch.contiguous_format)
     leave = dfinal if dfinal is None else dfinal.contiguous()
     leave = _between(call, pieces, kernels, reverse=True, inputs=dy, maps=call.C, outer=leave)
-    found = kernels.gradients(call, pieces, dy, _entry(call, pieces, kernels), leave)
+    found = kernels.gradients(call, pieces, dy, _entry(call, pieces, kernels), leave, into)
 
     batch, tokens, heads = call.dt.shape
-    new = torch.zeros if call.packed else torch.empty
-    ddt = new(batch, tokens, heads, dtype=given.dt.dtype, device=dy.device)
+    if into is None:
+        new = torch.zeros if call.packed else torch.empty
+        ddt = new(batch, tokens, heads, dtype=given.dt.dtype, device=dy.device)
+    else:
+        ddt = into.ddt.zero_() if call.packed else into.ddt
     shares = torch.empty(pieces.chunks, 3, heads, dtype=torch.float32, device=dy.device)
-    prep_backward_kernel[(pieces.chunks, triton.cdiv(heads, PREP_HEADS))](
+    launch(
+        prep_backward_kernel,
+        (pieces.chunks, cdiv(heads, PREP_HEADS)),
         *(call.dt, call.dt_bias, call.A, pieces.steps, found.dots, found.ends, ddt, shares, pieces.chunk_table),
-        *(tokens, pieces.per_row, heads, given.low, given.high, *call.dt.stride()[:2]),
+        *(tokens, pieces.per_row, heads, given.low, given.high, *call.dt.stride()[:2], *ddt.stride()[:2]),
         **call.prep_flags(pieces.Q),
         DOTS=found.dots.shape[2],
     )
     dA, dbias, skip = shares.sum(0)
     dD = skip if found.dD is None else found.dD
     bias, initial = given.dt_bias, given.initial_states
+    dx, dB, dC = found.dx, found.dB, found.dC
+    if into is not None:
+        dx, dB, dC = (_place(*pair) for pair in zip((dx, dB, dC), into, strict=False))
     return (
-        found.dx,
+        dx,
         ddt,
         dA.to(given.A.dtype),
-        found.dB,
-        found.dC,
+        dB,
+        dC,
         None if given.D is None else dD.to(given.D.dtype),
         found.dz,
         None if bias is None else dbias.to(bias.dtype),
         None if initial is None else found.dinitial.to(initial.dtype),
     )
+
+
+def _place(found: Tensor, target: Tensor) -> Tensor:
+    """``found`` in its place, where it is not there yet."""
+    return target if found.data_ptr() == target.data_ptr() else target.copy_(found)
 
 
 def _kernels(call: Call) -> ModuleType:
@@ -152,7 +168,9 @@ def _between(
         return outer
     heads, P, N = call.shape.heads, call.shape.head_dim, call.shape.state
     states, decay = kernels.summaries(call, pieces, reverse=reverse, inputs=inputs, maps=maps)
-    link_kernel[(call.shape.states, triton.cdiv(P * N, LINK_BLOCK), heads)](
+    launch(
+        link_kernel,
+        (call.shape.states, cdiv(P * N, LINK_BLOCK), heads),
         *(states, decay, outer, pieces.first_segment, pieces.per_sequence, heads),
         P=P,
         N=N,

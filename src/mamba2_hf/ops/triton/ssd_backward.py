@@ -208,15 +208,16 @@ def maps_backward_kernel(
 
 
 @triton.jit
-def sum_kernel(partial, dB, dC, size, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums the blocks of ``partial (BLOCKS, 2, size)`` in order, rounding once."""
+def sum_kernel(partial, dB, dC, size, width, stride_token, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums the blocks of ``partial (BLOCKS, 2, size)`` in order, rounding once; tokens hold ``width`` elements."""
     i = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
     side = tl.program_id(1)
     mask = i < size
     total = tl.zeros([BLOCK], tl.float32)
     for block in tl.static_range(BLOCKS):
         total += tl.load(partial + (2 * block + side) * tl.cast(size, tl.int64) + i, mask=mask, other=0.0)
+    to = i // width * stride_token + i % width
     if side == 0:
-        tl.store(dB + i, total, mask=mask)
+        tl.store(dB + to, total, mask=mask)
     else:
-        tl.store(dC + i, total, mask=mask)
+        tl.store(dC + to, total, mask=mask)
