@@ -30,7 +30,8 @@ BY_INDEX = tl.constexpr(1)
 BY_BOUNDS = tl.constexpr(2)
 
 CHANNELS, WARPS = 128, 1  # of a program: 8 bytes per thread and load in half precision
-STEPS = 8  # tokens loaded together
+FORWARD_CHANNELS = 256  # the forward has registers for 16
+STEPS, FORWARD_STEPS = 8, 4  # tokens loaded together
 PROGRAMS = 8192  # aimed at, to choose how many tokens a program walks
 
 
@@ -393,16 +394,16 @@ def conv_forward(
     x, initial = channels_last(x), _history_like(initial, x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     vector, strides = vector_strides(x, y)
-    run = _run_length(batch, tokens, channels)
-    blocks = cdiv(channels, CHANNELS)
-    common = dict(MODE=packing.mode, VEC=vector, K=weight.shape[1], BLOCK=CHANNELS, num_warps=WARPS)
+    run = _run_length(batch, tokens, channels, FORWARD_CHANNELS)
+    blocks = cdiv(channels, FORWARD_CHANNELS)
+    common = dict(MODE=packing.mode, VEC=vector, K=weight.shape[1], BLOCK=FORWARD_CHANNELS, num_warps=WARPS)
     launch(
         conv_forward_kernel,
         (batch * cdiv(tokens, run) * blocks,),
         *(x, weight.contiguous(), bias, initial, packing.ids, packing.bounds, y),
         *(tokens, channels, run, packing.states, *strides),
         SILU=silu,
-        STEPS=STEPS,
+        STEPS=FORWARD_STEPS,
         **common,
     )
     if not states:
@@ -447,7 +448,7 @@ def conv_backward(
     if dx is None:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     vector, strides = vector_strides(x, dy, dx)
-    run = _run_length(batch, tokens, channels) - (taps - 1)  # whole steps, with the K - 1 tokens walked twice
+    run = _run_length(batch, tokens, channels, CHANNELS) - (taps - 1)  # whole steps, with the K - 1 tokens walked twice
     runs = batch * cdiv(tokens, run)
     partial = torch.empty(runs, taps + 1, channels, dtype=torch.float32, device=x.device)
     blocks = cdiv(channels, CHANNELS)
@@ -479,7 +480,7 @@ def _history_like(state: Tensor | None, x: Tensor) -> Tensor | None:
     return None if state is None else state.to(x.dtype).contiguous()
 
 
-def _run_length(batch: int, tokens: int, channels: int) -> int:
+def _run_length(batch: int, tokens: int, channels: int, block: int) -> int:
     """Tokens that one program walks: long runs share the window's start, short ones fill the chip."""
-    programs = batch * tokens * cdiv(channels, CHANNELS)
+    programs = batch * tokens * cdiv(channels, block)
     return min(256, max(4 * STEPS, power_of_two(programs // PROGRAMS + 1)))

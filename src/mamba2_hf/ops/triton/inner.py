@@ -17,7 +17,7 @@ from .calls import call
 from .conv import Documents, conv_backward, conv_forward, documents
 from .norm import norm_backward, norm_forward
 from .problem import Into
-from .ssd import scan_backward, scan_forward
+from .ssd import Scan
 
 
 class Arguments(NamedTuple):
@@ -121,7 +121,7 @@ def inner_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = Arguments(*args)
     packing = documents(call.zxbcdt, call.seq_idx, call.cu_seqlens)
     convolved, conv_state = _convolve(call, packing)
-    y, ssm_state = scan_forward(*call.scan(convolved, packing))
+    y, ssm_state = Scan(*call.scan(convolved, packing)).forward()
     y = y.flatten(-2)
     if call.norm_weight is not None:
         z = call.zxbcdt[..., : y.shape[-1]]
@@ -139,10 +139,10 @@ def inner_backward(
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     packing = documents(u, call.seq_idx, call.cu_seqlens)
     convolved, _ = _convolve(call, packing)
-    scan = call.scan(convolved, packing)
+    scan = Scan(*call.scan(convolved, packing))
     dnorm = None
     if call.norm_weight is not None:
-        y = scan_forward(*scan)[0].flatten(-2)
+        y = scan.forward()[0].flatten(-2)
         dy, _, dnorm = norm_backward(
             *(dy, y, u[..., :inner], call.norm_weight, call.eps, call.group_size, call.norm_before_gate),
             dz=du[..., :inner],
@@ -151,7 +151,7 @@ def inner_backward(
     dconvolved = torch.empty_like(convolved)
     dx, dB, dC = dconvolved.split([inner, maps, maps], -1)
     into = Into(*call.heads_and_groups(dx, dB, dC), du[..., -heads:])
-    found: tuple[Any, ...] = scan_backward(dy.unflatten(-1, (heads, -1)), dssm_state, *scan, into=into)
+    found: tuple[Any, ...] = scan.backward(dy.unflatten(-1, (heads, -1)), dssm_state, into)
     *_, dA, _, _, dD, dz, dbias, dssm = found
     del convolved, scan, found
     if dz is not None:

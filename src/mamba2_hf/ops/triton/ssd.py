@@ -1,7 +1,6 @@
 """The SSD scan on Triton: which kernels a call gets, and the order of the passes, forward and back.
 
-:func:`scan_forward` and :func:`scan_backward` take and return tensors and plain numbers only. The forward leaves
-nothing but its inputs for the backward, which recomputes the rest.
+The forward leaves nothing but its inputs for the backward, which recomputes the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from . import configs, portable
 from .calls import call
 from .launch import cdiv, launch
 from .prep import prep_backward_kernel
-from .problem import PREP_HEADS, Arguments, Call, Cut, Into, cut, fits_tma, last_contiguous, prepare
+from .problem import PREP_HEADS, Arguments, Call, Into, cut, fits_tma, last_contiguous, prepare
 from .ssd_forward import link_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -68,63 +67,103 @@ def ssd_chunk_scan(
 
 def scan_forward(*args: Any) -> tuple[Tensor, Tensor]:
     """``y`` and the final states, given the fields of :class:`Arguments`."""
-    call = prepare(Arguments(*args))
-    kernels = _kernels(call)
-    pieces = _cut(call, kernels)
-    return kernels.walk(call, pieces, _entry(call, pieces, kernels))
+    return Scan(*args).forward()
 
 
-def scan_backward(dy: Tensor, dfinal: Tensor | None, *args: Any, into: Into | None = None) -> tuple[Tensor | None, ...]:
-    """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial states, each in its tensor's dtype.
+def scan_backward(dy: Tensor, dfinal: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
+    """:meth:`Scan.backward`, given the fields of :class:`Arguments`."""
+    return Scan(*args).backward(dy, dfinal)
+
+
+class Scan:
+    """One scan: what its forward and its backward have in common is prepared once.
 
     Args:
-        dy: gradient of y. dfinal: gradient of the final states, or None.
         args: the fields of :class:`Arguments`.
-        into: where those of x, B, C and dt go; new tensors if None.
     """
-    given = Arguments(*args)
-    call = prepare(given)
-    kernels = _kernels(call)
-    pieces = _cut(call, kernels)
-    dy = last_contiguous(dy.to(call.x.dtype))
-    if call.tma and not (fits_tma(dy) and dy.stride(2) == dy.shape[3]):
-        dy = dy.clone(memory_format=torch.contiguous_format)
-    leave = dfinal if dfinal is None else dfinal.contiguous()
-    leave = _between(call, pieces, kernels, reverse=True, inputs=dy, maps=call.C, outer=leave)
-    found = kernels.gradients(call, pieces, dy, _entry(call, pieces, kernels), leave, into)
 
-    batch, tokens, heads = call.dt.shape
-    if into is None:
-        new = torch.zeros if call.packed else torch.empty
-        ddt = new(batch, tokens, heads, dtype=given.dt.dtype, device=dy.device)
-    else:
-        ddt = into.ddt.zero_() if call.packed else into.ddt
-    shares = torch.empty(pieces.chunks, 3, heads, dtype=torch.float32, device=dy.device)
-    launch(
-        prep_backward_kernel,
-        (pieces.chunks, cdiv(heads, PREP_HEADS)),
-        *(call.dt, call.dt_bias, call.A, pieces.steps, found.dots, found.ends, ddt, shares, pieces.chunk_table),
-        *(tokens, pieces.per_row, heads, given.low, given.high, *call.dt.stride()[:2], *ddt.stride()[:2]),
-        **call.prep_flags(pieces.Q),
-        DOTS=found.dots.shape[2],
-    )
-    dA, dbias, skip = shares.sum(0)
-    dD = skip if found.dD is None else found.dD
-    bias, initial = given.dt_bias, given.initial_states
-    dx, dB, dC = found.dx, found.dB, found.dC
-    if into is not None:
-        dx, dB, dC = (_place(*pair) for pair in zip((dx, dB, dC), into, strict=False))
-    return (
-        dx,
-        ddt,
-        dA.to(given.A.dtype),
-        dB,
-        dC,
-        None if given.D is None else dD.to(given.D.dtype),
-        found.dz,
-        None if bias is None else dbias.to(bias.dtype),
-        None if initial is None else found.dinitial.to(initial.dtype),
-    )
+    def __init__(self, *args: Any) -> None:
+        self.given = Arguments(*args)
+        self.call = prepare(self.given)
+        self.kernels = _kernels(self.call)
+        self.cut = cut(self.call, self.kernels.chunk_size(self.call), marks=self.kernels is not portable)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """``y`` and the final states."""
+        return self.kernels.walk(self.call, self.cut, self._entry())
+
+    def backward(self, dy: Tensor, dfinal: Tensor | None, into: Into | None = None) -> tuple[Tensor | None, ...]:
+        """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial states, each in its tensor's dtype.
+
+        Args:
+            dy: gradient of y. dfinal: gradient of the final states, or None.
+            into: where those of x, B, C and dt go; new tensors if None.
+        """
+        given, call, pieces = self.given, self.call, self.cut
+        dy = last_contiguous(dy.to(call.x.dtype))
+        if call.tma and not (fits_tma(dy) and dy.stride(2) == dy.shape[3]):
+            dy = dy.clone(memory_format=torch.contiguous_format)
+        leave = dfinal if dfinal is None else dfinal.contiguous()
+        leave = self._between(reverse=True, inputs=dy, maps=call.C, outer=leave)
+        found = self.kernels.gradients(call, pieces, dy, self._entry(), leave, into)
+
+        batch, tokens, heads = call.dt.shape
+        if into is None:
+            new = torch.zeros if call.packed else torch.empty
+            ddt = new(batch, tokens, heads, dtype=given.dt.dtype, device=dy.device)
+        else:
+            ddt = into.ddt.zero_() if call.packed else into.ddt
+        shares = torch.empty(pieces.chunks, 3, heads, dtype=torch.float32, device=dy.device)
+        launch(
+            prep_backward_kernel,
+            (pieces.chunks, cdiv(heads, PREP_HEADS)),
+            *(call.dt, call.dt_bias, call.A, pieces.steps, found.dots, found.ends, ddt, shares, pieces.chunk_table),
+            *(tokens, pieces.per_row, heads, given.low, given.high, *call.dt.stride()[:2], *ddt.stride()[:2]),
+            **call.prep_flags(pieces.Q),
+            DOTS=found.dots.shape[2],
+        )
+        share = shares.sum(0)  # of A, dt_bias and D
+        dx, dB, dC, dD = found.dx, found.dB, found.dC, found.dD
+        if into is not None:
+            dx, dB, dC = (_place(*pair) for pair in zip((dx, dB, dC), into, strict=False))
+        if dD is None and given.D is not None:
+            dD = share[2]
+        bias, initial = given.dt_bias, given.initial_states
+        return (
+            dx,
+            ddt,
+            share[0].to(given.A.dtype),
+            dB,
+            dC,
+            None if given.D is None else dD.to(given.D.dtype),
+            found.dz,
+            None if bias is None else share[1].to(bias.dtype),
+            None if initial is None else found.dinitial.to(initial.dtype),
+        )
+
+    def _entry(self) -> Tensor | None:
+        """The state that enters each segment, ``(segments, H, P, N)``; None where all are zero."""
+        call = self.call
+        return self._between(reverse=False, inputs=call.x, maps=call.B, outer=call.initial_states)
+
+    def _between(self, *, reverse: bool, inputs: Tensor, maps: Tensor, outer: Tensor | None) -> Tensor | None:
+        """The state (or its gradient) that enters each segment in walking direction; ``outer`` enters sequences."""
+        if self.cut.per_sequence == 1:
+            return outer
+        heads, P, N = self.call.shape.heads, self.call.shape.head_dim, self.call.shape.state
+        states, decay = self.kernels.summaries(self.call, self.cut, reverse=reverse, inputs=inputs, maps=maps)
+        launch(
+            link_kernel,
+            (self.call.shape.states, cdiv(P * N, LINK_BLOCK), heads),
+            *(states, decay, outer, self.cut.first_segment, self.cut.per_sequence, heads),
+            P=P,
+            N=N,
+            BLOCK=LINK_BLOCK,
+            REVERSE=reverse,
+            HAS_OUTER=outer is not None,
+            PACKED=self.call.packed,
+        )
+        return states
 
 
 def _place(found: Tensor, target: Tensor) -> Tensor:
@@ -143,40 +182,9 @@ def _kernels(call: Call) -> ModuleType:
 
 @functools.cache
 def _hopper() -> ModuleType | None:
-    """The launches for Hopper; None where Gluon, which Triton calls experimental, is not the one they are written in."""
+    """The launches for Hopper; None where Gluon, an experimental part of Triton, has changed."""
     try:
         from . import hopper
     except (ImportError, AttributeError):
         return None
     return hopper
-
-
-def _cut(call: Call, kernels: ModuleType) -> Cut:
-    return cut(call, kernels.chunk_size(call), marks=kernels is not portable)
-
-
-def _entry(call: Call, pieces: Cut, kernels: ModuleType) -> Tensor | None:
-    """The state that enters each segment, ``(segments, H, P, N)``; None where all are zero."""
-    return _between(call, pieces, kernels, reverse=False, inputs=call.x, maps=call.B, outer=call.initial_states)
-
-
-def _between(
-    call: Call, pieces: Cut, kernels: ModuleType, *, reverse: bool, inputs: Tensor, maps: Tensor, outer: Tensor | None
-) -> Tensor | None:
-    """The state (or its gradient) that enters each segment in walking direction, where ``outer`` enters sequences."""
-    if pieces.per_sequence == 1:
-        return outer
-    heads, P, N = call.shape.heads, call.shape.head_dim, call.shape.state
-    states, decay = kernels.summaries(call, pieces, reverse=reverse, inputs=inputs, maps=maps)
-    launch(
-        link_kernel,
-        (call.shape.states, cdiv(P * N, LINK_BLOCK), heads),
-        *(states, decay, outer, pieces.first_segment, pieces.per_sequence, heads),
-        P=P,
-        N=N,
-        BLOCK=LINK_BLOCK,
-        REVERSE=reverse,
-        HAS_OUTER=outer is not None,
-        PACKED=call.packed,
-    )
-    return states
