@@ -145,7 +145,11 @@ def scan_backward(dy: Tensor, dfinal: Tensor | None, between: Tensor, *args: Any
     if z is not None:
         dy = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         gate_backward_kernel[(triton.cdiv(tokens, 8), triton.cdiv(heads * P, 512), batch)](
-            *(dout, z, dy, tokens, heads * P, *_strides(dout), *_strides(z)), P=P, BLOCK=512, ROWS=8
+            *(dout, z, dy, tokens, heads * P, *_strides(dout), *_strides(z)),
+            P=P,
+            BLOCK=512,
+            ROWS=8,
+            enable_fp_fusion=True,
         )
     call = call._replace(tma=call.tma and _fits_tma(dout) and _fits_tma(dy))
     tma = call.tma
@@ -215,7 +219,9 @@ def scan_backward(dy: Tensor, dfinal: Tensor | None, between: Tensor, *args: Any
         **_flags(call, cut),
     )
     dB, dC = (torch.empty(B.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    sum_kernel[(triton.cdiv(dB.numel(), SUM_BLOCK), 2)](partial, dB, dC, dB.numel(), BLOCKS=blocks, BLOCK=SUM_BLOCK)
+    sum_kernel[(triton.cdiv(dB.numel(), SUM_BLOCK), 2)](
+        partial, dB, dC, dB.numel(), BLOCKS=blocks, BLOCK=SUM_BLOCK, enable_fp_fusion=True
+    )
 
     ddt = new(batch, tokens, heads, dtype=given.dt.dtype, device=x.device)
     shares = torch.empty(cut.chunks, 2, heads, dtype=torch.float32, device=x.device)
@@ -283,6 +289,7 @@ class _Call(NamedTuple):
             "SOFTPLUS": self.dt_softplus,
             "CLAMP": not self.dt_softplus or self.limits != (0.0, math.inf),
             "PACKED": self.packed,
+            "enable_fp_fusion": True,
         }
 
 
@@ -364,6 +371,7 @@ def _cut(call: _Call, Q: int) -> _Cut:
             *(call.cu_seqlens, chunk_table, segment_table, first_segment, sequences, per_segment),
             Q=Q,
             BLOCK=LAYOUT_BLOCK,
+            enable_fp_fusion=True,
         )
     document = None
     if call.seq_idx is not None:
@@ -396,6 +404,7 @@ def _between(call: _Call, cut: _Cut, *, reverse: bool, inputs: Tensor, maps: Ten
         REVERSE=reverse,
         HAS_OUTER=outer is not None,
         PACKED=call.packed,
+        enable_fp_fusion=True,
     )
     return states
 
@@ -450,6 +459,7 @@ def _tiles(config: Config) -> dict[str, int]:
         "STAGES": config.stages,
         "num_warps": config.warps,
         "num_stages": config.stages,
+        "enable_fp_fusion": True,
     }
 
 
