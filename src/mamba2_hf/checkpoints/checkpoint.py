@@ -73,14 +73,18 @@ def open_checkpoint(folder: Path, source: str | None = None) -> Checkpoint:
     raw = read_json(path)
     try:
         fields = entry.read_config(raw)
-        if (folder / SIDECAR).exists() and entry.write_config is not None and entry.name != "mamba2":
-            fields = _original(folder, entry, fields)
-        config = mapping.mamba2_config(fields)
     except ConfigurationError as error:
         raise ConfigurationError(f"{path}: {error}") from None
     weights = Weights(folder, entry.weights)
     tensors = _named(entry, weights)
-    _compare(tensors, mapping.expected_shapes(config, len(tensors)), config, path)
+    if (folder / SIDECAR).exists() and entry.write_config is not None and entry.name != "mamba2":
+        fields = _original(folder, entry, fields, len(tensors))
+    try:
+        config = mapping.mamba2_config(fields, len(tensors))
+        expected = mapping.expected_shapes(config)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error}") from None
+    _compare(tensors, expected, config, path)
     if config.tie_word_embeddings and HEAD in tensors:
         _check_tied(weights, tensors[EMBEDDING], tensors.pop(HEAD), path)
     sizes: dict[torch.dtype, int] = {}
@@ -92,11 +96,15 @@ def open_checkpoint(folder: Path, source: str | None = None) -> Checkpoint:
     return Checkpoint(folder, entry, config, weights, tensors, dtype)
 
 
-def _original(folder: Path, entry: Format, fields: dict[str, Any]) -> dict[str, Any]:
+def _original(folder: Path, entry: Format, fields: dict[str, Any], most_layers: int) -> dict[str, Any]:
     """The ``mamba2`` config that a converted one was made from, if that still says the same."""
-    original = mapping.mamba2_config(read_json(folder / SIDECAR))
     assert entry.write_config is not None
-    says = entry.read_config(entry.write_config(original))
+    raw = read_json(folder / SIDECAR)
+    try:
+        original = mapping.mamba2_config(raw, most_layers)
+        says = entry.read_config(entry.write_config(original))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{folder / SIDECAR}: {error}") from None
     if {**says, mapping.KEPT: None} != {**fields, mapping.KEPT: None}:
         raise CheckpointError(
             f"{folder / SIDECAR}: says otherwise than {entry.config_file}; delete it, if that one is right"

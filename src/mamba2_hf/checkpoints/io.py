@@ -99,6 +99,9 @@ class Weights:
             CheckpointError: a value is NaN or infinite.
         """
         tensor = self.tensors[name]
+        for reader in self._readers.values():
+            if reader.file != tensor.file:
+                reader.close()
         for piece in self._readers[tensor.file].pieces(tensor):
             if not bool(torch.isfinite(piece).all()):
                 raise CheckpointError(
@@ -166,6 +169,10 @@ class _Reader:
             raise CheckpointError(f"{self.file}: {name} has dtype {shown}; weights are {known}: dequantize it first")
         assert dtype is not None
         return dtype
+
+    def close(self) -> None:
+        """Lets go of the mapping, as far as no piece of it is in use."""
+        self._opened = None
 
     def pieces(self, tensor: StoredTensor) -> Iterator[Tensor]:
         """See :meth:`Weights.pieces`, without the check."""

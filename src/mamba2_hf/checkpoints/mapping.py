@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import ConfigurationError
 from ..models import Mamba2Config, Mamba2ForCausalLM
 from ..models.mamba_ssm_config import as_mamba_ssm_config, translate_mamba_ssm_config
 
@@ -52,29 +52,18 @@ MAMBA_SSM_KEYS = KeyMap({"backbone.embedding.weight": EMBEDDING})
 CODESTRAL_KEYS = KeyMap({"backbone.embedding.weight": EMBEDDING}, prefix="model.")
 
 
-def expected_shapes(config: Mamba2Config, most_tensors: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of every tensor that a model of this configuration has.
-
-    Args:
-        config: the sizes, which may come from a stranger's file: nothing is allocated.
-        most_tensors: how many tensors there are; a configuration with more layers cannot be theirs.
+def expected_shapes(config: Mamba2Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of every tensor that a model of this configuration has. Nothing is allocated for them.
 
     Raises:
-        CheckpointError: the sizes fit no such number of tensors, or no tensor at all.
+        ConfigurationError: the sizes fit no tensor at all.
     """
-    if config.num_hidden_layers > most_tensors:
-        raise CheckpointError(
-            f"num_hidden_layers is {config.num_hidden_layers}, and the weights are {most_tensors} tensors in all: "
-            "config.json is another model's"
-        )
     one_layer = Mamba2Config.from_dict({**config.to_dict(), "num_hidden_layers": 1})
     try:
         with torch.device("meta"):
             tensors = Mamba2ForCausalLM(one_layer).state_dict()
     except (RuntimeError, OverflowError, TypeError) as error:
-        raise CheckpointError(
-            f"config.json: no tensor can have the sizes it gives ({str(error).splitlines()[0]})"
-        ) from None
+        raise ConfigurationError(f"no tensor can have the sizes it gives ({str(error).splitlines()[0]})") from None
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     layer = {name: shape for name, shape in shapes.items() if ".layers.0." in name}
     return {name: shape for name, shape in shapes.items() if name not in layer} | {
@@ -97,13 +86,23 @@ _GGUF_VOCABULARY = (
 )
 
 
-def mamba2_config(fields: Mapping[str, Any]) -> Mamba2Config:
+def mamba2_config(fields: Mapping[str, Any], most_layers: int) -> Mamba2Config:
     """The configuration of ``mamba2`` fields. Keys that the format does not know stay, without effect, except those
     that would mislead another reader.
+
+    Args:
+        fields: from a file.
+        most_layers: how many there can be; a configuration grows with their number.
 
     Raises:
         ConfigurationError: no model can be built from a value.
     """
+    layers = fields.get("num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > most_layers:
+        raise ConfigurationError(
+            f"num_hidden_layers is {layers}, and the weights are {most_layers} tensors in all: one of the two is "
+            "another model's"
+        )
     try:
         # transformers writes an infinity as an object, which its own reader of files turns back.
         config: Mamba2Config = Mamba2Config.from_dict(Mamba2Config._decode_special_floats(dict(fields)))
