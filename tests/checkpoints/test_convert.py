@@ -285,6 +285,7 @@ class TestConfig:
         wrong = {
             "intermediate_size": 128,
             "mamba_d_head": 4,
+            "n_layers": 5,
             "d_inner": 64,
             "auto_map": {"AutoConfig": "theirs.Config"},
         }

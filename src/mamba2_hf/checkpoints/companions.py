@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import GenerationConfig
+
 from ..errors import CheckpointError
 from . import remote_code
 from .checkpoint import SIDECAR
@@ -60,8 +62,20 @@ def carry(folder: Path, tokenizer: Path | None, destination: Path) -> list[str]:
             raise CheckpointError(f"{tokenizer}: holds no tokenizer ({', '.join(sorted(TOKENIZERS))})")
         found = {name: home for name, home in found.items() if name in _OTHERS} | own
     for name, home in found.items():
-        if name.endswith(".json") and name not in TOKENIZERS:
+        if name == "generation_config.json":
+            _check_generation_config(home / name)
+        elif name.endswith(".json") and name not in TOKENIZERS:
             read_json(home / name)
         (destination / name).parent.mkdir(exist_ok=True)
         write_bytes(destination / name, (home / name).read_bytes())
     return list(found)
+
+
+def _check_generation_config(path: Path) -> None:
+    """Every load of the model reads it, and fails with it."""
+    try:
+        GenerationConfig.from_dict(read_json(path))
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever comparing values of wrong types raises
+        raise CheckpointError(f"{path}: no generation config can be made of it ({error})") from None

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import pickle
+import struct
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -248,18 +249,37 @@ class _TorchReader(_Reader):
         """Sizes of the records with values, after a look at what the archive claims to be."""
         try:
             with zipfile.ZipFile(self.file) as archive:
-                entries = archive.infolist()
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+                entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+                for entry in entries:
+                    self._check_entry(entry)
+                    if entry.filename.endswith("data.pkl"):
+                        archive.read(entry)  # compares the checksum, which torch does not
+                self._check_places(archive, entries)
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
             raise CheckpointError(
                 f"{self.file}: not a complete file of torch.save in its zip format ({_line(error)}); if it is older "
                 "than PyTorch 1.6, load it in PyTorch and save it again"
             ) from None
-        for entry in entries:
-            if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-                raise CheckpointError(f"{self.file}: {entry.filename} is compressed, which torch.save never does")
-            if entry.filename.endswith("data.pkl") and entry.file_size > _PICKLE_LIMIT:
-                raise CheckpointError(f"{self.file}: {entry.filename} has {entry.file_size} bytes, too many for names")
         return Counter(entry.file_size for entry in entries if "/data/" in entry.filename)
+
+    def _check_entry(self, entry: zipfile.ZipInfo) -> None:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise CheckpointError(f"{self.file}: {entry.filename} is compressed, which torch.save never does")
+        if entry.flag_bits & 1:
+            raise CheckpointError(f"{self.file}: {entry.filename} is encrypted, which torch.save never does")
+        if entry.filename.endswith("data.pkl") and entry.file_size > _PICKLE_LIMIT:
+            raise CheckpointError(f"{self.file}: {entry.filename} has {entry.file_size} bytes, too many for names")
+
+    def _check_places(self, archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> None:
+        """Records lie end to end. A header whose lengths are off would shift the values behind it unnoticed."""
+        ends = [*(entry.header_offset for entry in entries[1:]), archive.start_dir]
+        with self.file.open("rb") as file:
+            for entry, end in zip(entries, ends, strict=True):
+                file.seek(entry.header_offset)
+                name, extra = struct.unpack("<26xHH", file.read(30))
+                after = end - (entry.header_offset + 30 + name + extra + entry.file_size)
+                if after not in ((12, 16, 20, 24) if entry.flag_bits & 8 else (0,)):
+                    raise CheckpointError(f"{self.file}: {entry.filename} does not end where the next record begins")
 
     def _open(self) -> Any:
         try:

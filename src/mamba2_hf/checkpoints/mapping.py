@@ -74,12 +74,13 @@ def expected_shapes(config: Mamba2Config) -> dict[str, tuple[int, ...]]:
 
 
 # What other readers of config.json act on although the format does not define it, and the only value it may have here:
-# llama.cpp's converter takes the inner width and the head size from these names first, vLLM the inner width.
+# llama.cpp's converter takes inner width, head size and layers from these names first, vLLM the inner width.
 _MISLEADING = {
     **dict.fromkeys(
         ("intermediate_size", "mamba_d_ssm", "d_inner"), lambda config: int(config.hidden_size * config.expand)
     ),
     "mamba_d_head": lambda config: config.head_dim,
+    "n_layers": lambda config: config.num_hidden_layers,
 }
 _GGUF_VOCABULARY = (
     16  # llama.cpp's converter rounds the vocabulary up to this, unless the config names another multiple
