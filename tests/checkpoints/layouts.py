@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -146,3 +147,34 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 
 IDS = torch.randint(3, 61, (2, 19), generator=torch.Generator().manual_seed(1))
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> dict[str, Any]:
+    """Fields of small configurations of every kind."""
+    groups, heads_each, head_dim = draw(st.sampled_from([1, 2])), draw(st.integers(1, 2)), draw(st.sampled_from([4, 8]))
+    expand = draw(st.sampled_from([1, 2]))
+    low, high = sorted(draw(st.lists(st.floats(0.0, 1.0, width=32), min_size=2, max_size=2, unique=True)))
+    token = st.none() | st.integers(0, 7)
+    return {
+        "num_heads": groups * heads_each,
+        "head_dim": head_dim,
+        "n_groups": groups,
+        "expand": expand,
+        "hidden_size": groups * heads_each * head_dim // expand,
+        "vocab_size": draw(st.integers(8, 40)),
+        "state_size": draw(st.sampled_from([1, 4, 5])),
+        "num_hidden_layers": draw(st.integers(0, 2)),
+        "conv_kernel": draw(st.integers(2, 4)),
+        "use_bias": draw(st.booleans()),
+        "use_conv_bias": draw(st.booleans()),
+        "tie_word_embeddings": draw(st.booleans()),
+        "residual_in_fp32": draw(st.booleans()),
+        "chunk_size": draw(st.integers(1, 300)),
+        "time_step_limit": draw(st.sampled_from([(0.0, float("inf")), (low, high)])),
+        "initializer_range": draw(st.floats(0.01, 1.0)),
+        "hidden_act": draw(st.sampled_from(["silu", "swish"])),
+        "pad_token_id": draw(token),
+        "bos_token_id": draw(token),
+        "eos_token_id": draw(token | st.lists(st.integers(0, 7), min_size=1, max_size=3)),
+    }

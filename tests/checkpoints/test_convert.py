@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layouts import IDS, contents, logits, same, stored
+from layouts import IDS, configurations, contents, logits, same, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import Mamba2ForCausalLM as Stock
 
@@ -125,36 +125,6 @@ class TestToMambaSSM:
         with pytest.raises(ConfigurationError, match=match):
             convert(tmp_path / "source", tmp_path / "out", to="mamba_ssm")
         assert not (tmp_path / "out").exists()
-
-
-@st.composite
-def configurations(draw: st.DrawFn) -> dict[str, Any]:
-    groups, heads_each, head_dim = draw(st.sampled_from([1, 2])), draw(st.integers(1, 2)), draw(st.sampled_from([4, 8]))
-    expand = draw(st.sampled_from([1, 2]))
-    low, high = sorted(draw(st.lists(st.floats(0.0, 1.0, width=32), min_size=2, max_size=2, unique=True)))
-    token = st.none() | st.integers(0, 7)
-    return {
-        "num_heads": groups * heads_each,
-        "head_dim": head_dim,
-        "n_groups": groups,
-        "expand": expand,
-        "hidden_size": groups * heads_each * head_dim // expand,
-        "vocab_size": draw(st.integers(8, 40)),
-        "state_size": draw(st.sampled_from([1, 4, 5])),
-        "num_hidden_layers": draw(st.integers(0, 2)),
-        "conv_kernel": draw(st.integers(2, 4)),
-        "use_bias": draw(st.booleans()),
-        "use_conv_bias": draw(st.booleans()),
-        "tie_word_embeddings": draw(st.booleans()),
-        "residual_in_fp32": draw(st.booleans()),
-        "chunk_size": draw(st.integers(1, 300)),
-        "time_step_limit": draw(st.sampled_from([(0.0, float("inf")), (low, high)])),
-        "initializer_range": draw(st.floats(0.01, 1.0)),
-        "hidden_act": draw(st.sampled_from(["silu", "swish"])),
-        "pad_token_id": draw(token),
-        "bos_token_id": draw(token),
-        "eos_token_id": draw(token | st.lists(st.integers(0, 7), min_size=1, max_size=3)),
-    }
 
 
 class TestThereAndBack:
@@ -293,6 +263,15 @@ class TestConfig:
         convert(tmp_path / "source", tmp_path / "out")
         written = json.loads((tmp_path / "out/config.json").read_text())
         assert wrong.keys() & written.keys() == {"d_inner"}
+
+    def test_how_to_run_it_is_not_for_a_file_to_say(self, tmp_path: Path) -> None:
+        layouts.stock(tmp_path / "source")
+        config = json.loads((tmp_path / "source/config.json").read_text())
+        running = {"attn_implementation": "somebody/code", "text_config": {"num_hidden_layers": 9}}
+        layouts.write_json(tmp_path / "source/config.json", {**config, **running, "return_dict": False})
+        convert(tmp_path / "source", tmp_path / "out")
+        assert not running.keys() & json.loads((tmp_path / "out/config.json").read_text()).keys()
+        assert verify(tmp_path / "source", tmp_path / "out", tokens=4).same
 
     def test_the_original_stays_readable(self, tmp_path: Path) -> None:
         layouts.state_spaces(tmp_path / "source")

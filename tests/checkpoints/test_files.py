@@ -155,6 +155,22 @@ def test_what_is_no_checkpoint_is_never_overwritten(source: Path, tmp_path: Path
     assert (tmp_path / "file").read_text() == "x"
 
 
+@pytest.mark.parametrize("name", ["data.bin", "training_args.bin", "adapter_model.safetensors", "notes.md"])
+def test_files_of_other_kinds_are_no_checkpoint(source: Path, tmp_path: Path, name: str) -> None:
+    convert(source, tmp_path / "out")
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(CheckpointError, match=f"holds {name}, which is no part of a checkpoint"):
+        convert(source, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / name).read_text() == "mine"
+
+
+def test_a_card_survives_being_overwritten(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "out")
+    (tmp_path / "out/README.md").write_text("# By hand")
+    convert(source, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out/README.md").read_text() == "# By hand"
+
+
 def test_source_and_destination_are_apart(source: Path) -> None:
     before = contents(source)
     for place in (source, source / "inside", source.parent):

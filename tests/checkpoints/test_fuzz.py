@@ -39,6 +39,13 @@ def _originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+# Keys that transformers, or a reader that is fooled, would act on.
+KEYS = (
+    *("attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config", "text_config"),
+    *("pad_vocab_size_multiple", "intermediate_size", "num_labels", "id2label", "auto_map", "dtype", "torch_dtype"),
+    *("layer_types", "return_dict", "output_attentions", "to_dict", "problem_type", "mamba_ssm_config", "_inert"),
+    *("architectures", "sub_configs", "is_encoder_decoder", "head_dim", "D_has_hdim", "ssm_cfg", "__metadata__"),
+)
 # What takes the place of a value somewhere in a JSON file.
 odd = st.recursive(
     st.none()
@@ -63,6 +70,8 @@ def spots(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 def change_json(data: st.DataObject, content: Any) -> Any:
     """One change: a value replaced, removed, renamed, doubled or put deep inside."""
+    if isinstance(content, dict) and data.draw(st.integers(0, 3), label="add") == 0:
+        return {**content, data.draw(st.sampled_from(KEYS), label="key"): data.draw(odd, label="value")}
     path = data.draw(st.sampled_from(spots(content)), label="spot")
     if not path:
         return data.draw(odd, label="value")
@@ -168,6 +177,14 @@ def test_a_typed_error_or_an_exact_load(
         for name in fields & given_config.keys() - {"transformers_version", "time_step_rank"}:
             default = getattr(Mamba2Config(), name)
             assert config.get(name, default) == given_config[name], name
+    try:
+        convert(work / "out", work / "other", to="mamba_ssm")
+    except ConfigurationError as refusal:
+        event(f"no mamba_ssm: {str(refusal).partition(' is ')[0].rpartition(' ')[2]}")
+    else:
+        convert(work / "other", work / "back")
+        assert layouts.same(stored(work / "back"), written)
+        assert (work / "back/config.json").read_bytes() == (work / "out/config.json").read_bytes()
     loaded, info = Mamba2ForCausalLM.from_pretrained(work / "out", output_loading_info=True)
     assert not any(info.values())
     state = loaded.state_dict()

@@ -192,6 +192,9 @@ CASES: dict[str, tuple[Break, str]] = {
     "huge_sizes": (config(vocab_size=10**30), "no tensor can have the sizes"),
     "large_sizes": (config(vocab_size=10**15), r"embeddings\.weight has shape \(64, 32\)"),
     "other_state": (config(state_size=16), r"mixer\.\S+ has shape"),
+    "many_labels": (config(num_labels=10**10), r"config\.json: num_labels is 10000000000"),
+    "quantized": (config(quantization_config={"quant_method": "gptq"}), "quantization_config says that the weights"),
+    "odd_multiple": (config(pad_vocab_size_multiple="x", num_heads=-1), "num_heads is -1"),
     "untied": (config(tie_word_embeddings=True), r"lm_head\.weight differs from backbone\.embeddings\.weight"),
     # headers
     "header_too_long": (claim(2**40), r"model\.safetensors: not a complete safetensors file"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_convert import configurations
+from layouts import configurations
 
 from mamba2_hf import Mamba2Config, Mamba2ForCausalLM
 from mamba2_hf.checkpoints import FORMATS, mapping

@@ -16,8 +16,9 @@ from huggingface_hub import ModelCard
 from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
-from mamba2_hf.checkpoints import hub
+from mamba2_hf.checkpoints import FORMATS, hub
 from mamba2_hf.cli import app
+from mamba2_hf.cli.checkpoints import Source, Target
 
 
 @pytest.fixture(autouse=True)
@@ -171,3 +172,8 @@ def test_help_has_examples() -> None:
         text = run(command, "--help").stdout
         assert f"mamba2-hf {command} " in text
         assert "Examples" in text
+
+
+def test_every_format_can_be_named() -> None:
+    assert {entry.value for entry in Source} == {"auto", *FORMATS}
+    assert {entry.value for entry in Target} == {name for name, entry in FORMATS.items() if entry.write_config}

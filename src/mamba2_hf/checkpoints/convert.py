@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from ..models import Mamba2Config
 from . import io, remote_code
 from .checkpoint import SIDECAR, Checkpoint, is_fp32, open_checkpoint
-from .companions import TOKENIZERS, WRITTEN, carry
+from .companions import CARD, TOKENIZERS, WRITTEN, carry
 from .files import check_free, whole_folder, write_bytes, write_json
 from .formats import FORMATS, Format, format_named
 from .hub import local_folder
@@ -80,7 +80,7 @@ def convert(
         dtype: of the weights, ``torch.float32``, ``bfloat16`` or ``float16``; ``A_log``, ``D`` and ``dt_bias`` are then
             stored in float32. None keeps every tensor as it is.
         max_shard_size: of a file, in bytes or as ``"5GB"``; mamba_ssm reads one file only.
-        overwrite: whether a checkpoint at the destination may be replaced.
+        overwrite: whether a checkpoint at the destination may be replaced; its README.md stays.
         with_code: whether to write the file with which the model runs where this package is not installed.
         tokenizer: a folder or Hub id to take the tokenizer's files from, in place of the source.
         revision: of a Hub id.
@@ -104,21 +104,24 @@ def convert(
     replaceable = WRITTEN if overwrite else None
     check_free(destination.resolve(), replaceable)
     folder = local_folder(source, revision)
+    words = local_folder(tokenizer, weights=False) if tokenizer else None
     _keep_apart(folder, destination)
     checkpoint = open_checkpoint(folder, source_format)
     try:
         config = _written_config(checkpoint.config, target, dtype, with_code)
         plan = _plan(checkpoint, target, dtype)
-        nbytes = sum(tensor.nbytes for tensor in plan if not (tensor.copy_of and target.name == "mamba_ssm"))
+        nbytes = sum(tensor.nbytes for tensor in plan if not (tensor.copy_of and target.in_torch_file))
         with whole_folder(destination, replaceable=replaceable) as temporary:
             _check_space(temporary, nbytes)
             advance = _advance(progress, nbytes)
             for name, content in config.items():
                 write_json(temporary / name, content)
-            carried = carry(folder, local_folder(tokenizer, weights=False) if tokenizer else None, temporary)
+            carried = carry(folder, words, temporary)
+            if (destination / CARD).is_file():  # written by hand or for this place, and never by a conversion
+                write_bytes(temporary / CARD, (destination / CARD).read_bytes())
             if with_code:
                 write_bytes(temporary / remote_code.FILE, remote_code.source().encode())
-            if target.name == "mamba_ssm":
+            if target.in_torch_file:
                 io.write_torch(temporary / "pytorch_model.bin", plan, advance)
             else:
                 io.write_safetensors(temporary, plan, size, advance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -181,7 +182,8 @@ def check_free(destination: Path, replaceable: frozenset[str] | None) -> None:
 
 
 def _is_weights(name: str) -> bool:
-    return name.endswith((".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json"))
+    stem = r"(model|pytorch_model|consolidated)(-\d+-of-\d+)?"
+    return re.fullmatch(stem + r"\.(safetensors|bin)(\.index\.json)?", name) is not None
 
 
 def _put_in_place(temporary: Path, destination: Path) -> None:

@@ -35,6 +35,7 @@ class Format:
         read_config: its object as fields of ``mamba2``; raises ConfigurationError for what cannot be expressed.
         write_config: the way back; None where the format is only read.
         stores_tied_head: whether a head that shares the embedding is stored a second time.
+        in_torch_file: whether it is written as one file of ``torch.save``, and not as safetensors.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Format:
     read_config: Callable[[Mapping[str, Any]], dict[str, Any]]
     write_config: Callable[[Mamba2Config], dict[str, Any]] | None = None
     stores_tied_head: bool = False
+    in_torch_file: bool = False
 
 
 FORMATS: dict[str, Format] = {
@@ -71,6 +73,7 @@ FORMATS: dict[str, Format] = {
             read_config=mapping.read_mamba_ssm,
             write_config=mapping.write_mamba_ssm,
             stores_tied_head=True,
+            in_torch_file=True,
         ),
         Format(
             name="codestral",

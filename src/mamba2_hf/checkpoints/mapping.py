@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,8 @@ from ..errors import ConfigurationError
 from ..models import Mamba2Config, Mamba2ForCausalLM
 from ..models.mamba_ssm_config import as_mamba_ssm_config, translate_mamba_ssm_config
 
+LABELS_LIMIT = 100_000
+"""Most labels of a classifier that a configuration may name."""
 EMBEDDING, HEAD = "backbone.embeddings.weight", "lm_head.weight"
 KEPT = "mamba_ssm_config"
 """Key of a converted config under which the original one stays readable; it has no effect."""
@@ -75,16 +77,20 @@ def expected_shapes(config: Mamba2Config) -> dict[str, tuple[int, ...]]:
 
 # What other readers of config.json act on although the format does not define it, and the only value it may have here:
 # llama.cpp's converter takes inner width, head size and layers from these names first, vLLM the inner width.
-_MISLEADING = {
-    **dict.fromkeys(
-        ("intermediate_size", "mamba_d_ssm", "d_inner"), lambda config: int(config.hidden_size * config.expand)
-    ),
+_MISLEADING: dict[str, Callable[[Mamba2Config], int]] = {
+    **dict.fromkeys(("intermediate_size", "mamba_d_ssm", "d_inner"), lambda config: config.num_heads * config.head_dim),
     "mamba_d_head": lambda config: config.head_dim,
     "n_layers": lambda config: config.num_hidden_layers,
 }
-_GGUF_VOCABULARY = (
-    16  # llama.cpp's converter rounds the vocabulary up to this, unless the config names another multiple
+# llama.cpp's converter rounds the vocabulary up to this, unless the config names another multiple.
+_GGUF_VOCABULARY = 16
+# How to run a model is for whoever runs it to say: a file could name code on the Hub here. And parts that other models
+# have; llama.cpp's converter would take their sizes.
+_DROPPED = frozenset(
+    {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
+    | {"text_config", "llm_config", "vision_config", "audio_config"}
 )
+_QUANTIZED = ("quantization_config", "compression_config", "quantization")
 
 
 def mamba2_config(fields: Mapping[str, Any], most_layers: int) -> Mamba2Config:
@@ -93,17 +99,18 @@ def mamba2_config(fields: Mapping[str, Any], most_layers: int) -> Mamba2Config:
 
     Args:
         fields: from a file.
-        most_layers: how many there can be; a configuration grows with their number.
+        most_layers: how many there can be: a layer has a tensor at least.
 
     Raises:
         ConfigurationError: no model can be built from a value.
     """
-    layers = fields.get("num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > most_layers:
-        raise ConfigurationError(
-            f"num_hidden_layers is {layers}, and the weights are {most_layers} tensors in all: one of the two is "
-            "another model's"
-        )
+    for name, most in (("num_hidden_layers", most_layers), ("num_labels", LABELS_LIMIT)):
+        count = fields.get(name)
+        if isinstance(count, int) and count > most:  # a configuration grows with either
+            raise ConfigurationError(f"{name} is {count}, more than the {most} that there can be")
+    if found := [name for name in _QUANTIZED if fields.get(name) is not None]:
+        raise ConfigurationError(f"{found[0]} says that the weights are quantized; dequantize and save them first")
+    fields = {name: value for name, value in fields.items() if name not in _DROPPED}
     try:
         # transformers writes an infinity as an object, which its own reader of files turns back.
         config: Mamba2Config = Mamba2Config.from_dict(Mamba2Config._decode_special_floats(dict(fields)))
@@ -114,7 +121,8 @@ def mamba2_config(fields: Mapping[str, Any], most_layers: int) -> Mamba2Config:
     for key, value_of in _MISLEADING.items():
         if hasattr(config, key) and getattr(config, key) != value_of(config):
             delattr(config, key)
-    if config.vocab_size % getattr(config, "pad_vocab_size_multiple", _GGUF_VOCABULARY):
+    multiple = getattr(config, "pad_vocab_size_multiple", _GGUF_VOCABULARY)
+    if not isinstance(multiple, int) or multiple < 1 or config.vocab_size % multiple:
         config.pad_vocab_size_multiple = 1
     config.architectures = [Mamba2ForCausalLM.__name__]
     config.rescale_prenorm_residual = False

@@ -96,19 +96,12 @@ def source() -> str:
             rewritten = ast.fix_missing_locations(_Rewriter(module, names).visit(statement))
             pieces.append((bound, _used(rewritten), ast.unparse(rewritten)))
     texts = _reachable(pieces)
-    imports = sorted(line for name, line in names.imports().items() if any(name in used for _, used, _ in texts))
-    plain = [line for line in imports if line.startswith("import ")]
+    used = {name for _, inside, _ in texts for name in inside}
     header = f'"""Mamba-2 for transformers, generated from mamba2-hf {metadata.version("mamba2-hf")}: do not edit.\n\n'
     header += (
         "The package itself has the commented sources, faster kernels and the tests. License: Apache-2.0.\n" + '"""\n\n'
     )
-    return (
-        header
-        + "\n".join(plain + [line for line in imports if line not in plain])
-        + "\n\n\n"
-        + "\n\n\n".join(text for *_, text in texts)
-        + "\n"
-    )
+    return header + names.imports(used) + "\n\n\n" + "\n\n\n".join(text for *_, text in texts) + "\n"
 
 
 def _load(name: str, modules: dict[str, _Module]) -> None:
@@ -237,22 +230,23 @@ class _Names:
             return target, inner
         return self.resolve(target, inner)
 
-    def imports(self) -> dict[str, str]:
-        """The import statement for each name in the file that comes from outside."""
-        lines = {}
+    def imports(self, used: set[str]) -> str:
+        """The import statements for the used names that come from outside."""
+        plain: set[str] = set()
+        by_module: dict[str, set[str]] = {}
         for module in self.modules.values():
             for name, (target, inner) in module.imports.items():
-                if target.startswith(_PACKAGE):
-                    continue
                 flat = self.flat(module.name, name)
-                shown = flat if inner is None else f"{inner} as {flat}" if flat != inner else inner
+                if target.startswith(f"{_PACKAGE}.") or flat not in used:
+                    continue
                 if inner is None:
-                    lines[flat] = f"import {target}" + ("" if "." in target or flat == target else f" as {flat}")
-                    if "." in target and flat != target.partition(".")[0]:
-                        lines[flat] = f"import {target} as {flat}"
+                    plain.add(f"import {target}" + ("" if flat == target else f" as {flat}"))
                 else:
-                    lines[flat] = f"from {target} import {shown}"
-        return lines
+                    by_module.setdefault(target, set()).add(inner if flat == inner else f"{inner} as {flat}")
+        lines = sorted(plain) + [
+            f"from {name} import {', '.join(sorted(by_module[name]))}" for name in sorted(by_module)
+        ]
+        return "\n".join(lines)
 
 
 class _Rewriter(ast.NodeTransformer):

@@ -119,10 +119,11 @@ def _compare_tensors(left: Checkpoint, right: Checkpoint) -> tuple[str, float]:
 def _run(checkpoint: Checkpoint, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Logits ``(T, vocab)`` of a sequence ``(1, T)``, whole and token by token."""
     model: Mamba2ForCausalLM = checkpoint.model(torch.float32)
-    whole = model(ids, use_cache=False).logits[0]
+    options = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}  # whatever it says
+    whole = model(ids, use_cache=False, **options).logits[0]
     steps, cache = [], None
     for token in ids.split(1, dim=1):
-        output = model(token, past_key_values=cache, use_cache=True)
+        output = model(token, past_key_values=cache, use_cache=True, **options)
         cache = output.past_key_values
         steps.append(output.logits[0, 0])
     decoded = torch.stack(steps)

@@ -86,7 +86,7 @@ def translate_mamba_ssm_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "model_type": "mamba2",
         "vocab_size": -(-_whole(config, "vocab_size", default=50277) // multiple) * multiple,
         "hidden_size": width,
-        "num_hidden_layers": config["n_layer"],
+        "num_hidden_layers": config.get("n_layer", 64),
         "num_heads": inner // head_dim,
         **options,
         "layer_norm_epsilon": _NORM_EPS,
