@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +84,6 @@ class TestConvert:
             result = run("convert", *arguments)
             assert result.exit_code == 2
             assert result.stdout == ""
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-    def test_being_stopped_has_its_exit_code(self, source: Path, tmp_path: Path, number: int, code: int) -> None:
-        stop = (
-            "import os, sys\n"
-            "from mamba2_hf.checkpoints import io\n"
-            "values = io._write_values\n"
-            f"io._write_values = lambda *given: (values(*given), os.kill(os.getpid(), {int(number)}))\n"
-            "from mamba2_hf.cli import main\n"
-            "main()\n"
-        )
-        arguments = [sys.executable, "-c", stop, "convert", str(source), str(tmp_path / "out")]
-        completed = subprocess.run(arguments, capture_output=True, text=True, env=dict(os.environ), check=False)
-        assert completed.returncode == code, completed.stderr
-        assert completed.stdout == ""
-        assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 class TestVerify:
