@@ -141,6 +141,12 @@ def test_it_imports_only_what_transformers_brings() -> None:
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
 
 
+def test_any_python_can_read_it() -> None:
+    """Whatever Python generated it. From 3.12 on, ``ast.unparse`` writes f-strings that 3.11 cannot parse."""
+    tree = ast.parse(remote_code.source(), feature_version=(3, 10))
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+
+
 def test_it_is_documented_and_says_where_it_comes_from() -> None:
     tree = ast.parse(remote_code.source())
     assert "do not edit" in (ast.get_docstring(tree) or "")

@@ -88,7 +88,9 @@ def plain_name(name: object, source: Path) -> str:
     """
     ok = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0:")
     if not ok:
-        raise CheckpointError(f"{source}: names the file {name!r}, which is not in the same folder; nothing was read")
+        raise CheckpointError(
+            f"{source}: names the file {name!r:.80}, which is not in the same folder; nothing was read"
+        )
     assert isinstance(name, str)
     return name
 

@@ -285,6 +285,14 @@ class _Rewriter(ast.NodeTransformer):
                 return ast.Name(self.names.flat(target[0], node.attr), node.ctx)
         return self.generic_visit(node)  # type: ignore[return-value]
 
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
+        """An f-string as a call of format: from Python 3.12 on, ``ast`` writes them as older ones cannot read."""
+        values: list[ast.expr] = []
+        template = _template(node, values)
+        return ast.Call(
+            ast.Attribute(ast.Constant(template), "format", ast.Load()), [self.visit(v) for v in values], []
+        )
+
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt:
         return node if not node.level else ast.Pass()
 
@@ -332,6 +340,20 @@ class _Rewriter(ast.NodeTransformer):
         arguments.kw_defaults = [default and self.visit(default) for default in arguments.kw_defaults]
         for argument in _arguments(arguments):
             argument.annotation = None
+
+
+def _template(text: ast.JoinedStr, values: list[ast.expr]) -> str:
+    """What ``str.format`` needs to make the same text; the values are appended to ``values``."""
+    pieces = []
+    for part in text.values:
+        if isinstance(part, ast.FormattedValue):
+            values.append(part.value)
+            kind = "" if part.conversion < 0 else f"!{chr(part.conversion)}"
+            spec = f":{_template(part.format_spec, values)}" if isinstance(part.format_spec, ast.JoinedStr) else ""
+            pieces.append("{" + kind + spec + "}")
+        elif isinstance(part, ast.Constant):
+            pieces.append(str(part.value).replace("{", "{{").replace("}", "}}"))
+    return "".join(pieces)
 
 
 def _arguments(arguments: ast.arguments) -> list[ast.arg]:
