@@ -1,16 +1,12 @@
-"""Without a GPU, Triton kernels run in its interpreter; Triton reads this when the kernels are imported."""
+"""What the tests of the ops share."""
 
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The scan's kernels compile for every GPU family, fit its shared memory, and do not spill where it matters.
+"""Every kernel compiles for every GPU family, fits its shared memory, and does not spill where it matters.
 
 Run as a script, this file compiles for the target it is given and prints what the kernels need: the tests run it in a
 process of its own, since Triton decides at import whether kernels are compiled or interpreted.
@@ -16,21 +16,38 @@ from typing import Any
 
 import pytest
 
-# Sizes of a 2.7B model's layer, then every option, packed rows, wide heads and states, fp32.
-CASES: dict[str, dict[str, Any]] = {
+# Sizes of a 2.7B model's layer; every option with wide heads; odd sizes, packed; segments in fp32; its widest state.
+SCANS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "options": {"dtype": "float16", "z": True, "D": 2, "documents": True},
-    "documents": {"documents": True, "dtype": "float16"},
+    "options": {"P": 128, "dtype": "float16", "z": True, "D": 2, "documents": True},
+    "odd": {"P": 48, "N": 24, "T": 100, "G": 2, "packed": True},
+    "segments": {"N": 64, "T": 16384, "dtype": "float32"},
+    "wide": {"N": 256, "dtype": "float32"},
+}
+# Sizes and options that take other paths through the kernels made for Hopper, where "plain" goes too.
+HOPPER_SCANS: dict[str, dict[str, Any]] = {
+    "documents, segments": {"T": 16384, "documents": True, "dtype": "float16"},
     "small state": {"N": 16, "H": 3},
     "own maps": {"G": 4, "N": 64},
-    "packed": {"packed": True},
-    "long": {"T": 16384},
-    "wide": {"P": 256, "N": 256},
-    "odd": {"P": 48, "N": 24, "T": 100, "G": 2},
-    "fp32": {"dtype": "float32"},
+    "large state": {"N": 256},
 }
-MADE_FOR_HOPPER = {"plain", "documents", "long", "small state", "own maps"}
-TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
+SLOWEST = "wide"  # compiled for one target
+SCAN_KERNELS = {"walk_kernel", "state_kernel", "inputs_backward_kernel", "maps_backward_kernel"}
+HOPPER_KERNELS = {"walk_kernel", "state_kernel", "chunk_backward_kernel"}
+MIXER_KERNELS = {
+    "conv_forward_kernel",
+    "conv_state_kernel",
+    "conv_backward_kernel",
+    "conv_initial_gradient_kernel",
+    "conv_update_kernel",
+    "norm_forward_kernel",
+    "norm_backward_kernel",
+    "state_update_kernel",
+    "step_kernel",
+    "finish_kernel",
+}
+CAPABILITIES = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
+SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB that a program may have
 
 
 def compile_scan(
@@ -53,7 +70,7 @@ def compile_scan(
     from mamba2_hf.ops.checks import SSDShape
     from mamba2_hf.ops.triton import configs, ssd
 
-    capability = TARGETS[target]
+    capability = CAPABILITIES[target]
     configs.current_chip = lambda: configs.Chip("cuda" if capability else "hip", capability, 132)
     kind = getattr(torch, dtype)
     x = torch.zeros(1, T, H, P, dtype=kind, requires_grad=True)
@@ -77,45 +94,75 @@ def compile_scan(
     return [kernel._asdict() for kernel in kernels]
 
 
-def compiled(target: str, names: list[str]) -> dict[str, list[dict[str, Any]]]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    source = Path(__file__).resolve().parents[2] / "src"
-    environment["PYTHONPATH"] = os.pathsep.join([str(source), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, __file__, target, *names]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+def compile_mixer(target: str) -> list[dict[str, Any]]:
+    """The kernels around the scan at the sizes of a 2.7B model's layer, bf16, in every packing; nothing runs."""
+    import torch
+    from compiling import compile_only
 
+    from mamba2_hf.ops.triton import conv, decode, norm
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_a_layer_compiles_everywhere(target: str) -> None:
-    check_sizes(target, compiled(target, ["plain"]))
+    H, P, N, K, T = 80, 64, 128, 4, 16
+    inner = H * P
+    channels = inner + 2 * N
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+    rows, weight, bias = zeros(1, T, 2 * inner + 2 * N + H), zeros(channels, K), zeros(channels)
+    z, xbc = rows[..., :inner], rows[..., inner : inner + channels]
+    dy, state = zeros(1, T, channels), zeros(1, channels, K - 1)
+    per_head = zeros(H, dtype=torch.float32)
+    with compile_only(target) as kernels:
+        for seq_idx, cu_seqlens in ((None, None), (zeros(1, T, dtype=torch.int32), None), (None, torch.tensor([0, T]))):
+            packing = conv.documents(xbc, seq_idx, cu_seqlens)
+            initial = None if seq_idx is None and cu_seqlens is None else state
+            conv.conv_forward(xbc, weight, bias, initial, packing, True)
+            conv.conv_backward(dy, initial, xbc, weight, bias, initial, packing, True)
+        y, norm_weight = zeros(1, T, inner), zeros(inner)
+        for group_size, norm_before_gate in ((inner, False), (inner // 8, True), (P, False)):
+            norm.norm_forward(y, z, norm_weight, 1e-5, group_size, norm_before_gate, y.dtype)
+            norm.norm_backward(y, y, z, norm_weight, 1e-5, group_size, norm_before_gate)
+        norm.norm_forward(y.float(), None, norm_weight, 1e-5, inner, False, y.dtype)
+        norm.norm_backward(y, y.float(), None, norm_weight, 1e-5, inner, False)
+        limits = (0.0, math.inf)
+        for batch in (1, 64):
+            ssm_state = zeros(batch, H, P, N, dtype=torch.float32)
+            x, step, maps = zeros(batch, H, P), zeros(batch, H), zeros(batch, 1, N)
+            decode.state_update(ssm_state, x, step, per_head, maps, maps, per_head, x, per_head, True, *limits)
+            decode.conv_update(zeros(batch, 1, channels), zeros(batch, channels, K), weight, bias, True)
+            decode.mixer_step(
+                *(zeros(batch, 2, rows.shape[-1]), zeros(batch, channels, K - 1), ssm_state),
+                *(weight, bias, per_head, per_head, per_head, norm_weight, 1, True, 1e-5, inner, False, *limits),
+            )
+    return [kernel._asdict() for kernel in kernels]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_option_compiles_everywhere(target: str) -> None:
-    check_sizes(target, compiled(target, list(CASES)))
-
-
-def check_sizes(target: str, cases: dict[str, list[dict[str, Any]]]) -> None:
-    limit = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}[target] * 1024
-    for case, kernels in cases.items():
+@pytest.mark.parametrize("target", CAPABILITIES)
+def test_kernels_compile_everywhere(target: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    source = Path(__file__).resolve().parents[2] / "src"
+    environment["PYTHONPATH"] = os.pathsep.join([str(source), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "error", __file__, target]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    for case, kernels in found.items():
         names = {kernel["name"] for kernel in kernels}
-        backward = {"inputs_backward_kernel", "maps_backward_kernel"}
-        if target == "sm_90" and case in MADE_FOR_HOPPER:
-            backward = {"chunk_backward_kernel"}
-        assert {"walk_kernel", "state_kernel"} | backward <= names, case
+        expected = SCAN_KERNELS
+        if target == "sm_90" and case in ("plain", *HOPPER_SCANS):
+            expected = HOPPER_KERNELS
+        assert names == MIXER_KERNELS if case == "mixer" else names >= expected, (case, names)
         for kernel in kernels:
-            assert kernel["shared"] <= limit, (case, kernel)
-
-
-def test_hopper_kernels_hold_what_they_need_in_registers() -> None:
-    """At the size they are tuned for; the backward, which uses every register there is, parks a few words."""
-    for kernel in compiled("sm_90", ["long"])["long"]:
-        assert kernel["stack"] <= (256 if kernel["name"] == "chunk_backward_kernel" else 0), kernel
+            assert kernel["shared"] <= SHARED[target] * 1024, (case, kernel)
+    if target == "sm_90":
+        # The backward uses every register there is and parks a few words outside its loops.
+        for kernel in found["plain"] + found["mixer"]:
+            assert kernel["stack"] <= (256 if kernel["name"] == "chunk_backward_kernel" else 0), kernel
 
 
 if __name__ == "__main__":
-    found = {name: compile_scan(sys.argv[1], **CASES[name]) for name in sys.argv[2:]}
-    print(json.dumps(found))
+    target = sys.argv[1]
+    chosen = SCANS | HOPPER_SCANS if target == "sm_90" else {k: v for k, v in SCANS.items() if k != SLOWEST}
+    found = {name: compile_scan(target, **case) for name, case in chosen.items()}
+    print(json.dumps(found | {"mixer": compile_mixer(target)}))

@@ -68,7 +68,7 @@ def check(
 
 
 @pytest.mark.parametrize("K", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("T", [1, 2, 3, 8, 41])
+@pytest.mark.parametrize("T", [1, 3, 41])
 def test_any_length_and_taps(T: int, K: int) -> None:
     check(T=T, K=K)
 

@@ -77,9 +77,14 @@ def step(backend: object, tensors: list[Tensor], sizes: tuple[int, ...], **optio
     return backend.mamba2_step(*arguments, shape=SSDShape(B, T, H, P, G, N, B), **(defaults | options))
 
 
-@pytest.mark.parametrize("options", [{}, {"norm_before_gate": True}, {"norm_weight": None}, {"dt_limit": (0.1, 0.5)}])
-@pytest.mark.parametrize(("T", "L"), [(1, 3), (1, 4), (2, 3), (3, 3), (2, 8), (6, 4)])
-@pytest.mark.parametrize("sizes", SIZES[:2])
+STEPS: list[tuple[tuple[int, ...], int, int, dict[str, object]]] = [  # sizes, T, L, options
+    *((SIZES[0], T, L, {}) for T, L in [(1, 3), (1, 4), (2, 3), (3, 3), (2, 8), (6, 4)]),
+    *((SIZES[1], T, L, {}) for T, L in [(1, 3), (2, 4)]),
+    *((SIZES[0], 2, 3, o) for o in ({"norm_before_gate": True}, {"norm_weight": None}, {"dt_limit": (0.1, 0.5)})),
+]
+
+
+@pytest.mark.parametrize(("sizes", "T", "L", "options"), STEPS)
 def test_step(sizes: tuple[int, ...], T: int, L: int, options: dict[str, object]) -> None:
     """Outputs and both states, whether the convolution's keeps some of its inputs or none."""
     B, H, P, G, N = sizes

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from mamba2_hf.ops.checks import SSDShape, check_ssd
+from mamba2_hf.ops.dispatch import backend_module
 from mamba2_hf.ops.reference import ssd_recurrent
 from mamba2_hf.ops.triton import configs
-from mamba2_hf.ops.triton.ssd import ssd_chunk_scan, supports
+from mamba2_hf.ops.triton.ssd import supports
 
+torch_backend, triton_backend = backend_module("torch"), backend_module("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW_PRECISION = ("x", "dt", "B", "C", "z")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of the norm, forward and backward
@@ -79,13 +81,13 @@ def cast(inputs: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tens
     }
 
 
-def scan(inputs: dict[str, Tensor | None], **options: Any) -> tuple[Tensor, Tensor]:
+def scan(inputs: dict[str, Tensor | None], backend: Any = triton_backend, **options: Any) -> tuple[Tensor, Tensor]:
     options = {"seq_idx": None, "cu_seqlens": None, "dt_softplus": True, "dt_limit": (0.0, math.inf)} | options
     x, dt, A, B, C, D, z, dt_bias, initial = inputs.values()
     optional = {"D": D, "z": z, "dt_bias": dt_bias, "initial_states": initial, "chunk_size": None}
     checked = {k: v for k, v in (options | optional).items() if k != "dt_softplus"}
     shape = check_ssd(x, dt, A, B, C, **checked)
-    return ssd_chunk_scan(x, dt, A, B, C, shape=shape, **optional, **options)
+    return backend.ssd_chunk_scan(x, dt, A, B, C, shape=shape, **optional, **options)
 
 
 def oracle(inputs: dict[str, Tensor | None], cu_seqlens: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
@@ -110,10 +112,13 @@ def compare(
     inputs: dict[str, Tensor | None],
     dtype: torch.dtype = torch.float32,
     final: bool = True,
-    tolerance: float = 0.0,
+    conditioned: bool = True,
     **options: Any,
 ) -> None:
-    """Outputs and every gradient against the recurrence."""
+    """Outputs and every gradient against the recurrence.
+
+    Where inputs are not well ``conditioned``, what is asked is the PyTorch backend's own error in the same dtype.
+    """
     expected = {k: v if v is None else v.clone().requires_grad_() for k, v in inputs.items()}
     y0, states0 = oracle(expected, **options)
     generator = torch.Generator().manual_seed(1)
@@ -121,17 +126,21 @@ def compare(
     dstates = torch.randn(states0.shape, generator=generator)
     torch.autograd.backward([y0, states0][: 1 + final], [dy.double(), dstates.double()][: 1 + final])
 
-    given = cast(inputs, dtype)
     options = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in options.items()}
-    y, states = scan(given, **options)
-    assert y.dtype == dtype
-    assert states.dtype == torch.float32
-    torch.autograd.backward([y, states][: 1 + final], [dy.to(DEVICE), dstates.to(DEVICE)][: 1 + final])
 
-    pairs = {"y": (y, y0), "states": (states, states0)}
-    pairs |= {f"d{k}": (given[k].grad, v.grad) for k, v in expected.items() if v is not None}
-    errors = {k: ((a.double().cpu() - b).norm() / b.norm().clamp(min=1e-30)).item() for k, (a, b) in pairs.items()}
-    assert all(e < (tolerance or TOLERANCE[dtype]) for e in errors.values()), errors
+    def errors(backend: Any) -> dict[str, float]:
+        given = cast(inputs, dtype)
+        y, states = scan(given, backend, **options)
+        assert y.dtype == dtype
+        assert states.dtype == torch.float32
+        torch.autograd.backward([y, states][: 1 + final], [dy.to(DEVICE), dstates.to(DEVICE)][: 1 + final])
+        pairs = {"y": (y, y0), "states": (states, states0)}
+        pairs |= {f"d{k}": (given[k].grad, v.grad) for k, v in expected.items() if v is not None}
+        return {k: ((a.double().cpu() - b).norm() / b.norm().clamp(min=1e-30)).item() for k, (a, b) in pairs.items()}
+
+    found = errors(triton_backend)
+    beside = dict.fromkeys(found, 0.0) if conditioned else errors(torch_backend)
+    assert all(error < max(TOLERANCE[dtype], beside[k]) for k, error in found.items()), (found, beside)
 
 
 SIZES = {
@@ -169,9 +178,6 @@ WIDE = {
 @pytest.mark.parametrize("size", WIDE.values(), ids=WIDE)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
 def test_wide_heads_and_states(size: dict[str, Any], dtype: torch.dtype) -> None:
-    shape = SSDShape(*(size[k] for k in ("B", "T", "H", "P", "G", "N")), size["B"])
-    if DEVICE == "cuda" and not supports(shape=shape, dtype=dtype)[0]:
-        pytest.skip("dispatch sends this call to PyTorch")
     compare(make(**size, dtype=dtype), dtype)
 
 
@@ -196,6 +202,8 @@ HOPPER = {
     "N 16": {"N": 16, "T": 200},
     "N 32": {"N": 32, "T": 200, "H": 6, "G": 1},
     "many heads": {"H": 24, "G": 1, "T": 333},
+    "N 256": {"N": 256, "T": 200},
+    "N 256, a group per head": {"N": 256, "T": 100, "H": 3, "G": 3},
 }
 
 
@@ -228,7 +236,8 @@ def test_only_the_states_have_a_gradient() -> None:
     oracle(expected)[1].square().sum().backward()
     scan(given)[1].square().sum().backward()
     for name in ("x", "dt", "A", "B", "dt_bias", "initial_states"):
-        torch.testing.assert_close(given[name].grad.cpu().double(), expected[name].grad, rtol=1e-4, atol=1e-4)
+        exact = expected[name].grad
+        assert (given[name].grad.double().cpu() - exact).norm() < TOLERANCE[torch.float32] * exact.norm(), name
 
 
 def test_seq_idx_separates_documents() -> None:
@@ -280,8 +289,8 @@ def test_large_and_tiny_steps() -> None:
     inputs = make(T=100)
     inputs["dt"][:, ::7] = 30.0
     inputs["dt"][:, 1::7] = -30.0
-    # dA weighs each token's difference of two nearly equal sums with a step of 30.
-    compare(inputs, tolerance=5e-5)
+    # Log decays run into the hundreds within a chunk, and fp32 keeps their differences to a few 1e-5.
+    compare(inputs, conditioned=False)
 
 
 def test_views_of_the_projection() -> None:
@@ -361,7 +370,7 @@ def test_sizes_that_cannot_be_served_say_why() -> None:
     shape = SSDShape(1, 8, 2, 64, 1, 128, 1)
     assert supports(shape=shape, dtype=torch.bfloat16)[0]
     assert supports(shape=shape._replace(state=256), dtype=torch.float32)[0]
-    for changed, dtype in (({"state": 129}, torch.bfloat16), ({"head_dim": 257}, torch.float32), ({}, torch.float64)):
+    for changed, dtype in (({"state": 257}, torch.bfloat16), ({"head_dim": 257}, torch.float32), ({}, torch.float64)):
         ok, reason = supports(shape=shape._replace(**changed), dtype=dtype)
         assert not ok
-        assert any(word in reason for word in ("state size 129", "head_dim 257", "float64"))
+        assert any(word in reason for word in ("state size 257", "head_dim 257", "float64"))

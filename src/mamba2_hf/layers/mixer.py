@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ class Mamba2Mixer(KeepsFp32):
         conv_initial, ssm_initial = self._initial(zxbcdt, layout, state)
         conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
         if conv_weight is not None and norm_weight is not None:
-            inner = ops.mamba2_inner(
+            inner: Any = ops.mamba2_inner(
                 *(zxbcdt, conv_weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.A, self.D),
                 norm_weight=norm_weight,
                 head_dim=self.head_dim,

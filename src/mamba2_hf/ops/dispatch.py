@@ -146,7 +146,8 @@ def _usable_gpu(index: int) -> tuple[bool, str]:
         return False, f"its kernels cannot be imported: {error}"
     name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
     if torch.version.hip is None and capability < LOWEST_CAPABILITY:
-        return False, f"{name} has compute capability {capability}, below {LOWEST_CAPABILITY}"
+        found, lowest = (".".join(map(str, c)) for c in (capability, LOWEST_CAPABILITY))
+        return False, f"{name} has compute capability {found}, below {lowest}"
     return True, f"GPU {name}"
 
 

@@ -142,7 +142,8 @@ def _final_fake(x: Tensor, heads: int, P: int, N: int, cu_seqlens: Tensor | None
 
 
 def _scan_fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _final_fake(x, *x.shape[2:], B.shape[3], rest[5])
+    _, _, heads, P = x.shape
+    return x.new_empty(x.shape), _final_fake(x, heads, P, B.shape[3], rest[5])
 
 
 def _scan_backward_fake(dy: Tensor, dfinal: Any, *args: Any) -> tuple[Tensor, ...]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from .. import library as library
 from . import conv, decode, inner, norm, ssd
 from .conv import causal_conv1d
@@ -26,10 +24,7 @@ __all__ = [
     "supports",
 ]
 
-_SCAN = (
-    f"head_dim up to {ssd.LARGEST_HEAD}, state size up to {ssd.LARGEST_STATE[torch.bfloat16]} "
-    f"({ssd.LARGEST_STATE[torch.float32]} in float32)"
-)
+_SCAN = f"head_dim up to {ssd.LARGEST_HEAD}, state size up to {ssd.LARGEST_STATE}"
 _CONV = f"up to {conv.MAX_TAPS} taps"
 _NORM = f"norm groups up to {norm.LARGEST_GROUP} channels"
 _STEP = f"head_dim and state size up to {decode.LARGEST}, no gradient"

@@ -123,7 +123,7 @@ def heads_per_program(per_group: int, most: int) -> int:
 
 
 # The kernels for Hopper: their chunk, their heads' width, and the states that fit the registers.
-HOPPER_CHUNK, HOPPER_HEAD, HOPPER_STATES = 64, 64, (16, 32, 64, 128)
+HOPPER_CHUNK, HOPPER_HEAD, HOPPER_STATES = 64, 64, (16, 32, 64, 128, 256)
 
 
 class HopperConfig(NamedTuple):
@@ -141,24 +141,36 @@ def hopper_kernels(chip: Chip, shape: SSDShape, dtype: torch.dtype) -> bool:
     return fits and chip.is_hopper and not chip.interpreted and dtype in (torch.bfloat16, torch.float16)
 
 
-def hopper_walk(per_group: int) -> HopperConfig:
-    """``walk_kernel``: two heads share B and C where a group has two."""
+def hopper_walk(per_group: int, N: int) -> HopperConfig:
+    """``walk_kernel``: two heads share B and C where a group has two and registers hold two states."""
+    if N == 256:
+        return HopperConfig(1, 2, 0, 160)
     return HopperConfig(1, 2, 0, 128) if per_group == 1 else HopperConfig(2, 3, 232, 168)
 
 
-def hopper_state(chip: Chip, per_group: int, rows: int) -> HopperConfig:
-    """``state_kernel``: four heads a program where that fills the chip as well as two do."""
-    if per_group == 1:
-        return HopperConfig(1, 2, 0, 96)
-    two, four = (-(-rows * -(-per_group // heads) // chip.processors) * heads for heads in (2, 4))
-    return HopperConfig(4, 2, 112, 96) if four < two else HopperConfig(2, 4, 160, 168)
+def hopper_state(per_group: int, N: int) -> HopperConfig:
+    """``state_kernel``: as :func:`hopper_walk`."""
+    if N == 256:
+        return HopperConfig(1, 2, 0, 160) if per_group == 1 else HopperConfig(2, 2, 232, 168)
+    return HopperConfig(1, 2, 0, 96) if per_group == 1 else HopperConfig(2, 4, 160, 168)
 
 
-def hopper_gradients(chip: Chip, per_group: int, rows: int) -> HopperConfig:
+def hopper_gradients(chip: Chip, per_group: int, N: int, rows: int) -> HopperConfig:
     """``chunk_backward_kernel``: as many heads a program as leave every processor two programs."""
     wanted = -(-2 * chip.processors // rows)
     blocks = next(n for n in range(1, per_group + 1) if per_group % n == 0 and (n >= wanted or n == per_group))
-    return HopperConfig(per_group // blocks, 3, 232, 168)
+    return HopperConfig(per_group // blocks, 1 if N == 256 else 3, 232, 168)
+
+
+LARGEST_16_BIT_STATE = 128
+
+
+def takes_fp32(shape: SSDShape, dtype: torch.dtype) -> bool:
+    """Whether the portable kernels take 16-bit inputs of these sizes as fp32.
+
+    In the product that updates a wide 16-bit state, Triton 3.6 reads past shared memory on Hopper.
+    """
+    return dtype != torch.float32 and shape.state > LARGEST_16_BIT_STATE
 
 
 SEGMENT = 1024  # tokens under which a sequence is not cut

@@ -259,7 +259,7 @@ def state_consumer(states, steps, entries, results, shared, own, bars, place, co
     in_s, map_s = shared
     st_s, f_s = own
     ready, empty = bars
-    row, g, h0, first = place
+    _, g, h0, _ = place
     h = h0 + K
     if h < (g + 1) * per_group:
         narrow: gl.constexpr = product(Q)
@@ -389,7 +389,7 @@ def state_kernel(x, B, dy, C, S, dS, steps, entry, dentry, after, dafter, decay,
                               PER_GROUP, segment, target, 0, Q, P, N, HEADS, STAGES, SUMMARY, HAS_ENTRY, HAS_DENTRY)),
             (state_producer, (tiles, shared, bars, place, count, reverse, Q, P, N, HEADS, STAGES)),
         ], [1], [24])  # fmt: skip
-    elif HEADS == 2:
+    else:
         gl.warp_specialize([
             (state_consumer, (states, steps, entries, results, shared, own, bars, place, count, chunk, reverse, H,
                               PER_GROUP, segment, target, 0, Q, P, N, HEADS, STAGES, SUMMARY, HAS_ENTRY, HAS_DENTRY)),
@@ -397,18 +397,6 @@ def state_kernel(x, B, dy, C, S, dS, steps, entry, dentry, after, dafter, decay,
                               PER_GROUP, segment, target, 1, Q, P, N, HEADS, STAGES, SUMMARY, HAS_ENTRY, HAS_DENTRY)),
             (state_producer, (tiles, shared, bars, place, count, reverse, Q, P, N, HEADS, STAGES)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (state_consumer, (states, steps, entries, results, shared, own, bars, place, count, chunk, reverse, H,
-                              PER_GROUP, segment, target, 0, Q, P, N, HEADS, STAGES, SUMMARY, HAS_ENTRY, HAS_DENTRY)),
-            (state_consumer, (states, steps, entries, results, shared, own, bars, place, count, chunk, reverse, H,
-                              PER_GROUP, segment, target, 1, Q, P, N, HEADS, STAGES, SUMMARY, HAS_ENTRY, HAS_DENTRY)),
-            (state_consumer, (states, steps, entries, results, shared, own, bars, place, count, chunk, reverse, H,
-                              PER_GROUP, segment, target, 2, Q, P, N, HEADS, STAGES, SUMMARY, HAS_ENTRY, HAS_DENTRY)),
-            (state_consumer, (states, steps, entries, results, shared, own, bars, place, count, chunk, reverse, H,
-                              PER_GROUP, segment, target, 3, Q, P, N, HEADS, STAGES, SUMMARY, HAS_ENTRY, HAS_DENTRY)),
-            (state_producer, (tiles, shared, bars, place, count, reverse, Q, P, N, HEADS, STAGES)),
-        ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
 
 
 # Gradients of a chunk
@@ -452,7 +440,7 @@ def row_consumer(steps, dots, ends, dC, shared, dscores_s, f_s, bars, place, H, 
     """What sums over j <= i: dC, the row sums of the log decays' gradient, and the part that crosses the chunk."""
     b_s, c_s, x_s, dy_s, s_s, ds_s = shared
     ready, empty, maps, handed = bars
-    row, g, h0, t, chunk = place
+    _, _, h0, t, chunk = place
     narrow: gl.constexpr = product(Q)
     wide: gl.constexpr = product(N)
     down: gl.constexpr = gl.SliceLayout(1, narrow)
@@ -509,9 +497,9 @@ def column_consumer(dx, steps, D, dots, dB, shared, dscores_s, f_s, out_s, bars,
                     Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr,
                     HAS_D: gl.constexpr):  # fmt: skip
     """What sums over i >= j: dx, dB, the column sums of the log decays' gradient, and the gradient of ``C B^T``."""
-    b_s, c_s, x_s, dy_s, s_s, ds_s = shared
+    b_s, c_s, x_s, dy_s, _, ds_s = shared
     ready, empty, maps, handed = bars
-    row, g, h0, t, chunk = place
+    row, _, h0, t, chunk = place
     narrow: gl.constexpr = product(Q)
     wide: gl.constexpr = product(N)
     down: gl.constexpr = gl.SliceLayout(1, narrow)

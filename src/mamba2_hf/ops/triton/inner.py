@@ -62,7 +62,7 @@ class Arguments(NamedTuple):
         x, B, C = self.heads_and_groups(*convolved.split([inner, maps, maps], -1))
         z, dt = self.zxbcdt[..., :inner], self.zxbcdt[..., -heads:]
         seq_idx, cu_seqlens = self.seq_idx, self.cu_seqlens
-        if cu_seqlens is not None and self.ssm_initial_states is None and not self.states:
+        if packing.ids is not None and cu_seqlens is not None and self.ssm_initial_states is None and not self.states:
             # Documents without states of their own need no chunks of their own. Past the last one the convolution has
             # left zeros.
             seq_idx, cu_seqlens = packing.ids[None], None

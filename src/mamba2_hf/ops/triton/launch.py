@@ -30,7 +30,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     found = _compiled.get(key)
     if found is not None:
         compiled, tail = found
-        compiled[(*grid, 1, 1)](*args, *tail)
+        compiled[grid + (1, 1)](*args, *tail)
         return
     compiled = kernel[grid](*args, **constants, enable_fp_fusion=True)
     if compiled is None:  # interpreted
@@ -42,7 +42,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
 
 def cdiv(a: int, b: int) -> int:
-    """``a / b``, rounded up. (Triton's own, made for kernels too, takes microseconds.)"""
+    """``a / b``, rounded up. Triton's own, made for kernels too, takes microseconds."""
     return -(-a // b)
 
 

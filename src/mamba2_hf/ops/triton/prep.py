@@ -132,8 +132,8 @@ def prep_backward_kernel(
 
     ``dots (chunks, H, DOTS, Q)`` holds a token's row and column sums (see ``ssd_backward.py``), and with ``DOTS`` = 4
     the column sums' share that leaves the chunk and ``<x, dy>``; ``ends (chunks, H)`` what else concerns the chunk's
-    end. ``ddt`` is ``(B, T, H)``, its rows ``d_row`` and its tokens ``d_token`` apart. ``shares (chunks, 3, H)`` takes each chunk's share of the gradients of ``A``,
-    ``dt_bias`` and (with ``DOTS`` = 4) ``D``; the caller sums it.
+    end. ``ddt`` is ``(B, T, H)``, its rows ``d_row`` and its tokens ``d_token`` apart. ``shares (chunks, 3, H)`` takes
+    each chunk's share of the gradients of ``A``, ``dt_bias`` and (with ``DOTS`` = 4) ``D``; the caller sums it.
     """
     chunk = tl.program_id(0)
     heads = tl.program_id(1) * BH + tl.arange(0, BH)

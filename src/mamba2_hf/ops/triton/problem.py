@@ -36,6 +36,11 @@ class Arguments(NamedTuple):
     low: float
     high: float
 
+    def in_fp32(self) -> Arguments:
+        """The same with x, B, C and z in fp32."""
+        z = None if self.z is None else self.z.float()
+        return self._replace(x=self.x.float(), B=self.B.float(), C=self.C.float(), z=z)
+
 
 class Call(NamedTuple):
     """The arguments made ready for kernels, and what follows from them."""
@@ -59,14 +64,17 @@ class Call(NamedTuple):
 
     @property
     def packed(self) -> bool:
+        """Whether one row holds several documents with states of their own."""
         return self.cu_seqlens is not None
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
+        """``(B or S, H, P, N)``."""
         return self.shape.states, self.shape.heads, self.shape.head_dim, self.shape.state
 
     @property
     def sizes(self) -> dict[str, int]:
+        """Sizes that kernels are compiled for."""
         return {
             "PER_GROUP": self.shape.heads // self.shape.groups,
             "P": self.shape.head_dim,
@@ -74,6 +82,7 @@ class Call(NamedTuple):
         }
 
     def prep_flags(self, Q: int) -> dict[str, Any]:
+        """Options of both kernels in ``prep.py``."""
         return {
             "Q": Q,
             "BH": PREP_HEADS,

@@ -22,8 +22,7 @@ from .ssd_forward import link_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 256
-# On Hopper, Triton 3.6 reads past shared memory in the product that updates a 16-bit state of more than 128.
-LARGEST_STATE = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 256}
+LARGEST_STATE = 256
 LINK_BLOCK = 1024
 
 
@@ -33,8 +32,8 @@ def supports(*, shape: SSDShape, dtype: torch.dtype) -> tuple[bool, str]:
         return False, f"dtype {dtype} is not bfloat16, float16 or float32"
     if shape.head_dim > LARGEST_HEAD:
         return False, f"head_dim {shape.head_dim} is above {LARGEST_HEAD}"
-    if shape.state > LARGEST_STATE[dtype]:
-        return False, f"state size {shape.state} is above {LARGEST_STATE[dtype]}, the most for {dtype}"
+    if shape.state > LARGEST_STATE:
+        return False, f"state size {shape.state} is above {LARGEST_STATE}"
     return True, "the Triton scan serves it"
 
 
@@ -86,11 +85,14 @@ class Scan:
         self.given = Arguments(*args)
         self.call = prepare(self.given)
         self.kernels = _kernels(self.call)
+        if self.kernels is portable and configs.takes_fp32(self.call.shape, self.call.x.dtype):
+            self.call = prepare(self.given.in_fp32())
         self.cut = cut(self.call, self.kernels.chunk_size(self.call), marks=self.kernels is not portable)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """``y`` and the final states."""
-        return self.kernels.walk(self.call, self.cut, self._entry())
+        y, final = self.kernels.walk(self.call, self.cut, self._entry())
+        return y.to(self.given.x.dtype), final
 
     def backward(self, dy: Tensor, dfinal: Tensor | None, into: Into | None = None) -> tuple[Tensor | None, ...]:
         """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial states, each in its tensor's dtype.
@@ -123,8 +125,10 @@ class Scan:
             DOTS=found.dots.shape[2],
         )
         share = shares.sum(0)  # of A, dt_bias and D
-        dx, dB, dC, dD = found.dx, found.dB, found.dC, found.dD
-        if into is not None:
+        dx, dB, dC, dD, dz = found.dx, found.dB, found.dC, found.dD, found.dz
+        if into is None:
+            dx, dB, dC = (t.to(given.x.dtype) for t in (dx, dB, dC))
+        else:
             dx, dB, dC = (_place(*pair) for pair in zip((dx, dB, dC), into, strict=False))
         if dD is None and given.D is not None:
             dD = share[2]
@@ -136,7 +140,7 @@ class Scan:
             dB,
             dC,
             None if given.D is None else dD.to(given.D.dtype),
-            found.dz,
+            None if dz is None else dz.to(given.x.dtype),
             None if bias is None else share[1].to(bias.dtype),
             None if initial is None else found.dinitial.to(initial.dtype),
         )

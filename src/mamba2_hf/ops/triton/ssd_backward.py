@@ -99,7 +99,7 @@ def inputs_backward_kernel(
 
             grad = tl.dot(b_tile, dstate, input_precision=PRECISION) * (leaves * step)[:, None]
             x_tile = load_tokens(x, x_row, x_token, x_head, row, start, end, h, p0, Q, BP, P, TMA)  # (Q, P)
-            at_last += tl.sum(tl.sum(grad * widen(x_tile, ASM), 1), 0)
+            at_last += tl.sum(grad * widen(x_tile, ASM))
             dy_tile = load_tokens(dy, d_row, d_token, d_head, row, start, end, h, p0, Q, BP, P, TMA)  # (Q, P)
             grad = tl.dot(weights, dy_tile, grad, input_precision=PRECISION)
             column += tl.sum(grad * widen(x_tile, ASM), 1)
