@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ssd_cases import inner_arguments, scan_inputs
+from ssd_cases import inner_arguments, scan_inputs, step_arguments
 
 from mamba2_hf import ops
 from mamba2_hf.errors import BackendError
@@ -15,13 +15,6 @@ from mamba2_hf.ops import dispatch
 from mamba2_hf.ops.checks import SSDShape
 
 CPU = torch.device("cpu")
-
-
-def step_arguments() -> dict[str, Any]:
-    """Of ``mamba2_step``, in the sizes of ``inner_arguments``."""
-    arguments = inner_arguments(0, 1)
-    states = {"conv_state": torch.zeros(2, 44, 3), "ssm_state": torch.zeros(2, 4, 6, 5)}
-    return {k: v for k, v in arguments.items() if k != "head_dim"} | states
 
 
 X, CONV_STATE, WEIGHT = torch.ones(2, 3, 4), torch.zeros(2, 4, 3), torch.ones(4, 4)
@@ -34,7 +27,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_update": lambda **o: ops.causal_conv1d_update(X, CONV_STATE, WEIGHT, **o),
     "gated_rms_norm": lambda **o: ops.gated_rms_norm(X, None, X[0, 0], **o),
     "mamba2_inner": lambda **o: ops.mamba2_inner(**inner_arguments(0, 5), **o),
-    "mamba2_step": lambda **o: ops.mamba2_step(**step_arguments(), **o),
+    "mamba2_step": lambda **o: ops.mamba2_step(**step_arguments(0), **o),
 }
 
 

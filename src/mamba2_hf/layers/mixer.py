@@ -171,16 +171,8 @@ class Mamba2Mixer(KeepsFp32):
         conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
         if conv_weight is not None and norm_weight is not None:
             return ops.mamba2_step(
-                *(
-                    zxbcdt,
-                    conv_state,
-                    ssm_state,
-                    conv_weight.squeeze(1),
-                    self.conv1d.bias,
-                    self.dt_bias,
-                    self.A,
-                    self.D,
-                ),
+                *(zxbcdt, conv_state, ssm_state, conv_weight.squeeze(1), self.conv1d.bias),
+                *(self.dt_bias, self.A, self.D),
                 norm_weight=norm_weight,
                 n_groups=self.n_groups,
                 activation=self.activation,

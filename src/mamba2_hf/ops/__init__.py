@@ -262,7 +262,7 @@ def gated_rms_norm(
     Raises:
         ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
     """
-    size = checks.check_norm(x, z, weight, eps, group_size)
+    size = checks.check_norm(x, z, weight, eps, group_size, dtype)
     dtype = dtype or x.dtype
     choice = dispatch.choose("gated_rms_norm", x.device, backend, group_size=size, dtype=x.dtype)
     return dispatch.backend_module(choice.name).gated_rms_norm(

@@ -216,7 +216,14 @@ def _check_taps(channels: int, weight: Tensor, bias: Tensor | None, activation: 
     return weight.shape[1]
 
 
-def check_norm(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int | None) -> int:
+def check_norm(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    group_size: int | None,
+    dtype: torch.dtype | None = None,
+) -> int:
     """Contract of ``gated_rms_norm``; returns the group size, raises :class:`ArgumentError`."""
     _floating("x", x)
     width = x.shape[-1]
@@ -225,6 +232,8 @@ def check_norm(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_si
         _shape("z", z, tuple(x.shape), "as x")
     if not 0.0 <= eps < float("inf"):
         _fail(f"eps is {eps}, expected a small number >= 0, such as 1e-5")
+    if dtype is not None and not dtype.is_floating_point:
+        _fail(f"dtype is {dtype}, expected a floating point dtype, or None for that of x")
     size = width if group_size is None else group_size
     if size < 1 or width % size:
         _fail(f"group_size is {group_size}, which does not divide the width {width}")
