@@ -138,6 +138,7 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a minute of one core that is not shared
 @pytest.mark.parametrize("target", CAPABILITIES)
 def test_kernels_compile_everywhere(target: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -103,6 +103,7 @@ def test_fused_mixer_in_training(packing: str) -> None:
         assert (actual.double().cpu() - expected).norm() <= 2e-5 * expected.norm()
 
 
+@pytest.mark.slow
 def test_whole_graphs() -> None:
     """Forward and backward through every differentiable op compile without a graph break and change nothing."""
     given = {k: v.to(DEVICE, torch.float32).requires_grad_() for k, v in inputs().items()}
