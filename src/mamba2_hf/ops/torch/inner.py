@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..checks import SSDShape
 from .conv import causal_conv1d
 from .norm import gated_rms_norm
-from .precision import without_autocast
-from .ssd import needs_grad, ssd_chunk_scan
+from .modes import in_steps, needs_grad, without_autocast
+from .ssd import CHUNK_SIZE, ssd_chunk_scan
+
+SEGMENT_TOKENS = int(os.environ.get("SEG", "512"))
 
 
 def mamba2_inner(
@@ -82,8 +86,20 @@ def mamba2_inner(
             y = gated_rms_norm(y, z, norm_weight, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate)
         return y, conv_state, state
 
-    tensors = (zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_initial_states, ssm_initial_states)
+    weights = (conv_weight, conv_bias, dt_bias, A, D, norm_weight)
+    states = (conv_initial_states, ssm_initial_states)
+    recompute = needs_grad(zxbcdt, *weights, *states)
+
+    def segment(zxbcdt: Tensor, *states: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if recompute:
+            return checkpoint(run, zxbcdt, *weights, *states, use_reentrant=False, preserve_rng_state=False)
+        return run(zxbcdt, *weights, *states)
+
     with without_autocast(zxbcdt.device):
-        if needs_grad(*tensors):
-            return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
-        return run(*tensors)
+        if seq_idx is not None or cu_seqlens is not None or not in_steps(zxbcdt.device):
+            return segment(zxbcdt, *states)
+        ys = []
+        for part in zxbcdt.split(max(CHUNK_SIZE, SEGMENT_TOKENS // shape.batch), 1):
+            y, *states = segment(part, *states)
+            ys.append(y)
+        return torch.cat(ys, 1), *states
