@@ -120,11 +120,13 @@ def _pass_states(
     """``S_c = exp(log_decay_c) S_{c-1} + added_c``, or ``added_c`` where ``cut``, with ``S_{-1} = first``, or 0.
 
     Args:
-        added: ``(B, c, G, N, H/G, P)``. log_decay: ``(B, c, H)``. cut: ``(B, c)``. first: ``(B, G, N, H/G, P)`` or None.
+        added: ``(B, c, G, N, H/G, P)``. log_decay: ``(B, c, H)``. cut: ``(B, c)``.
+        first: ``(B, G, N, H/G, P)`` or None.
+        keep_all: whether to return the states after every chunk, of a single row.
 
     Returns:
-        The states before each chunk, shaped as ``added``; and the last one, or all after each of the chunks of a
-        single row.
+        The state before each chunk, shaped as ``added``; and the last one ``(B, G, N, H/G, P)``, or with ``keep_all``
+        the state after each chunk ``(c, G, N, H/G, P)``.
     """
     groups = added.shape[2], added.shape[4]
     if in_steps(added.device):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..checks import SSDShape
 from .conv import causal_conv1d
-from .norm import gated_rms_norm
 from .modes import in_steps, needs_grad, without_autocast
+from .norm import gated_rms_norm
 from .ssd import CHUNK_SIZE, ssd_chunk_scan
 
-SEGMENT_TOKENS = int(os.environ.get("SEG", "512"))
+SEGMENT_TOKENS = 512  # of all rows, on a CPU: what they need stays in the caches and in the allocator
 
 
 def mamba2_inner(
@@ -99,7 +98,8 @@ def mamba2_inner(
         if seq_idx is not None or cu_seqlens is not None or not in_steps(zxbcdt.device):
             return segment(zxbcdt, *states)
         ys = []
-        for part in zxbcdt.split(max(CHUNK_SIZE, SEGMENT_TOKENS // shape.batch), 1):
+        chunks = max(1, SEGMENT_TOKENS // (CHUNK_SIZE * shape.batch))
+        for part in zxbcdt.split(chunks * CHUNK_SIZE, 1):
             y, *states = segment(part, *states)
             ys.append(y)
-        return torch.cat(ys, 1), *states
+        return torch.cat(ys, 1) if len(ys) > 1 else y, states[0], states[1]

@@ -42,15 +42,16 @@ def in_steps(device: torch.device) -> bool:
 
 def times(fresh: Tensor, factor: Tensor) -> Tensor:
     """``fresh * factor``, over ``fresh`` where no graph is recorded that needs its value."""
-    return fresh * factor if torch.is_grad_enabled() or _transformed() else fresh.mul_(factor)
+    return fresh * factor if torch.is_grad_enabled() or transformed() else fresh.mul_(factor)
 
 
 def plus(fresh: Tensor, more: Tensor, factor: Tensor | None = None) -> Tensor:
     """``fresh + more``, or ``fresh + more * factor``, over ``fresh``, whose value no gradient may need."""
     if factor is None:
-        return fresh + more if _transformed() else fresh.add_(more)
-    return torch.addcmul(fresh, more, factor) if _transformed() else fresh.addcmul_(more, factor)
+        return fresh + more if transformed() else fresh.add_(more)
+    return torch.addcmul(fresh, more, factor) if transformed() else fresh.addcmul_(more, factor)
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
+    """Whether ``torch.func`` (vmap, jvp) rewrites operations."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
