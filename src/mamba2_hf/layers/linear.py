@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,21 +25,22 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
     """
     weight = plain_weight(module)
     if weight is not None and _on_plain_cpu(x, weight):
+        bias: Any = module.bias
         rows = x.reshape(-1, x.shape[-1])  # (R, d)
         count = rows.shape[0]
         if 0 < count <= SKINNY_ROWS:
             columns = (rows if count > 1 else rows.expand(2, -1).contiguous()).T
             y = (weight @ columns)[:, :count].T.contiguous()
-            return (y if module.bias is None else y.add_(module.bias)).view(*x.shape[:-1], -1)
+            return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
         if 0 < count * weight.shape[0] <= ONEDNN_OUTPUTS and torch.backends.mkldnn.is_available():
-            return F.linear(x.to_mkldnn(), weight, module.bias).to_dense()
+            return F.linear(x.to_mkldnn(), weight, bias).to_dense()
     return module(x)
 
 
 def _on_plain_cpu(*tensors: Tensor) -> bool:
     """Whether nothing but their values is asked of these tensors: fp32 on a CPU, no gradient, graph or transform."""
     return (
-        not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed())
+        not (torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed())
         and not torch.is_autocast_enabled("cpu")
         and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
     )

@@ -137,10 +137,10 @@ def _pass_states(
         return torch.stack(states[:-1], 1), torch.cat(states[1:]) if keep_all else states[-1]
     per_head = added.permute(0, 1, 2, 4, 3, 5).flatten(2, 3).flatten(3)  # (B, c, H, N P)
     start = None if first is None else first.permute(0, 1, 3, 2, 4).flatten(1, 2).flatten(2)[:, None]
-    states = _pass_in_blocks(per_head, log_decay, cut.cumsum(1), start)
-    states = states.unflatten(3, (added.shape[3], -1)).unflatten(2, groups).transpose(3, 4)
-    before = torch.zeros_like(states[:, :1]) if first is None else first[:, None]
-    return torch.cat([before, states[:, :-1]], 1), states[0] if keep_all else states[:, -1]
+    after = _pass_in_blocks(per_head, log_decay, cut.cumsum(1), start)
+    after = after.unflatten(3, (added.shape[3], -1)).unflatten(2, groups).transpose(3, 4)
+    before = torch.zeros_like(after[:, :1]) if first is None else first[:, None]
+    return torch.cat([before, after[:, :-1]], 1), after[0] if keep_all else after[:, -1]
 
 
 def _pass_in_blocks(added: Tensor, log_decay: Tensor, epoch: Tensor, first: Tensor | None) -> Tensor:

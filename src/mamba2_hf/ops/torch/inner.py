@@ -86,20 +86,20 @@ def mamba2_inner(
         return y, conv_state, state
 
     weights = (conv_weight, conv_bias, dt_bias, A, D, norm_weight)
-    states = (conv_initial_states, ssm_initial_states)
-    recompute = needs_grad(zxbcdt, *weights, *states)
-
-    def segment(zxbcdt: Tensor, *states: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        if recompute:
-            return checkpoint(run, zxbcdt, *weights, *states, use_reentrant=False, preserve_rng_state=False)
-        return run(zxbcdt, *weights, *states)
-
+    conv, ssm = conv_initial_states, ssm_initial_states
+    recompute = needs_grad(zxbcdt, *weights, conv, ssm)
+    segments: tuple[Tensor, ...] = (zxbcdt,)
+    if in_steps(zxbcdt.device) and seq_idx is None and cu_seqlens is None:
+        segments = zxbcdt.split(CHUNK_SIZE * max(1, SEGMENT_TOKENS // (CHUNK_SIZE * shape.batch)), 1)
+    ys = []
     with without_autocast(zxbcdt.device):
-        if seq_idx is not None or cu_seqlens is not None or not in_steps(zxbcdt.device):
-            return segment(zxbcdt, *states)
-        ys = []
-        chunks = max(1, SEGMENT_TOKENS // (CHUNK_SIZE * shape.batch))
-        for part in zxbcdt.split(chunks * CHUNK_SIZE, 1):
-            y, *states = segment(part, *states)
+        for segment in segments:
+            tensors = (segment, *weights, conv, ssm)
+            if recompute:
+                y, conv, ssm = checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
+            else:
+                y, conv, ssm = run(*tensors)
             ys.append(y)
-        return torch.cat(ys, 1) if len(ys) > 1 else y, states[0], states[1]
+    assert conv is not None  # there is a segment
+    assert ssm is not None
+    return torch.cat(ys, 1) if len(ys) > 1 else ys[0], conv, ssm
