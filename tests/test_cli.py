@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
-from mamba2_hf.cli import _Printer, app
+from mamba2_hf.cli import app
+from mamba2_hf.cli.generate import _Printer
 
 PROMPT = "def read_json(path):"
 

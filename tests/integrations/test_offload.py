@@ -13,6 +13,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor
 
 from mamba2_hf import Mamba2ForCausalLM, Mamba2ForSequenceClassification
+from mamba2_hf.errors import CheckpointError
 from mamba2_hf.layers import Mamba2Mixer
 from mamba2_hf.layers.sequence import sequence_layout
 
@@ -173,3 +174,14 @@ def test_layouts_and_states_follow_their_layer_to_its_device(make_model: Callabl
     assert state.ssm.is_meta
     assert cache.to("meta") is cache
     assert cache.layers[1].conv.is_meta
+
+
+@pytest.mark.parametrize("name", Mamba2Mixer.fp32_parameters)
+def test_a_value_that_is_not_finite_is_named_also_where_it_stays_on_disk(
+    make_model: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    model = make_model()
+    with torch.no_grad():
+        getattr(model.backbone.layers[1].mixer, name)[2] = float("nan")
+    with pytest.raises(CheckpointError, match=rf"backbone\.layers\.1\.mixer\.{name} holds NaN or Inf"):
+        mapped(SPLIT)(model, tmp_path)

@@ -252,13 +252,27 @@ def _refuse_made_up(model: Mamba2PreTrainedModel, info: dict[str, Any], source: 
 
 def _refuse_infinite(model: Mamba2PreTrainedModel, source: Any) -> None:
     """One NaN in a decay rate turns every state, and so every logit, into NaN."""
-    for name, parameter in model.named_parameters():
-        fragile = name.rpartition(".")[2] in FP32_PARAMETERS and not parameter.is_meta
-        if fragile and not bool(torch.isfinite(parameter).all()):
-            raise CheckpointError(
-                f"{source}: {name} holds NaN or Inf. The file is damaged or was saved after training diverged: "
-                "get it again, or load an earlier checkpoint"
-            )
+    for prefix, module in model.named_modules():
+        for name in FP32_PARAMETERS if isinstance(module, Mamba2Mixer) else ():
+            value = _stored_value(module, name)
+            if value is not None and not bool(torch.isfinite(value).all()):
+                raise CheckpointError(
+                    f"{source}: {prefix}.{name} holds NaN or Inf. The file is damaged or was saved after training "
+                    "diverged: get it again, or load an earlier checkpoint"
+                )
+
+
+def _stored_value(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter, also where accelerate keeps its value on the CPU or on disk; None on the meta device alone."""
+    parameter: Tensor = getattr(module, name)
+    if not parameter.is_meta:
+        return parameter
+    hook = getattr(module, "_hf_hook", None)
+    for inner in getattr(hook, "hooks", [hook]):
+        values = getattr(inner, "weights_map", None)
+        if values is not None and name in values:
+            return values[name]
+    return None
 
 
 class Mamba2Model(Mamba2PreTrainedModel):

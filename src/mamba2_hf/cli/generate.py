@@ -1,50 +1,24 @@
-"""The command line: ``mamba2-hf generate`` and ``mamba2-hf env``.
-
-Exit codes: 0 when the command did what was asked, 1 when it could not (the message says what to change), 2 when it was
-called wrongly. Only what a script wants goes to stdout; everything said about it goes to stderr.
-"""
+"""``mamba2-hf generate``: continue a text."""
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
 from enum import Enum
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
+
+from .console import DType, err, fail, first_line, out, write
 
 # torch, transformers and the ops are imported by the commands that need them, so that --help answers at once.
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-app = typer.Typer(
-    name="mamba2-hf",
-    help="Mamba-2 on Hugging Face transformers.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_show_locals=False,
-)
-# Text of models and users passes through here: no markup, no highlighting, no wrapping.
-out = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-PACKAGES = (
-    *("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface-hub"),
-    *("peft", "accelerate", "datasets", "trl", "einops", "numpy"),
-)
 
 
 class Backend(str, Enum):
@@ -55,40 +29,10 @@ class Backend(str, Enum):
     triton = "triton"
 
 
-class DType(str, Enum):
-    """What ``--dtype`` accepts."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-def main() -> None:
-    """The console script."""
-    app()
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
-        print(_version("mamba2-hf"))
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """Mamba-2 on Hugging Face transformers."""
-
-
 WHAT, HOW, SHOWN = "What runs", "How it writes", "What is printed"
 
 
-@app.command(
-    epilog=r"""[bold]Examples[/bold]
+GENERATE_EXAMPLES = r"""[bold]Examples[/bold]
 
 [cyan]mamba2-hf generate "def read_json(path):"[/cyan]
 
@@ -98,7 +42,8 @@ WHAT, HOW, SHOWN = "What runs", "How it writes", "What is printed"
 
 [cyan]mamba2-hf generate "Once upon a time" --model ./my-mamba2 --device cuda[/cyan]
 """
-)
+
+
 def generate(
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", help="The text to continue; [cyan]-[/cyan] reads it from stdin.")
@@ -200,8 +145,8 @@ def generate(
 
     import torch
 
-    from .errors import Mamba2HFError
-    from .ops import use_backend
+    from ..errors import Mamba2HFError
+    from ..ops import use_backend
 
     where = _device(device)
     net, tokenizer = _load(model, where, dtype)
@@ -210,68 +155,21 @@ def generate(
     torch.manual_seed(seed)
     if echo:
         out.print(Text(prompt, style="bold"), end="")
-    printer = _Printer(tokenizer, _write if stream else None)
+    printer = _Printer(tokenizer, write if stream else None)
     start = time.perf_counter()
     try:
         with use_backend(backend.value):
             net.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=printer)
     except Mamba2HFError as error:
-        _write("\n" if echo else "")
-        _fail(str(error))
+        write("\n" if echo else "")
+        fail(str(error))
     seconds = time.perf_counter() - start
-    _write("\n" if stream else printer.text + "\n")
+    write("\n" if stream else printer.text + "\n")
     kind = str(next(net.parameters()).dtype).removeprefix("torch.")
     err.print(
         f"{printer.tokens} tokens in {seconds:.1f} s ({printer.tokens / seconds:.0f} a second), {kind} on {where}",
         style="dim",
     )
-
-
-@app.command(
-    epilog=r"""[bold]Examples[/bold]
-
-[cyan]mamba2-hf env[/cyan]
-
-[cyan]mamba2-hf env --json | jq '.ops[] | select(.backend == "torch")'[/cyan]
-"""
-)
-def env(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for machines.")] = False,
-) -> None:
-    """Show versions, devices, and which backend serves each op and why."""
-    report = _environment()
-    if as_json:
-        print(json.dumps(report, indent=2))
-        return
-    console = Console(highlight=False)
-    for heading, columns, rows in (
-        (
-            "Versions",
-            ("package", "version"),
-            [(name, text or "not installed") for name, text in report["versions"].items()],
-        ),
-        ("Devices", ("device", "name"), [(device["device"], device["name"]) for device in report["devices"]]),
-        (
-            "Backends",
-            ("backend", "usable", "reason"),
-            [
-                (status["name"], "yes" if status["available"] else "no", status["reason"])
-                for status in report["backends"]
-            ],
-        ),
-        (
-            "Ops",
-            ("op", "device", "backend", "reason"),
-            [(op["op"], op["device"], op["backend"] or "none", op["reason"]) for op in report["ops"]],
-        ),
-    ):
-        table = Table(*columns, title=heading, title_justify="left", title_style="bold", pad_edge=False, box=None)
-        for row in rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
-        console.print()
-    for name, value in report["environment"].items():
-        console.print(f"{name}={value}" if value else f"{name} is not set: the fastest usable backend is chosen")
 
 
 class _Printer:
@@ -320,16 +218,6 @@ class _Printer:
         return text
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _fail(message: str) -> NoReturn:
-    err.print(Text.assemble(("error: ", "bold red"), message))
-    raise typer.Exit(1)
-
-
 def _device(name: str) -> torch.device:
     import torch
 
@@ -344,7 +232,7 @@ def _device(name: str) -> torch.device:
     try:
         torch.empty(0, device=device)
     except Exception as error:  # each device type fails with an error of its own
-        _fail(f"device {name} cannot be used here ({_first_line(error)}); mamba2-hf env lists the devices")
+        fail(f"device {name} cannot be used here ({first_line(error)}); mamba2-hf env lists the devices")
     return device
 
 
@@ -363,16 +251,16 @@ def _load(model: str | None, device: torch.device, dtype: DType) -> tuple[PreTra
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from . import pretrained
+    from .. import pretrained
 
     path = str(pretrained.shipped_model_path()) if model is None else str(Path(model).expanduser())
     if model is None or Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
-            _fail(f"no config.json in {path}; give a directory that a model was saved to, or a Hub id")
+            fail(f"no config.json in {path}; give a directory that a model was saved to, or a Hub id")
     elif Path(path).exists():
-        _fail(f"{path} is a file; give the directory that holds it, with its config.json and tokenizer")
+        fail(f"{path} is a file; give the directory that holds it, with its config.json and tokenizer")
     elif model.startswith((".", "/", "~")) or (os.sep != "/" and os.sep in model) or model.count("/") > 1:
-        _fail(f"no such directory: {path}; give a directory that a model was saved to, or a Hub id such as owner/name")
+        fail(f"no such directory: {path}; give a directory that a model was saved to, or a Hub id such as owner/name")
     else:
         path = model
     transformers.logging.set_verbosity_error()
@@ -383,49 +271,7 @@ def _load(model: str | None, device: torch.device, dtype: DType) -> tuple[PreTra
         net = AutoModelForCausalLM.from_pretrained(path, dtype=kind).to(device).eval()
     except Exception as error:  # broken files surface as errors of json, safetensors, tokenizers, torch ...
         remedy = "check that the directory is complete" if Path(path).is_dir() else "check the id and the connection"
-        _fail(f"cannot load a model from {path}: {_first_line(error)} ({remedy})")
+        fail(f"cannot load a model from {path}: {first_line(error)} ({remedy})")
     if net.generation_config.pad_token_id is None:
         net.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
     return net, tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def _environment() -> dict[str, Any]:
-    import torch
-
-    from .errors import BackendError
-    from .ops import dispatch
-
-    devices = [("cpu", platform.processor() or platform.machine())]
-    devices += [(f"cuda:{i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
-    ops = []
-    for op in dispatch.OPS:
-        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            try:
-                backend, reason = dispatch.choose(op, torch.device(device))
-            except BackendError as error:
-                backend, reason = None, str(error)
-            ops.append({"op": op, "device": device, "backend": backend, "reason": reason})
-    return {
-        "versions": {
-            "mamba2-hf": metadata.version("mamba2-hf"),
-            "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
-        },
-        "platform": platform.platform(),
-        "devices": [{"device": device, "name": name} for device, name in devices],
-        "backends": [status._asdict() for status in dispatch.report()],
-        "ops": ops,
-        "environment": {dispatch.ENVIRONMENT_VARIABLE: os.environ.get(dispatch.ENVIRONMENT_VARIABLE)},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -1,0 +1,20 @@
+"""Checkpoints: every published Mamba-2 format read, checked, converted and compared."""
+
+from __future__ import annotations
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .convert import Conversion, convert
+from .formats import FORMATS, Format, detect
+from .verify import Verification, verify
+
+__all__ = [
+    "FORMATS",
+    "Checkpoint",
+    "Conversion",
+    "Format",
+    "Verification",
+    "convert",
+    "detect",
+    "open_checkpoint",
+    "verify",
+]

@@ -1,0 +1,233 @@
+"""One checkpoint to another format or dtype, piece by piece, as a whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..models import Mamba2Config
+from . import io, remote_code
+from .checkpoint import SIDECAR, Checkpoint, is_fp32, open_checkpoint
+from .companions import CARD, TOKENIZERS, WRITTEN, carry
+from .files import check_free, whole_folder, write_bytes, write_json
+from .formats import FORMATS, Format, format_named
+from .hub import local_folder
+from .mapping import EMBEDDING, HEAD
+
+Progress = Callable[[int, int], None]
+"""Is told the bytes written so far and those to be written in all."""
+
+
+@dataclass
+class Conversion:
+    """What :func:`convert` did.
+
+    Attributes:
+        destination: where the result is.
+        source, target: names of the formats.
+        dtype: of the weights.
+        tensors, parameters, nbytes: how many were written.
+        carried: files that travelled along.
+        left: files of the source that did not.
+        remarks: what a person may want to know.
+    """
+
+    destination: Path
+    source: str
+    target: str
+    dtype: torch.dtype
+    tensors: int
+    parameters: int
+    nbytes: int
+    carried: list[str]
+    left: list[str]
+    remarks: list[str] = field(default_factory=list)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str = "mamba2",
+    source_format: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    with_code: bool = False,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Writes a checkpoint in another format, or the same one anew.
+
+    Values pass through in pieces, so that memory stays at a few hundred megabytes for any model. Every value has to be
+    finite. The destination appears when all of it is on the disk; an error, a signal or a full disk leaves no trace.
+
+    Args:
+        source: a folder, or a Hub id.
+        destination: the folder to make.
+        to: the name of a format that can be written, ``"mamba2"`` or ``"mamba_ssm"``.
+        source_format: the name of the source's format; None to find out.
+        dtype: of the weights, ``torch.float32``, ``bfloat16`` or ``float16``; ``A_log``, ``D`` and ``dt_bias`` are then
+            stored in float32. None keeps every tensor as it is.
+        max_shard_size: of a file, in bytes or as ``"5GB"``; mamba_ssm reads one file only.
+        overwrite: whether a checkpoint at the destination may be replaced; its README.md stays.
+        with_code: whether to write the file with which the model runs where this package is not installed.
+        tokenizer: a folder or Hub id to take the tokenizer's files from, in place of the source.
+        revision: of a Hub id.
+        progress: is called as bytes are written.
+
+    Returns:
+        What was done.
+
+    Raises:
+        CheckpointError: the source is broken, or the destination is in the way or full; see ``open_checkpoint``.
+        ConfigurationError: the model is of another kind, or cannot be expressed in the target format.
+    """
+    target = format_named(to)
+    if target.write_config is None:
+        writable = ", ".join(name for name, entry in FORMATS.items() if entry.write_config)
+        raise CheckpointError(f"{to}: this format is only read; those that can be written are {writable}")
+    if with_code and to != "mamba2":
+        raise CheckpointError(f"remote code is read by transformers, and {to} is not its format: use mamba2")
+    size = _shard_size(max_shard_size)
+    destination = Path(destination).expanduser()
+    replaceable = WRITTEN if overwrite else None
+    check_free(destination.resolve(), replaceable)
+    folder = local_folder(source, revision)
+    words = local_folder(tokenizer, weights=False) if tokenizer else None
+    _keep_apart(folder, destination)
+    checkpoint = open_checkpoint(folder, source_format)
+    try:
+        config = _written_config(checkpoint.config, target, dtype, with_code)
+        plan = _plan(checkpoint, target, dtype)
+        nbytes = sum(tensor.nbytes for tensor in plan if not (tensor.copy_of and target.in_torch_file))
+        with whole_folder(destination, replaceable=replaceable) as temporary:
+            _check_space(temporary, nbytes)
+            advance = _advance(progress, nbytes)
+            for name, content in config.items():
+                write_json(temporary / name, content)
+            carried = carry(folder, words, temporary)
+            if (destination / CARD).is_file():  # written by hand or for this place, and never by a conversion
+                write_bytes(temporary / CARD, (destination / CARD).read_bytes())
+            if with_code:
+                write_bytes(temporary / remote_code.FILE, remote_code.source().encode())
+            if target.in_torch_file:
+                io.write_torch(temporary / "pytorch_model.bin", plan, advance)
+            else:
+                io.write_safetensors(temporary, plan, size, advance)
+            open_checkpoint(temporary, target.name)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CheckpointError(f"{destination}: the disk is full ({error.strerror}); nothing was written") from None
+        raise CheckpointError(f"{destination}: cannot be written ({error}); nothing was written") from None
+    result = Conversion(
+        destination=destination,
+        source=checkpoint.format.name,
+        target=target.name,
+        dtype=dtype or checkpoint.dtype,
+        tensors=len(plan),
+        parameters=sum(_count(tensor) for tensor in checkpoint.tensors.values()),
+        nbytes=nbytes,
+        carried=carried,
+        left=_left(folder, checkpoint, carried),
+    )
+    if not TOKENIZERS & set(carried):
+        result.remarks.append(
+            "the source has no tokenizer; name one to take along (state-spaces: EleutherAI/gpt-neox-20b)"
+        )
+    if "tokenizer.model.v3" in carried and "tokenizer.json" not in carried:
+        result.remarks.append(
+            "tokenizer.model.v3 is Mistral's; AutoTokenizer wants the tokenizer.json of the Hub's copy"
+        )
+    return result
+
+
+def _shard_size(size: int | str) -> int | str:
+    if isinstance(size, str) and not re.fullmatch(r"[1-9]\d*(\.\d+)?(KB|MB|GB|TB)", size.upper()):
+        raise CheckpointError(f"max_shard_size is {size!r}: expected a number of bytes or a size such as '5GB'")
+    if isinstance(size, int) and size < 1:
+        raise CheckpointError(f"max_shard_size is {size}: expected at least 1 byte")
+    return size
+
+
+def _keep_apart(folder: Path, destination: Path) -> None:
+    """The source must outlive the conversion, so neither folder may hold the other."""
+    source, target = folder.resolve(), destination.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise CheckpointError(f"{destination}: is, holds or lies in the source; choose a folder apart from it")
+
+
+def _written_config(
+    config: Mamba2Config, target: Format, dtype: torch.dtype | None, with_code: bool
+) -> dict[str, dict[str, Any]]:
+    """Config files by name."""
+    assert target.write_config is not None
+    if dtype is not None:
+        config.dtype = dtype
+    mamba2: dict[str, Any] = json.loads(config.to_json_string())
+    mamba2.pop("auto_map", None)  # code does not travel along, and an entry that names it would only fail elsewhere
+    if with_code:
+        mamba2["auto_map"] = remote_code.AUTO_MAP
+    if target.name == "mamba2":
+        return {target.config_file: mamba2}
+    return {target.config_file: target.write_config(config), SIDECAR: mamba2}
+
+
+def _plan(checkpoint: Checkpoint, target: Format, dtype: torch.dtype | None) -> list[io.PlannedTensor]:
+    def planned(name: str, values_of: str, copy_of: str | None = None) -> io.PlannedTensor:
+        stored = checkpoint.tensors[values_of]
+        kind = stored.dtype
+        if dtype is not None:
+            kind = torch.promote_types(stored.dtype, torch.float32) if is_fp32(name) else dtype
+        return io.PlannedTensor(
+            name=target.keys.theirs(name),
+            dtype=kind,
+            shape=stored.shape,
+            pieces=lambda: checkpoint.weights.pieces(stored.name),
+            copy_of=copy_of,
+        )
+
+    plan = [planned(name, name) for name in checkpoint.tensors]
+    if checkpoint.config.tie_word_embeddings and target.stores_tied_head:
+        plan.append(planned(HEAD, EMBEDDING, copy_of=target.keys.theirs(EMBEDDING)))
+    return plan
+
+
+def _check_space(folder: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise CheckpointError(
+            f"{folder.parent}: {free / 1e9:.1f} GB free and {nbytes / 1e9:.1f} GB needed; make room or choose another "
+            "disk"
+        )
+
+
+def _advance(progress: Progress | None, total: int) -> io.Advance:
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    return advance
+
+
+def _left(folder: Path, checkpoint: Checkpoint, carried: list[str]) -> list[str]:
+    used = {*carried, checkpoint.format.config_file, SIDECAR, *(file.name for file in checkpoint.weights.files)}
+    return sorted(entry.name for entry in folder.iterdir() if entry.name not in used and not entry.name.startswith("."))
+
+
+def _count(tensor: io.StoredTensor) -> int:
+    return tensor.nbytes // tensor.dtype.itemsize

@@ -1,0 +1,127 @@
+"""The formats that checkpoints come in. A format is one entry of ``FORMATS``; everything that differs is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..models import Mamba2Config
+from ..models.mamba_ssm_config import is_mamba_ssm_config
+from . import mapping
+from .files import read_json
+from .mapping import KeyMap
+
+TRANSFORMERS_WEIGHTS = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+MISTRAL_WEIGHTS = ("consolidated.safetensors", "consolidated.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Format:
+    """One layout of checkpoints on disk.
+
+    Attributes:
+        name: what ``--from`` and ``--to`` call it.
+        title: what a person calls it.
+        config_file: the file with the sizes.
+        weights: names of files with weights, the preferred ones first.
+        recognizes: whether an object from ``config_file`` is of this format.
+        keys: names of the tensors.
+        read_config: its object as fields of ``mamba2``; raises ConfigurationError for what cannot be expressed.
+        write_config: the way back; None where the format is only read.
+        stores_tied_head: whether a head that shares the embedding is stored a second time.
+        in_torch_file: whether it is written as one file of ``torch.save``, and not as safetensors.
+    """
+
+    name: str
+    title: str
+    config_file: str
+    weights: tuple[str, ...]
+    recognizes: Callable[[Mapping[str, Any]], bool]
+    keys: KeyMap
+    read_config: Callable[[Mapping[str, Any]], dict[str, Any]]
+    write_config: Callable[[Mamba2Config], dict[str, Any]] | None = None
+    stores_tied_head: bool = False
+    in_torch_file: bool = False
+
+
+FORMATS: dict[str, Format] = {
+    entry.name: entry
+    for entry in (
+        Format(
+            name="mamba2",
+            title="mamba2 of transformers",
+            config_file="config.json",
+            weights=TRANSFORMERS_WEIGHTS,
+            recognizes=lambda config: config.get("model_type") == "mamba2",
+            keys=mapping.MAMBA2_KEYS,
+            read_config=mapping.read_mamba2,
+            write_config=lambda config: config.to_dict(),
+        ),
+        Format(
+            name="mamba_ssm",
+            title="of mamba_ssm, as state-spaces publishes",
+            config_file="config.json",
+            weights=TRANSFORMERS_WEIGHTS,
+            recognizes=is_mamba_ssm_config,
+            keys=mapping.MAMBA_SSM_KEYS,
+            read_config=mapping.read_mamba_ssm,
+            write_config=mapping.write_mamba_ssm,
+            stores_tied_head=True,
+            in_torch_file=True,
+        ),
+        Format(
+            name="codestral",
+            title="of Codestral Mamba, as Mistral publishes",
+            config_file="params.json",
+            weights=MISTRAL_WEIGHTS,
+            recognizes=lambda params: "dim" in params and "n_layers" in params,
+            keys=mapping.CODESTRAL_KEYS,
+            read_config=mapping.read_codestral,
+            stores_tied_head=True,
+        ),
+    )
+}
+
+
+def format_named(name: str) -> Format:
+    """An entry of ``FORMATS``; raises CheckpointError with all of their names."""
+    if name not in FORMATS:
+        raise CheckpointError(f"{name!r} is no format known here; there are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def detect(folder: Path) -> Format:
+    """The format of a checkpoint folder: the first whose config and weights are both there.
+
+    Raises:
+        CheckpointError: there is none; the message says what was seen.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; give a checkpoint's folder"
+        )
+    seen: list[str] = []
+    fitting: list[Format] = []
+    configs: dict[str, dict[str, Any]] = {}
+    for entry in FORMATS.values():
+        path = folder / entry.config_file
+        if not path.exists():
+            continue
+        if entry.config_file not in configs:
+            configs[entry.config_file] = read_json(path)
+        if entry.recognizes(configs[entry.config_file]):
+            fitting.append(entry)
+        else:
+            seen.append(f"{entry.config_file} with model_type {configs[entry.config_file].get('model_type')!r}")
+    with_weights = [entry for entry in fitting if any((folder / name).exists() for name in entry.weights)]
+    if with_weights or fitting:
+        return (with_weights or fitting)[0]
+    known = "; ".join(f"{entry.name} ({entry.config_file}, {entry.title})" for entry in FORMATS.values())
+    found = ", ".join(dict.fromkeys(seen)) or "no config.json and no params.json"
+    raise CheckpointError(f"{folder}: {found}; the formats read here are {known}")

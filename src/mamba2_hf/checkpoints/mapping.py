@@ -1,0 +1,186 @@
+"""Names and sizes, from each format to ``mamba2`` and back. Pure functions: no file is read here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import ConfigurationError
+from ..models import Mamba2Config, Mamba2ForCausalLM
+from ..models.mamba_ssm_config import as_mamba_ssm_config, translate_mamba_ssm_config
+
+LABELS_LIMIT = 100_000
+"""Most labels of a classifier that a configuration may name."""
+EMBEDDING, HEAD = "backbone.embeddings.weight", "lm_head.weight"
+KEPT = "mamba_ssm_config"
+"""Key of a converted config under which the original one stays readable; it has no effect."""
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """Names of tensors, theirs and ours. A ``{}`` in a name stands for the number of a layer.
+
+    Attributes:
+        renames: ours by theirs, for the names that differ; all others are the same.
+        prefix: what stands before each of their names.
+        accepted: more of their names that are read, but not written.
+    """
+
+    renames: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+    accepted: Mapping[str, str] = field(default_factory=dict)
+
+    def ours(self, name: str) -> str:
+        """Our name of their tensor; a name outside of the format comes back as it is."""
+        return _rename(name.removeprefix(self.prefix), {**self.accepted, **self.renames})
+
+    def theirs(self, name: str) -> str:
+        """Their name of our tensor."""
+        return self.prefix + _rename(name, {ours: theirs for theirs, ours in self.renames.items()})
+
+
+def _rename(name: str, renames: Mapping[str, str]) -> str:
+    numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
+    template = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name)
+    return renames[template].format(*numbers) if template in renames else name
+
+
+MAMBA2_KEYS = KeyMap(accepted={"backbone.embedding.weight": EMBEDDING})
+MAMBA_SSM_KEYS = KeyMap({"backbone.embedding.weight": EMBEDDING})
+CODESTRAL_KEYS = KeyMap({"backbone.embedding.weight": EMBEDDING}, prefix="model.")
+
+
+def expected_shapes(config: Mamba2Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of every tensor that a model of this configuration has. Nothing is allocated for them.
+
+    Raises:
+        ConfigurationError: the sizes fit no tensor at all.
+    """
+    one_layer = Mamba2Config.from_dict({**config.to_dict(), "num_hidden_layers": 1})
+    try:
+        with torch.device("meta"):
+            tensors = Mamba2ForCausalLM(one_layer).state_dict()
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise ConfigurationError(f"no tensor can have the sizes it gives ({str(error).splitlines()[0]})") from None
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    layer = {name: shape for name, shape in shapes.items() if ".layers.0." in name}
+    return {name: shape for name, shape in shapes.items() if name not in layer} | {
+        name.replace(".layers.0.", f".layers.{number}."): shape
+        for number in range(config.num_hidden_layers)
+        for name, shape in layer.items()
+    }
+
+
+# What other readers of config.json act on although the format does not define it, and the only value it may have here:
+# llama.cpp's converter takes inner width, head size and layers from these names first, vLLM the inner width.
+_MISLEADING: dict[str, Callable[[Mamba2Config], int]] = {
+    **dict.fromkeys(("intermediate_size", "mamba_d_ssm", "d_inner"), lambda config: config.num_heads * config.head_dim),
+    "mamba_d_head": lambda config: config.head_dim,
+    "n_layers": lambda config: config.num_hidden_layers,
+}
+# llama.cpp's converter rounds the vocabulary up to this, unless the config names another multiple.
+_GGUF_VOCABULARY = 16
+# How to run a model is for whoever runs it to say: a file could name code on the Hub here. And parts that other models
+# have; llama.cpp's converter would take their sizes.
+_DROPPED = frozenset(
+    {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
+    | {"text_config", "llm_config", "vision_config", "audio_config"}
+)
+_QUANTIZED = ("quantization_config", "compression_config", "quantization")
+
+
+def mamba2_config(fields: Mapping[str, Any], most_layers: int) -> Mamba2Config:
+    """The configuration of ``mamba2`` fields. Keys that the format does not know stay, without effect, except those
+    that would mislead another reader.
+
+    Args:
+        fields: from a file.
+        most_layers: how many there can be: a layer has a tensor at least.
+
+    Raises:
+        ConfigurationError: no model can be built from a value.
+    """
+    for name, most in (("num_hidden_layers", most_layers), ("num_labels", LABELS_LIMIT)):
+        count = fields.get(name)
+        if isinstance(count, int) and count > most:  # a configuration grows with either
+            raise ConfigurationError(f"{name} is {count}, more than the {most} that there can be")
+    if found := [name for name in _QUANTIZED if fields.get(name) is not None]:
+        raise ConfigurationError(f"{found[0]} says that the weights are quantized; dequantize and save them first")
+    fields = {name: value for name, value in fields.items() if name not in _DROPPED}
+    try:
+        # transformers writes an infinity as an object, which its own reader of files turns back.
+        config: Mamba2Config = Mamba2Config.from_dict(Mamba2Config._decode_special_floats(dict(fields)))
+    except ConfigurationError:
+        raise
+    except Exception as error:  # transformers trips over types that its own fields cannot have
+        raise ConfigurationError(f"no configuration can be made of these fields ({error})") from None
+    for key, value_of in _MISLEADING.items():
+        if hasattr(config, key) and getattr(config, key) != value_of(config):
+            delattr(config, key)
+    multiple = getattr(config, "pad_vocab_size_multiple", _GGUF_VOCABULARY)
+    if not isinstance(multiple, int) or multiple < 1 or config.vocab_size % multiple:
+        config.pad_vocab_size_multiple = 1
+    config.architectures = [Mamba2ForCausalLM.__name__]
+    config.rescale_prenorm_residual = False
+    return config
+
+
+def read_mamba2(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks that a ``config.json`` is one of ``mamba2``.
+
+    Raises:
+        ConfigurationError: it is another model's.
+    """
+    if raw.get("model_type") != "mamba2":
+        raise ConfigurationError(f"model_type is {raw.get('model_type')!r}: this is no mamba2")
+    return dict(raw)
+
+
+def read_mamba_ssm(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """mamba_ssm's ``config.json`` as ``mamba2`` fields, with the original under ``KEPT``."""
+    return {**translate_mamba_ssm_config(raw), KEPT: dict(raw)}
+
+
+def write_mamba_ssm(config: Mamba2Config) -> dict[str, Any]:
+    """mamba_ssm's ``config.json`` of a configuration: the original one if it came from there and still holds.
+
+    Raises:
+        ConfigurationError: mamba_ssm has no option for a value.
+    """
+    written = as_mamba_ssm_config(config.to_dict())
+    original = getattr(config, KEPT, None)
+    if isinstance(original, dict):
+        try:
+            if translate_mamba_ssm_config(original) == translate_mamba_ssm_config(written):
+                return original
+        except ConfigurationError:
+            pass
+    return written
+
+
+def read_codestral(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Mistral's ``params.json`` as ``mamba2`` fields. Its reader hands six of them to mamba_ssm and drops the rest.
+
+    Source: ``mistral_inference/mamba.py``.
+    """
+    if raw.get("model_type", "mamba") != "mamba":
+        raise ConfigurationError(f"model_type is {raw['model_type']!r}: not a Mamba, but another model of Mistral's")
+    if missing := [name for name in ("dim", "n_layers", "vocab_size", "n_groups") if name not in raw]:
+        raise ConfigurationError(f"{missing[0]} is missing")
+    fields = translate_mamba_ssm_config(
+        {
+            "d_model": raw["dim"],
+            "n_layer": raw["n_layers"],
+            "vocab_size": raw["vocab_size"],
+            "ssm_cfg": {"layer": "Mamba2", "ngroups": raw["n_groups"]},
+            "rms_norm": raw.get("rms_norm", True),
+            "residual_in_fp32": raw.get("residual_in_fp32", True),
+            "pad_vocab_size_multiple": raw.get("pad_vocab_size_multiple", 1),
+            "tie_embeddings": raw.get("tie_embeddings", False),
+        }
+    )
+    return {**fields, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}  # of its tokenizer
