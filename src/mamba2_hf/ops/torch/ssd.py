@@ -1,8 +1,6 @@
 """SSD in chunks (paper, Section 6) and the single step, in PyTorch.
 
-What keeps it lean: ``C B^T`` is formed once per group and not per head; the state products run as one matrix product
-per chunk and group with the heads side by side; states pass between chunks in a blocked scan whose work is linear in
-the number of chunks; and a differentiable call keeps its inputs only and recomputes the rest in the backward.
+A differentiable call keeps its inputs only and recomputes the rest in the backward.
 """
 
 from __future__ import annotations
