@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from .linear import linear
 from .mixer import Mamba2Mixer
 from .norm import GatedRMSNorm, RMSNorm
 from .sequence import SequenceLayout
 from .state import SSDState
 from .weights import plain_weight
 
-__all__ = ["GatedRMSNorm", "Mamba2Mixer", "RMSNorm", "SSDState", "SequenceLayout", "plain_weight"]
+__all__ = ["GatedRMSNorm", "Mamba2Mixer", "RMSNorm", "SSDState", "SequenceLayout", "linear", "plain_weight"]

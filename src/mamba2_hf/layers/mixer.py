@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .fp32 import KeepsFp32
+from .linear import linear
 from .norm import GatedRMSNorm
 from .sequence import PLAIN, SequenceLayout
 from .state import SSDState
@@ -89,10 +90,9 @@ class Mamba2Mixer(KeepsFp32):
         With ``output_attentions`` also the SSD attention matrix of each head, ``(B, H, T, T)``, which knows nothing of
         ``state``; see :func:`mamba2_hf.ops.ssd_attention_matrix`.
         """
-        zxbcdt = self.in_proj(hidden_states)
-        if output_attentions:
-            return self.out_proj(self._inner(zxbcdt, layout, state)), self._attention_matrix(zxbcdt, layout)
-        return self.out_proj(self._inner(zxbcdt, layout, state))
+        zxbcdt = linear(self.in_proj, hidden_states)
+        out = linear(self.out_proj, self._inner(zxbcdt, layout, state))
+        return (out, self._attention_matrix(zxbcdt, layout)) if output_attentions else out
 
     def _inner(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         """What is between the projections: ``(B, T, 2 H P + 2 G N + H)`` to ``(B, T, H P)``."""

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from ..errors import ArgumentError, CacheError, CheckpointError
-from ..layers import GatedRMSNorm, Mamba2Mixer, RMSNorm, SequenceLayout
+from ..layers import GatedRMSNorm, Mamba2Mixer, RMSNorm, SequenceLayout, linear
 from ..layers.mixer import FP32_PARAMETERS
 from ..layers.sequence import PLAIN, sequence_layout
 from .cache import Mamba2Cache, as_mamba2_cache
@@ -517,7 +517,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             hidden_states = hidden_states[:, logits_to_keep]
         elif logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]
-        logits = self.lm_head(hidden_states)  # (B, T', vocab)
+        logits = linear(self.lm_head, hidden_states)  # (B, T', vocab)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
 

@@ -16,7 +16,7 @@ from . import checks, dispatch
 from .checks import SSDShape
 from .dispatch import use_backend
 from .reference import ssd_attention_matrix
-from .torch.ssd import needs_grad
+from .torch.modes import needs_grad
 
 __all__ = [
     "causal_conv1d",
