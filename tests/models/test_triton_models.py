@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +13,13 @@ from mamba2_hf.ops import dispatch, use_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"num_heads": 4, "head_dim": 16}  # a program per head: the fewer, the faster the interpreter
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 
 @pytest.fixture(autouse=True)
