@@ -139,6 +139,20 @@ def test_decode_compiles_twice_at_most(model: Any) -> None:
 
 
 @torch.no_grad()
+def test_decode_of_models_of_several_sizes(tiny_model: Callable[..., Any]) -> None:
+    """The second model's graph leaves open what differs from the first's."""
+    for sizes in ({}, {"num_heads": 4, "head_dim": 16}):
+        model = tiny_model(num_hidden_layers=1, **sizes)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        caches = [model(tokens(2, TOKENS), use_cache=True).past_key_values for _ in range(2)]
+        logits = [
+            run(tokens(2, 1), past_key_values=cache).logits
+            for run, cache in zip((model, compiled), caches, strict=True)
+        ]
+        torch.testing.assert_close(*logits, **CLOSE)
+
+
+@torch.no_grad()
 def test_segments_continue_a_cache_in_one_graph(small: Any) -> None:
     compiled = torch.compile(small, fullgraph=True, backend=Graphs())
     ids, mask = tokens(3, 30), random_mask(3, 30)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +12,14 @@ from torch import Tensor
 from mamba2_hf.ops import dispatch, use_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = {"num_heads": 4, "head_dim": 16}  # a program per head: the fewer, the faster the interpreter
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +51,7 @@ def on_both(run: Callable[[], Any]) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("packing", ["plain", "padded", "packed"])
 def test_loss_and_gradients(tiny_model: Callable[..., Any], tokens: Tensor, served: list[str], packing: str) -> None:
-    model = tiny_model().to(DEVICE).train()
+    model = tiny_model(**SIZES).to(DEVICE).train()
     inputs = {
         "plain": {},
         "padded": {"attention_mask": (torch.arange(13) >= torch.tensor([[4], [0]])).long().to(DEVICE)},
@@ -60,14 +68,14 @@ def test_loss_and_gradients(tiny_model: Callable[..., Any], tokens: Tensor, serv
 
 
 def test_generation_steps_through_the_cache(tiny_model: Callable[..., Any], tokens: Tensor, served: list[str]) -> None:
-    model = tiny_model().to(DEVICE)
+    model = tiny_model(**SIZES).to(DEVICE)
     mask = (torch.arange(13) >= torch.tensor([[4], [0]])).long().to(DEVICE)
 
     def run() -> tuple[Any, ...]:
         out = model.generate(
             tokens,
             attention_mask=mask,
-            max_new_tokens=4,
+            max_new_tokens=3,
             do_sample=False,
             return_dict_in_generate=True,
             output_logits=True,
@@ -83,7 +91,7 @@ def test_generation_steps_through_the_cache(tiny_model: Callable[..., Any], toke
 @pytest.mark.slow
 def test_one_graph(tiny_model: Callable[..., Any], tokens: Tensor, served: list[str]) -> None:
     """A training step and a cached step compile without a break, the backend found while tracing."""
-    model = tiny_model().to(DEVICE)
+    model = tiny_model(**SIZES).to(DEVICE)
 
     def train() -> Tensor:
         return model(tokens, labels=tokens, use_cache=False).loss

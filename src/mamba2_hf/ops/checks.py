@@ -161,7 +161,8 @@ def _check_heads(heads: int, head_dim: int, groups: int, A: Tensor, D: Tensor | 
     if groups < 1 or heads % groups:
         _fail(f"B and C have {groups} groups, which does not divide the {heads} heads of x")
     _shape("A", A, (heads,), "(H,)")
-    if D is not None and tuple(D.shape) not in ((heads,), (heads, head_dim)):
+    # Compared one by one: a compiled graph that leaves the sizes open does not find one tuple among several.
+    if D is not None and tuple(D.shape) != (heads,) and tuple(D.shape) != (heads, head_dim):
         _fail(f"D has shape {tuple(D.shape)}, expected {(heads,)} = (H,) or {(heads, head_dim)} = (H, P)")
     if dt_bias is not None:
         _shape("dt_bias", dt_bias, (heads,), "(H,)")
