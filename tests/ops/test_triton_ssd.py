@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mamba2_hf.ops import ssd_chunk_scan
 from mamba2_hf.ops.checks import SSDShape, check_ssd
 from mamba2_hf.ops.dispatch import backend_module
-from mamba2_hf.ops.reference import ssd_recurrent
+from mamba2_hf.ops.reference import ssd_chunked, ssd_recurrent
 from mamba2_hf.ops.triton import configs
 from mamba2_hf.ops.triton.ssd import supports
 
@@ -223,6 +225,35 @@ def test_documents_and_segments_on_a_gpu(monkeypatch: pytest.MonkeyPatch, segmen
     ids = torch.tensor([[0] * 20 + [1] * 12 + [0] * 65 + [7] * 603, [3] * 700, list(range(100)) + [5] * 600])
     compare(make(B=3, T=700, P=64, N=128, H=4, G=2, dtype=torch.bfloat16), torch.bfloat16, seq_idx=ids)
     compare(make(B=1, T=3000, P=64, N=128, H=3, G=1, dtype=torch.bfloat16), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes", [(1, 200_000, 2, 64, 64), (68, 8192, 64, 64, 32)], ids=["200K tokens", "2^31 elements"]
+)
+def test_large_tensors(sizes: tuple[int, ...]) -> None:
+    """The first and the last row, the latter behind 2^31 elements of the batch."""
+    B, T, H, P, N = sizes
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+
+    rows = draw(B, T, H, P), draw(B, T, H) - 3, draw(B, T, 1, N) / math.sqrt(N), draw(B, T, 1, N)
+    A, dy = -torch.exp(draw(H).float()), draw(B, T, H, P)
+
+    def run(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, dy: Tensor, scan: Any) -> tuple[Tensor, ...]:
+        given = tuple(t.detach().requires_grad_() for t in (x, dt, B, C))
+        y, _ = scan(given[0], given[1], A.to(torch.promote_types(x.dtype, A.dtype)), given[2], given[3])
+        return y, *torch.autograd.grad(y, given, dy)
+
+    actual = run(*rows, dy, partial(ssd_chunk_scan, dt_softplus=True, return_final_states=True, backend="triton"))
+    for row in {0, B - 1}:
+        cut = [t[row : row + 1].double() for t in (*rows, dy)]
+        expected = run(*cut, partial(ssd_chunked, dt_softplus=True, chunk_size=128))
+        for a, e in zip(actual, expected, strict=True):
+            assert (a[row : row + 1].double() - e).norm() < TOLERANCE[torch.bfloat16] * e.norm()
 
 
 def test_only_the_outputs_have_a_gradient() -> None:
