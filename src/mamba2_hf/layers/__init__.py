@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .linear import linear
 from .mixer import Mamba2Mixer
 from .norm import GatedRMSNorm, RMSNorm
+from .projection import linear
 from .sequence import SequenceLayout
 from .state import SSDState
 from .weights import plain_weight

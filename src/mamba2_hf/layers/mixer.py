@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from .fp32 import KeepsFp32
-from .linear import linear
 from .norm import GatedRMSNorm
+from .projection import linear
 from .sequence import PLAIN, SequenceLayout
 from .state import SSDState
 from .weights import plain_weight
