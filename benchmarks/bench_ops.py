@@ -203,8 +203,10 @@ def forward_of(run: Callable[..., Any], tensors: list[Tensor]) -> Callable[[], A
 
 
 def backward_of(run: Callable[..., Tensor], tensors: list[Tensor]) -> Callable[[], Any]:
-    dy = torch.randn_like(run(*tensors))
-    return lambda: torch.autograd.grad(run(*tensors), tensors, dy)
+    leaves = [t.detach().requires_grad_() for t in tensors]  # no graph made on another stream holds on to them
+    with torch.no_grad():
+        dy = torch.randn_like(run(*leaves))
+    return lambda: torch.autograd.grad(run(*leaves), leaves, dy)
 
 
 def mixer_inputs(B: int, T: int, H: int, P: int, N: int) -> list[Tensor]:
