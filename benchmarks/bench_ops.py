@@ -359,20 +359,26 @@ def plot(path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
+    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "ops"}
     rows = list(csv.DictReader(path.open()))
     for kind, label in (("length_fwd_", "tokens of a sequence (32K tokens in all)"), ("state_fwd_", "state size N")):
         figure, axes = plt.subplots(figsize=(6, 4))
         chosen = [r for r in rows if r["case"].startswith(kind)]
+        ticks = sorted({int(r["case"].removeprefix(kind)) for r in chosen})
         for impl in dict.fromkeys(r["impl"] for r in chosen):
             points = [(int(r["case"].removeprefix(kind)), float(r["ms_p50"])) for r in chosen if r["impl"] == impl]
             axes.plot(*zip(*points, strict=True), marker="o", label=impl)
         if kind == "state_fwd_":  # a Mamba-1 scan does its work N times: the slope that its paper shows
             first = next(p for p in chosen if p["impl"] == OURS)
-            sizes = sorted({int(r["case"].removeprefix(kind)) for r in chosen})
             start = float(first["ms_p50"])
-            axes.plot(sizes, [start * n / sizes[0] for n in sizes], "--", color="gray", label="in proportion to N")
+            axes.plot(ticks, [start * n / ticks[0] for n in ticks], "--", color="gray", label="in proportion to N")
         axes.set(xlabel=label, ylabel="forward, ms", xscale="log", yscale="log")
+        axes.set_xticks(ticks, [str(t) for t in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatted("{x:g}")
         axes.legend()
         figure.tight_layout()
         figure.savefig(path.with_name(f"{path.stem}_{kind.split('_')[0]}.svg"))
@@ -380,12 +386,15 @@ def plot(path: Path) -> None:
     chosen = [r for r in rows if r["case"].startswith("ssd_")]
     names = list(dict.fromkeys(r["case"] for r in chosen))
     impls = list(dict.fromkeys(r["impl"] for r in chosen))
+    height = 0.8 / len(impls)
     for i, impl in enumerate(impls):
         ratio = {r["case"]: float(r["ratio_to_floor"]) for r in chosen if r["impl"] == impl}
-        places = [names.index(n) + (i - (len(impls) - 1) / 2) * 0.4 for n in ratio]
-        axes.barh(places, list(ratio.values()), 0.4, label=impl)
+        places = [names.index(n) + (i - (len(impls) - 1) / 2) * height for n in ratio]
+        axes.barh(places, list(ratio.values()), height, label=impl)
     axes.set_yticks(range(len(names)), [n.removeprefix("ssd_") for n in names], fontsize=8)
-    axes.set(xlabel="time over floor (1 is the limit)", xscale="log")
+    axes.set(xlabel="time over floor", xscale="log", xlim=1)
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.legend()
     figure.tight_layout()
     figure.savefig(path.with_name(f"{path.stem}_floor.svg"))
