@@ -64,7 +64,7 @@ class SSDBackbone(SSDPreTrainedModel):
         if output_attentions:
             self._check_attentions(batch, tokens, cache)
         hidden_states = layout.pack(self._scale_embeddings(hidden_states))  # (1, R, d) where there was padding
-        options = self._layer_options(hidden_states, layout, batch, tokens, position_ids, cache)
+        options, counted = self._layer_options(hidden_states, layout, batch, tokens, position_ids, cache)
         if output_attentions:
             options["output_attentions"] = True
         if output_router_logits:
@@ -85,7 +85,7 @@ class SSDBackbone(SSDPreTrainedModel):
         if output_hidden_states:
             every_state.append(hidden_states)
         if cache is not None:
-            self._count(cache, tokens, layout, options)
+            cache.count(tokens, layout.keep, **counted)
 
         output = Mamba2Output(
             last_hidden_state=hidden_states,
@@ -107,12 +107,11 @@ class SSDBackbone(SSDPreTrainedModel):
         tokens: int,
         position_ids: Tensor | None,
         cache: Mamba2Cache | None,
-    ) -> dict[str, Any]:
-        """More arguments for every layer; ``hidden_states (1, R, d)`` or ``(B, T, d)`` are the embeddings."""
-        return {}
-
-    def _count(self, cache: Mamba2Cache, tokens: int, layout: SequenceLayout, options: dict[str, Any]) -> None:
-        cache.count(tokens, layout.keep)
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """More arguments for every layer, and for :meth:`Mamba2Cache.count`; ``hidden_states (1, R, d)`` or ``(B, T,
+        d)`` are the embeddings.
+        """
+        return {}, {}
 
     def _check_attentions(self, batch: int, tokens: int, cache: Mamba2Cache | None) -> None:
         """Refuses ``output_attentions=True`` where it cannot be had."""

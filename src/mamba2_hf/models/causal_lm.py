@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = True
     backbone: SSDBackbone
     lm_head: nn.Module
-    cache_kinds: ClassVar[tuple[str, ...]] = ("dynamic", "static")
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding layer."""
@@ -201,10 +200,11 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         elif use_cache:
             if kind not in (None, "dynamic", "static"):
                 raise ArgumentError(
-                    f"cache_implementation={kind!r}: the states of a Mamba-2 are constant in size, so there is nothing "
-                    "to offload, quantize or slide; use 'dynamic' (the default) or 'static'"
+                    f"cache_implementation={kind!r}: the states of a Mamba-2 are constant in size, so that there is "
+                    "little to offload, quantize or slide; use 'dynamic' (the default) or 'static'"
                 )
-            model_kwargs["past_key_values"] = Mamba2Cache(self.config, static=kind == "static")
+            length = max(max_cache_length, generation_config.max_cache_len or 0, 1)
+            model_kwargs["past_key_values"] = Mamba2Cache(self.config, static=kind == "static", max_length=length)
 
 
 def _refuse_packed(model_kwargs: dict[str, Any]) -> None:

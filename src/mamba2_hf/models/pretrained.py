@@ -55,13 +55,21 @@ class SSDPreTrainedModel(PreTrainedModel):
         init.copy_(mixer.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
         init.copy_(mixer.A_log, torch.log(torch.empty_like(mixer.A_log).uniform_(1, 16)))
         init.ones_(mixer.D)
-        init.kaiming_uniform_(mixer.conv1d.weight, a=math.sqrt(5))
-        if mixer.conv1d.bias is not None:
-            bound = 1 / math.sqrt(mixer.conv_kernel)
-            init.uniform_(mixer.conv1d.bias, -bound, bound)
-        if config.rescale_prenorm_residual and isinstance(mixer.out_proj, nn.Linear):
+        self._init_conv(mixer.conv1d, mixer.conv_kernel)
+        self._init_residual(mixer.out_proj)
+
+    @staticmethod
+    def _init_conv(conv1d: nn.Module, taps: int) -> None:
+        init.kaiming_uniform_(conv1d.weight, a=math.sqrt(5))
+        if conv1d.bias is not None:
+            bound = 1 / math.sqrt(taps)
+            init.uniform_(conv1d.bias, -bound, bound)
+
+    def _init_residual(self, linear: nn.Module) -> None:
+        """New weights that write to the residual stream."""
+        if self.config.rescale_prenorm_residual and isinstance(linear, nn.Linear):
             # Drawn anew rather than multiplied, so that however often this runs, the scale is there once.
-            self._init_linear(mixer.out_proj, scale=self._residual_scale)
+            self._init_linear(linear, scale=self._residual_scale)
 
     @property
     def _residual_scale(self) -> float:
