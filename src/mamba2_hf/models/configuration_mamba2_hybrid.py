@@ -322,6 +322,17 @@ class Mamba2HybridConfig(SSDConfig):
             self._require(fits, name, f"{count} finite factors other than 0, or None")
         self._check_common()
 
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers, but None stays None: no rotary embedding, and not the usual one."""
+        if self.rope_parameters is None:
+            return kwargs
+        self.rope_parameters = dict(self.rope_parameters)
+        rest: dict[str, Any] = super().convert_rope_params_to_dict(**kwargs)
+        return rest
+
+    def validate_layer_type(self) -> None:
+        """Nothing: ``layer_types`` follows from ``layer_blocks``, and transformers' list of names lacks ``"mlp"``."""
+
     def _check_layers(self) -> None:
         self._require(self.num_hidden_layers >= 0, "num_hidden_layers", "a count of at least 0")
         blocks = self.layer_blocks or []
