@@ -2,6 +2,7 @@
 
 * Auto classes build our models for ``model_type: mamba2`` and ``mamba2_hybrid``; the stock classes stay reachable by
   their own names.
+* ``Mamba2HybridForCausalLM.from_pretrained`` reads the formats of other hybrids.
 * Trainer keeps weight decay off ``A_log``, ``D``, ``dt_bias`` and the norms of our models.
 * PEFT may put LoRA on every linear of our models, ``out_proj`` included, and knows the default targets.
 
@@ -36,6 +37,7 @@ from .models import (
     Mamba2HybridForCausalLM,
     Mamba2HybridForSequenceClassification,
     Mamba2HybridModel,
+    Mamba2HybridPreTrainedModel,
     Mamba2Model,
     SSDPreTrainedModel,
 )
@@ -58,9 +60,16 @@ def register() -> None:
         AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
         AutoModelForPreTraining.register(config, causal_lm, exist_ok=True)
         AutoModelForSequenceClassification.register(config, classifier, exist_ok=True)
+    Mamba2HybridPreTrainedModel.foreign_reader = staticmethod(_read_foreign)
     when_imported("transformers.trainer", _keep_decay_off)
     when_imported("peft.utils.constants", _name_lora_targets)
     when_imported("peft.tuners.tuners_utils", _allow_lora_everywhere)
+
+
+def _read_foreign(*args: Any) -> Any:
+    from .checkpoints.loading import read_foreign
+
+    return read_foreign(*args)
 
 
 def when_imported(name: str, then: Callable[[Any], None]) -> None:

@@ -116,7 +116,7 @@ def open_checkpoint(folder: Path, source: str | None = None) -> Checkpoint:
         shapes = mapping.expected_shapes(config)
     except ConfigurationError as error:
         raise ConfigurationError(f"{path}: {error}") from None
-    equations = None if entry.equations is None else entry.equations(config, shapes)
+    equations = None if entry.equations is None else entry.equations(config, shapes, weights.tensors.keys())
     stored = _named(entry, weights, config)
     expected = shapes if equations is None else shapes_of(equation.theirs for equation in equations)
     head, embedding = (_stored_name(equations, name) for name in (HEAD, EMBEDDING))

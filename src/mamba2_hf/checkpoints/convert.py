@@ -209,7 +209,7 @@ def _plan(checkpoint: Checkpoint, target: Format, dtype: torch.dtype | None) -> 
     if target.equations is None:
         equations = [same(target.keys.theirs(name), name, shape) for name, shape in shapes.items()]
     else:
-        equations = target.equations(checkpoint.config, shapes)
+        equations = target.equations(checkpoint.config, shapes, ())
     theirs = shapes_of(equation.theirs for equation in equations)
     made = parts_of(equations, of_ours=False)
     names = {own.name: equation.theirs[0].name for equation in equations for own in equation.ours}

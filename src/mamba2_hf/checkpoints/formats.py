@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from ..models import Mamba2ForCausalLM, Mamba2HybridForCausalLM, SSDPreTrainedMo
 from ..models.mamba_ssm_config import is_mamba_ssm_config
 from . import mapping
 from .equations import Equation, Shape
-from .families import bamba, falcon, granite, nemotron, zamba
+from .families import bamba, falcon, granite, mamba2attn, megatron, nemotron, zamba
 from .files import read_json
 from .mapping import KeyMap
 
@@ -74,7 +74,8 @@ class Format:
         read_config: its object as fields of its family; raises ConfigurationError for what cannot be expressed.
         family: of its models.
         keys: names of the tensors, where names are all that differs.
-        equations: else which of theirs are which of ours, from configuration and shapes of ours.
+        equations: else which of theirs are which of ours, from configuration, shapes of ours, and the names that
+            a file to be read has.
         canonical: the name that a stored tensor has in these equations; None for one that no model here has.
         write_config: the way back; None where the format is only read.
         stores_tied_head: whether a head that shares the embedding is stored a second time.
@@ -89,7 +90,7 @@ class Format:
     read_config: Callable[[Mapping[str, Any]], dict[str, Any]]
     family: Family = PURE
     keys: KeyMap = field(default_factory=KeyMap)
-    equations: Callable[[Any, Mapping[str, Shape]], list[Equation]] | None = None
+    equations: Callable[[Any, Mapping[str, Shape], Collection[str]], list[Equation]] | None = None
     canonical: Callable[[Any, str], str | None] | None = None
     write_config: Callable[[Any], dict[str, Any]] | None = None
     stores_tied_head: bool = False
@@ -132,7 +133,7 @@ FORMATS: dict[str, Format] = {
             title="of mamba_ssm, as state-spaces publishes",
             config_file="config.json",
             weights=TRANSFORMERS_WEIGHTS,
-            recognizes=is_mamba_ssm_config,
+            recognizes=lambda config: is_mamba_ssm_config(config) and not mamba2attn.recognizes(config),
             keys=mapping.MAMBA_SSM_KEYS,
             read_config=mapping.read_mamba_ssm,
             write_config=mapping.write_mamba_ssm,
@@ -164,6 +165,38 @@ FORMATS: dict[str, Format] = {
         _of_transformers(nemotron, "Nemotron-H", stores_tied_head=True),
         _of_transformers(falcon, "Falcon-H1"),
         _of_transformers(zamba, "Zamba2"),
+        Format(
+            name=mamba2attn.NAME,
+            title="of mamba_ssm, with attention or MLPs",
+            config_file="config.json",
+            weights=TRANSFORMERS_WEIGHTS,
+            recognizes=mamba2attn.recognizes,
+            family=HYBRID,
+            equations=mamba2attn.equations,
+            read_config=mamba2attn.read_config,
+            stores_tied_head=True,
+        ),
+        Format(
+            name="megatron",
+            title="of Megatron, hybrids",
+            config_file="config.json",
+            weights=TRANSFORMERS_WEIGHTS,
+            recognizes=megatron.recognizes_hybrid,
+            family=HYBRID,
+            equations=megatron.equations,
+            canonical=megatron.canonical,
+            read_config=megatron.read_hybrid,
+        ),
+        Format(
+            name="megatron_mamba2",
+            title="of Megatron, pure Mamba-2",
+            config_file="config.json",
+            weights=TRANSFORMERS_WEIGHTS,
+            recognizes=megatron.recognizes_pure,
+            equations=megatron.equations,
+            canonical=megatron.canonical,
+            read_config=megatron.read_pure,
+        ),
     )
 }
 

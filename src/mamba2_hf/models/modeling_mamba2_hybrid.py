@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -348,6 +348,32 @@ class Mamba2HybridPreTrainedModel(SSDPreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    foreign_reader: ClassVar[Any] = None
+    """Reads checkpoints of other formats: ``mamba2_hf.checkpoints.loading.read_foreign``, once it is registered."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, also from checkpoints of bamba, granitemoehybrid, nemotron_h, falcon_h1, zamba2 and the
+        original code's hybrids; their weights are all in memory while the model is made.
+
+        Raises:
+            CheckpointError: weights are missing, of another shape, or not finite.
+            ConfigurationError: the checkpoint's configuration cannot be expressed as a hybrid's.
+        """
+        source = pretrained_model_name_or_path
+        given = source is None or kwargs.get("config") is not None or kwargs.get("state_dict") is not None
+        if cls.foreign_reader is not None and not given:
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+            found = cls.foreign_reader(source, dtype, kwargs.get("revision"))
+            if found is not None:
+                config, state, dtype = found
+                for name in ("dtype", "torch_dtype", "revision"):
+                    kwargs.pop(name, None)
+                fields = config.to_dict()
+                config, kwargs = cls.config_class.from_dict(fields, return_unused_kwargs=True, **kwargs)
+                return super().from_pretrained(None, *args, config=config, state_dict=state, dtype=dtype, **kwargs)
+        return super().from_pretrained(source, *args, **kwargs)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...errors import ConfigurationError
@@ -99,6 +99,6 @@ def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
     return write_stock(NAME, "FalconH1ForCausalLM", config, floats, read_config)
 
 
-def equations(config: Mamba2HybridConfig, shapes: Mapping[str, Shape]) -> list[Equation]:
+def equations(config: Mamba2HybridConfig, shapes: Mapping[str, Shape], stored: Collection[str] = ()) -> list[Equation]:
     """Their tensors and ours."""
     return in_blocks(config, shapes, bamba.OUTER, bamba.rename)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...errors import ConfigurationError
@@ -141,7 +141,7 @@ def logits_scaling(config: Mamba2HybridConfig) -> float:
     return 1.0 if config.lm_head_multiplier is None else 1 / config.lm_head_multiplier
 
 
-def equations(config: Mamba2HybridConfig, shapes: Mapping[str, Shape]) -> list[Equation]:
+def equations(config: Mamba2HybridConfig, shapes: Mapping[str, Shape], stored: Collection[str] = ()) -> list[Equation]:
     """Their tensors and ours; gate and up projection are one."""
 
     def rename(layer: int, block: int, name: str) -> str | None:

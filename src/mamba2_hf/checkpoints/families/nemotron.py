@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...errors import ConfigurationError
@@ -151,7 +151,7 @@ def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
     return write_stock(NAME, "NemotronHForCausalLM", config, fields, read_config)
 
 
-def equations(config: Mamba2HybridConfig, shapes: Mapping[str, Shape]) -> list[Equation]:
+def equations(config: Mamba2HybridConfig, shapes: Mapping[str, Shape], stored: Collection[str] = ()) -> list[Equation]:
     """Their tensors and ours; every expert is a tensor of its own."""
     experts: list[Equation] = []
 

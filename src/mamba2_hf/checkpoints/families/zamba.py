@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...errors import ConfigurationError
@@ -128,7 +128,7 @@ def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
     return write_stock(NAME, "Zamba2ForCausalLM", config, fields, read_config)
 
 
-def equations(config: Mamba2HybridConfig, shapes: Mapping[str, Shape]) -> list[Equation]:
+def equations(config: Mamba2HybridConfig, shapes: Mapping[str, Shape], stored: Collection[str] = ()) -> list[Equation]:
     """Their tensors and ours. A shared block is stored in the first layer that uses it, with the adapters of all its
     uses; gate and up projection are one.
     """
