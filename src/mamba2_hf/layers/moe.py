@@ -27,7 +27,8 @@ class SoftmaxRouter(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(n, d)`` to logits ``(n, E)`` in fp32, weights ``(n, k)`` and indices ``(n, k)``."""
-        logits = F.linear(x, self.weight).float()
+        logits = F.linear(x, self.weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         chosen, index = logits.topk(self.top_k, -1)
         return logits, torch.softmax(chosen, -1).to(x.dtype), index
 
@@ -68,7 +69,8 @@ class SigmoidRouter(KeepsFp32):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(n, d)`` to logits ``(n, E)``, weights ``(n, k)``, both in fp32, and indices ``(n, k)``."""
-        logits = F.linear(x.float(), self.weight.float())
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(dtype), self.weight.to(dtype))
         scores = logits.sigmoid()
         ranked = scores + self.e_score_correction_bias
         if self.num_groups > 1:

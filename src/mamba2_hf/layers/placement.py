@@ -314,6 +314,8 @@ def place(layout: SequenceLayout, rows: int, tokens: int, counts: KeyCounts | No
                     f"the cache holds {past.shape[0]} sequences and the input has {rows}: use batch_repeat_interleave "
                     "or batch_select_indices, or start with an empty cache"
                 )
+            if torch.is_grad_enabled() or not _is_writable(past):
+                past = past.clone()  # autograd may keep it for a backward that runs after the next call
     if capacity is not None:
         if stored + tokens > capacity:
             raise CacheError(

@@ -112,6 +112,18 @@ def prepare_masks(config: Any, placement: Placement, windows: Iterable[int | Non
             )
 
 
+def _run_doubles_here(cls: type[Experts]) -> type[Experts]:
+    """The implementations to choose from know no fp64."""
+    run = cls.forward
+
+    def forward(self: Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return Experts.forward(self, x, index, weights) if x.dtype == torch.float64 else run(self, x, index, weights)
+
+    cls.forward = forward  # type: ignore[method-assign]
+    return cls
+
+
+@_run_doubles_here
 @use_experts_implementation
 class GatedExperts(Experts):
     """:class:`~mamba2_hf.layers.Experts` with a gate, run as ``config._experts_implementation`` names it."""
@@ -120,6 +132,7 @@ class GatedExperts(Experts):
         super().__init__(*sizes)
 
 
+@_run_doubles_here
 @use_experts_implementation(has_gate=False)
 class PlainExperts(Experts):
     """:class:`~mamba2_hf.layers.Experts` without a gate, run as ``config._experts_implementation`` names it."""

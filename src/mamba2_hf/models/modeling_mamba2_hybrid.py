@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -36,6 +38,9 @@ from .modeling_mamba2 import check_attentions
 from .outputs import Mamba2CausalLMOutput, Mamba2Output
 from .pretrained import SSDPreTrainedModel
 from .rotary import RotaryEmbedding
+
+_TO_STREAM = "writes_to_the_stream"
+"""Marks linear layers whose result is added to the residual stream."""
 
 
 @dataclass
@@ -124,6 +129,7 @@ class MixerBlock(nn.Module):
         self.attention_kind = next((mixer for mixer in KINDS[kind] if mixer != SSD), None)
         if self.attention_kind is not None and kind != SHARED:
             self.attention = _attention(config, self.attention_kind, config.hidden_size)
+            setattr(self.attention.o_proj, _TO_STREAM, True)
 
     def forward(self, stream: Tensor, call: _Call) -> Tensor:
         """``(B, T, d)`` to ``(B, T, d)``."""
@@ -197,6 +203,8 @@ class FeedForwardBlock(nn.Module):
             self.moe = _moe(config)
         else:
             self.mlp = _mlp(config, config.intermediate_size)
+        for part in (module for module in self.modules() if isinstance(module, MLP)):
+            setattr(part.down_proj, _TO_STREAM, True)
 
     def forward(self, stream: Tensor, call: _Call) -> Tensor:
         """``(B, T, d)`` to ``(B, T, d)``."""
@@ -372,7 +380,12 @@ class Mamba2HybridPreTrainedModel(SSDPreTrainedModel):
                     kwargs.pop(name, None)
                 fields = config.to_dict()
                 config, kwargs = cls.config_class.from_dict(fields, return_unused_kwargs=True, **kwargs)
-                return super().from_pretrained(None, *args, config=config, state_dict=state, dtype=dtype, **kwargs)
+                loaded = super().from_pretrained(None, *args, config=config, state_dict=state, dtype=dtype, **kwargs)
+                model = loaded[0] if isinstance(loaded, tuple) else loaded
+                if model.can_generate():
+                    with contextlib.suppress(OSError):  # a checkpoint need not have one
+                        model.generation_config = GenerationConfig.from_pretrained(source)
+                return loaded
         return super().from_pretrained(source, *args, **kwargs)
 
     @classmethod
@@ -401,12 +414,11 @@ class Mamba2HybridPreTrainedModel(SSDPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Attention):
-            if module.conv_kernel is not None:
-                self._init_conv(module.conv1d, module.conv_kernel)
-            self._init_residual(module.o_proj)
-        elif isinstance(module, MLP):
-            self._init_residual(module.down_proj)
+        # transformers asks for modules that have parameters of their own, and for no others of classes outside of it.
+        if isinstance(module, nn.Linear) and hasattr(module, _TO_STREAM):
+            self._init_residual(module)
+        elif isinstance(module, nn.Conv1d):
+            self._init_conv(module, module.kernel_size[0])
         elif isinstance(module, (SoftmaxRouter, SigmoidRouter)):
             init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, SigmoidRouter):
