@@ -20,7 +20,6 @@ from .common import (
     same_bias,
     shared_expert,
     stock_config,
-    whole_expand,
     write_stock,
 )
 
@@ -113,7 +112,7 @@ def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
         "n_groups": config.ssm_n_groups,
         "ssm_state_size": config.ssm_state_size,
         "conv_kernel": config.ssm_conv_kernel,
-        "expand": whole_expand(config, NAME) if "linear_attention" in layers else 2,
+        "expand": max(1, config.ssm_num_heads * config.ssm_head_dim // config.hidden_size),
         "use_bias": config.ssm_use_bias,
         "mamba_proj_bias": config.ssm_use_bias,
         "use_conv_bias": config.ssm_use_conv_bias,
