@@ -60,10 +60,17 @@ def register() -> None:
         AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
         AutoModelForPreTraining.register(config, causal_lm, exist_ok=True)
         AutoModelForSequenceClassification.register(config, classifier, exist_ok=True)
+    Mamba2HybridConfig.foreign_reader = staticmethod(_read_foreign_config)
     Mamba2HybridPreTrainedModel.foreign_reader = staticmethod(_read_foreign)
     when_imported("transformers.trainer", _keep_decay_off)
     when_imported("peft.utils.constants", _name_lora_targets)
     when_imported("peft.tuners.tuners_utils", _allow_lora_everywhere)
+
+
+def _read_foreign_config(raw: dict[str, Any]) -> Any:
+    from .checkpoints.loading import read_foreign_config
+
+    return read_foreign_config(raw)
 
 
 def _read_foreign(*args: Any) -> Any:

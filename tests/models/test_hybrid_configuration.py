@@ -118,9 +118,11 @@ def test_a_file_gives_back_what_was_saved(name: str, tmp_path: Path) -> None:
     assert Mamba2HybridConfig.from_pretrained(tmp_path).something_else == 3
 
 
-def test_another_model_s_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bamba"}))
-    with pytest.raises(ConfigurationError, match=r"model_type is 'bamba'.*HybridForCausalLM\.from_pretrained reads"):
+def test_another_model_s_file_is_translated_or_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bamba", "num_hidden_layers": 3}))
+    assert Mamba2HybridConfig.from_pretrained(tmp_path).layer_blocks == ["ssd mlp"] * 3
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ConfigurationError, match="model_type is 'llama': the configuration of another model"):
         Mamba2HybridConfig.from_pretrained(tmp_path)
 
 

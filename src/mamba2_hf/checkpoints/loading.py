@@ -11,8 +11,20 @@ from transformers import PreTrainedConfig
 
 from ..errors import CheckpointError
 from .checkpoint import open_checkpoint
-from .formats import HYBRID
+from .formats import FORMATS, HYBRID
 from .hub import local_folder
+
+
+def read_foreign_config(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """A ``config.json`` of another hybrid's format as fields of ``mamba2_hybrid``; None if it is of none.
+
+    Raises:
+        ConfigurationError: it cannot be expressed there.
+    """
+    for entry in FORMATS.values():
+        if entry.family is HYBRID and entry.equations is not None and entry.recognizes(raw):
+            return entry.read_config(raw)
+    return None
 
 
 def read_foreign(

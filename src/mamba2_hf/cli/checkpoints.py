@@ -115,12 +115,35 @@ def convert(
     revision: Annotated[
         str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a Hub id.", rich_help_panel=WHERE)
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="SRC is a PEFT adapter, and this the model it was trained on, in any format.",
+            rich_help_panel=WHERE,
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no report.")] = False,
 ) -> None:
-    """Convert a checkpoint to another format.
+    """Convert a checkpoint, or an adapter of a hybrid, to another format.
 
     Prints the folder it made. The folder appears when all of it is written; when anything goes wrong, nothing is left.
     """
+    if base is not None:
+        with _errors():
+            from ..checkpoints import convert_adapter
+
+            adapter = convert_adapter(
+                *(source, destination),
+                base=base,
+                to=None if to is Target.auto else to.value,
+                overwrite=overwrite,
+                revision=revision,
+            )
+        if not quiet:
+            err.print(f"{adapter.source} to {adapter.target}: an adapter of {adapter.modules} modules")
+        write(f"{adapter.destination}\n")
+        return
     with _errors(), _bar(hidden=quiet) as progress:
         import torch
 

@@ -145,6 +145,8 @@ class Mamba2HybridConfig(SSDConfig):
     """
 
     model_type = "mamba2_hybrid"
+    foreign_reader: ClassVar[Any] = None
+    """Translates other formats' files: ``mamba2_hf.checkpoints.loading.read_foreign_config``, once it is registered."""
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
         "embeddings": "free_full_weight",
         "layers.*": "free_full_weight",
@@ -254,13 +256,13 @@ class Mamba2HybridConfig(SSDConfig):
 
     @classmethod
     def _translate(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
-        kind = config_dict.get("model_type", cls.model_type)
-        if kind != cls.model_type:
-            raise ConfigurationError(
-                f"model_type is {kind!r}: the configuration of another format; Mamba2HybridForCausalLM.from_pretrained "
-                "reads some of them together with their weights, and `mamba2-hf convert` translates them"
-            )
-        return config_dict
+        kind = config_dict.get("model_type")
+        if kind == cls.model_type:
+            return config_dict
+        found: dict[str, Any] | None = cls.foreign_reader(config_dict) if cls.foreign_reader else None
+        if found is None and kind is not None:
+            raise ConfigurationError(f"model_type is {kind!r}: the configuration of another model, and no hybrid's")
+        return config_dict if found is None else found
 
     @classmethod
     def preset(cls, name: str, *, mlp: bool = False, attention: int | None = None, **changes: Any) -> Any:

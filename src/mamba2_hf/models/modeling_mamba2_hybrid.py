@@ -382,6 +382,7 @@ class Mamba2HybridPreTrainedModel(SSDPreTrainedModel):
                 config, kwargs = cls.config_class.from_dict(fields, return_unused_kwargs=True, **kwargs)
                 loaded = super().from_pretrained(None, *args, config=config, state_dict=state, dtype=dtype, **kwargs)
                 model = loaded[0] if isinstance(loaded, tuple) else loaded
+                model.name_or_path = model.config.name_or_path = str(source)  # adapters remember their base by it
                 if model.can_generate():
                     with contextlib.suppress(OSError):  # a checkpoint need not have one
                         model.generation_config = GenerationConfig.from_pretrained(source)
