@@ -48,7 +48,7 @@ FIELDS = (
     *("size", "dtype", "device", "threads", "versions"),
 )
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)  # a pipe has none
 app = typer.Typer(add_completion=False)
 
 

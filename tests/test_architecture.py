@@ -130,13 +130,16 @@ class TestImports:
     def test_optional_packages_load_when_used(self, path):
         """A package without its extras, or without triton, must import."""
         module = name_of(path)
-        if module.startswith(("mamba2_hf.ops.triton", "mamba2_hf.integrations.")):
+        if module.startswith(("mamba2_hf.ops.triton", "mamba2_hf.ops.library", "mamba2_hf.integrations.")):
             return
         eager = [
             found
             for found in imports_of(path)
             if found.at_module_level
-            and (found.module.split(".")[0] in OPTIONAL or found.module.startswith("mamba2_hf.ops.triton"))
+            and (
+                found.module.split(".")[0] in OPTIONAL
+                or found.module.startswith(("mamba2_hf.ops.triton", "mamba2_hf.ops.library"))
+            )
         ]
         assert not eager, f"import inside the function that needs it: {eager}"
 

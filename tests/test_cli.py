@@ -244,6 +244,22 @@ class TestEnv:
         assert result.exit_code == 0
         assert all(op["backend"] is None and "tritn" in op["reason"] for op in json.loads(result.stdout)["ops"])
 
+    def test_a_gpu_is_served_by_triton_within_limits(self, monkeypatch):
+        from mamba2_hf.ops import dispatch
+
+        answers = {"is_available": True, "device_count": 1, "current_device": 0}
+        answers |= {"get_device_name": "Chip", "get_device_capability": (9, 0)}
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+        dispatch._usable_gpu.cache_clear()
+        report = json.loads(run("env", "--json").stdout)
+        dispatch._usable_gpu.cache_clear()
+        assert {"name": "triton", "available": True, "reason": "GPU Chip"} in report["backends"]
+        served = {op["op"]: op for op in report["ops"] if op["device"] == "cuda"}
+        assert set(served) == set(dispatch.OPS)
+        assert all(op["backend"] == "triton" for op in served.values())
+        assert "head_dim up to 256" in served["mamba2_inner"]["reason"]
+
     def test_the_table_shows_the_same(self):
         result = run("env")
         assert result.exit_code == 0

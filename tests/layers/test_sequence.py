@@ -111,6 +111,14 @@ class TestDocuments:
         assert layout.breaks is not None
         assert layout.breaks.int().tolist() == [[1, 0, 1, 0, 0, 1]]  # the last token belongs to no document
 
+    def test_padding_in_a_flat_batch(self) -> None:
+        bounds, mask = torch.tensor([0, 2, 4, 5, 5]), [[1, 1, 0, 1, 0, 1]]
+        layout = sequence_layout(1, 6, cu_seqlens=bounds, attention_mask=torch.tensor(mask))
+        assert rows(layout) == [[0, 1], [3], [], []]
+        assert layout.breaks is not None
+        assert layout.breaks.int().tolist() == [[1, 0, 1, 1, 1, 1]]
+        assert sequence_layout(1, 4, cu_seqlens=bounds, attention_mask=torch.ones(1, 4)).cu_seqlens is bounds
+
     def test_the_most_explicit_name_wins(self) -> None:
         bounds, seq_idx = torch.tensor([0, 3, 4]), torch.tensor([[0, 1, 1, 1]])
         positions = torch.tensor([[0, 1, 0, 1]])
@@ -180,12 +188,6 @@ class TestRefusals:
     def test_bounds_that_hold_no_document(self, bounds: list[Any]) -> None:
         with pytest.raises(ArgumentError, match=r"cu_seq_lens has shape .* expected \(S \+ 1,\)"):
             sequence_layout(1, 4, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
-
-    def test_bounds_and_padding(self) -> None:
-        bounds = torch.tensor([0, 2, 4])
-        with pytest.raises(ArgumentError, match="leave the padding out"):
-            sequence_layout(1, 4, cu_seqlens=bounds, attention_mask=torch.tensor([[1, 1, 1, 0]]))
-        assert sequence_layout(1, 4, cu_seqlens=bounds, attention_mask=torch.ones(1, 4)).cu_seqlens is bounds
 
     @pytest.mark.parametrize(
         ("positions", "mask", "match"),

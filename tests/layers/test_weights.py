@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.utils import parametrize, prune
 
-from mamba2_hf.layers import GatedRMSNorm, Mamba2Mixer, SSDState, plain_weight
+from mamba2_hf.layers import GatedRMSNorm, Mamba2Mixer, SSDState, linear, plain_weight
 from mamba2_hf.layers.sequence import sequence_layout
 from mamba2_hf.ops.reference import ssd_recurrent
 
@@ -220,9 +220,10 @@ class TestPlainWeight:
         mixer = make_mixer()
         assert plain_weight(mixer.conv1d) is mixer.conv1d.weight
         assert plain_weight(mixer.norm) is mixer.norm.weight
+        assert plain_weight(mixer.in_proj) is mixer.in_proj.weight
 
     @pytest.mark.parametrize("substitution", SUBSTITUTIONS)
-    @pytest.mark.parametrize("child", ["conv1d", "norm"])
+    @pytest.mark.parametrize("child", CHILDREN)
     def test_is_none_where_something_was(self, child: str, substitution: str) -> None:
         assert plain_weight(SUBSTITUTIONS[substitution](getattr(make_mixer(), child))) is None
 
@@ -277,6 +278,55 @@ class TestPlainWeight:
         assert seen
         assert all(seen)
         torch.testing.assert_close(program.module()(hidden_states), mixer(hidden_states), atol=1e-6, rtol=1e-5)
+
+
+class TestLinear:
+    """``linear`` is the module, whichever product computes it."""
+
+    @pytest.fixture(params=[True, False], ids=["bias", "no bias"])
+    def module(self, request: pytest.FixtureRequest) -> nn.Linear:
+        torch.manual_seed(0)
+        return nn.Linear(48, 96, bias=request.param)
+
+    @pytest.mark.parametrize(
+        "shape", [(), (1,), (1, 1), (2, 1), (3, 1), (4,), (5, 1), (2, 3, 5), (0, 3), (110, 100)], ids=str
+    )
+    def test_has_its_numbers(self, module: nn.Linear, shape: tuple[int, ...]) -> None:
+        x = torch.randn(*shape, 48)
+        expected = module(x).detach()
+        for mode in (torch.no_grad(), torch.inference_mode()):
+            with mode:
+                y = linear(module, x)
+                torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+                assert y.is_contiguous()
+                mirrored = x.mT.contiguous().mT if x.dim() > 1 else x
+                torch.testing.assert_close(linear(module, mirrored), expected, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("rows", [1, 6])
+    @pytest.mark.parametrize("substitution", SUBSTITUTIONS)
+    def test_is_called_where_something_was_done_to_it(self, module: nn.Linear, substitution: str, rows: int) -> None:
+        x = torch.randn(rows, 48)
+        with torch.no_grad():
+            plain = module(x)
+            changed = SUBSTITUTIONS[substitution](module)
+            expected = changed(x)
+            assert (expected - plain).abs().max() > 1e-3
+            torch.testing.assert_close(linear(changed, x), expected, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("rows", [1, 6])
+    def test_leaves_gradients_autocast_graphs_and_transforms_alone(self, module: nn.Linear, rows: int) -> None:
+        x = torch.randn(rows, 48)
+        assert linear(module, x).requires_grad
+        with torch.no_grad():
+            expected = module(x)
+            assert torch.equal(torch.compile(linear, backend="eager", fullgraph=True)(module, x), expected)
+            batched = torch.func.vmap(lambda one: linear(module, one))(torch.stack([x, 2 * x]))
+            torch.testing.assert_close(batched[0], expected)
+            for dtype in (torch.float64, torch.bfloat16):
+                assert linear(module.to(dtype), x.to(dtype)).dtype == dtype
+            with torch.autocast("cpu", torch.bfloat16):
+                assert linear(module.float(), x).dtype == torch.bfloat16
+        torch.compiler.reset()
 
 
 class TestDTensor:

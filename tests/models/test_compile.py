@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from mamba2_hf import Mamba2Cache, Mamba2ForSequenceClassification
+from mamba2_hf.errors import ArgumentError
 
 TOKENS = 12
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -91,7 +92,18 @@ def test_flat_batches_are_one_graph(model: Any) -> None:
     arguments = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 7, "max_length_k": 7}
     compiled = torch.compile(model, fullgraph=True, backend=Graphs())
     ids = tokens(1, TOKENS)
-    torch.testing.assert_close(compiled(ids, **arguments).logits, model(ids, **arguments).logits, **CLOSE)
+    for mask in (None, torch.ones(1, TOKENS), random_mask(1, TOKENS)):
+        ours, theirs = (run(ids, attention_mask=mask, **arguments) for run in (compiled, model))
+        torch.testing.assert_close(ours.logits, theirs.logits, **CLOSE)
+        same_states(ours.past_key_values, theirs.past_key_values)
+
+
+@pytest.mark.parametrize("layout", ["seq_idx", "position_ids"])
+@torch.no_grad()
+def test_padding_among_documents_of_unknown_number_is_refused(small: Any, layout: str) -> None:
+    ids = tokens(2, TOKENS)
+    with pytest.raises(ArgumentError, match="name them by cu_seq_lens"):
+        export(small, ids, strict=False, attention_mask=random_mask(*ids.shape), **LAYOUTS[layout](ids))
 
 
 @pytest.mark.parametrize("layout", ["plain", "mask"])
@@ -124,6 +136,20 @@ def test_decode_compiles_twice_at_most(model: Any) -> None:
             assert cache.seen_tokens == position + 1
         assert [layer.ssm.data_ptr() for layer in cache.layers] == addresses
     assert graphs.count <= 2
+
+
+@torch.no_grad()
+def test_decode_of_models_of_several_sizes(tiny_model: Callable[..., Any]) -> None:
+    """The second model's graph leaves open what differs from the first's."""
+    for sizes in ({}, {"num_heads": 4, "head_dim": 16}):
+        model = tiny_model(num_hidden_layers=1, **sizes)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        caches = [model(tokens(2, TOKENS), use_cache=True).past_key_values for _ in range(2)]
+        logits = [
+            run(tokens(2, 1), past_key_values=cache).logits
+            for run, cache in zip((model, compiled), caches, strict=True)
+        ]
+        torch.testing.assert_close(*logits, **CLOSE)
 
 
 @torch.no_grad()

@@ -235,6 +235,12 @@ def test_empty_documents(model: Any, ids: Tensor) -> None:
     check(model, ids[:1], places, cu_seq_lens_q=torch.tensor([0, 0, 4, 4, 4, 12, 12], dtype=torch.int32))
 
 
+@pytest.mark.parametrize("mask", [[0] + [1] * 11, [1] * 5 + [0] * 6 + [1]], ids=["left", "a whole document"])
+def test_padding_in_a_flat_batch(model: Any, ids: Tensor, mask: list[int]) -> None:
+    keep = torch.tensor([mask])
+    check(model, ids[:1], documents(keep, OWNERS[None]), cu_seq_lens_q=BOUNDS, attention_mask=keep)
+
+
 def test_padding_and_documents_together(model: Any, ids: Tensor) -> None:
     mask = torch.tensor(MASKS["both_sides"])
     seq_idx = torch.tensor(DOCUMENTS["each_row_its_own"])
@@ -261,8 +267,9 @@ def test_any_padding_and_any_documents(model: Any, data: st.DataObject) -> None:
             torch.testing.assert_close(found, expected, **EXACT)
         flat, names = ids.view(1, -1), (seq_idx + torch.arange(rows)[:, None] * (tokens + 1)).view(1, -1)
         bounds = F.pad(torch.unique_consecutive(names, return_counts=True)[1].cumsum(0), (1, 0))
-        found = model(flat, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, use_cache=False).logits
-        torch.testing.assert_close(found, alone(model, flat, documents(torch.ones_like(flat), names)), **EXACT)
+        for keep in (everything.view(1, -1), mask.view(1, -1)):
+            found = model(flat, attention_mask=keep, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, use_cache=False).logits
+            torch.testing.assert_close(found, alone(model, flat, documents(keep, names)), **EXACT)
 
 
 def test_documents_longer_than_the_scans_own_tiles(model: Any) -> None:
@@ -302,7 +309,7 @@ class TestRefusals:
             ({"cu_seq_lens_q": torch.tensor([0, 7, 5, 12])}, "never fall"),
             ({"cu_seq_lens_q": torch.tensor([0, 13])}, "T = 12"),
             ({"cu_seq_lens_q": BOUNDS.float()}, "int32 or int64"),
-            ({"cu_seq_lens_q": BOUNDS, "attention_mask": torch.tensor([[0] + [1] * 11])}, "leave the padding out"),
+            ({"cu_seq_lens_q": BOUNDS + 1, "attention_mask": torch.tensor([[0] + [1] * 11])}, "start at 0"),
             ({"seq_idx": OWNERS[None].float()}, "integer"),
             ({"seq_idx": OWNERS}, "seq_idx has shape"),
             ({"position_ids": POSITIONS.flip(0)[None]}, "position_ids goes from"),

@@ -71,6 +71,15 @@ def inner_arguments(seed: int, length: int, batch: int = 2) -> dict[str, Any]:
     }
 
 
+def step_arguments(seed: int, length: int = 1, batch: int = 2) -> dict[str, Any]:
+    """Arguments of ``mamba2_step`` in the same sizes, with states of zeros."""
+    arguments = inner_arguments(seed, length, batch)
+    del arguments["head_dim"]
+    conv, taps = arguments["conv_weight"].shape
+    zeros = arguments["A"].new_zeros
+    return arguments | {"conv_state": zeros(batch, conv, taps - 1), "ssm_state": zeros(batch, 4, 6, 5)}
+
+
 def slice_tokens(inputs: dict[str, Tensor], tokens: slice) -> dict[str, Tensor]:
     """The same inputs for some of the tokens."""
     per_token = ("x", "dt", "B", "C", "z")

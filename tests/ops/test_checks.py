@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from ssd_cases import scan_inputs
+from ssd_cases import scan_inputs, step_arguments
 
 from mamba2_hf import ops
 from mamba2_hf.errors import ArgumentError
@@ -59,6 +59,29 @@ def test_steps_and_states():
             ops.ssd_state_update(state, **{**good, **maps, name: value})
 
 
+BROKEN_STEPS = {
+    "zxbcdt has 2 dimensions": {"zxbcdt": torch.zeros(2, 72)},
+    r"zxbcdt has shape \(2, 0, 72\)": {"zxbcdt": torch.zeros(2, 0, 72)},
+    "zxbcdt has 71 channels": {"zxbcdt": torch.zeros(2, 1, 71)},
+    r"conv_state has shape \(2, 44, 2\).*L >= K - 1 = 3": {"conv_state": torch.zeros(2, 44, 2)},
+    r"ssm_state has shape \(3, 4, 6, 5\)": {"ssm_state": torch.zeros(3, 4, 6, 5)},
+    r"ssm_state has shape \(2, 4, 6, 6\)": {"ssm_state": torch.zeros(2, 4, 6, 6)},
+    "ssm_state is on meta": {"ssm_state": torch.zeros(2, 4, 6, 5, device="meta")},
+    r"weight has shape \(43, 4\)": {"conv_weight": torch.zeros(43, 4)},
+    r"A has shape \(3,\)": {"A": torch.zeros(3)},
+    "group_size is 7": {"group_size": 7},
+    r"dt_limit is \(1.0, 0.5\)": {"dt_limit": (1.0, 0.5)},
+}
+
+
+@pytest.mark.parametrize("message", BROKEN_STEPS)
+def test_mixer_step(message):
+    arguments = step_arguments(0)
+    ops.mamba2_step(**arguments)
+    with pytest.raises(ArgumentError, match=message):
+        ops.mamba2_step(**{**arguments, **BROKEN_STEPS[message]})
+
+
 def test_convolution_and_norm():
     x = torch.zeros(2, 8, 5)
     with pytest.raises(ArgumentError, match="activation is 'relu'"):
@@ -71,6 +94,8 @@ def test_convolution_and_norm():
         ops.gated_rms_norm(x, None, torch.ones(5), group_size=2)
     with pytest.raises(ArgumentError, match="eps is nan"):
         ops.gated_rms_norm(x, None, torch.ones(5), eps=math.nan)
+    with pytest.raises(ArgumentError, match=r"dtype is torch.int32"):
+        ops.gated_rms_norm(x, None, torch.ones(5), dtype=torch.int32)
     with pytest.raises(ArgumentError, match="zxbcdt has 5 channels"):
         ops.mamba2_inner(
             x, torch.zeros(5, 4), None, None, torch.zeros(4), None, norm_weight=None, head_dim=6, n_groups=1

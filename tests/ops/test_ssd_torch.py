@@ -24,6 +24,12 @@ SIZES = [
 ]
 
 
+@pytest.fixture(params=[True, False], ids=["in steps", "in blocks"])
+def _both_ways_to_pass_states(request, monkeypatch):
+    """A loop on CPUs, matrix products on GPUs and in graphs."""
+    monkeypatch.setattr("mamba2_hf.ops.torch.chunks.in_steps", lambda device: request.param)
+
+
 def with_gradients(function, inputs, **options):
     """Outputs and the gradient of every input, for one fixed random cotangent of both outputs."""
     leaves = {name: value.detach().clone().requires_grad_() for name, value in inputs.items()}
@@ -38,6 +44,7 @@ def scan(**arguments):
     return ops.ssd_chunk_scan(**arguments, return_final_states=True)
 
 
+@pytest.mark.usefixtures("_both_ways_to_pass_states")
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
 def test_outputs_and_gradients(size, packed):
@@ -48,6 +55,19 @@ def test_outputs_and_gradients(size, packed):
     for name, out, reference in zip(
         ("y", "state", *DIFFERENTIABLE), with_gradients(scan, inputs, **options, chunk_size=Q), expected, strict=True
     ):
+        assert relative_error(out, reference) < 1e-10, name
+
+
+@pytest.mark.usefixtures("_both_ways_to_pass_states")
+def test_what_decays_slowly_reaches_far(monkeypatch):
+    monkeypatch.setattr("mamba2_hf.ops.torch.chunks.SCAN_BLOCK", 2)  # blocks of blocks of blocks
+    inputs = scan_inputs(tokens=150)
+    inputs["A"] = 1e-3 * inputs["A"]
+    ours, expected = (
+        with_gradients(run, inputs, dt_softplus=True, **more)
+        for run, more in ((scan, {"chunk_size": Q}), (ssd_recurrent, {}))
+    )
+    for name, out, reference in zip(("y", "state", *DIFFERENTIABLE), ours, expected, strict=True):
         assert relative_error(out, reference) < 1e-10, name
 
 
@@ -81,6 +101,7 @@ def test_views_need_not_be_contiguous():
     assert relative_error(scan(**views)[0], scan(**inputs)[0]) < 1e-13
 
 
+@pytest.mark.usefixtures("_both_ways_to_pass_states")
 @pytest.mark.parametrize("bounds", [[0, 5, 5, 21, 22, 54], [0, 60], [0, 0, 3, 60, 60], [0, 16, 32, 48]], ids=str)
 def test_packed_documents_are_separate_documents(bounds):
     count = len(bounds) - 1
@@ -120,14 +141,36 @@ def test_extreme_steps_stay_finite(dt):
     assert all(value.grad.isfinite().all() for value in leaves.values())
 
 
-def test_gradcheck():
-    inputs = scan_inputs(1, 5, 2, 2, 1, 2)
-    names = list(inputs)
+def scan_of(inputs):
+    """The scan as a function of tensors alone, and the tensors."""
 
     def run(*tensors):
-        return scan(**dict(zip(names, tensors, strict=True)), dt_softplus=True, chunk_size=2)
+        return scan(**dict(zip(inputs, tensors, strict=True)), dt_softplus=True, chunk_size=2)
 
-    assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in inputs.values()])
+    return run, list(inputs.values())
+
+
+@pytest.mark.usefixtures("_both_ways_to_pass_states")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of forward differentiation itself
+def test_gradcheck():
+    run, tensors = scan_of(scan_inputs(1, 5, 2, 2, 1, 2))
+    for tensor in tensors:
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(run, tensors)
+    assert torch.autograd.gradcheck(run, tensors, check_forward_ad=True, check_backward_ad=False)
+    assert torch.autograd.gradgradcheck(run, tensors)
+
+
+def test_function_transforms_batch_any_input():
+    """Also one that the results are larger than, which an operation in place would not fit."""
+    inputs = scan_inputs(1, 5, 4, 2, 2, 2)
+    run, tensors = scan_of(inputs)
+    with torch.no_grad():
+        for place in range(len(tensors)):
+            several = torch.stack([tensors[place], 2 * tensors[place]])
+            found = torch.func.vmap(lambda one, at=place: run(*tensors[:at], one, *tensors[at + 1 :]))(several)
+            for out, reference in zip(found, run(*tensors), strict=True):
+                assert relative_error(out[0], reference) < 1e-12
 
 
 def test_work_grows_linearly_with_length_and_not_with_heads_for_the_scores():

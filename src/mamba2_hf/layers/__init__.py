@@ -11,6 +11,7 @@ from .mlp import MLP
 from .moe import Experts, MoE, SigmoidRouter, SoftmaxRouter
 from .norm import GatedRMSNorm, RMSNorm
 from .placement import KeyCounts, Placement, place
+from .projection import linear
 from .sequence import SequenceLayout
 from .state import SSDState
 from .variant_mixer import VariantMixer
@@ -32,6 +33,7 @@ __all__ = [
     "SigmoidRouter",
     "SoftmaxRouter",
     "VariantMixer",
+    "linear",
     "place",
     "plain_weight",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .conv import causal_convolution
 from .kv import KeyValueState
 from .placement import Placement
+from .projection import linear
 from .sequence import PLAIN, SequenceLayout
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
@@ -131,7 +132,7 @@ class Attention(nn.Module):
             output_attentions: whether to return the weights too, ``(B, H, T, T)``; only without cached tokens.
         """
         placement = placement.to(hidden_states.device)
-        projected = [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)]
+        projected = [linear(module, hidden_states) for module in (self.q_proj, self.k_proj, self.v_proj)]
         if added is not None:
             projected = [own + more for own, more in zip(projected, added, strict=True)]
         if self.key_multiplier != 1:
@@ -147,7 +148,7 @@ class Attention(nn.Module):
         attended, weights = self.attend(self, queries, keys, values, placement, output_attentions)
         if weights is not None:
             weights = layout.unalign_matrix(weights)
-        return self.o_proj(placement.unalign(attended).flatten(-2)), weights
+        return linear(self.o_proj, placement.unalign(attended).flatten(-2)), weights
 
     def _convolve(
         self, projected: list[Tensor], placement: Placement, layout: SequenceLayout, state: KeyValueState | None

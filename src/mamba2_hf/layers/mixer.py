@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from .. import ops
 from .conv import causal_convolution
 from .fp32 import KeepsFp32
 from .norm import GatedRMSNorm
+from .projection import linear
 from .sequence import PLAIN, SequenceLayout
 from .state import SSDState
 from .weights import plain_weight
@@ -89,20 +91,19 @@ class Mamba2Mixer(KeepsFp32):
         With ``output_attentions`` also the SSD attention matrix of each head, ``(B, H, T, T)``, which knows nothing of
         ``state``; see :func:`mamba2_hf.ops.ssd_attention_matrix`.
         """
-        zxbcdt = self.in_proj(hidden_states)
-        if output_attentions:
-            return self.out_proj(self._inner(zxbcdt, layout, state)), self._attention_matrix(zxbcdt, layout)
-        return self.out_proj(self._inner(zxbcdt, layout, state))
+        zxbcdt = linear(self.in_proj, hidden_states)
+        out = linear(self.out_proj, self._inner(zxbcdt, layout, state))
+        return (out, self._attention_matrix(zxbcdt, layout)) if output_attentions else out
 
     def _inner(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         """What is between the projections: ``(B, T, 2 H P + 2 G N + H)`` to ``(B, T, H P)``."""
         one_token = zxbcdt.shape[1] == 1 and layout.is_plain and not torch.is_grad_enabled()
         if state is not None and state.started and one_token:
-            return self._step(zxbcdt[:, 0], state)[:, None]
+            return self._step(zxbcdt, state)
         conv_initial, ssm_initial = self._initial(zxbcdt, layout, state)
         conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
         if conv_weight is not None and norm_weight is not None:
-            y, conv_final, ssm_final = ops.mamba2_inner(
+            inner: Any = ops.mamba2_inner(
                 *(zxbcdt, conv_weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.A, self.D),
                 norm_weight=norm_weight,
                 head_dim=self.head_dim,
@@ -117,8 +118,9 @@ class Mamba2Mixer(KeepsFp32):
                 ssm_initial_states=ssm_initial,
                 seq_idx=layout.seq_idx,
                 cu_seqlens=layout.cu_seqlens,
-                return_final_states=True,
+                return_final_states=state is not None,
             )
+            y, *final = (inner,) if state is None else inner
         else:
             z, xbc, dt = self._split(zxbcdt)
             xbc, conv_final = self._convolve(xbc, conv_initial, layout)
@@ -135,9 +137,9 @@ class Mamba2Mixer(KeepsFp32):
                 cu_seqlens=layout.cu_seqlens,
                 return_final_states=True,
             )
-            y = self.norm(y.flatten(-2), z)
+            y, final = self.norm(y.flatten(-2), z), [conv_final, ssm_final]
         if state is not None:
-            state.update(layout.gather_states(conv_final), layout.gather_states(ssm_final))
+            state.update(*map(layout.gather_states, final))
         return y
 
     def _attention_matrix(self, zxbcdt: Tensor, layout: SequenceLayout) -> Tensor:
@@ -163,29 +165,35 @@ class Mamba2Mixer(KeepsFp32):
         return -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
 
     def _step(self, zxbcdt: Tensor, state: SSDState) -> Tensor:
-        """One token of each sequence, ``(B, 2 H P + 2 G N + H)`` to ``(B, H P)``."""
+        """One token of each sequence, ``(B, 1, 2 H P + 2 G N + H)`` to ``(B, 1, H P)``."""
         conv_state, ssm_state = state.initial(zxbcdt.shape[0])
         assert conv_state is not None  # the state has started
         assert ssm_state is not None
-        z, xbc, dt = self._split(zxbcdt)
-        weight = plain_weight(self.conv1d)
-        if weight is not None:
-            xbc = ops.causal_conv1d_update(
-                xbc, conv_state, weight.squeeze(1), self.conv1d.bias, activation=self.activation
+        conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
+        if conv_weight is not None and norm_weight is not None:
+            return ops.mamba2_step(
+                *(zxbcdt, conv_state, ssm_state, conv_weight.squeeze(1), self.conv1d.bias),
+                *(self.dt_bias, self.A, self.D),
+                norm_weight=norm_weight,
+                n_groups=self.n_groups,
+                activation=self.activation,
+                eps=self.norm.eps,
+                group_size=self.norm.group_size,
+                norm_before_gate=self.norm.norm_before_gate,
+                dt_limit=self.dt_limit,
             )
-        else:
-            xbc, final = self._convolve(xbc[:, None], conv_state, PLAIN)
-            conv_state.copy_(final)
-            xbc = xbc[:, 0]
-        x, B, C = self._split_xbc(xbc)
+        z, xbc, dt = self._split(zxbcdt)
+        xbc, final = self._convolve(xbc, conv_state, PLAIN)
+        conv_state.copy_(final)
+        x, B, C = self._split_xbc(xbc[:, 0])
         y = ops.ssd_state_update(
-            *(ssm_state, x, dt, self.A, B, C),
+            *(ssm_state, x, dt[:, 0], self.A, B, C),
             D=self.D,
             dt_bias=self.dt_bias,
             dt_softplus=True,
             dt_limit=self.dt_limit,
         )
-        return self.norm(y.flatten(-2), z)
+        return self.norm(y.flatten(-2)[:, None], z)
 
     def _initial(
         self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None

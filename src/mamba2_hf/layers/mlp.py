@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .projection import linear
+
 
 class Kind(NamedTuple):
     """Activation of a feed-forward layer, and whether it gates a second projection."""
@@ -59,13 +61,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """``(..., d)`` to ``(..., d)``; ``added (..., 2 I)`` goes to what gate and up projection give."""
-        up = self.up_proj(x)
-        gate = self.gate_proj(x) if self.gated else up
+        up = linear(self.up_proj, x)
+        gate = linear(self.gate_proj, x) if self.gated else up
         if added is not None:
             more, rest = added.chunk(2, -1)
             gate, up = gate + more, up + rest
         if self.multipliers[0] != 1:
             gate = gate * self.multipliers[0]
         inner = self.activation(gate)
-        out = self.down_proj(inner * up if self.gated else inner)
+        out = linear(self.down_proj, inner * up if self.gated else inner)
         return out if self.multipliers[1] == 1 else out * self.multipliers[1]

@@ -18,7 +18,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., d)`` of any floating dtype to ``(..., d)`` in the weight's dtype."""
-        return ops.gated_rms_norm(x, None, self.weight, eps=self.eps).to(self.weight.dtype)
+        return ops.gated_rms_norm(x, None, self.weight, eps=self.eps, dtype=self.weight.dtype)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

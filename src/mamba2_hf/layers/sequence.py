@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..ops.checks import check_packing
 
 
 @dataclass(frozen=True)
@@ -155,15 +156,27 @@ def _mask(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
 def _flat(batch: int, tokens: int, keep: Tensor | None, cu_seqlens: Tensor) -> SequenceLayout:
     if batch != 1:
         raise ArgumentError(f"cu_seq_lens were given with batch {batch}: lay the documents end to end in one row")
-    if keep is not None and not torch.compiler.is_compiling():
-        raise ArgumentError("cu_seq_lens and an attention_mask with zeros were both given: leave the padding out")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ArgumentError(f"cu_seq_lens has shape {tuple(cu_seqlens.shape)}, expected (S + 1,) for S >= 1 documents")
     starts = torch.zeros(tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
     starts = starts.index_fill(0, cu_seqlens.long().clamp(max=tokens), True)[:tokens]
     starts = starts | (torch.arange(tokens, device=starts.device) >= cu_seqlens[-1])  # what belongs to no document
     first = cu_seqlens.new_zeros(1, dtype=torch.long)
-    return SequenceLayout(cu_seqlens=cu_seqlens, first=first, last=first + cu_seqlens.shape[0] - 2, breaks=starts[None])
+    last = first + cu_seqlens.shape[0] - 2
+    if keep is None:
+        return SequenceLayout(cu_seqlens=cu_seqlens, first=first, last=last, breaks=starts[None])
+    check_packing(batch, tokens, None, cu_seqlens)  # before the bounds move to where padding lets them
+    counted = F.pad(keep[0].long().cumsum(0), (1, 0))  # (T + 1,) tokens that count before each position
+    source, slot = _kept(keep)
+    return SequenceLayout(
+        cu_seqlens=counted[cu_seqlens.long().clamp(max=tokens)],
+        source=source,
+        slot=slot,
+        keep=keep,
+        first=first,
+        last=last,
+        breaks=starts | _gaps(keep),
+    )
 
 
 def _from_positions(position_ids: Tensor, keep: Tensor | None, batch: int, tokens: int) -> Tensor | None:
@@ -191,6 +204,21 @@ def _from_positions(position_ids: Tensor, keep: Tensor | None, batch: int, token
     return starts.long().cumsum(1)
 
 
+def _kept(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each token of the packed row comes from, and where each of the batch goes: ``source`` and ``slot``."""
+    flat = keep.flatten()
+    slot = (flat.long().cumsum(0) - 1).clamp(min=0)
+    if torch.compiler.is_compiling():
+        return torch.argsort(~flat, stable=True), slot  # padding stays behind the last document
+    source = flat.nonzero()[:, 0]
+    return source if source.numel() else slot[:1], slot  # ops want a token: any one, which no document owns
+
+
+def _gaps(keep: Tensor) -> Tensor:
+    """``(B, T)``: whether a token or its left neighbor is padding."""
+    return F.pad(~(keep[:, 1:] & keep[:, :-1]), (1, 0), value=True)
+
+
 def _changes(seq_idx: Tensor) -> Tensor:
     """``(B, T)``: whether a token's document is not its left neighbor's."""
     return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
@@ -199,21 +227,14 @@ def _changes(seq_idx: Tensor) -> Tensor:
 def _without_padding(keep: Tensor, seq_idx: Tensor | None) -> SequenceLayout:
     """The tokens that count, end to end: a document per row, or several where ``seq_idx`` says so."""
     batch, tokens = keep.shape
-    breaks = F.pad(~(keep[:, 1:] & keep[:, :-1]), (1, 0), value=True)
-    flat = keep.flatten()
-    slot = (flat.long().cumsum(0) - 1).clamp(min=0)
-    if torch.compiler.is_compiling():
-        if seq_idx is not None:
-            raise ArgumentError(
-                "a graph with static shapes cannot hold an attention_mask and packed documents at once: drop the mask "
-                "(mark padding by its own seq_idx), or run without torch.compile"
-            )
-        source = torch.argsort(~flat, stable=True)  # padding stays behind the last document
-    else:
-        source = flat.nonzero()[:, 0]
-        if not source.numel():  # ops want a token: any one, which no document owns
-            source, seq_idx = slot[:1], None
-    if seq_idx is None:
+    breaks = _gaps(keep)
+    if torch.compiler.is_compiling() and seq_idx is not None:
+        raise ArgumentError(
+            "a graph with static shapes cannot hold an attention_mask and documents named by seq_idx or position_ids: "
+            "name them by cu_seq_lens, drop the mask (mark padding by its own seq_idx), or run without torch.compile"
+        )
+    source, slot = _kept(keep)
+    if seq_idx is None or not bool(keep.any()):
         cu_seqlens = F.pad(keep.sum(1).cumsum(0), (1, 0))
         return SequenceLayout(cu_seqlens=cu_seqlens, source=source, slot=slot, keep=keep, breaks=breaks)
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .norm import GatedRMSNorm
 
-_PLAIN_TYPES = (nn.Conv1d, GatedRMSNorm)
+_PLAIN_TYPES = (nn.Linear, nn.Conv1d, GatedRMSNorm)
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # torch.export traces with fake tensors
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from ..errors import ArgumentError, CacheError
-from ..layers import SequenceLayout
+from ..layers import SequenceLayout, linear
 from .backbone import SSDBackbone
 from .cache import Mamba2Cache, as_mamba2_cache
 from .outputs import Mamba2CausalLMOutput, Mamba2Output
@@ -53,7 +53,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             hidden_states = hidden_states[:, logits_to_keep]
         elif logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]
-        logits = self._scale_logits(self.lm_head(hidden_states))  # (B, T', vocab)
+        logits = self._scale_logits(linear(self.lm_head, hidden_states))  # (B, T', vocab)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
 

@@ -10,17 +10,20 @@ from __future__ import annotations
 import math
 
 from torch import Tensor
+from torch import dtype as Dtype  # `torch` is the name of a backend here
 
 from . import checks, dispatch
 from .checks import SSDShape
 from .dispatch import use_backend
 from .reference import ssd_attention_matrix
+from .torch.modes import needs_grad
 
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "gated_rms_norm",
     "mamba2_inner",
+    "mamba2_step",
     "ssd_attention_matrix",
     "ssd_chunk_scan",
     "ssd_state_update",
@@ -137,7 +140,10 @@ def ssd_state_update(
         ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
     """
     shape = checks.check_state_update(state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_limit=dt_limit)
-    choice = dispatch.choose("ssd_state_update", x.device, backend, shape=shape, dtype=x.dtype)
+    differentiable = needs_grad(x, dt, A, B, C, D, z, dt_bias)
+    choice = dispatch.choose(
+        "ssd_state_update", x.device, backend, shape=shape, dtype=x.dtype, differentiable=differentiable
+    )
     return dispatch.backend_module(choice.name).ssd_state_update(
         *(state, x, dt, A, B, C),
         shape=shape,
@@ -214,7 +220,14 @@ def causal_conv1d_update(
         ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
     """
     checks.check_conv_update(x, conv_state, weight, bias, activation)
-    choice = dispatch.choose("causal_conv1d_update", x.device, backend, taps=weight.shape[1], dtype=x.dtype)
+    choice = dispatch.choose(
+        "causal_conv1d_update",
+        x.device,
+        backend,
+        taps=weight.shape[1],
+        dtype=x.dtype,
+        differentiable=needs_grad(x, weight, bias),
+    )
     return dispatch.backend_module(choice.name).causal_conv1d_update(x, conv_state, weight, bias, activation=activation)
 
 
@@ -226,6 +239,7 @@ def gated_rms_norm(
     eps: float = 1e-5,
     group_size: int | None = None,
     norm_before_gate: bool = False,
+    dtype: Dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """RMSNorm over groups of channels with a SiLU gate, computed in fp32.
@@ -239,18 +253,20 @@ def gated_rms_norm(
         eps: added to the mean square.
         group_size: channels that share one mean square; None for all ``d``.
         norm_before_gate: the order; the published Mamba-2 models gate first.
+        dtype: of the result, rounded to it once; None for that of ``x``.
         backend: see the module.
 
     Returns:
-        Shaped as ``x``, in its dtype.
+        Shaped as ``x``.
 
     Raises:
         ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
     """
-    size = checks.check_norm(x, z, weight, eps, group_size)
+    size = checks.check_norm(x, z, weight, eps, group_size, dtype)
+    dtype = dtype or x.dtype
     choice = dispatch.choose("gated_rms_norm", x.device, backend, group_size=size, dtype=x.dtype)
     return dispatch.backend_module(choice.name).gated_rms_norm(
-        x, z, weight, eps=eps, group_size=size, norm_before_gate=norm_before_gate
+        x, z, weight, eps=eps, group_size=size, norm_before_gate=norm_before_gate, dtype=dtype
     )
 
 
@@ -316,7 +332,15 @@ def mamba2_inner(
     if norm_weight is not None:
         group_size = checks.check_norm(zxbcdt[..., :inner], None, norm_weight, eps, group_size)
     shape = SSDShape(batch, tokens, heads, head_dim, n_groups, state, states)
-    choice = dispatch.choose("mamba2_inner", zxbcdt.device, backend, shape=shape, dtype=zxbcdt.dtype)
+    choice = dispatch.choose(
+        "mamba2_inner",
+        zxbcdt.device,
+        backend,
+        shape=shape,
+        dtype=zxbcdt.dtype,
+        taps=conv_weight.shape[1],
+        group_size=group_size or inner,
+    )
     y, conv_state, ssm_state = dispatch.backend_module(choice.name).mamba2_inner(
         *(zxbcdt, conv_weight, conv_bias, dt_bias, A, D),
         norm_weight=norm_weight,
@@ -331,5 +355,70 @@ def mamba2_inner(
         ssm_initial_states=ssm_initial_states,
         seq_idx=seq_idx,
         cu_seqlens=cu_seqlens,
+        return_final_states=return_final_states,
     )
     return (y, conv_state, ssm_state) if return_final_states else y
+
+
+def mamba2_step(
+    zxbcdt: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    *,
+    norm_weight: Tensor | None,
+    n_groups: int,
+    activation: str | None = "silu",
+    eps: float = 1e-5,
+    group_size: int | None = None,
+    norm_before_gate: bool = False,
+    dt_limit: tuple[float, float] = (0.0, INF),
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`mamba2_inner` for one token or a short block, from states that are updated in place.
+
+    Args:
+        zxbcdt: ``(B, T, 2 H P + 2 G N + H)``.
+        conv_state: ``(B, C, L)``, the last ``L >= K - 1`` inputs of the convolution, newest last; ``C = H P + 2 G N``.
+        ssm_state: ``(B, H, P, N)``, any floating dtype; the step itself is computed in fp32.
+        conv_weight: ``(C, K)``. conv_bias: ``(C,)`` or None.
+        dt_bias, A, D, norm_weight, n_groups, activation, eps, group_size, norm_before_gate, dt_limit, backend: as in
+            :func:`mamba2_inner`.
+
+    Returns:
+        ``y (B, T, H P)``.
+
+    Raises:
+        ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
+    """
+    shape = checks.check_step(
+        *(zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D),
+        *(n_groups, activation, dt_limit),
+    )
+    size = inner = shape.heads * shape.head_dim
+    if norm_weight is not None:
+        size = checks.check_norm(zxbcdt[..., :inner], None, norm_weight, eps, group_size)
+    choice = dispatch.choose(
+        "mamba2_step",
+        zxbcdt.device,
+        backend,
+        shape=shape,
+        dtype=zxbcdt.dtype,
+        taps=conv_weight.shape[1],
+        group_size=size,
+        differentiable=needs_grad(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight),
+    )
+    return dispatch.backend_module(choice.name).mamba2_step(
+        *(zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D),
+        norm_weight=norm_weight,
+        shape=shape,
+        activation=activation,
+        eps=eps,
+        group_size=size,
+        norm_before_gate=norm_before_gate,
+        dt_limit=dt_limit,
+    )

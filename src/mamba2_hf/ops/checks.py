@@ -161,7 +161,8 @@ def _check_heads(heads: int, head_dim: int, groups: int, A: Tensor, D: Tensor | 
     if groups < 1 or heads % groups:
         _fail(f"B and C have {groups} groups, which does not divide the {heads} heads of x")
     _shape("A", A, (heads,), "(H,)")
-    if D is not None and tuple(D.shape) not in ((heads,), (heads, head_dim)):
+    # Compared one by one: a compiled graph that leaves the sizes open does not find one tuple among several.
+    if D is not None and tuple(D.shape) != (heads,) and tuple(D.shape) != (heads, head_dim):
         _fail(f"D has shape {tuple(D.shape)}, expected {(heads,)} = (H,) or {(heads, head_dim)} = (H, P)")
     if dt_bias is not None:
         _shape("dt_bias", dt_bias, (heads,), "(H,)")
@@ -216,7 +217,14 @@ def _check_taps(channels: int, weight: Tensor, bias: Tensor | None, activation: 
     return weight.shape[1]
 
 
-def check_norm(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int | None) -> int:
+def check_norm(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    group_size: int | None,
+    dtype: torch.dtype | None = None,
+) -> int:
     """Contract of ``gated_rms_norm``; returns the group size, raises :class:`ArgumentError`."""
     _floating("x", x)
     width = x.shape[-1]
@@ -225,11 +233,44 @@ def check_norm(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_si
         _shape("z", z, tuple(x.shape), "as x")
     if not 0.0 <= eps < float("inf"):
         _fail(f"eps is {eps}, expected a small number >= 0, such as 1e-5")
+    if dtype is not None and not dtype.is_floating_point:
+        _fail(f"dtype is {dtype}, expected a floating point dtype, or None for that of x")
     size = width if group_size is None else group_size
     if size < 1 or width % size:
         _fail(f"group_size is {group_size}, which does not divide the width {width}")
     _same_device(x.device, z=z, weight=weight)
     return size
+
+
+def check_step(
+    zxbcdt: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    n_groups: int,
+    activation: str | None,
+    dt_limit: tuple[float, float],
+) -> SSDShape:
+    """Contract of ``mamba2_step``, its norm aside; returns the sizes, raises :class:`ArgumentError`."""
+    _rank("zxbcdt", zxbcdt, 3, "(B, T, 2 H P + 2 G N + H)")
+    _floating("zxbcdt", zxbcdt)
+    _rank("ssm_state", ssm_state, 4, "(B, H, P, N)")
+    _floating("ssm_state", ssm_state)
+    batch, tokens, width = zxbcdt.shape
+    heads, head_dim = ssm_state.shape[1:3]
+    if min(batch, tokens) < 1:
+        _fail(f"zxbcdt has shape {tuple(zxbcdt.shape)}: every size has to be at least 1")
+    inner, state = split_widths(width, heads, head_dim, n_groups)
+    _shape("ssm_state", ssm_state, (batch, heads, head_dim, state), "(B, H, P, N)")
+    check_conv_update(zxbcdt[..., inner : width - heads], conv_state, conv_weight, conv_bias, activation)
+    _check_heads(heads, head_dim, n_groups, A, D, dt_bias)
+    check_dt_limit(dt_limit)
+    _same_device(zxbcdt.device, ssm_state=ssm_state, A=A, D=D, dt_bias=dt_bias)
+    return SSDShape(batch, tokens, heads, head_dim, n_groups, state, batch)
 
 
 def split_widths(width: int, heads: int, head_dim: int, n_groups: int) -> tuple[int, int]:

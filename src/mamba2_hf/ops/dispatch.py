@@ -7,6 +7,7 @@ reason; one that was merely preferred steps aside for the next.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -29,7 +30,10 @@ OPS = (
     "causal_conv1d_update",
     "gated_rms_norm",
     "mamba2_inner",
+    "mamba2_step",
 )
+
+LOWEST_CAPABILITY = (8, 0)  # of an NVIDIA GPU, for Triton: the first whose matrix products take bfloat16
 
 _override: str | None = None
 _modules: dict[str, ModuleType] = {"torch": torch_backend}  # a dict, so that compiled graphs can look a backend up
@@ -74,7 +78,8 @@ def choose(op: str, device: torch.device, requested: str | None = None, **call: 
         op: one of ``OPS``.
         device: where the tensors are.
         requested: the call's own ``backend=``.
-        call: what the backend needs to know to decide (sizes, dtypes), passed to its ``supports``.
+        call: what the backend needs to know to decide (sizes, dtypes), passed to its ``supports``. Without any, the
+            answer is about calls in general, and its reason names the limits.
 
     Raises:
         BackendError: a backend was forced and cannot serve the call; the message says why.
@@ -125,21 +130,37 @@ def _known(name: str | None, source: str) -> str | None:
 def _available(name: str) -> tuple[bool, str]:
     if name == "torch":
         return True, f"PyTorch {torch.__version__} runs anywhere"
-    if importlib.util.find_spec(f"{__package__}.{name}") is None:
-        return False, "this version of mamba2_hf has no Triton kernels yet"
     if importlib.util.find_spec("triton") is None:
         return False, "the package triton is not installed"
     if not torch.cuda.is_available():
         return False, "PyTorch sees no GPU"
-    return True, f"GPU {torch.cuda.get_device_name()}"
+    return _usable_gpu(torch.cuda.current_device())
+
+
+@functools.cache
+def _usable_gpu(index: int) -> tuple[bool, str]:
+    """Whether Triton can run on a GPU at all, and why (not)."""
+    try:
+        backend_module("triton")
+    except ImportError as error:
+        return False, f"its kernels cannot be imported: {error}"
+    name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    if torch.version.hip is None and capability < LOWEST_CAPABILITY:
+        found, lowest = (".".join(map(str, c)) for c in (capability, LOWEST_CAPABILITY))
+        return False, f"{name} has compute capability {found}, below {lowest}"
+    return True, f"GPU {name}"
+
+
+@torch.compiler.assume_constant_result
+def _usable(device: torch.device) -> tuple[bool, str]:
+    """Whether Triton can run where the tensors are, and why (not)."""
+    if device.type != "cuda":
+        return False, f"the tensors are on {device.type}, not on a GPU"
+    return _usable_gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def _supports(name: str, op: str, device: torch.device, call: dict[str, Any]) -> tuple[bool, str]:
     if name == "torch":
         return True, "PyTorch serves every call"
-    if device.type != "cuda":
-        return False, f"the tensors are on {device.type}, not on a GPU"
-    ok, reason = _available(name)
-    if not ok:
-        return False, reason
-    return backend_module(name).supports(op, **call)
+    ok, reason = _usable(device)
+    return backend_module(name).supports(op, **call) if ok else (False, reason)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import compute_dtype
+from .modes import plus
 from .packing import document_ids
 
 
@@ -28,7 +29,7 @@ def causal_conv1d(
     taps = weight.shape[1]
     before = taps - 1
     dtype = compute_dtype(x.dtype)
-    w = weight.to(dtype)
+    w = weight.to(dtype).T.contiguous()  # (K, C): taps whose channels lie side by side, as those of x do
 
     if cu_seqlens is not None:
         return _conv_packed(x, w, bias, activation, initial_states, cu_seqlens.to(x.device, torch.int64))
@@ -36,16 +37,17 @@ def causal_conv1d(
     history = x.new_zeros(batch, before, channels) if initial_states is None else initial_states.mT.to(x.dtype)
     padded = torch.cat([history, x], 1)  # (B, K - 1 + T, C)
     final = padded[:, tokens:]  # (B, K - 1, C)
-    y = _bias(padded[:, before:] * w[:, before], bias)
+    padded = padded.to(dtype)
+    y = _first_tap(padded[:, before:], w[before], bias)
     if seq_idx is None:
         for tap in range(before):
-            y = torch.addcmul(y, padded[:, tap : tap + tokens].to(dtype), w[:, tap])
+            y = plus(y, padded[:, tap : tap + tokens], w[tap])
     else:
         segment = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long().cumsum(1), (1, 0))
         segment = F.pad(segment, (before, 0))  # the initial state belongs to the first document
         for tap in range(before):
             same = (segment[:, tap : tap + tokens] == segment[:, before:])[..., None]
-            y = torch.addcmul(y, padded[:, tap : tap + tokens] * same, w[:, tap])
+            y = plus(y, padded[:, tap : tap + tokens] * same, w[tap])
         final = final * (segment[:, tokens:] == segment[:, -1:])[..., None]
     return _activate(y, activation).to(x.dtype), final.mT
 
@@ -60,7 +62,7 @@ def _conv_packed(
 ) -> tuple[Tensor, Tensor]:
     """Documents laid end to end in one row; taps that reach past a document's start read its initial state."""
     tokens, channels = x.shape[1:]
-    documents, before = cu_seqlens.shape[0] - 1, w.shape[1] - 1
+    documents, before = cu_seqlens.shape[0] - 1, w.shape[0] - 1
     owner = document_ids(cu_seqlens, tokens)  # (T,)
     owned, home = (owner < documents)[:, None], owner.clamp(max=documents - 1)
     history = x.new_zeros(documents, before, channels) if initial_states is None else initial_states.mT.to(x.dtype)
@@ -73,9 +75,9 @@ def _conv_packed(
         return torch.where(back < 0, document * before + before + back, documents * before + position)
 
     positions = torch.arange(tokens, device=x.device)
-    y = _bias(x[0] * w[:, before], bias)
+    y = _first_tap(x[0].to(w.dtype), w[before], bias)
     for tap in range(before):
-        y = torch.addcmul(y, table[rows(positions - (before - tap), home)].to(w.dtype), w[:, tap])
+        y = plus(y, table[rows(positions - (before - tap), home)].to(w.dtype), w[tap])
     y = torch.where(owned, _activate(y, activation), 0).to(x.dtype)[None]
 
     ends = cu_seqlens[1:, None] - before + torch.arange(before, device=x.device)  # (S, K - 1)
@@ -95,13 +97,14 @@ def causal_conv1d_update(
     conv_state.copy_(window[..., tokens:])
     window = window[..., window.shape[-1] - tokens - taps + 1 :].to(dtype)  # (B, C, K - 1 + T)
     y = (window.unfold(-1, taps, 1) * weight.to(dtype)[:, None]).sum(-1).mT  # (B, T, C)
-    y = _activate(_bias(y, bias), activation).to(x.dtype)
+    y = _activate(y if bias is None else y + bias.to(dtype), activation).to(x.dtype)
     return y[:, 0] if x.dim() == 2 else y
 
 
-def _bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    return y if bias is None else y + bias.to(y.dtype)
+def _first_tap(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return x * w if bias is None else torch.addcmul(bias.to(w.dtype), x, w)
 
 
 def _activate(y: Tensor, activation: str | None) -> Tensor:
-    return y if activation is None else F.silu(y)
+    """In place where no graph is recorded."""
+    return y if activation is None else F.silu(y, inplace=not torch.is_grad_enabled())

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..checks import SSDShape
 from .conv import causal_conv1d
+from .modes import in_steps, needs_grad, without_autocast
 from .norm import gated_rms_norm
-from .precision import without_autocast
-from .ssd import needs_grad, ssd_chunk_scan
+from .ssd import CHUNK_SIZE, ssd_chunk_scan
+
+SEGMENT_TOKENS = 512  # of all rows, on a CPU: what they need stays in the caches and in the allocator
 
 
 def mamba2_inner(
@@ -32,8 +35,12 @@ def mamba2_inner(
     ssm_initial_states: Tensor | None,
     seq_idx: Tensor | None,
     cu_seqlens: Tensor | None,
+    return_final_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`mamba2_hf.ops.mamba2_inner`. Where gradients are needed only the inputs are kept."""
+    """See :func:`mamba2_hf.ops.mamba2_inner`. Where gradients are needed only the inputs are kept.
+
+    The states come at no cost here, so they are there whether asked for or not.
+    """
 
     def run(
         zxbcdt: Tensor,
@@ -82,8 +89,21 @@ def mamba2_inner(
             y = gated_rms_norm(y, z, norm_weight, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate)
         return y, conv_state, state
 
-    tensors = (zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_initial_states, ssm_initial_states)
+    weights = (conv_weight, conv_bias, dt_bias, A, D, norm_weight)
+    conv, ssm = conv_initial_states, ssm_initial_states
+    recompute = needs_grad(zxbcdt, *weights, conv, ssm)
+    segments: tuple[Tensor, ...] = (zxbcdt,)
+    if in_steps(zxbcdt.device) and seq_idx is None and cu_seqlens is None:
+        segments = zxbcdt.split(CHUNK_SIZE * max(1, SEGMENT_TOKENS // (CHUNK_SIZE * shape.batch)), 1)
+    ys = []
     with without_autocast(zxbcdt.device):
-        if needs_grad(*tensors):
-            return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
-        return run(*tensors)
+        for segment in segments:
+            tensors = (segment, *weights, conv, ssm)
+            if recompute:
+                y, conv, ssm = checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
+            else:
+                y, conv, ssm = run(*tensors)
+            ys.append(y)
+    assert conv is not None  # there is a segment
+    assert ssm is not None
+    return torch.cat(ys, 1) if len(ys) > 1 else ys[0], conv, ssm

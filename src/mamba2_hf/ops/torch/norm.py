@@ -7,19 +7,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import compute_dtype
+from .modes import times
 
 
 def gated_rms_norm(
-    x: Tensor, z: Tensor | None, weight: Tensor, *, eps: float, group_size: int, norm_before_gate: bool
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    *,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :func:`mamba2_hf.ops.gated_rms_norm`."""
-    dtype = compute_dtype(x.dtype)
+    out, dtype = dtype or x.dtype, compute_dtype(x.dtype)
     y = x.to(dtype)
     gate = None if z is None else F.silu(z.to(dtype))
     if gate is not None and not norm_before_gate:
-        y = y * gate
+        y = times(gate, y)
     grouped = y.unflatten(-1, (-1, group_size))
-    y = (grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight.to(dtype)
+    y = (grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)).flatten(-2)
+    y = times(y, weight.to(dtype))
     if gate is not None and norm_before_gate:
-        y = y * gate
-    return y.to(x.dtype)
+        y = times(y, gate)
+    return y.to(out)

@@ -1,0 +1,211 @@
+"""Tile sizes by shape and chip: a static table, so that two runs launch the same kernels and give the same bits."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from triton import knobs
+
+from ..checks import SSDShape
+from .launch import power_of_two
+
+
+class Chip(NamedTuple):
+    """What the tables depend on."""
+
+    backend: str  # "cuda" or "hip"
+    capability: int  # 80, 90, ... on CUDA
+    processors: int
+    interpreted: bool = False
+
+    @property
+    def is_hopper(self) -> bool:
+        """The chip the tables were timed on."""
+        return self.backend == "cuda" and self.capability == 90
+
+    @property
+    def has_tma(self) -> bool:
+        """Whether tiles can be copied by descriptor."""
+        return self.backend == "cuda" and self.capability >= 90
+
+
+class Config(NamedTuple):
+    """Launch parameters of one SSD kernel."""
+
+    Q: int  # tokens of a chunk
+    BP: int  # channels of a tile
+    BN: int  # states of a tile
+    warps: int
+    stages: int  # of the software pipeline
+    heads: int = 1  # most heads a program takes one after another
+
+
+@functools.cache
+def _chip(device: int) -> Chip:
+    target = triton.runtime.driver.active.get_current_target()
+    properties = torch.cuda.get_device_properties(device)
+    capability = target.arch if isinstance(target.arch, int) else 0
+    return Chip(target.backend, capability, properties.multi_processor_count)
+
+
+def current_chip() -> Chip:
+    """The chip that kernels launched now run on; the interpreter plays a Hopper."""
+    if knobs.runtime.interpret:
+        return Chip("cuda", 90, 4, interpreted=True)
+    return _chip(torch.cuda.current_device())
+
+
+def tile(size: int, largest: int) -> int:
+    """The power of two that covers ``size``, between what a matrix product needs and ``largest``."""
+    return min(max(power_of_two(size), 16), largest)
+
+
+def precision(chip: Chip, dtype: torch.dtype) -> str:
+    """How fp32 tiles are multiplied: three tf32 products on CUDA carry fp32's digits at the tensor cores."""
+    if chip.interpreted or dtype != torch.float32:
+        return "ieee"
+    return "tf32x3" if chip.backend == "cuda" else "ieee"
+
+
+def walk(chip: Chip, dtype: torch.dtype, P: int, N: int) -> Config:
+    """``walk_kernel``: the whole state column, ``N x BP`` fp32, stays in registers."""
+    bn = tile(N, 256)
+    if dtype == torch.float32:
+        return Config(Q=32, BP=tile(P, 32), BN=bn, warps=4, stages=1)
+    narrow = bn > 128
+    return Config(
+        Q=64, BP=tile(P, 32 if narrow else 64), BN=bn, warps=_warps(chip, 4), stages=_stages(chip, 1 if narrow else 2)
+    )
+
+
+def state(chip: Chip, dtype: torch.dtype, P: int, N: int, Q: int) -> Config:
+    """``state_kernel``."""
+    wide = 64 if dtype != torch.float32 else 32
+    return Config(Q=Q, BP=tile(P, wide), BN=tile(N, wide), warps=4, stages=_stages(chip, 2))
+
+
+def inputs_backward(chip: Chip, dtype: torch.dtype, P: int, N: int) -> Config:
+    """``inputs_backward_kernel``; its Q is that of the whole backward."""
+    bn = tile(N, 256)
+    if dtype == torch.float32:
+        return Config(Q=32, BP=tile(P, 32), BN=bn, warps=4, stages=1, heads=8)
+    stages = _stages(chip, 2 if P <= 64 and bn <= 128 else 1)
+    return Config(Q=64, BP=tile(P, 64), BN=bn, warps=_warps(chip, 4), stages=stages, heads=20)
+
+
+def maps_backward(chip: Chip, dtype: torch.dtype, P: int, N: int, Q: int) -> Config:
+    """``maps_backward_kernel``."""
+    if dtype == torch.float32:
+        return Config(Q=Q, BP=tile(P, 32), BN=tile(N, 64), warps=4, stages=1, heads=8)
+    return Config(Q=Q, BP=tile(P, 64), BN=tile(N, 128), warps=8, stages=_stages(chip, 3 if P <= 64 else 1), heads=40)
+
+
+def _stages(chip: Chip, stages: int) -> int:
+    """Several tiles in flight on A100 and Hopper only.
+
+    AMD and consumer chips have 64 to 100 KiB of shared memory; on Blackwell, Triton 3.6 cannot pipeline these loops.
+    """
+    return stages if chip.backend == "cuda" and chip.capability in (80, 90) else 1
+
+
+def _warps(chip: Chip, warps: int) -> int:
+    """Before Hopper matrix products take their operands from registers: twice the threads hold them."""
+    return 2 * warps if chip.backend == "cuda" and chip.capability < 90 else warps
+
+
+def heads_per_program(per_group: int, most: int) -> int:
+    """The largest divisor of a group's heads that is at most ``most``."""
+    return next(n for n in range(min(per_group, most), 0, -1) if per_group % n == 0)
+
+
+# The kernels for Hopper: their chunk, their heads' width, and the states that fit the registers.
+HOPPER_CHUNK, HOPPER_HEAD, HOPPER_STATES = 64, 64, (16, 32, 64, 128, 256)
+
+
+class HopperConfig(NamedTuple):
+    """Launch parameters of a kernel with a producer and several consumers."""
+
+    heads: int  # of a program: consumers side by side, or (gradients) heads one after another
+    stages: int  # tiles in flight
+    registers: int  # of a thread of the consumers but the first, which takes what is left
+    launched: int  # registers of a thread before they are shared out
+
+
+def hopper_kernels(chip: Chip, shape: SSDShape, dtype: torch.dtype) -> bool:
+    """Whether there are kernels made for these sizes on this chip."""
+    fits = shape.head_dim == HOPPER_HEAD and shape.state in HOPPER_STATES
+    return fits and chip.is_hopper and not chip.interpreted and dtype in (torch.bfloat16, torch.float16)
+
+
+def hopper_walk(per_group: int, N: int) -> HopperConfig:
+    """``walk_kernel``: two heads share B and C where a group has two and registers hold two states."""
+    if N == 256:
+        return HopperConfig(1, 2, 0, 160)
+    return HopperConfig(1, 2, 0, 128) if per_group == 1 else HopperConfig(2, 3, 232, 168)
+
+
+def hopper_state(per_group: int, N: int) -> HopperConfig:
+    """``state_kernel``: as :func:`hopper_walk`."""
+    if N == 256:
+        return HopperConfig(1, 2, 0, 160) if per_group == 1 else HopperConfig(2, 2, 232, 168)
+    return HopperConfig(1, 2, 0, 96) if per_group == 1 else HopperConfig(2, 4, 160, 168)
+
+
+def hopper_gradients(chip: Chip, per_group: int, N: int, rows: int) -> HopperConfig:
+    """``chunk_backward_kernel``: as many heads a program as leave every processor two programs."""
+    wanted = -(-2 * chip.processors // rows)
+    blocks = next(n for n in range(1, per_group + 1) if per_group % n == 0 and (n >= wanted or n == per_group))
+    return HopperConfig(per_group // blocks, 1 if N == 256 else 3, 232, 168)
+
+
+LARGEST_16_BIT_STATE = 128
+
+
+def takes_fp32(shape: SSDShape, dtype: torch.dtype) -> bool:
+    """Whether the portable kernels take 16-bit inputs of these sizes as fp32.
+
+    In the product that updates a wide 16-bit state, Triton 3.6 reads past shared memory on Hopper.
+    """
+    return dtype != torch.float32 and shape.state > LARGEST_16_BIT_STATE
+
+
+SEGMENT = 1024  # tokens under which a sequence is not cut
+SUMMARY_COST = 0.35  # a pass over x and B alone, against the whole walk
+CUT_COST = 30  # two more launches, in chunks walked
+
+
+def segment_tokens(chip: Chip, shape: SSDShape, dtype: torch.dtype) -> int:
+    """How many tokens one program walks."""
+    return _segment_tokens(chip, shape, dtype, SEGMENT, SUMMARY_COST, CUT_COST)
+
+
+@functools.lru_cache(1024)
+def _segment_tokens(
+    chip: Chip, shape: SSDShape, dtype: torch.dtype, shortest: int, summary_cost: float, cut_cost: float
+) -> int:
+    """See :func:`segment_tokens`.
+
+    Sequences are cut where their number does not fill the chip: time is counted in chunks, one program a processor
+    (or four of the portable kernels, which have one head each) walking one after another.
+    """
+    if hopper_kernels(chip, shape, dtype):
+        programs = shape.batch * shape.groups * -(-shape.heads // shape.groups // 2)
+    else:
+        tiles = -(-shape.head_dim // walk(chip, dtype, shape.head_dim, shape.state).BP)
+        programs = -(-shape.batch * shape.heads * tiles // 4)
+    chunks = -(-shape.tokens // 64)
+    best, cheapest = 1, math.inf
+    for segments in range(1, max(shape.tokens // shortest, 1) + 1):
+        length = -(-chunks // segments)
+        cost = -(-programs * segments // chip.processors) * length * 1.0
+        if segments > 1:
+            cost += summary_cost * -(-programs * (segments - 1) // chip.processors) * length + cut_cost
+        if cost < cheapest:
+            best, cheapest = segments, cost
+        if programs * segments > 16 * chip.processors:
+            break
+    return -(-chunks // best) * 64

@@ -1,0 +1,62 @@
+"""Launches of kernels that have run before, without Triton's front end.
+
+Finding a compiled kernel takes Triton longer than many kernels run. Here a launch is recognized by what Triton would
+compile for, one value per argument, and goes to the compiled kernel itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REMEMBERED = 4096  # launches, before all are forgotten
+
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Runs ``kernel[grid](*args, **constants)`` on the current device and stream.
+
+    Args:
+        kernel: a kernel of ``triton.jit`` or ``gluon.jit``.
+        grid: numbers of programs.
+        args: in order, everything but the kernel's ``constexpr`` parameters: tensors, tile descriptors, numbers, None.
+        constants: the ``constexpr`` parameters and compiler options.
+    """
+    key = (id(kernel), torch.cuda.current_device() if torch.cuda.is_initialized() else -1)
+    key = (*key, *[_kind(arg) for arg in args], *constants.items())
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, tail = found
+        compiled[grid + (1, 1)](*args, *tail)
+        return
+    compiled = kernel[grid](*args, **constants, enable_fp_fusion=True)
+    if compiled is None:  # interpreted
+        return
+    if len(_compiled) >= REMEMBERED:
+        _compiled.clear()
+    rest = [parameter.name for parameter in kernel.params[len(args) :]]
+    _compiled[key] = compiled, tuple(constants[name] for name in rest)
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up. Triton's own, made for kernels too, takes microseconds."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
+def _kind(arg: Any) -> Any:
+    """What of an argument the compiled code depends on."""
+    if type(arg) is int:
+        return 1 if arg == 1 else (arg % 16 == 0, -(2**31) <= arg < 2**31)
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    if arg is None or type(arg) is float:
+        return type(arg)
+    return arg.base.dtype, *arg.block_shape

@@ -1,0 +1,285 @@
+"""RMSNorm over groups of channels, forward and backward: plain, or gated in either order.
+
+A program holds one group of one or a few rows, cut into chunks of a power of two so that widths such as 5120 waste no
+lanes. Nothing but the inputs is kept for the backward, which recomputes the mean square; there each program takes a run
+of rows, so that the weight's gradient is summed in registers, then over programs in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .calls import call
+from .launch import cdiv, launch, power_of_two
+from .rows import channels_last, vector_strides
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_GROUP = 16384  # a group stays in registers
+CHUNK = 1024  # channels of a chunk, at most
+FORWARD_TILE, BACKWARD_TILE = 2048, 1024  # elements of a program, where groups are small
+FORWARD_PER_WARP, BACKWARD_PER_WARP = 1536, 768
+BACKWARD_PROGRAMS = 512
+
+
+@triton.jit
+def _load(base, row, stride, column, mask, UNIT: tl.constexpr):
+    """A tile ``(rows, columns)`` in its own dtype; rows are ``stride * UNIT`` apart."""
+    return tl.load(base + row.to(tl.int64)[:, None] * stride * UNIT + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(base, row, stride, column, value, mask, UNIT: tl.constexpr):
+    tl.store(base + row.to(tl.int64)[:, None] * stride * UNIT + column[None, :], value.to(base.dtype.element_ty), mask)
+
+
+@triton.jit
+def _silu(z):
+    return z * tl.sigmoid(z)
+
+
+@triton.jit
+def norm_forward_kernel(x, z, weight, y, M, eps, sx, sz, sy,
+                        SIZE: tl.constexpr, GATE_LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
+                        BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
+    """One group of ``ROWS`` rows."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * SIZE
+    values, gates = (), ()
+    squares = tl.zeros([ROWS], tl.float32)
+    for k in tl.static_range(CHUNKS):
+        column = k * BLOCK + tl.arange(0, BLOCK)
+        mask = (row < M)[:, None] & (column < SIZE)[None, :]
+        value = _load(x, row, sx, first + column, mask, UNIT).to(tl.float32)
+        if z is not None:
+            gate = _silu(_load(z, row, sz, first + column, mask, UNIT).to(tl.float32))
+            if not GATE_LAST:
+                value *= gate
+            gates = gates + (gate,)
+        squares += tl.sum(value * value, 1)
+        values = values + (value,)
+    scale = tl.rsqrt(squares / SIZE + eps)[:, None]
+    for k in tl.static_range(CHUNKS):
+        column = k * BLOCK + tl.arange(0, BLOCK)
+        w = tl.load(weight + first + column, mask=column < SIZE, other=0.0).to(tl.float32)
+        value = values[k] * scale * w[None, :]
+        if GATE_LAST and z is not None:
+            value *= gates[k]
+        _store(y, row, sy, first + column, value, (row < M)[:, None] & (column < SIZE)[None, :], UNIT)
+
+
+@triton.jit
+def _load_row(x, z, dy, row, first, end, sx, sz, sdy,
+              SIZE: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
+    """What the backward reads of some rows, in chunks: x, dy and z."""
+    values, gradients, gates = (), (), ()
+    for k in tl.static_range(CHUNKS):
+        column = k * BLOCK + tl.arange(0, BLOCK)
+        mask = (row < end)[:, None] & (column < SIZE)[None, :]
+        values = values + (_load(x, row, sx, first + column, mask, UNIT),)
+        gradients = gradients + (_load(dy, row, sdy, first + column, mask, UNIT),)
+        if z is not None:
+            gates = gates + (_load(z, row, sz, first + column, mask, UNIT),)
+    return values, gradients, gates
+
+
+@triton.jit
+def norm_backward_kernel(x, z, weight, dy, dx, dz, partial, M, RUN, eps, sx, sz, sdy, sdx, sdz,
+                         SIZE: tl.constexpr, GATE_LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
+                         BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
+    """Dx and dz of one group in ``RUN`` rows, and their share of dweight.
+
+    With ``u`` the normed input, ``n = u r`` and ``e`` the gradient of ``n``: ``du = r (e - n mean(e n))``. The rows
+    after the current ones are under way while it is computed.
+    """
+    first = tl.program_id(1) * SIZE
+    r0 = tl.program_id(0) * RUN
+    end = tl.minimum(r0 + RUN, M)
+    sums, weights = (), ()
+    for k in tl.static_range(CHUNKS):
+        column = k * BLOCK + tl.arange(0, BLOCK)
+        sums = sums + (tl.zeros([ROWS, BLOCK], tl.float32),)
+        weights = weights + (tl.load(weight + first + column, mask=column < SIZE, other=0.0),)
+    row = r0 + tl.arange(0, ROWS)
+    values, gradients, gates = _load_row(x, z, dy, row, first, end, sx, sz, sdy, SIZE, UNIT, BLOCK, CHUNKS)
+    for step in range(0, RUN, ROWS):
+        row = r0 + step + tl.arange(0, ROWS)
+        xs, dys, zs = values, gradients, gates
+        values, gradients, gates = _load_row(x, z, dy, row + ROWS, first, end, sx, sz, sdy, SIZE, UNIT, BLOCK, CHUNKS)
+        squares, projection = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+        for k in tl.static_range(CHUNKS):
+            u, e = xs[k].to(tl.float32), dys[k].to(tl.float32)
+            e *= weights[k].to(tl.float32)[None, :]
+            if z is not None:
+                gate = _silu(zs[k].to(tl.float32))
+                if GATE_LAST:
+                    e *= gate
+                else:
+                    u *= gate
+            squares += tl.sum(u * u, 1)
+            projection += tl.sum(u * e, 1)
+        scale = tl.rsqrt(squares / SIZE + eps)[:, None]
+        mean = (projection / SIZE)[:, None] * scale * scale * scale  # so that du = r e - u * mean
+        added = ()
+        for k in tl.static_range(CHUNKS):
+            column = k * BLOCK + tl.arange(0, BLOCK)
+            mask = (row < end)[:, None] & (column < SIZE)[None, :]
+            value, gradient = xs[k].to(tl.float32), dys[k].to(tl.float32)
+            w = weights[k].to(tl.float32)[None, :]
+            if z is not None:
+                raw = zs[k].to(tl.float32)
+                sigmoid = tl.sigmoid(raw)
+                gate = raw * sigmoid
+                slope = sigmoid * (1.0 + raw - gate)
+                if GATE_LAST:
+                    dgate = gradient * w * value * scale
+                    gradient *= gate
+                    du = gradient * w * scale - value * mean
+                    share = gradient * value * scale
+                    dvalue = du
+                else:
+                    u = value * gate
+                    du = gradient * w * scale - u * mean
+                    share = gradient * u * scale
+                    dgate = du * value
+                    dvalue = du * gate
+                _store(dz, row, sdz, first + column, dgate * slope, mask, UNIT)
+            else:
+                dvalue = gradient * w * scale - value * mean
+                share = gradient * value * scale
+            _store(dx, row, sdx, first + column, dvalue, mask, UNIT)
+            added = added + (sums[k] + share,)
+        sums = added
+    width = tl.num_programs(1) * SIZE
+    for k in tl.static_range(CHUNKS):
+        column = k * BLOCK + tl.arange(0, BLOCK)
+        to = partial + tl.program_id(0).to(tl.int64) * width + first + column
+        tl.store(to, tl.sum(sums[k], 0), mask=column < SIZE)
+
+
+def supports(*, group_size: int, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether a norm can be served, and why (not)."""
+    if dtype not in DTYPES:
+        return False, f"dtype {dtype} is not bfloat16, float16 or float32"
+    if group_size > LARGEST_GROUP:
+        return False, f"group_size {group_size} is above {LARGEST_GROUP}"
+    return True, "the Triton norm serves it"
+
+
+def gated_rms_norm(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    *,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """See :func:`mamba2_hf.ops.gated_rms_norm`."""
+    return call("rms_norm", x, z, weight, eps, group_size, norm_before_gate, dtype or x.dtype)
+
+
+class _Tile(NamedTuple):
+    rows: int
+    block: int
+    chunks: int
+    warps: int
+
+
+def _tile(size: int, elements: int, per_warp: int) -> _Tile:
+    """How a program holds groups of ``size`` channels."""
+    block, exact = min(power_of_two(size), CHUNK), size & -size
+    if 256 <= exact < block and size <= 8 * exact:
+        block = exact
+    chunks = cdiv(size, block)
+    rows = max(1, power_of_two(elements // (block * chunks) + 1) // 2)
+    warps = power_of_two(cdiv(rows * block * chunks, per_warp))
+    return _Tile(rows, block, chunks, min(16, warps))
+
+
+def norm_forward(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Launches the forward; ``dtype`` is the result's."""
+    width = x.shape[-1]
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    rows, gate = _as_rows(x), _as_rows(z)
+    unit, strides = vector_strides(rows, gate, _as_rows(y))
+    tile = _tile(group_size, FORWARD_TILE, FORWARD_PER_WARP)
+    launch(
+        norm_forward_kernel,
+        (cdiv(rows.shape[0], tile.rows), width // group_size),
+        *(rows, gate, weight.contiguous(), y, rows.shape[0], eps, *strides),
+        SIZE=group_size,
+        GATE_LAST=norm_before_gate,
+        UNIT=unit,
+        ROWS=tile.rows,
+        BLOCK=tile.block,
+        CHUNKS=tile.chunks,
+        num_warps=tile.warps,
+    )
+    return y
+
+
+class NormGradients(NamedTuple):
+    """Gradients of a norm's inputs."""
+
+    x: Tensor
+    z: Tensor | None
+    weight: Tensor
+
+
+def norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    *,
+    dz: Tensor | None = None,
+) -> NormGradients:
+    """Launches the backward; ``dz`` may name the (strided) tensor that receives the gate's gradient."""
+    width = x.shape[-1]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if z is not None and dz is None:
+        dz = torch.empty(z.shape, dtype=z.dtype, device=x.device)
+    rows = _as_rows(x)
+    to = dz if dz is None else dz.view(-1, width)
+    tensors = (rows, _as_rows(z), _as_rows(dy), dx.view(-1, width), to)
+    unit, strides = vector_strides(*tensors)
+    tile = _tile(group_size, BACKWARD_TILE, BACKWARD_PER_WARP)
+    groups = width // group_size
+    run = cdiv(cdiv(rows.shape[0] * groups, BACKWARD_PROGRAMS), tile.rows) * tile.rows
+    programs = cdiv(rows.shape[0], run)
+    partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    launch(
+        norm_backward_kernel,
+        (programs, groups),
+        *(tensors[0], tensors[1], weight.contiguous(), *tensors[2:], partial, rows.shape[0], run, eps, *strides),
+        SIZE=group_size,
+        GATE_LAST=norm_before_gate,
+        UNIT=unit,
+        ROWS=tile.rows,
+        BLOCK=tile.block,
+        CHUNKS=tile.chunks,
+        num_warps=tile.warps,
+    )
+    return NormGradients(dx, dz, partial.sum(0).to(weight.dtype))
+
+
+def _as_rows(x: Tensor | None) -> Any:
+    """``x`` as ``(rows, width)``, None where there is none."""
+    return None if x is None else channels_last(x.reshape(-1, x.shape[-1]))

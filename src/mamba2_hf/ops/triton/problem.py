@@ -1,0 +1,225 @@
+"""A scan made ready for kernels: arguments, chunks, segments, step sizes and decays."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checks import SSDShape
+from . import configs
+from .configs import Chip
+from .launch import cdiv, launch
+from .prep import layout_kernel, prep_kernel
+
+LAYOUT_BLOCK, PREP_HEADS = 128, 16
+
+
+class Arguments(NamedTuple):
+    """The op's arguments, in one order for forward, backward and autograd."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    initial_states: Tensor | None
+    seq_idx: Tensor | None
+    cu_seqlens: Tensor | None
+    dt_softplus: bool
+    low: float
+    high: float
+
+    def in_fp32(self) -> Arguments:
+        """The same with x, B, C and z in fp32."""
+        z = None if self.z is None else self.z.float()
+        return self._replace(x=self.x.float(), B=self.B.float(), C=self.C.float(), z=z)
+
+
+class Call(NamedTuple):
+    """The arguments made ready for kernels, and what follows from them."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    initial_states: Tensor | None
+    seq_idx: Tensor | None
+    cu_seqlens: Tensor | None
+    limits: tuple[float, float]
+    dt_softplus: bool
+    shape: SSDShape
+    chip: Chip
+    tma: bool
+
+    @property
+    def packed(self) -> bool:
+        """Whether one row holds several documents with states of their own."""
+        return self.cu_seqlens is not None
+
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        """``(B or S, H, P, N)``."""
+        return self.shape.states, self.shape.heads, self.shape.head_dim, self.shape.state
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes that kernels are compiled for."""
+        return {
+            "PER_GROUP": self.shape.heads // self.shape.groups,
+            "P": self.shape.head_dim,
+            "N": self.shape.state,
+        }
+
+    def prep_flags(self, Q: int) -> dict[str, Any]:
+        """Options of both kernels in ``prep.py``."""
+        return {
+            "Q": Q,
+            "BH": PREP_HEADS,
+            "HAS_BIAS": self.dt_bias is not None,
+            "SOFTPLUS": self.dt_softplus,
+            "CLAMP": not self.dt_softplus or self.limits != (0.0, math.inf),
+            "PACKED": self.packed,
+        }
+
+
+class Cut(NamedTuple):
+    """How rows are cut into chunks and segments, and each chunk's decays and steps."""
+
+    Q: int
+    chunks: int  # of all rows together; an upper bound where packed
+    per_row: int
+    segments: int  # of all sequences together; an upper bound where packed
+    per_segment: int  # chunks
+    per_sequence: int  # segments of the longest sequence
+    chunk_table: Tensor | None
+    segment_table: Tensor | None
+    first_segment: Tensor | None
+    steps: Tensor  # (chunks, H, 2, Q): log2 decays from the chunk's start, step sizes
+    document: Tensor | None  # (chunks, Q), where kernels are to tell documents apart
+
+
+class Into(NamedTuple):
+    """Where a backward is to leave gradients, where the caller has a place for them: views with a dense last size."""
+
+    dx: Tensor  # (B, T, H, P)
+    dB: Tensor  # (B, T, G, N)
+    dC: Tensor  # (B, T, G, N)
+    ddt: Tensor  # (B, T, H)
+
+
+class Gradients(NamedTuple):
+    """What the kernels of a backward give; ``dots`` and ``ends`` are for ``prep.prep_backward_kernel``."""
+
+    dx: Tensor
+    dz: Tensor | None
+    dB: Tensor
+    dC: Tensor
+    dD: Tensor | None  # None where `dots` holds what it sums
+    dinitial: Tensor
+    dots: Tensor
+    ends: Tensor
+
+
+def prepare(given: Arguments) -> Call:
+    """Makes the arguments ready: last dimensions contiguous, devices and sizes settled."""
+    batch, tokens, heads, P = given.x.shape
+    groups, N = given.B.shape[2:]
+    cu = given.cu_seqlens
+    states = batch if cu is None else cu.shape[0] - 1
+    x, B, C = (last_contiguous(t) for t in (given.x, given.B, given.C))
+    z = None if given.z is None else last_contiguous(given.z)
+    chip = configs.current_chip()
+    # A descriptor would read on into the next document: packed rows are read through masked pointers.
+    aligned = all(fits_tma(t) for t in (x, B, C, z) if t is not None)
+    return Call(
+        *(x, last_contiguous(given.dt), given.A.contiguous(), B, C),
+        D=_contiguous(given.D),
+        z=z,
+        dt_bias=_contiguous(given.dt_bias),
+        initial_states=_contiguous(given.initial_states),
+        seq_idx=given.seq_idx,
+        cu_seqlens=cu if cu is None else cu.to(x.device),
+        limits=(given.low, given.high),
+        dt_softplus=given.dt_softplus,
+        shape=SSDShape(batch, tokens, heads, P, groups, N, states),
+        chip=chip,
+        tma=chip.has_tma and cu is None and aligned,
+    )
+
+
+def cut(call: Call, Q: int, *, marks: bool = False) -> Cut:
+    """Cuts a scan into chunks of ``Q`` tokens.
+
+    With ``marks`` the log decays themselves keep documents apart, and kernels need not know about them.
+    """
+    batch, tokens, heads, _, _, _, sequences = call.shape
+    device = call.x.device
+    length = configs.segment_tokens(call.chip, call.shape, call.x.dtype)
+    per_segment = length // Q
+    per_row = cdiv(tokens, Q)
+    per_sequence = cdiv(tokens, length)
+    chunk_table = segment_table = first_segment = None
+    if call.cu_seqlens is None:
+        chunks, segments = batch * per_row, batch * per_sequence
+    else:
+        chunks = tokens // Q + sequences
+        segments = sequences if per_sequence == 1 else tokens // length + sequences
+        tables = torch.full((2 * chunks + 7 * segments + 1,), -1, dtype=torch.int32, device=device)
+        chunk_table, segment_table, first_segment = tables.split([2 * chunks, 6 * segments, segments + 1])
+        launch(
+            layout_kernel,
+            (sequences,),
+            *(call.cu_seqlens, chunk_table, segment_table, first_segment, sequences, per_segment),
+            Q=Q,
+            BLOCK=LAYOUT_BLOCK,
+        )
+    document = None
+    if call.seq_idx is not None:
+        numbers = F.pad((call.seq_idx[:, 1:] != call.seq_idx[:, :-1]).to(torch.int32).cumsum(1), (1, 0))
+        padding = numbers[:, -1:].expand(-1, per_row * Q - tokens)
+        document = torch.cat([numbers, padding], 1).to(torch.int32)
+    steps = torch.empty(chunks, heads, 2, Q, dtype=torch.float32, device=device)
+    launch(
+        prep_kernel,
+        (chunks, cdiv(heads, PREP_HEADS)),
+        *(call.dt, call.dt_bias, call.A, steps, document if marks else None, chunk_table),
+        *(tokens, per_row, heads, *call.limits, *call.dt.stride()[:2]),
+        **call.prep_flags(Q),
+        MARKS=marks and document is not None,
+    )
+    return Cut(
+        *(Q, chunks, per_row, segments, per_segment, per_sequence),
+        *(chunk_table, segment_table, first_segment, steps, None if marks else document),
+    )
+
+
+def strides(tensor: Tensor | None) -> tuple[int, ...]:
+    """The first three strides; zeros for a tensor that is not there."""
+    return (0, 0, 0) if tensor is None else tensor.stride()[:3]
+
+
+def last_contiguous(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy where its last dimension is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def fits_tma(tensor: Tensor) -> bool:
+    """Whether tiles of a tensor can be copied by descriptor: addresses are multiples of 16 bytes."""
+    size = tensor.element_size()
+    sixteen = all(stride * size % 16 == 0 for stride in (*tensor.stride()[:-1], tensor.shape[-1]))
+    return sixteen and tensor.data_ptr() % 16 == 0
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None else tensor.contiguous()

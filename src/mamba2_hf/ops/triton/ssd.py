@@ -1,0 +1,194 @@
+"""The SSD scan on Triton: which kernels a call gets, and the order of the passes, forward and back.
+
+The forward leaves nothing but its inputs for the backward, which recomputes the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import SSDShape
+from . import configs, portable
+from .calls import call
+from .launch import cdiv, launch
+from .prep import prep_backward_kernel
+from .problem import PREP_HEADS, Arguments, Call, Into, cut, fits_tma, last_contiguous, prepare
+from .ssd_forward import link_kernel
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_HEAD = 256
+LARGEST_STATE = 256
+LINK_BLOCK = 1024
+
+
+def supports(*, shape: SSDShape, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether a scan of these sizes can be served, and why (not)."""
+    if dtype not in DTYPES:
+        return False, f"dtype {dtype} is not bfloat16, float16 or float32"
+    if shape.head_dim > LARGEST_HEAD:
+        return False, f"head_dim {shape.head_dim} is above {LARGEST_HEAD}"
+    if shape.state > LARGEST_STATE:
+        return False, f"state size {shape.state} is above {LARGEST_STATE}"
+    return True, "the Triton scan serves it"
+
+
+def ssd_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    shape: SSDShape,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    chunk_size: int | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`mamba2_hf.ops.ssd_chunk_scan`; always returns the final states too."""
+    B, C, z = (t if t is None else t.to(x.dtype) for t in (B, C, z))
+    y, states = call(
+        "ssd_chunk_scan",
+        *(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, *map(float, dt_limit)),
+    )
+    return y, states
+
+
+def scan_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """``y`` and the final states, given the fields of :class:`Arguments`."""
+    return Scan(*args).forward()
+
+
+def scan_backward(dy: Tensor, dfinal: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
+    """:meth:`Scan.backward`, given the fields of :class:`Arguments`."""
+    return Scan(*args).backward(dy, dfinal)
+
+
+class Scan:
+    """One scan: what its forward and its backward have in common is prepared once.
+
+    Args:
+        args: the fields of :class:`Arguments`.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        self.given = Arguments(*args)
+        self.call = prepare(self.given)
+        self.kernels = _kernels(self.call)
+        if self.kernels is portable and configs.takes_fp32(self.call.shape, self.call.x.dtype):
+            self.call = prepare(self.given.in_fp32())
+        self.cut = cut(self.call, self.kernels.chunk_size(self.call), marks=self.kernels is not portable)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """``y`` and the final states."""
+        y, final = self.kernels.walk(self.call, self.cut, self._entry())
+        return y.to(self.given.x.dtype), final
+
+    def backward(self, dy: Tensor, dfinal: Tensor | None, into: Into | None = None) -> tuple[Tensor | None, ...]:
+        """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial states, each in its tensor's dtype.
+
+        Args:
+            dy: gradient of y. dfinal: gradient of the final states, or None.
+            into: where those of x, B, C and dt go; new tensors if None.
+        """
+        given, call, pieces = self.given, self.call, self.cut
+        dy = last_contiguous(dy.to(call.x.dtype))
+        if call.tma and not (fits_tma(dy) and dy.stride(2) == dy.shape[3]):
+            dy = dy.clone(memory_format=torch.contiguous_format)
+        leave = dfinal if dfinal is None else dfinal.contiguous()
+        leave = self._between(reverse=True, inputs=dy, maps=call.C, outer=leave)
+        found = self.kernels.gradients(call, pieces, dy, self._entry(), leave, into)
+
+        batch, tokens, heads = call.dt.shape
+        if into is None:
+            new = torch.zeros if call.packed else torch.empty
+            ddt = new(batch, tokens, heads, dtype=given.dt.dtype, device=dy.device)
+        else:
+            ddt = into.ddt.zero_() if call.packed else into.ddt
+        shares = torch.empty(pieces.chunks, 3, heads, dtype=torch.float32, device=dy.device)
+        launch(
+            prep_backward_kernel,
+            (pieces.chunks, cdiv(heads, PREP_HEADS)),
+            *(call.dt, call.dt_bias, call.A, pieces.steps, found.dots, found.ends, ddt, shares, pieces.chunk_table),
+            *(tokens, pieces.per_row, heads, given.low, given.high, *call.dt.stride()[:2], *ddt.stride()[:2]),
+            **call.prep_flags(pieces.Q),
+            DOTS=found.dots.shape[2],
+        )
+        share = shares.sum(0)  # of A, dt_bias and D
+        dx, dB, dC, dD, dz = found.dx, found.dB, found.dC, found.dD, found.dz
+        if into is None:
+            dx, dB, dC = (t.to(given.x.dtype) for t in (dx, dB, dC))
+        else:
+            dx, dB, dC = (_place(*pair) for pair in zip((dx, dB, dC), into, strict=False))
+        if dD is None and given.D is not None:
+            dD = share[2]
+        bias, initial = given.dt_bias, given.initial_states
+        return (
+            dx,
+            ddt,
+            share[0].to(given.A.dtype),
+            dB,
+            dC,
+            None if given.D is None else dD.to(given.D.dtype),
+            None if dz is None else dz.to(given.x.dtype),
+            None if bias is None else share[1].to(bias.dtype),
+            None if initial is None else found.dinitial.to(initial.dtype),
+        )
+
+    def _entry(self) -> Tensor | None:
+        """The state that enters each segment, ``(segments, H, P, N)``; None where all are zero."""
+        call = self.call
+        return self._between(reverse=False, inputs=call.x, maps=call.B, outer=call.initial_states)
+
+    def _between(self, *, reverse: bool, inputs: Tensor, maps: Tensor, outer: Tensor | None) -> Tensor | None:
+        """The state (or its gradient) that enters each segment in walking direction; ``outer`` enters sequences."""
+        if self.cut.per_sequence == 1:
+            return outer
+        heads, P, N = self.call.shape.heads, self.call.shape.head_dim, self.call.shape.state
+        states, decay = self.kernels.summaries(self.call, self.cut, reverse=reverse, inputs=inputs, maps=maps)
+        launch(
+            link_kernel,
+            (self.call.shape.states, cdiv(P * N, LINK_BLOCK), heads),
+            *(states, decay, outer, self.cut.first_segment, self.cut.per_sequence, heads),
+            P=P,
+            N=N,
+            BLOCK=LINK_BLOCK,
+            REVERSE=reverse,
+            HAS_OUTER=outer is not None,
+            PACKED=self.call.packed,
+        )
+        return states
+
+
+def _place(found: Tensor, target: Tensor) -> Tensor:
+    """``found`` in its place, where it is not there yet."""
+    return target if found.data_ptr() == target.data_ptr() else target.copy_(found)
+
+
+def _kernels(call: Call) -> ModuleType:
+    """The module that launches the fastest kernels for a call."""
+    if configs.hopper_kernels(call.chip, call.shape, call.x.dtype):
+        hopper = _hopper()
+        if hopper is not None and hopper.serves(call):
+            return hopper
+    return portable
+
+
+@functools.cache
+def _hopper() -> ModuleType | None:
+    """The launches for Hopper; None where Gluon, an experimental part of Triton, has changed."""
+    try:
+        from . import hopper
+    except (ImportError, AttributeError):
+        return None
+    return hopper

@@ -1,0 +1,88 @@
+"""Compiles the kernels that a piece of launch code would launch, for any GPU, on a machine without one."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class Kernel(NamedTuple):
+    """What a compiled kernel needs."""
+
+    name: str
+    shared: int  # bytes of shared memory
+    registers: int | None  # None where the target has no tool that tells
+    stack: int | None  # bytes of local memory a thread: what was spilled
+    warps: int
+
+
+class _Driver:
+    """Stands in for a GPU's driver as far as compiling asks."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextmanager
+def compile_only(target: str) -> Iterator[list[Kernel]]:
+    """Inside, launching a kernel compiles it for ``target`` and adds it to the list; nothing runs."""
+    kernels: dict[str, Kernel] = {}
+    found: list[Kernel] = []
+    run = JITFunction.run
+
+    def compile_instead(self: JITFunction, *args: object, **kwargs: object) -> None:
+        kernel = run(self, *args, **{**kwargs, "warmup": True})
+        if kernel.hash not in kernels:
+            kernels[kernel.hash] = _describe(kernel, target)
+            found.append(kernels[kernel.hash])
+
+    driver.set_active(_Driver(TARGETS[target]))
+    JITFunction.run = compile_instead
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
+        driver._active = None
+
+
+def _describe(kernel: object, target: str) -> Kernel:
+    metadata = kernel.metadata
+    registers = stack = None
+    if target.startswith("sm_"):
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    return Kernel(metadata.name, metadata.shared, registers, stack, metadata.num_warps)

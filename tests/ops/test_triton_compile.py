@@ -1,0 +1,169 @@
+"""Every kernel compiles for every GPU family, fits its shared memory, and does not spill where it matters.
+
+Run as a script, this file compiles for the target it is given and prints what the kernels need: the tests run it in a
+process of its own, since Triton decides at import whether kernels are compiled or interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Sizes of a 2.7B model's layer; every option with wide heads; odd sizes, packed; segments in fp32; its widest state.
+SCANS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "options": {"P": 128, "dtype": "float16", "z": True, "D": 2, "documents": True},
+    "odd": {"P": 48, "N": 24, "T": 100, "G": 2, "packed": True},
+    "segments": {"N": 64, "T": 16384, "dtype": "float32"},
+    "wide": {"N": 256, "dtype": "float32"},
+}
+# Sizes and options that take other paths through the kernels made for Hopper, where "plain" goes too.
+HOPPER_SCANS: dict[str, dict[str, Any]] = {
+    "documents, segments": {"T": 16384, "documents": True, "dtype": "float16"},
+    "small state": {"N": 16, "H": 3},
+    "own maps": {"G": 4, "N": 64},
+    "large state": {"N": 256},
+}
+SLOWEST = "wide"  # compiled for one target
+SCAN_KERNELS = {"walk_kernel", "state_kernel", "inputs_backward_kernel", "maps_backward_kernel"}
+HOPPER_KERNELS = {"walk_kernel", "state_kernel", "chunk_backward_kernel"}
+MIXER_KERNELS = {
+    "conv_forward_kernel",
+    "conv_state_kernel",
+    "conv_backward_kernel",
+    "conv_initial_gradient_kernel",
+    "conv_update_kernel",
+    "norm_forward_kernel",
+    "norm_backward_kernel",
+    "state_update_kernel",
+    "step_kernel",
+    "finish_kernel",
+}
+CAPABILITIES = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
+SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB that a program may have
+
+
+def compile_scan(
+    target: str,
+    T: int = 256,
+    H: int = 4,
+    P: int = 64,
+    G: int = 1,
+    N: int = 128,
+    dtype: str = "bfloat16",
+    D: int = 1,
+    z: bool = False,
+    documents: bool = False,
+    packed: bool = False,
+) -> list[dict[str, Any]]:
+    """Forward and backward of one scan, compiled and not run."""
+    import torch
+    from compiling import compile_only
+
+    from mamba2_hf.ops.checks import SSDShape
+    from mamba2_hf.ops.triton import configs, ssd
+
+    capability = CAPABILITIES[target]
+    configs.current_chip = lambda: configs.Chip("cuda" if capability else "hip", capability, 132)
+    kind = getattr(torch, dtype)
+    x = torch.zeros(1, T, H, P, dtype=kind, requires_grad=True)
+    maps = torch.zeros(1, T, G, N, dtype=kind)
+    per_head = torch.zeros(H)
+    with compile_only(target) as kernels:
+        y, _ = ssd.ssd_chunk_scan(
+            *(x, torch.zeros(1, T, H, dtype=kind), per_head, maps, maps),
+            shape=SSDShape(1, T, H, P, G, N, 1),
+            D=per_head if D == 1 else torch.zeros(H, P),
+            z=torch.zeros_like(x) if z else None,
+            dt_bias=per_head,
+            dt_softplus=True,
+            dt_limit=(0.0, math.inf),
+            chunk_size=None,
+            initial_states=None,
+            seq_idx=torch.zeros(1, T, dtype=torch.int32) if documents else None,
+            cu_seqlens=torch.tensor([0, 10, T]) if packed else None,
+        )
+        y.sum().backward()
+    return [kernel._asdict() for kernel in kernels]
+
+
+def compile_mixer(target: str) -> list[dict[str, Any]]:
+    """The kernels around the scan at the sizes of a 2.7B model's layer, bf16, in every packing; nothing runs."""
+    import torch
+    from compiling import compile_only
+
+    from mamba2_hf.ops.triton import conv, decode, norm
+
+    H, P, N, K, T = 80, 64, 128, 4, 16
+    inner = H * P
+    channels = inner + 2 * N
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+    rows, weight, bias = zeros(1, T, 2 * inner + 2 * N + H), zeros(channels, K), zeros(channels)
+    z, xbc = rows[..., :inner], rows[..., inner : inner + channels]
+    dy, state = zeros(1, T, channels), zeros(1, channels, K - 1)
+    per_head = zeros(H, dtype=torch.float32)
+    with compile_only(target) as kernels:
+        for seq_idx, cu_seqlens in ((None, None), (zeros(1, T, dtype=torch.int32), None), (None, torch.tensor([0, T]))):
+            packing = conv.documents(xbc, seq_idx, cu_seqlens)
+            initial = None if seq_idx is None and cu_seqlens is None else state
+            conv.conv_forward(xbc, weight, bias, initial, packing, True)
+            conv.conv_backward(dy, initial, xbc, weight, bias, initial, packing, True)
+        y, norm_weight = zeros(1, T, inner), zeros(inner)
+        for group_size, norm_before_gate in ((inner, False), (inner // 8, True), (P, False)):
+            norm.norm_forward(y, z, norm_weight, 1e-5, group_size, norm_before_gate, y.dtype)
+            norm.norm_backward(y, y, z, norm_weight, 1e-5, group_size, norm_before_gate)
+        norm.norm_forward(y.float(), None, norm_weight, 1e-5, inner, False, y.dtype)
+        norm.norm_backward(y, y.float(), None, norm_weight, 1e-5, inner, False)
+        limits = (0.0, math.inf)
+        for batch in (1, 64):
+            ssm_state = zeros(batch, H, P, N, dtype=torch.float32)
+            x, step, maps = zeros(batch, H, P), zeros(batch, H), zeros(batch, 1, N)
+            decode.state_update(ssm_state, x, step, per_head, maps, maps, per_head, x, per_head, True, *limits)
+            decode.conv_update(zeros(batch, 1, channels), zeros(batch, channels, K), weight, bias, True)
+            decode.mixer_step(
+                *(zeros(batch, 2, rows.shape[-1]), zeros(batch, channels, K - 1), ssm_state),
+                *(weight, bias, per_head, per_head, per_head, norm_weight, 1, True, 1e-5, inner, False, *limits),
+            )
+    return [kernel._asdict() for kernel in kernels]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # a minute of one core that is not shared
+@pytest.mark.parametrize("target", CAPABILITIES)
+def test_kernels_compile_everywhere(target: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    source = Path(__file__).resolve().parents[2] / "src"
+    environment["PYTHONPATH"] = os.pathsep.join([str(source), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "error", __file__, target]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    for case, kernels in found.items():
+        names = {kernel["name"] for kernel in kernels}
+        expected = SCAN_KERNELS
+        if target == "sm_90" and case in ("plain", *HOPPER_SCANS):
+            expected = HOPPER_KERNELS
+        assert names == MIXER_KERNELS if case == "mixer" else names >= expected, (case, names)
+        for kernel in kernels:
+            assert kernel["shared"] <= SHARED[target] * 1024, (case, kernel)
+    if target == "sm_90":
+        # The backward uses every register there is and parks a few words outside its loops.
+        for kernel in found["plain"] + found["mixer"]:
+            assert kernel["stack"] <= (256 if kernel["name"] == "chunk_backward_kernel" else 0), kernel
+
+
+if __name__ == "__main__":
+    target = sys.argv[1]
+    chosen = SCANS | HOPPER_SCANS if target == "sm_90" else {k: v for k, v in SCANS.items() if k != SLOWEST}
+    found = {name: compile_scan(target, **case) for name, case in chosen.items()}
+    print(json.dumps(found | {"mixer": compile_mixer(target)}))

@@ -1,0 +1,140 @@
+"""The Triton convolution against the PyTorch one in fp64: outputs, states and every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mamba2_hf.ops.dispatch import backend_module
+
+pytestmark = pytest.mark.usefixtures("poison")
+torch_backend, triton_backend = backend_module("torch"), backend_module("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of the norm
+
+
+def check(
+    B: int = 2,
+    T: int = 41,
+    C: int = 5,
+    K: int = 4,
+    *,
+    bias: bool = True,
+    initial: bool = True,
+    activation: str | None = "silu",
+    seq_idx: list[list[int]] | None = None,
+    cu_seqlens: list[int] | None = None,
+    final: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """x is a view in the middle of wider rows, as in a mixer."""
+    generator = torch.Generator().manual_seed(T * C + K)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    states = B if cu_seqlens is None else len(cu_seqlens) - 1
+    tensors = {"rows": draw(B, T, C + 7), "weight": draw(C, K)}
+    tensors |= {"bias": draw(C)} if bias else {}
+    tensors |= {"initial": draw(states, C, K - 1)} if initial else {}
+    gradients = draw(B, T, C), draw(states, C, K - 1)
+
+    def run(backend: Any, device: str, kind: torch.dtype) -> dict[str, Tensor]:
+        given = {k: v.to(device, kind).clone().requires_grad_() for k, v in tensors.items()}
+        y, states = backend.causal_conv1d(
+            given["rows"][..., 3 : 3 + C],
+            given["weight"],
+            given.get("bias"),
+            activation=activation,
+            initial_states=given.get("initial"),
+            seq_idx=None if seq_idx is None else torch.tensor(seq_idx, device=device),
+            cu_seqlens=None if cu_seqlens is None else torch.tensor(cu_seqlens, device=device),
+        )
+        outputs = [y, states] if final and K > 1 else [y]
+        grads = [g.to(device, kind) for g in gradients]
+        found = torch.autograd.grad(outputs, list(given.values()), grads[: len(outputs)], allow_unused=True)
+        return {"y": y, "states": states} | {f"d{k}": g for k, g in zip(given, found, strict=True) if g is not None}
+
+    expected = run(torch_backend, "cpu", torch.float64)
+    actual = run(triton_backend, DEVICE, dtype)
+    for name, tensor in expected.items():
+        assert actual[name].dtype == dtype
+        assert actual[name].shape == tensor.shape
+        error = (actual[name].double().cpu() - tensor).norm()
+        assert error <= TOLERANCE[dtype] * tensor.norm(), (name, error, tensor.norm())
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("T", [1, 3, 41])
+def test_any_length_and_taps(T: int, K: int) -> None:
+    check(T=T, K=K)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": False},
+        {"initial": False},
+        {"activation": None},
+        {"final": False},
+        {"B": 3, "C": 130, "T": 9},
+        {"C": 8, "T": 300, "B": 1},
+        {"dtype": torch.float16, "T": 20},
+    ],
+)
+def test_options(options: dict[str, Any]) -> None:
+    check(**options)
+
+
+@pytest.mark.parametrize("initial", [True, False])
+@pytest.mark.parametrize("K", [2, 4])
+def test_documents_by_index(K: int, initial: bool) -> None:
+    ids = [[0, 0, 1, 1, 1, 2, 0, 0, 0, 0, 0, 7], [5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 6, 6]]
+    check(T=12, K=K, seq_idx=ids, initial=initial)
+
+
+@pytest.mark.parametrize("bounds", [[0, 12], [0, 5, 5, 6, 11], [0, 0, 1, 2, 12], [0, 0], [0, 3, 9]])
+@pytest.mark.parametrize("initial", [True, False])
+def test_documents_by_bounds(bounds: list[int], initial: bool) -> None:
+    check(B=1, T=12, cu_seqlens=bounds, initial=initial)
+
+
+def test_documents_across_runs() -> None:
+    """A program walks 32 tokens here: documents begin just before and just after its first one."""
+    check(B=1, T=100, cu_seqlens=[0, 28, 29, 31, 33, 57, 58, 64, 96])
+    check(B=1, T=100, seq_idx=[[i // 29 for i in range(100)]])
+
+
+def test_the_same_bits_twice() -> None:
+    x, weight = torch.randn(2, 50, 8, device=DEVICE), torch.randn(8, 4, device=DEVICE, requires_grad=True)
+    options = {"activation": "silu", "initial_states": None, "seq_idx": None, "cu_seqlens": None}
+    first, second = (
+        torch.autograd.grad(triton_backend.causal_conv1d(x, weight, None, **options)[0].sum(), weight)[0]
+        for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("T", [None, 1, 2, 5, 20])
+@pytest.mark.parametrize(("K", "L"), [(4, 3), (4, 6), (2, 1)])
+def test_update(T: int | None, K: int, L: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    B, C = 3, 130
+    shape = (B, C) if T is None else (B, T, C)
+    x, state, weight, bias = (
+        torch.randn(*size, generator=generator, dtype=torch.float64) for size in (shape, (B, C, L), (C, K), (C,))
+    )
+    given = [t.to(DEVICE, torch.float32) for t in (x, state.clone(), weight, bias)]
+    expected = torch_backend.causal_conv1d_update(x, state, weight, bias, activation="silu")
+    actual = triton_backend.causal_conv1d_update(*given, activation="silu")
+    torch.testing.assert_close(actual.cpu(), expected.float())
+    torch.testing.assert_close(given[1].cpu(), state.float())
+
+
+def test_what_cannot_be_served_is_said() -> None:
+    assert triton_backend.supports("causal_conv1d", taps=4, dtype=torch.bfloat16)[0]
+    assert "9 taps" in triton_backend.supports("causal_conv1d", taps=9, dtype=torch.bfloat16)[1]
+    assert "float64" in triton_backend.supports("causal_conv1d", taps=4, dtype=torch.float64)[1]

@@ -1,0 +1,157 @@
+"""Single steps and short blocks on the Triton backend against the PyTorch one in fp64: outputs and updated states."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mamba2_hf.ops import mamba2_inner
+from mamba2_hf.ops.checks import SSDShape
+from mamba2_hf.ops.dispatch import backend_module
+
+pytestmark = pytest.mark.usefixtures("poison")
+torch_backend, triton_backend = backend_module("torch"), backend_module("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = [(1, 4, 8, 2, 16), (9, 3, 5, 1, 7), (2, 2, 20, 1, 24)]  # B, H, P, G, N
+LIMITS = [(0.0, math.inf), (0.1, 0.5)]
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    assert (actual.double().cpu() - expected.double()).norm() <= tolerance * expected.double().norm()
+
+
+@pytest.mark.parametrize(("D", "z", "softplus"), [(0, False, False), (1, True, True), (2, False, True)])
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_state_update(sizes: tuple[int, ...], limit: tuple[float, float], D: int, z: bool, softplus: bool) -> None:
+    B, H, P, G, N = sizes
+    source = generator()
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=source, dtype=torch.float64)
+
+    tensors = [draw(B, H, P, N), draw(B, H, P), draw(B, H), -draw(H).abs(), draw(B, G, N), draw(B, G, N)]
+    optional = {"D": (None, draw(H), draw(H, P))[D], "z": draw(B, H, P) if z else None, "dt_bias": draw(H)}
+    results = []
+    for backend, device, kind in ((torch_backend, "cpu", torch.float64), (triton_backend, DEVICE, torch.float32)):
+        state, *given = (t.to(device, kind, copy=True) for t in tensors)
+        y = backend.ssd_state_update(
+            *(state, *given),
+            shape=SSDShape(B, 1, H, P, G, N, B),
+            dt_softplus=softplus,
+            dt_limit=limit,
+            **{k: None if v is None else v.to(device, kind) for k, v in optional.items()},
+        )
+        results.append((y, state))
+    for expected, actual in zip(*results, strict=True):
+        close(actual, expected)
+
+
+def step_inputs(B: int, T: int, H: int, P: int, G: int, N: int, K: int, L: int) -> list[Tensor]:
+    source = generator()
+    C = H * P + 2 * G * N
+    shapes = [(B, T, 2 * H * P + 2 * G * N + H), (B, C, L), (B, H, P, N), (C, K), (C,), (H,), (H,), (H,), (H * P,)]
+    tensors = [torch.randn(*shape, generator=source, dtype=torch.float64) for shape in shapes]
+    tensors[6] = -tensors[6].abs()
+    return tensors
+
+
+def step(backend: object, tensors: list[Tensor], sizes: tuple[int, ...], **options: object) -> Tensor:
+    B, T, H, P, G, N = sizes
+    *arguments, norm_weight = tensors
+    defaults = {
+        "norm_weight": norm_weight,
+        "activation": "silu",
+        "eps": 1e-5,
+        "group_size": H * P // G,
+        "norm_before_gate": False,
+        "dt_limit": (0.0, math.inf),
+    }
+    return backend.mamba2_step(*arguments, shape=SSDShape(B, T, H, P, G, N, B), **(defaults | options))
+
+
+STEPS: list[tuple[tuple[int, ...], int, int, dict[str, object]]] = [  # sizes, T, L, options
+    *((SIZES[0], T, L, {}) for T, L in [(1, 3), (1, 4), (2, 3), (3, 3), (2, 8), (6, 4)]),
+    *((SIZES[1], T, L, {}) for T, L in [(1, 3), (2, 4)]),
+    *((SIZES[0], 2, 3, o) for o in ({"norm_before_gate": True}, {"norm_weight": None}, {"dt_limit": (0.1, 0.5)})),
+]
+
+
+@pytest.mark.parametrize(("sizes", "T", "L", "options"), STEPS)
+def test_step(sizes: tuple[int, ...], T: int, L: int, options: dict[str, object]) -> None:
+    """Outputs and both states, whether the convolution's keeps some of its inputs or none."""
+    B, H, P, G, N = sizes
+    tensors = step_inputs(B, T, H, P, G, N, 4, L)
+    results = []
+    for backend, device, kind in ((torch_backend, "cpu", torch.float64), (triton_backend, DEVICE, torch.float32)):
+        given = [t.to(device, kind, copy=True) for t in tensors]
+        y = step(backend, given, (B, T, H, P, G, N), **options)
+        results.append((y, given[1], given[2]))
+    for expected, actual in zip(*results, strict=True):
+        close(actual, expected)
+
+
+def test_states_may_be_views() -> None:
+    """Of caches that keep the states of several layers in one tensor, or with other strides."""
+    B, T, H, P, G, N = 2, 2, 2, 8, 1, 16
+    tensors = [t.float().to(DEVICE) for t in step_inputs(B, T, H, P, G, N, 4, 3)]
+    views = [t.clone() for t in tensors]
+    views[1] = tensors[1].mT.contiguous().mT
+    views[2] = torch.stack([tensors[2], tensors[2]], -1)[..., 0]
+    assert not views[1].is_contiguous()
+    assert not views[2].is_contiguous()
+    assert torch.equal(
+        step(triton_backend, tensors, (B, T, H, P, G, N)), step(triton_backend, views, (B, T, H, P, G, N))
+    )
+    assert torch.equal(tensors[1], views[1])
+    assert torch.equal(tensors[2], views[2])
+
+
+def test_steps_continue_a_sequence() -> None:
+    """Token by token and in blocks, the steps give what the whole sequence gives at once."""
+    B, T, H, P, G, N, K = 2, 11, 2, 8, 1, 16, 4
+    u, conv, state, weight, bias, dt_bias, A, D, norm_weight = (
+        t.float() for t in step_inputs(B, T, H, P, G, N, K, K - 1)
+    )
+    expected, *last = mamba2_inner(
+        *(u, weight, bias, dt_bias, A, D),
+        norm_weight=norm_weight,
+        head_dim=P,
+        n_groups=G,
+        return_final_states=True,
+        backend="torch",
+    )
+    for backend, device in ((torch_backend, "cpu"), (triton_backend, DEVICE)):
+        rest = [t.to(device) for t in (weight, bias, dt_bias, A, D, norm_weight)]
+        states = [torch.zeros_like(conv, device=device), torch.zeros_like(state, device=device)]
+        ys = [
+            step(backend, [block.to(device), *states, *rest], (B, block.shape[1], H, P, G, N))
+            for block in u.split([1, 3, 1, 5, 1], 1)
+        ]
+        close(torch.cat(ys, 1), expected)
+        close(states[0], last[0])
+        close(states[1], last[1])
+
+
+def test_a_half_precision_state_is_rounded_once_a_call() -> None:
+    B, T, H, P, G, N = 2, 3, 2, 8, 1, 16
+    tensors = [t.float() for t in step_inputs(B, T, H, P, G, N, 4, 3)]
+    tensors[2] = tensors[2].half()
+    exact = [t.float().clone() for t in tensors]
+    close(
+        step(triton_backend, [t.to(DEVICE) for t in tensors], (B, T, H, P, G, N)),
+        step(torch_backend, exact, (B, T, H, P, G, N)),
+    )
+
+
+def test_what_cannot_be_served_is_said() -> None:
+    call = {"shape": SSDShape(1, 1, 2, 64, 1, 128, 1), "dtype": torch.bfloat16, "taps": 4}
+    assert triton_backend.supports("mamba2_step", group_size=128, **call)[0]
+    assert "group_size 32" in triton_backend.supports("mamba2_step", group_size=32, **call)[1]
