@@ -92,7 +92,7 @@ class SSDBackbone(SSDPreTrainedModel):
             past_key_values=cache if use_cache else None,
             hidden_states=tuple(every_state) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
-            router_logits=tuple(router_logits) if output_router_logits else None,
+            router_logits=tuple(router_logits) or None,
         )
         return output if return_dict else output.to_tuple()
 

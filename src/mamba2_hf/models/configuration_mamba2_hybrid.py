@@ -118,7 +118,7 @@ class Mamba2HybridConfig(SSDConfig):
         n_group, topk_group: of the sigmoid router: groups of experts, and how many of them a token may reach.
         norm_topk_prob, routed_scaling_factor: whether its weights sum to 1, and what they are multiplied by.
         output_router_logits: whether a forward returns them, and the loss includes balancing them.
-        router_aux_loss_coef: weight of that loss.
+        router_aux_loss_coef: weight of that loss; None for 0.001, and for 0 in a model without experts.
         num_shared_blocks: blocks that the ``"shared>ssd"`` layers take in turns.
         shared_adapter_rank: rank of an adapter for each use of a shared block, beside its MLP; 0 for none.
         shared_attention_adapters: whether there are such adapters beside its attention too.
@@ -217,7 +217,7 @@ class Mamba2HybridConfig(SSDConfig):
     norm_topk_prob: bool = True
     routed_scaling_factor: Number = 1.0
     output_router_logits: bool = False
-    router_aux_loss_coef: Number = 0.001
+    router_aux_loss_coef: Number | None = None
     num_shared_blocks: int = 1
     shared_adapter_rank: int = 0
     shared_attention_adapters: bool = False
@@ -250,6 +250,8 @@ class Mamba2HybridConfig(SSDConfig):
                 self.num_key_value_heads = self.num_attention_heads
             if self.head_dim is None:
                 self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.router_aux_loss_coef is None:  # TRL adds the loss to any model that has a coefficient
+            self.router_aux_loss_coef = 0.001 if any(MOE in kinds for kinds in self.blocks) else 0.0
         for name in _FLOATS:
             setattr(self, name, float(getattr(self, name)))
         self.time_step_limit = tuple(map(float, self.time_step_limit))
@@ -456,7 +458,7 @@ class Mamba2HybridConfig(SSDConfig):
         )
         self._require(_is_factor(self.routed_scaling_factor), "routed_scaling_factor", "a finite factor other than 0")
         coef = self.router_aux_loss_coef
-        self._require(0 <= coef < math.inf, "router_aux_loss_coef", "a weight of at least 0")
+        self._require(coef is not None and 0 <= coef < math.inf, "router_aux_loss_coef", "a weight of at least 0")
 
     def _check_shared(self) -> None:
         uses = len(self.shared_layers)

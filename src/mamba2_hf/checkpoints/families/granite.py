@@ -72,7 +72,6 @@ def read_config(raw: Mapping[str, Any]) -> dict[str, Any]:
         "residual_multiplier": stock.residual_multiplier,
         "logits_scaling": stock.logits_scaling,
         "layer_norm_epsilon": stock.rms_norm_eps,
-        "router_aux_loss_coef": stock.router_aux_loss_coef,
     }
     if not experts:
         return {**fields, "intermediate_size": stock.shared_intermediate_size}
@@ -83,6 +82,7 @@ def read_config(raw: Mapping[str, Any]) -> dict[str, Any]:
         "num_experts": experts,
         "num_experts_per_tok": stock.num_experts_per_tok,
         "moe_router": "softmax",
+        "router_aux_loss_coef": stock.router_aux_loss_coef,
         "output_router_logits": bool(stock.output_router_logits),
     }
 
@@ -116,7 +116,6 @@ def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
         "residual_multiplier": config.residual_multiplier,
         "logits_scaling": logits_scaling(config),
         "rms_norm_eps": config.layer_norm_epsilon,
-        "router_aux_loss_coef": config.router_aux_loss_coef,
         "intermediate_size": config.intermediate_size,
         "shared_intermediate_size": config.intermediate_size,
         "num_local_experts": 0,
@@ -129,6 +128,7 @@ def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
             "shared_intermediate_size": shared_expert(config, NAME),
             "num_local_experts": config.num_experts,
             "num_experts_per_tok": config.num_experts_per_tok,
+            "router_aux_loss_coef": config.router_aux_loss_coef,
             "output_router_logits": config.output_router_logits,
         }
     return write_stock(NAME, "GraniteMoeHybridForCausalLM", config, fields, read_config)
