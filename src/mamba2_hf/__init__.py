@@ -1,7 +1,8 @@
-"""mamba2-hf: Mamba-2 models for transformers.
+"""mamba2-hf: Mamba-2 models, and hybrids of Mamba-2 with attention, for transformers.
 
 Importing the package registers its models with transformers' Auto classes (see ``registration.py`` for all that it
-does), so that ``AutoModelForCausalLM.from_pretrained`` builds them for every ``mamba2`` checkpoint.
+does), so that ``AutoModelForCausalLM.from_pretrained`` builds them for every ``mamba2`` and ``mamba2_hybrid``
+checkpoint.
 """
 
 from __future__ import annotations
@@ -12,8 +13,14 @@ from .models import (
     Mamba2Config,
     Mamba2ForCausalLM,
     Mamba2ForSequenceClassification,
+    Mamba2HybridConfig,
+    Mamba2HybridForCausalLM,
+    Mamba2HybridForSequenceClassification,
+    Mamba2HybridModel,
+    Mamba2HybridPreTrainedModel,
     Mamba2Model,
     Mamba2PreTrainedModel,
+    spread_layers,
 )
 from .registration import register
 from .training import parameter_groups
@@ -23,12 +30,18 @@ __all__ = [
     "Mamba2Config",
     "Mamba2ForCausalLM",
     "Mamba2ForSequenceClassification",
+    "Mamba2HybridConfig",
+    "Mamba2HybridForCausalLM",
+    "Mamba2HybridForSequenceClassification",
+    "Mamba2HybridModel",
+    "Mamba2HybridPreTrainedModel",
     "Mamba2Model",
     "Mamba2PreTrainedModel",
     "errors",
     "ops",
     "parameter_groups",
     "register",
+    "spread_layers",
 ]
 
 __version__ = "0.1.0"

@@ -1,6 +1,8 @@
 """What ``import mamba2_hf`` does to transformers and PEFT, in one place.
 
-* Auto classes build our models for ``model_type: mamba2``; the stock classes stay reachable by their own names.
+* Auto classes build our models for ``model_type: mamba2`` and ``mamba2_hybrid``; the stock classes stay reachable by
+  their own names.
+* ``Mamba2HybridForCausalLM.from_pretrained`` reads the formats of other hybrids.
 * Trainer keeps weight decay off ``A_log``, ``D``, ``dt_bias`` and the norms of our models.
 * PEFT may put LoRA on every linear of our models, ``out_proj`` included, and knows the default targets.
 
@@ -31,25 +33,50 @@ from .models import (
     Mamba2Config,
     Mamba2ForCausalLM,
     Mamba2ForSequenceClassification,
+    Mamba2HybridConfig,
+    Mamba2HybridForCausalLM,
+    Mamba2HybridForSequenceClassification,
+    Mamba2HybridModel,
+    Mamba2HybridPreTrainedModel,
     Mamba2Model,
-    Mamba2PreTrainedModel,
+    SSDPreTrainedModel,
 )
 from .training import no_decay_parameter_names
 
 _MARK = "_mamba2_hf"
-LORA_TARGETS = {"mamba2": ["in_proj", "out_proj"]}
+_OF_MIXERS = ["in_proj", "out_proj"]
+_OF_ATTENTION, _OF_MLPS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
+LORA_TARGETS = {"mamba2": _OF_MIXERS, "mamba2_hybrid": [*_OF_MIXERS, *_OF_ATTENTION, *_OF_MLPS]}
 
 
 def register() -> None:
     """Makes every change of this module; calling it again changes nothing."""
-    AutoConfig.register("mamba2", Mamba2Config, exist_ok=True)
-    AutoModel.register(Mamba2Config, Mamba2Model, exist_ok=True)
-    AutoModelForCausalLM.register(Mamba2Config, Mamba2ForCausalLM, exist_ok=True)
-    AutoModelForPreTraining.register(Mamba2Config, Mamba2ForCausalLM, exist_ok=True)
-    AutoModelForSequenceClassification.register(Mamba2Config, Mamba2ForSequenceClassification, exist_ok=True)
+    for config, model, causal_lm, classifier in (
+        (Mamba2Config, Mamba2Model, Mamba2ForCausalLM, Mamba2ForSequenceClassification),
+        (Mamba2HybridConfig, Mamba2HybridModel, Mamba2HybridForCausalLM, Mamba2HybridForSequenceClassification),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+        AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+        AutoModelForPreTraining.register(config, causal_lm, exist_ok=True)
+        AutoModelForSequenceClassification.register(config, classifier, exist_ok=True)
+    Mamba2HybridConfig.foreign_reader = staticmethod(_read_foreign_config)
+    Mamba2HybridPreTrainedModel.foreign_reader = staticmethod(_read_foreign)
     when_imported("transformers.trainer", _keep_decay_off)
     when_imported("peft.utils.constants", _name_lora_targets)
     when_imported("peft.tuners.tuners_utils", _allow_lora_everywhere)
+
+
+def _read_foreign_config(raw: dict[str, Any]) -> Any:
+    from .checkpoints.loading import read_foreign_config
+
+    return read_foreign_config(raw)
+
+
+def _read_foreign(*args: Any) -> Any:
+    from .checkpoints.loading import read_foreign
+
+    return read_foreign(*args)
 
 
 def when_imported(name: str, then: Callable[[Any], None]) -> None:
@@ -140,7 +167,7 @@ def _allow_lora_everywhere(tuners_utils: Any) -> None:
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def check(peft_config: Any, model: nn.Module, target_name: str) -> None:
-            if not any(isinstance(module, Mamba2PreTrainedModel) for module in model.modules()):
+            if not any(isinstance(module, SSDPreTrainedModel) for module in model.modules()):
                 original(peft_config, model, target_name)
 
         return check

@@ -321,8 +321,6 @@ class TestOtherModelsByName:
             ({"ssm_cfg": ["Mamba2"]}, "ssm_cfg is"),
             ({"ssm_cfg": {"layer": "Mamba2", "headdim": 0}}, "ssm_cfg.headdim is 0"),
             ({"ssm_cfg": {"layer": "Mamba2", "headdim": 8, "expand": "2"}}, "ssm_cfg.expand is '2'"),
-            ({"attn_layer_idx": [1]}, "attn_layer_idx is .* is a hybrid"),
-            ({"d_intermediate": 64}, "attn_layer_idx is .* is a hybrid"),
             ({"rms_norm": False}, "rms_norm is False"),
             ({"d_model": "32"}, "d_model is '32'"),
             ({"vocab_size": None}, "vocab_size is None"),
@@ -365,6 +363,6 @@ class TestOtherModelsByName:
         (tmp_path / "file").touch()
         with pytest.raises(CheckpointError, match="is a file"):
             detect(tmp_path / "file")
-        layouts.write_json(tmp_path / "config.json", {"model_type": "bamba"})
-        with pytest.raises(CheckpointError, match=r"model_type 'bamba'; the formats read here are mamba2 .*codestral"):
+        layouts.write_json(tmp_path / "config.json", {"model_type": "jamba"})
+        with pytest.raises(CheckpointError, match=r"model_type 'jamba'; the formats read here are mamba2 .*codestral"):
             detect(tmp_path)

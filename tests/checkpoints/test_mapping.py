@@ -27,7 +27,7 @@ PARTS = (
 )
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", THEIRS)
 def test_names_of_every_tensor(name: str) -> None:
     keys, theirs = FORMATS[name].keys, THEIRS[name]
     layers = [f"backbone.layers.{layer}.{part}" for layer in (0, 1, 63) for part in PARTS]

@@ -34,7 +34,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from mamba2_hf import Mamba2Config, Mamba2ForCausalLM
+from mamba2_hf import Mamba2Config, Mamba2ForCausalLM, Mamba2HybridConfig, Mamba2HybridForCausalLM
 from mamba2_hf.errors import ArgumentError
 from mamba2_hf.layers import Mamba2Mixer
 from mamba2_hf.training import fully_shard_model
@@ -69,6 +69,24 @@ def make_model(heads: int = 5, **changes: Any) -> Any:
         "eos_token_id": 2,
     }
     return Mamba2ForCausalLM(Mamba2Config(**{**sizes, **changes})).eval()
+
+
+def make_hybrid(**changes: Any) -> Any:
+    """A layer of each kind, and a block that two of them share."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 62,
+        "hidden_size": 16,
+        "layer_blocks": ["ssd mlp", "attention moe", "shared>ssd", "shared>ssd", "ssd+attention"],
+        **{"ssm_num_heads": 6, "ssm_head_dim": 8, "ssm_state_size": 8, "ssm_use_bias": True, "attention_bias": True},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 16},
+        **{"num_experts": 4, "moe_intermediate_size": 8, "moe_router": "sigmoid", "shared_expert_intermediate_size": 8},
+        **{"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "shared_adapter_rank": 2},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False},
+        "experts_implementation": "eager",
+    }
+    config = Mamba2HybridConfig(**{"num_hidden_layers": 5, **sizes, **changes})
+    return Mamba2HybridForCausalLM(config).eval()
 
 
 def shard(model: Any, **options: Any) -> Any:
@@ -358,6 +376,24 @@ def half_precision_is_refused_in_one_group_and_trained_in_two(folder: Path) -> N
 
 
 @check("fsdp")
+def hybrids_train_as_one_process_does(folder: Path) -> None:
+    assert_trains_like(make_hybrid(), shard(make_hybrid()), 1e-5, steps=2)
+    model = shard(make_hybrid(), mp_policy=BF16)
+    with dtypes_inside(model) as seen:
+        model(MINE, labels=MINE).loss.backward()
+    assert_fp32_inside(seen, torch.bfloat16)
+    half = fully_shard_model(make_hybrid().bfloat16()).train()
+    with dtypes_inside(half) as seen:
+        # Sharded, the convolution and the norm are called as modules, which round to bf16 in between; bf16 itself is
+        # up to 0.13 away from fp32 in these gradients.
+        assert_trains_like(make_hybrid().bfloat16().train(), half, 0.2, steps=1, rate=1e-3)
+    assert_fp32_inside({name: seen[name] for name in FP32}, torch.bfloat16)
+    half.eval()
+    with torch.no_grad():
+        assert half.generate(MINE, max_new_tokens=4, do_sample=False, eos_token_id=None).shape == (2, 21)
+
+
+@check("fsdp")
 def generation_and_attention_matrices(folder: Path) -> None:
     plain, model = make_model(), shard(make_model())
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -441,25 +477,26 @@ def distributed_data_parallel(folder: Path) -> None:
         assert distance(p.grad, q[1].grad) < 1e-5, name
 
 
-def saved(folder: Path, **changes: Any) -> Path:
+def saved(folder: Path, model: Any = None, **changes: Any) -> Path:
     path = folder / "model"
     if RANK == 0:
-        make_model(6, n_groups=2, use_bias=True, **changes).save_pretrained(path)
+        model = make_model(6, n_groups=2, use_bias=True, **changes) if model is None else model
+        model.save_pretrained(path)
     dist.barrier()
     return path
 
 
-def load(path: Path, **config: Any) -> Any:
+def load(path: Path, cls: Any = Mamba2ForCausalLM, **config: Any) -> Any:
     from transformers.distributed import DistributedConfig
 
     dtype = config.pop("dtype", torch.float32)
-    return Mamba2ForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(**config), dtype=dtype)
+    return cls.from_pretrained(path, distributed_config=DistributedConfig(**config), dtype=dtype)
 
 
 def assert_saves_like(model: Any, plain: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     dist.barrier()
-    again = Mamba2ForCausalLM.from_pretrained(folder, dtype=plain.dtype).state_dict()
+    again = type(plain).from_pretrained(folder, dtype=plain.dtype).state_dict()
     for name, value in plain.state_dict().items():
         assert torch.equal(again[name], value), name
 
@@ -556,6 +593,61 @@ def fsdp_plan_in_bf16_and_mixed_precision(folder: Path) -> None:
 @check("transformers")
 def fsdp_plan_with_tied_embeddings(folder: Path) -> None:
     fsdp_plan(folder, torch.float32, mixed=False, tie_word_embeddings=True)
+
+
+def hybrid_in(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> tuple[Any, Any]:
+    """A hybrid, whole and as it is spread over the processes."""
+    cls = Mamba2HybridForCausalLM
+    path = saved(folder, make_hybrid())
+    both = cls.from_pretrained(path, dtype=dtype), load(path, cls, dtype=dtype, **config)
+    for model in both:
+        model.config._experts_implementation = "eager"
+    return both
+
+
+@check("transformers")
+def hybrid_tensor_parallel_plan(folder: Path) -> None:
+    plain, model = hybrid_in(folder, tp_size=WORLD, tp_plan="auto")
+    blocks = model.backbone.layers[0].blocks
+    attention = model.backbone.layers[1].blocks[0].attention
+    for split in (blocks[0].mixer.in_proj, blocks[1].mlp.up_proj, blocks[1].mlp.down_proj, attention.q_proj):
+        assert split.weight.to_local().numel() == split.weight.numel() // WORLD
+    same = PARTS[0]  # the processes share a batch
+    mask = torch.ones_like(same)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        for named in ({}, {"attention_mask": mask}):
+            torch.testing.assert_close(model(same, **named).logits, plain(same, **named).logits, atol=1e-5, rtol=1e-5)
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+        assert torch.equal(model.generate(same, **options), plain.generate(same, **options))
+    model(same, labels=same).loss.backward()
+    plain(same, labels=same).loss.backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert distance(p.grad, q.grad) < 1e-4, name
+    assert_saves_like(model, plain, folder / "again")
+
+
+def hybrid_fsdp_plan(folder: Path, dtype: torch.dtype, tolerance: float) -> None:
+    plain, model = hybrid_in(folder, dtype, fsdp_size=WORLD, fsdp_mixed_precision=False)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    assert_saves_like(model, plain, folder / "again")
+    with torch.no_grad():
+        assert distance(model(MINE).logits, plain(MINE).logits) < tolerance
+    model.train()(MINE, labels=MINE).loss.backward()
+    for part in PARTS:
+        (plain(part, labels=part).loss / WORLD).backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert distance(p.grad, q.grad) < 5 * tolerance, (name, distance(p.grad, q.grad))
+
+
+@check("transformers")
+def hybrid_fsdp_plan_in_fp32(folder: Path) -> None:
+    hybrid_fsdp_plan(folder, torch.float32, 1e-5)
+
+
+@check("transformers")
+def hybrid_fsdp_plan_in_bf16(folder: Path) -> None:
+    hybrid_fsdp_plan(folder, torch.bfloat16, 0.03)
 
 
 def main(suite: str, folder: Path, *only: str) -> None:

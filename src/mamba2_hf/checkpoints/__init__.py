@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adapters import AdapterConversion, convert_adapter
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import Conversion, convert
 from .formats import FORMATS, Format, detect
@@ -9,11 +10,13 @@ from .verify import Verification, verify
 
 __all__ = [
     "FORMATS",
+    "AdapterConversion",
     "Checkpoint",
     "Conversion",
     "Format",
     "Verification",
     "convert",
+    "convert_adapter",
     "detect",
     "open_checkpoint",
     "verify",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from . import remote_code
 from .checkpoint import Checkpoint
 from .companions import TOKENIZERS
 from .files import read_json
+from .formats import HYBRID
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def render_card(
         evals: results to show, see :func:`read_evals`.
     """
     config, name = checkpoint.config, name or checkpoint.folder.resolve().name
+    hybrid = checkpoint.format.family is HYBRID
     family = family_of(base_model) if base_model else None
     evals = evals or []
     for result in evals:
@@ -89,7 +92,12 @@ def render_card(
         license=license or (family.license if family else None),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["mamba2", "state-space-model", *([f"arxiv:{family.arxiv}"] if family else [])],
+        tags=[
+            "mamba2",
+            "state-space-model",
+            *(["hybrid"] if hybrid else []),
+            *([f"arxiv:{family.arxiv}"] if family else []),
+        ],
         base_model=base_model,
         model_name=name,
         eval_results=evals or None,
@@ -98,13 +106,12 @@ def render_card(
     return ModelCard.from_template(
         data,
         template_path=str(cards_folder() / "template.md"),
-        summary=f"A Mamba-2 language model of {_count(parameters)} parameters.",
+        summary=f"A {'hybrid of Mamba-2 and attention' if hybrid else 'Mamba-2 language model'} of "
+        f"{_count(parameters)} parameters.",
+        needs=_NEEDS.get(checkpoint.format.name, "transformers' own class reads the same files without it"),
         facts=[
             ("parameters", f"{parameters:,}"),
-            ("layers", config.num_hidden_layers),
-            ("width", config.hidden_size),
-            ("heads", f"{config.num_heads} of {config.head_dim}, {config.n_groups} group{'s' * (config.n_groups > 1)}"),
-            ("state", config.state_size),
+            *(_hybrid_facts(config) if hybrid else _pure_facts(config)),
             ("vocabulary", f"{config.vocab_size:,}" + (", tied to the head" if config.tie_word_embeddings else "")),
             ("weights", str(checkpoint.dtype).removeprefix("torch.")),
         ],
@@ -117,6 +124,41 @@ def render_card(
         format=f"the format {checkpoint.format.title}"
         + (", which vLLM and llama.cpp's converter read too" if checkpoint.format.name == "mamba2" else ""),
     )
+
+
+_NEEDS = {
+    "mamba2": "optional: without it, transformers' own Mamba-2 reads the same files",
+    "mamba2_hybrid": "the model's classes",
+}
+"""What the import of this package is there for, by format."""
+
+
+def _pure_facts(config: Any) -> list[tuple[str, Any]]:
+    return [
+        ("layers", config.num_hidden_layers),
+        ("width", config.hidden_size),
+        ("heads", f"{config.num_heads} of {config.head_dim}, {config.n_groups} group{'s' * (config.n_groups > 1)}"),
+        ("state", config.state_size),
+    ]
+
+
+def _hybrid_facts(config: Any) -> list[tuple[str, Any]]:
+    kinds = Counter(config.layer_blocks)
+    facts: list[tuple[str, Any]] = [
+        ("layers", f"{config.num_hidden_layers}: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"),
+        ("width", config.hidden_size),
+    ]
+    mixers = set(config.mixer_kinds)
+    if "ssd" in mixers:
+        groups = config.ssm_n_groups
+        heads = f"{config.ssm_num_heads} of {config.ssm_head_dim}, {groups} group{'s' * (groups > 1)}"
+        facts += [("SSD heads", heads), ("state", config.ssm_state_size)]
+    if mixers - {"ssd"}:
+        shared = f"{config.num_key_value_heads} of keys and values"
+        facts.append(("attention heads", f"{config.num_attention_heads} of {config.head_dim}, {shared}"))
+    if any("moe" in kinds for kinds in config.blocks):
+        facts.append(("experts", f"{config.num_experts}, {config.num_experts_per_tok} per token"))
+    return facts
 
 
 def _count(parameters: int) -> str:

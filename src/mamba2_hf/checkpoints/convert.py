@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
+import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..errors import CheckpointError
-from ..models import Mamba2Config
+from ..errors import CheckpointError, ConfigurationError
 from . import io, remote_code
 from .checkpoint import SIDECAR, Checkpoint, is_fp32, open_checkpoint
 from .companions import CARD, TOKENIZERS, WRITTEN, carry
+from .equations import Part, parts_of, same, shapes_of
 from .files import check_free, whole_folder, write_bytes, write_json
 from .formats import FORMATS, Format, format_named
 from .hub import local_folder
@@ -57,7 +60,7 @@ def convert(
     source: str | Path,
     destination: str | Path,
     *,
-    to: str = "mamba2",
+    to: str | None = None,
     source_format: str | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
@@ -75,7 +78,8 @@ def convert(
     Args:
         source: a folder, or a Hub id.
         destination: the folder to make.
-        to: the name of a format that can be written, ``"mamba2"`` or ``"mamba_ssm"``.
+        to: the name of a format that can be written; None for ``"mamba2"``, or ``"mamba2_hybrid"`` of a model with
+            attention or MLPs.
         source_format: the name of the source's format; None to find out.
         dtype: of the weights, ``torch.float32``, ``bfloat16`` or ``float16``; ``A_log``, ``D`` and ``dt_bias`` are then
             stored in float32. None keeps every tensor as it is.
@@ -93,11 +97,8 @@ def convert(
         CheckpointError: the source is broken, or the destination is in the way or full; see ``open_checkpoint``.
         ConfigurationError: the model is of another kind, or cannot be expressed in the target format.
     """
-    target = format_named(to)
-    if target.write_config is None:
-        writable = ", ".join(name for name, entry in FORMATS.items() if entry.write_config)
-        raise CheckpointError(f"{to}: this format is only read; those that can be written are {writable}")
-    if with_code and to != "mamba2":
+    target = None if to is None else _writable(to)
+    if with_code and to not in (None, "mamba2"):
         raise CheckpointError(f"remote code is read by transformers, and {to} is not its format: use mamba2")
     size = _shard_size(max_shard_size)
     destination = Path(destination).expanduser()
@@ -107,6 +108,15 @@ def convert(
     words = local_folder(tokenizer, weights=False) if tokenizer else None
     _keep_apart(folder, destination)
     checkpoint = open_checkpoint(folder, source_format)
+    family = checkpoint.format.family
+    target = target or FORMATS[family.name]
+    if target.family is not family:
+        raise ConfigurationError(
+            f"{folder} is a {family.title} and {target.name} a format of {target.family.title} models: use one of "
+            f"{', '.join(name for name, entry in FORMATS.items() if entry.write_config and entry.family is family)}"
+        )
+    if with_code and target.name != "mamba2":
+        raise CheckpointError(f"{target.name}: there is remote code for pure Mamba-2 models only")
     try:
         config = _written_config(checkpoint.config, target, dtype, with_code)
         plan = _plan(checkpoint, target, dtype)
@@ -136,7 +146,7 @@ def convert(
         target=target.name,
         dtype=dtype or checkpoint.dtype,
         tensors=len(plan),
-        parameters=sum(_count(tensor) for tensor in checkpoint.tensors.values()),
+        parameters=sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
         nbytes=nbytes,
         carried=carried,
         left=_left(folder, checkpoint, carried),
@@ -150,6 +160,14 @@ def convert(
             "tokenizer.model.v3 is Mistral's; AutoTokenizer wants the tokenizer.json of the Hub's copy"
         )
     return result
+
+
+def _writable(name: str) -> Format:
+    entry = format_named(name)
+    if entry.write_config is None:
+        writable = ", ".join(name for name, entry in FORMATS.items() if entry.write_config)
+        raise CheckpointError(f"{name}: this format is only read; those that can be written are {writable}")
+    return entry
 
 
 def _shard_size(size: int | str) -> int | str:
@@ -168,38 +186,56 @@ def _keep_apart(folder: Path, destination: Path) -> None:
 
 
 def _written_config(
-    config: Mamba2Config, target: Format, dtype: torch.dtype | None, with_code: bool
+    config: Any, target: Format, dtype: torch.dtype | None, with_code: bool
 ) -> dict[str, dict[str, Any]]:
     """Config files by name."""
     assert target.write_config is not None
     if dtype is not None:
         config.dtype = dtype
-    mamba2: dict[str, Any] = json.loads(config.to_json_string())
-    mamba2.pop("auto_map", None)  # code does not travel along, and an entry that names it would only fail elsewhere
+    own: dict[str, Any] = json.loads(config.to_json_string())
+    own.pop("auto_map", None)  # code does not travel along, and an entry that names it would only fail elsewhere
     if with_code:
-        mamba2["auto_map"] = remote_code.AUTO_MAP
-    if target.name == "mamba2":
-        return {target.config_file: mamba2}
-    return {target.config_file: target.write_config(config), SIDECAR: mamba2}
+        own["auto_map"] = remote_code.AUTO_MAP
+    if target.name == target.family.name:
+        return {target.config_file: own}
+    return {target.config_file: target.write_config(config), SIDECAR: own}
 
 
 def _plan(checkpoint: Checkpoint, target: Format, dtype: torch.dtype | None) -> list[io.PlannedTensor]:
-    def planned(name: str, values_of: str, copy_of: str | None = None) -> io.PlannedTensor:
-        stored = checkpoint.tensors[values_of]
-        kind = stored.dtype
-        if dtype is not None:
-            kind = torch.promote_types(stored.dtype, torch.float32) if is_fp32(name) else dtype
-        return io.PlannedTensor(
-            name=target.keys.theirs(name),
-            dtype=kind,
-            shape=stored.shape,
-            pieces=lambda: checkpoint.weights.pieces(stored.name),
-            copy_of=copy_of,
-        )
+    ours, tied = checkpoint.tensors, checkpoint.config.tie_word_embeddings
+    shapes = {name: tensor.shape for name, tensor in ours.items()}
+    if tied and target.stores_tied_head:
+        shapes[HEAD] = shapes[EMBEDDING]
+    if target.equations is None:
+        equations = [same(target.keys.theirs(name), name, shape) for name, shape in shapes.items()]
+    else:
+        equations = target.equations(checkpoint.config, shapes, ())
+    theirs = shapes_of(equation.theirs for equation in equations)
+    made = parts_of(equations, of_ours=False)
+    names = {own.name: equation.theirs[0].name for equation in equations for own in equation.ours}
 
-    plan = [planned(name, name) for name in checkpoint.tensors]
-    if checkpoint.config.tie_word_embeddings and target.stores_tied_head:
-        plan.append(planned(HEAD, EMBEDDING, copy_of=target.keys.theirs(EMBEDDING)))
+    def pieces(parts: list[Part]) -> Iterator[Tensor]:
+        for part in parts:
+            yield from checkpoint.pieces(EMBEDDING if part.name not in ours else part.name, part.start, part.stop)
+
+    plan = []
+    for name, shape in theirs.items():
+        parts = made[name]
+        stored = functools.reduce(torch.promote_types, (ours.get(part.name, ours[EMBEDDING]).dtype for part in parts))
+        kind = stored
+        if dtype is not None:
+            exact = any(is_fp32(part.name) for part in parts)
+            kind = torch.promote_types(stored, torch.float32) if exact else dtype
+        copied = HEAD not in ours and parts[0].name == HEAD
+        plan.append(
+            io.PlannedTensor(
+                name=name,
+                dtype=kind,
+                shape=shape,
+                pieces=functools.partial(pieces, parts),
+                copy_of=names[EMBEDDING] if copied else None,
+            )
+        )
     return plan
 
 
@@ -227,7 +263,3 @@ def _advance(progress: Progress | None, total: int) -> io.Advance:
 def _left(folder: Path, checkpoint: Checkpoint, carried: list[str]) -> list[str]:
     used = {*carried, checkpoint.format.config_file, SIDECAR, *(file.name for file in checkpoint.weights.files)}
     return sorted(entry.name for entry in folder.iterdir() if entry.name not in used and not entry.name.startswith("."))
-
-
-def _count(tensor: io.StoredTensor) -> int:
-    return tensor.nbytes // tensor.dtype.itemsize

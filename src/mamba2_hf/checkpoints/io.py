@@ -93,8 +93,12 @@ class Weights:
                 f"{index}: weight_map does not name {left[0]}, which {self.tensors[left[0]].file.name} holds"
             )
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
+    def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """The values of a tensor in order, as flat tensors of up to ``PIECE`` elements each.
+
+        Args:
+            name: of the tensor.
+            start, stop: the range of its flat values; all of them by default.
 
         Raises:
             CheckpointError: a value is NaN or infinite.
@@ -103,7 +107,7 @@ class Weights:
         for reader in self._readers.values():
             if reader.file != tensor.file:
                 reader.close()
-        for piece in self._readers[tensor.file].pieces(tensor):
+        for piece in self._readers[tensor.file].pieces(tensor, start, stop):
             if not bool(torch.isfinite(piece).all()):
                 raise CheckpointError(
                     f"{tensor.file}: {name} holds NaN or Inf. The file is damaged or was saved after training "
@@ -111,15 +115,20 @@ class Weights:
                 )
             yield piece
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A whole tensor, in ``dtype`` if given; raises as :meth:`pieces`."""
+    def read(self, name: str) -> Tensor:
+        """A whole tensor; raises as :meth:`pieces`."""
         tensor = self.tensors[name]
-        out = torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
-        flat, start = out.view(-1), 0
-        for piece in self.pieces(name):
-            flat[start : start + len(piece)] = piece
-            start += len(piece)
-        return out
+        return assemble(self.pieces(name), tensor.shape, tensor.dtype)
+
+
+def assemble(pieces: Iterable[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of its flat values, which come in order."""
+    out = torch.empty(shape, dtype=dtype)
+    flat, start = out.view(-1), 0
+    for piece in pieces:
+        flat[start : start + len(piece)] = piece
+        start += len(piece)
+    return out
 
 
 def weight_files(folder: Path, candidates: Iterable[str]) -> list[Path]:
@@ -175,20 +184,23 @@ class _Reader:
         """Lets go of the mapping, as far as no piece of it is in use."""
         self._opened = None
 
-    def pieces(self, tensor: StoredTensor) -> Iterator[Tensor]:
+    def pieces(self, tensor: StoredTensor, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """See :meth:`Weights.pieces`, without the check."""
-        if not math.prod(tensor.shape):
+        count = math.prod(tensor.shape)
+        stop = count if stop is None else stop
+        if start >= stop:
             return
         rows = tensor.shape[0] if tensor.shape else 1
-        width = math.prod(tensor.shape) // rows
+        width = count // rows
         step = max(1, PIECE // width)
-        for start in range(0, rows, step):
-            stop = min(rows, start + step)
-            self._budget -= (stop - start) * width * tensor.dtype.itemsize
+        for row in range(start // width, -(-stop // width), step):
+            end = min(row + step, -(-stop // width))
+            self._budget -= (end - row) * width * tensor.dtype.itemsize
             if self._opened is None or self._budget < 0:
                 self._opened, self._budget = None, REOPEN
                 self._opened = self._open()
-            block = self._slice(self._opened, tensor, slice(start, stop)).reshape(-1)
+            block = self._slice(self._opened, tensor, slice(row, end)).reshape(-1)
+            block = block[max(start - row * width, 0) : stop - row * width]
             yield from block.split(PIECE)
             del block
 
@@ -306,6 +318,17 @@ def _reason(error: BaseException) -> str:
     """The line of torch's long message that names what was asked for."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), _line(error))[:200]
+
+
+def aligned(left: Iterable[Tensor], right: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two flat tensors of the same length side by side, whatever pieces they come in."""
+    sides = iter(left), iter(right)
+    one, other = (next(side, None) for side in sides)
+    while one is not None and other is not None:
+        length = min(len(one), len(other))
+        yield one[:length], other[:length]
+        one = one[length:] if length < len(one) else next(sides[0], None)
+        other = other[length:] if length < len(other) else next(sides[1], None)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from ..errors import ConfigurationError
-from ..models import Mamba2Config, Mamba2ForCausalLM
+from ..models import Mamba2Config, Mamba2ForCausalLM, Mamba2HybridConfig, Mamba2HybridForCausalLM
 from ..models.mamba_ssm_config import as_mamba_ssm_config, translate_mamba_ssm_config
 
 LABELS_LIMIT = 100_000
 """Most labels of a classifier that a configuration may name."""
+EXPERTS_LIMIT = 2**16
+"""Most experts of a layer that it may."""
 EMBEDDING, HEAD = "backbone.embeddings.weight", "lm_head.weight"
 KEPT = "mamba_ssm_config"
 """Key of a converted config under which the original one stays readable; it has no effect."""
@@ -54,19 +56,25 @@ MAMBA_SSM_KEYS = KeyMap({"backbone.embedding.weight": EMBEDDING})
 CODESTRAL_KEYS = KeyMap({"backbone.embedding.weight": EMBEDDING}, prefix="model.")
 
 
-def expected_shapes(config: Mamba2Config) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: Mamba2Config | Mamba2HybridConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of every tensor that a model of this configuration has. Nothing is allocated for them.
 
     Raises:
         ConfigurationError: the sizes fit no tensor at all.
     """
-    one_layer = Mamba2Config.from_dict({**config.to_dict(), "num_hidden_layers": 1})
+    hybrid = isinstance(config, Mamba2HybridConfig)
     try:
         with torch.device("meta"):
-            tensors = Mamba2ForCausalLM(one_layer).state_dict()
+            if hybrid:
+                tensors = Mamba2HybridForCausalLM(config).state_dict()
+            else:
+                one_layer = Mamba2Config.from_dict({**config.to_dict(), "num_hidden_layers": 1})
+                tensors = Mamba2ForCausalLM(one_layer).state_dict()
     except (RuntimeError, OverflowError, TypeError) as error:
         raise ConfigurationError(f"no tensor can have the sizes it gives ({str(error).splitlines()[0]})") from None
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if hybrid:
+        return shapes
     layer = {name: shape for name, shape in shapes.items() if ".layers.0." in name}
     return {name: shape for name, shape in shapes.items() if name not in layer} | {
         name.replace(".layers.0.", f".layers.{number}."): shape
@@ -90,7 +98,7 @@ _DROPPED = frozenset(
     {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
     | {"text_config", "llm_config", "vision_config", "audio_config"}
 )
-_QUANTIZED = ("quantization_config", "compression_config", "quantization")
+QUANTIZED = ("quantization_config", "compression_config", "quantization")
 
 
 def mamba2_config(fields: Mapping[str, Any], most_layers: int) -> Mamba2Config:
@@ -104,20 +112,7 @@ def mamba2_config(fields: Mapping[str, Any], most_layers: int) -> Mamba2Config:
     Raises:
         ConfigurationError: no model can be built from a value.
     """
-    for name, most in (("num_hidden_layers", most_layers), ("num_labels", LABELS_LIMIT)):
-        count = fields.get(name)
-        if isinstance(count, int) and count > most:  # a configuration grows with either
-            raise ConfigurationError(f"{name} is {count}, more than the {most} that there can be")
-    if found := [name for name in _QUANTIZED if fields.get(name) is not None]:
-        raise ConfigurationError(f"{found[0]} says that the weights are quantized; dequantize and save them first")
-    fields = {name: value for name, value in fields.items() if name not in _DROPPED}
-    try:
-        # transformers writes an infinity as an object, which its own reader of files turns back.
-        config: Mamba2Config = Mamba2Config.from_dict(Mamba2Config._decode_special_floats(dict(fields)))
-    except ConfigurationError:
-        raise
-    except Exception as error:  # transformers trips over types that its own fields cannot have
-        raise ConfigurationError(f"no configuration can be made of these fields ({error})") from None
+    config: Mamba2Config = _config(Mamba2Config, fields, most_layers)
     for key, value_of in _MISLEADING.items():
         if hasattr(config, key) and getattr(config, key) != value_of(config):
             delattr(config, key)
@@ -129,14 +124,49 @@ def mamba2_config(fields: Mapping[str, Any], most_layers: int) -> Mamba2Config:
     return config
 
 
+def hybrid_config(fields: Mapping[str, Any], most_layers: int) -> Mamba2HybridConfig:
+    """The configuration of ``mamba2_hybrid`` fields; see :func:`mamba2_config`."""
+    config: Mamba2HybridConfig = _config(Mamba2HybridConfig, fields, most_layers)
+    config.architectures = [Mamba2HybridForCausalLM.__name__]
+    config.rescale_prenorm_residual = False
+    return config
+
+
+def _config(cls: Any, fields: Mapping[str, Any], most_layers: int) -> Any:
+    limits = (("num_hidden_layers", most_layers), ("num_labels", LABELS_LIMIT), ("num_experts", EXPERTS_LIMIT))
+    for name, most in limits:
+        count = fields.get(name)
+        if isinstance(count, int) and count > most:  # a configuration, or the list of tensors, grows with each
+            raise ConfigurationError(f"{name} is {count}, more than the {most} that there can be")
+    if found := [name for name in QUANTIZED if fields.get(name) is not None]:
+        raise ConfigurationError(f"{found[0]} says that the weights are quantized; dequantize and save them first")
+    fields = {name: value for name, value in fields.items() if name not in _DROPPED}
+    try:
+        # transformers writes an infinity as an object, which its own reader of files turns back.
+        return cls.from_dict(cls._decode_special_floats(dict(fields)))
+    except ConfigurationError:
+        raise
+    except Exception as error:  # transformers trips over types that its own fields cannot have
+        raise ConfigurationError(f"no configuration can be made of these fields ({error})") from None
+
+
 def read_mamba2(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Checks that a ``config.json`` is one of ``mamba2``.
 
     Raises:
         ConfigurationError: it is another model's.
     """
-    if raw.get("model_type") != "mamba2":
-        raise ConfigurationError(f"model_type is {raw.get('model_type')!r}: this is no mamba2")
+    return _own(raw, "mamba2")
+
+
+def read_hybrid(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks that a ``config.json`` is one of ``mamba2_hybrid``; raises as :func:`read_mamba2`."""
+    return _own(raw, "mamba2_hybrid")
+
+
+def _own(raw: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    if raw.get("model_type") != model_type:
+        raise ConfigurationError(f"model_type is {raw.get('model_type')!r}: this is no {model_type}")
     return dict(raw)
 
 

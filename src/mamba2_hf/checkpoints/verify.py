@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..models import Mamba2ForCausalLM
 from .checkpoint import Checkpoint, open_checkpoint
 from .hub import local_folder
+from .io import aligned
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,12 @@ def verify(
 
 
 def _compare_sizes(left: Checkpoint, right: Checkpoint) -> None:
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "head_dim", "n_groups", "state_size"):
+    if left.format.family is not right.format.family:
+        raise CheckpointError(
+            f"{left.folder} is a {left.format.family.title} and {right.folder} a {right.format.family.title}: two "
+            "different models"
+        )
+    for name in left.format.family.sizes:
         one, other = getattr(left.config, name), getattr(right.config, name)
         if one != other:
             raise CheckpointError(
@@ -109,7 +114,7 @@ def _compare_tensors(left: Checkpoint, right: Checkpoint) -> tuple[str, float]:
             raise CheckpointError(
                 f"{name} has shape {tensor.shape} in {left.folder} and {other.shape} in {right.folder}"
             )
-        for one, two in zip(left.weights.pieces(tensor.name), right.weights.pieces(other.name), strict=True):
+        for one, two in aligned(left.pieces(name), right.pieces(name)):
             if (difference := _largest(one, two)) > worst:
                 worst, where = difference, name
     return where, worst
@@ -118,7 +123,7 @@ def _compare_tensors(left: Checkpoint, right: Checkpoint) -> tuple[str, float]:
 @torch.no_grad()
 def _run(checkpoint: Checkpoint, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Logits ``(T, vocab)`` of a sequence ``(1, T)``, whole and token by token."""
-    model: Mamba2ForCausalLM = checkpoint.model(torch.float32)
+    model = checkpoint.model(torch.float32)
     options = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}  # whatever it says
     whole = model(ids, use_cache=False, **options).logits[0]
     steps, cache = [], None

@@ -23,13 +23,29 @@ class Source(str, Enum):
     mamba2 = "mamba2"
     mamba_ssm = "mamba_ssm"
     codestral = "codestral"
+    mamba2_hybrid = "mamba2_hybrid"
+    bamba = "bamba"
+    granitemoehybrid = "granitemoehybrid"
+    nemotron_h = "nemotron_h"
+    falcon_h1 = "falcon_h1"
+    zamba2 = "zamba2"
+    mamba2attn = "mamba2attn"
+    megatron = "megatron"
+    megatron_mamba2 = "megatron_mamba2"
 
 
 class Target(str, Enum):
     """What ``--to`` accepts."""
 
+    auto = "auto"
     mamba2 = "mamba2"
     mamba_ssm = "mamba_ssm"
+    mamba2_hybrid = "mamba2_hybrid"
+    bamba = "bamba"
+    granitemoehybrid = "granitemoehybrid"
+    nemotron_h = "nemotron_h"
+    falcon_h1 = "falcon_h1"
+    zamba2 = "zamba2"
 
 
 CONVERT_EXAMPLES = r"""[bold]Examples[/bold]
@@ -41,6 +57,8 @@ CONVERT_EXAMPLES = r"""[bold]Examples[/bold]
 [cyan]mamba2-hf convert ./my-mamba2 ./for-mamba-ssm --to mamba_ssm[/cyan]
 
 [cyan]mamba2-hf convert ./my-mamba2 ./to-share --remote-code[/cyan]
+
+[cyan]mamba2-hf convert ibm-ai-platform/Bamba-9B-v2 ./bamba[/cyan]   and back, to serve it: [cyan]--to bamba[/cyan]
 """
 WHAT, WHERE = "What is written", "Where it comes from"
 
@@ -52,10 +70,12 @@ def convert(
         Target,
         typer.Option(
             metavar="FORMAT",
-            help="mamba2 is transformers' format; mamba_ssm that of the original code.",
+            help="mamba2 is transformers' format, mamba_ssm that of the original code; mamba2_hybrid is this package's "
+            "for models with attention or MLPs, and bamba, granitemoehybrid, nemotron_h, falcon_h1 and zamba2 are "
+            "transformers'. auto takes mamba2 or mamba2_hybrid.",
             rich_help_panel=WHAT,
         ),
-    ] = Target.mamba2,
+    ] = Target.auto,
     dtype: Annotated[
         DType,
         typer.Option(
@@ -84,7 +104,7 @@ def convert(
         typer.Option(
             "--from",
             metavar="FORMAT",
-            help="mamba2, mamba_ssm or codestral; auto finds out.",
+            help="One of --to, or codestral, mamba2attn, megatron, megatron_mamba2; auto finds out.",
             rich_help_panel=WHERE,
         ),
     ] = Source.auto,
@@ -95,12 +115,35 @@ def convert(
     revision: Annotated[
         str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a Hub id.", rich_help_panel=WHERE)
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="SRC is a PEFT adapter, and this the model it was trained on, in any format.",
+            rich_help_panel=WHERE,
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no report.")] = False,
 ) -> None:
-    """Convert a checkpoint to another format.
+    """Convert a checkpoint, or an adapter of a hybrid, to another format.
 
     Prints the folder it made. The folder appears when all of it is written; when anything goes wrong, nothing is left.
     """
+    if base is not None:
+        with _errors():
+            from ..checkpoints import convert_adapter
+
+            adapter = convert_adapter(
+                *(source, destination),
+                base=base,
+                to=None if to is Target.auto else to.value,
+                overwrite=overwrite,
+                revision=revision,
+            )
+        if not quiet:
+            err.print(f"{adapter.source} to {adapter.target}: an adapter of {adapter.modules} modules")
+        write(f"{adapter.destination}\n")
+        return
     with _errors(), _bar(hidden=quiet) as progress:
         import torch
 
@@ -109,7 +152,7 @@ def convert(
         result = run(
             source,
             destination,
-            to=to.value,
+            to=None if to is Target.auto else to.value,
             source_format=None if source_format is Source.auto else source_format.value,
             dtype=None if dtype is DType.auto else getattr(torch, dtype.value),
             max_shard_size=max_shard_size,

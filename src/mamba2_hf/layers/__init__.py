@@ -1,12 +1,39 @@
-"""Modules: the Mamba-2 mixer, its norms, its state, and the layout of tokens into documents. No transformers here."""
+"""Modules: mixer, attention, feed-forward layers, their norms and states, and the layout of tokens into documents. No
+transformers here.
+"""
 
 from __future__ import annotations
 
+from .attention import Attention
+from .kv import KeyValueState
 from .mixer import Mamba2Mixer
+from .mlp import MLP
+from .moe import Experts, MoE, SigmoidRouter, SoftmaxRouter
 from .norm import GatedRMSNorm, RMSNorm
+from .placement import KeyCounts, Placement, place
 from .projection import linear
 from .sequence import SequenceLayout
 from .state import SSDState
+from .variant_mixer import VariantMixer
 from .weights import plain_weight
 
-__all__ = ["GatedRMSNorm", "Mamba2Mixer", "RMSNorm", "SSDState", "SequenceLayout", "linear", "plain_weight"]
+__all__ = [
+    "MLP",
+    "Attention",
+    "Experts",
+    "GatedRMSNorm",
+    "KeyCounts",
+    "KeyValueState",
+    "Mamba2Mixer",
+    "MoE",
+    "Placement",
+    "RMSNorm",
+    "SSDState",
+    "SequenceLayout",
+    "SigmoidRouter",
+    "SoftmaxRouter",
+    "VariantMixer",
+    "linear",
+    "place",
+    "plain_weight",
+]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .conv import causal_convolution
 from .fp32 import KeepsFp32
 from .norm import GatedRMSNorm
 from .projection import linear
@@ -210,35 +211,7 @@ class Mamba2Mixer(KeepsFp32):
 
     def _convolve(self, xbc: Tensor, initial: Tensor | None, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
         """Convolution and activation, ``(B, T, C)``, through the module itself where its weight may not be read."""
-        weight = plain_weight(self.conv1d)
-
-        def convolve(weight: Tensor, bias: Tensor | None, activation: str | None) -> tuple[Tensor, Tensor]:
-            y, final = ops.causal_conv1d(
-                *(xbc, weight, bias),
-                activation=activation,
-                initial_states=initial,
-                seq_idx=layout.seq_idx,
-                cu_seqlens=layout.cu_seqlens,
-                return_final_states=True,
-            )
-            return y, final
-
-        if weight is not None:
-            return convolve(weight.squeeze(1), self.conv1d.bias, self.activation)
-        taps = self.conv_kernel  # the module pads by K - 1 on both sides
-        if layout.is_plain:
-            if initial is None:
-                initial = xbc.new_zeros(xbc.shape[0], self.conv_size, taps - 1)
-            xbc = torch.cat([initial.to(xbc.dtype), xbc.transpose(1, 2)], -1)  # (B, C, K - 1 + T)
-            y = self.conv1d(xbc)[..., taps - 1 : xbc.shape[-1]]
-            return nn.functional.silu(y).transpose(1, 2), xbc[..., xbc.shape[-1] - taps + 1 :]
-        # A convolution with one tap set moves tokens without mixing them, and knows documents and states: K of them
-        # make the window that the module itself can be called on.
-        one_tap = torch.eye(taps, device=xbc.device, dtype=xbc.dtype)[:, None].expand(-1, self.conv_size, -1)
-        moved = [convolve(tap, None, None) for tap in one_tap]
-        window = torch.stack([y for y, _ in moved], -1)  # (B, T, C, K)
-        y = self.conv1d(window.flatten(0, 1))[..., taps - 1]
-        return nn.functional.silu(y).view_as(xbc), moved[0][1]
+        return causal_convolution(self.conv1d, self.conv_kernel, xbc, initial, layout, self.activation)
 
     def _split(self, zxbcdt: Tensor) -> list[Tensor]:
         """in_proj output to z ``(..., H P)``, xBC ``(..., H P + 2 G N)``, dt ``(..., H)``."""

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from .cache import Mamba2Cache
 from .configuration_mamba2 import Mamba2Config
+from .configuration_mamba2_hybrid import Mamba2HybridConfig, spread_layers
 from .modeling_mamba2 import (
     Mamba2ForCausalLM,
     Mamba2ForSequenceClassification,
     Mamba2Model,
     Mamba2PreTrainedModel,
 )
+from .modeling_mamba2_hybrid import (
+    Mamba2HybridForCausalLM,
+    Mamba2HybridForSequenceClassification,
+    Mamba2HybridModel,
+    Mamba2HybridPreTrainedModel,
+)
+from .pretrained import SSDPreTrainedModel
 
 __all__ = [
     "Mamba2Cache",
     "Mamba2Config",
     "Mamba2ForCausalLM",
     "Mamba2ForSequenceClassification",
+    "Mamba2HybridConfig",
+    "Mamba2HybridForCausalLM",
+    "Mamba2HybridForSequenceClassification",
+    "Mamba2HybridModel",
+    "Mamba2HybridPreTrainedModel",
     "Mamba2Model",
     "Mamba2PreTrainedModel",
+    "SSDPreTrainedModel",
+    "spread_layers",
 ]

@@ -1,4 +1,4 @@
-"""The generation cache: constant in size, exact under every split of the tokens."""
+"""The generation cache: states of SSD layers, keys and values of attention; exact under every split of the tokens."""
 
 from __future__ import annotations
 
@@ -9,36 +9,79 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..errors import CacheError
-from ..layers import SSDState
+from ..layers import KeyCounts, KeyValueState, Placement, SSDState
 
 if TYPE_CHECKING:
     from .configuration_mamba2 import Mamba2Config
+    from .configuration_mamba2_hybrid import Mamba2HybridConfig
+
+    Config = Mamba2Config | Mamba2HybridConfig
 
 
 class Mamba2Cache(Cache):
-    """The states of every layer and the number of tokens they have seen.
+    """The state of every mixer, in the order of the model, and the number of tokens they have seen.
 
     Made by a forward with ``use_cache=True`` and by ``generate``; pass it on as ``past_key_values`` (or
     ``cache_params``). The tokens may be split between calls anywhere: the states are the same. It is updated in place
     and keeps no autograd graph.
+
+    SSD states are constant in size. Keys and values grow with the tokens, up to the window where a layer has one.
 
     Args:
         config: the model's configuration.
         state_dtype: of the SSM state, such as ``torch.bfloat16`` where memory matters more than exactness. None keeps
             what the scan computes in: fp32, and fp64 in an fp64 model.
         static: whether ``generate`` may compile the model over this cache (``cache_implementation="static"``).
+        max_length: how many tokens a static cache has room for, padding included; a model without attention needs none.
+
+    Raises:
+        CacheError: an argument is out of range, or ``max_length`` is missing.
     """
 
-    def __init__(self, config: Mamba2Config, *, state_dtype: torch.dtype | None = None, static: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        state_dtype: torch.dtype | None = None,
+        static: bool = False,
+        max_length: int | None = None,
+    ) -> None:
         if state_dtype is not None and not state_dtype.is_floating_point:
             raise CacheError(f"state_dtype is {state_dtype}, expected a floating dtype, or None for the scan's own")
-        super().__init__(layers=[SSDState(state_dtype) for _ in range(config.num_hidden_layers)])
+        if max_length is not None and max_length < 1:
+            raise CacheError(f"max_length is {max_length}: a number of tokens of at least 1")
+        kinds = config.mixer_kinds
+        capacity = max_length if static else None
+        windows = {"attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
+        super().__init__(
+            layers=[
+                KeyValueState(windows[kind], capacity) if kind in windows else SSDState(state_dtype) for kind in kinds
+            ]
+        )
+        self.key_counts = KeyCounts(capacity) if windows.keys() & set(kinds) else None
+        if static and self.key_counts is not None and capacity is None:
+            raise CacheError("static=True needs max_length, the tokens to make room for: this model has attention")
         self.static = static
         self.seen_tokens = 0
         self.padding: Tensor | None = None  # (B,) how many of them did not count
 
-    def count(self, tokens: int, keep: Tensor | None = None) -> None:
-        """Counts a block of tokens that every layer has seen; ``keep (B, T)`` says which of them were no padding."""
+    def count(
+        self,
+        tokens: int,
+        keep: Tensor | None = None,
+        placement: Placement | None = None,
+        positions: Tensor | None = None,
+    ) -> None:
+        """Counts a block of tokens that every layer has seen.
+
+        Args:
+            tokens: how many, padding included.
+            keep: ``(B, T)`` which of them were no padding.
+            placement: where they stood, in a model with attention.
+            positions: ``(B or 1, T)`` on the placement's grid, if they were given and not counted.
+        """
+        if placement is not None and self.key_counts is not None:
+            placement.count(self.key_counts, positions)
         self.seen_tokens += tokens
         if keep is not None:
             padding = (~keep).sum(1)
@@ -74,8 +117,9 @@ class Mamba2Cache(Cache):
         return self.seen_tokens > 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: a state has no length and no limit."""
-        return -1
+        """Tokens that there is room for; -1 for no limit."""
+        capacity = None if self.key_counts is None else self.key_counts.capacity
+        return -1 if capacity is None else capacity
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follows a beam search: sequence ``i`` becomes the former ``beam_idx[i]``."""
@@ -85,6 +129,8 @@ class Mamba2Cache(Cache):
         """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
         for layer in self.layers:
             layer.select(indices)
+        if self.key_counts is not None:
+            self.key_counts.select(indices)
         if self.padding is not None:
             self.padding = self.padding[indices.to(self.padding.device)]
 
@@ -97,6 +143,12 @@ class Mamba2Cache(Cache):
     def batch_size(self) -> int:
         """Sequences held, -1 before the first forward."""
         return self.layers[0].batch_size if self.layers else -1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its buffers."""
+        held = [value for layer in self.layers for value in vars(layer).values() if isinstance(value, Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     @property
     def is_compileable(self) -> bool:
@@ -116,6 +168,8 @@ class Mamba2Cache(Cache):
     def reset(self) -> None:
         """Forgets everything, keeping the buffers where they are."""
         super().reset()
+        if self.key_counts is not None:
+            self.key_counts.reset()
         self.seen_tokens, self.padding = 0, None
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -140,7 +194,7 @@ class Mamba2Cache(Cache):
         return f"{type(self).__name__}(layers={len(self.layers)}, batch={self.batch_size}, tokens={self.seen_tokens})"
 
 
-def as_mamba2_cache(past_key_values: Any, cache_params: Any, config: Mamba2Config) -> Mamba2Cache | None:
+def as_mamba2_cache(past_key_values: Any, cache_params: Any, config: Config) -> Mamba2Cache | None:
     """The cache given under either of its names. An empty ``DynamicCache`` or ``StaticCache``, which generic code
     makes for any model, becomes a :class:`Mamba2Cache`.
 
@@ -150,14 +204,19 @@ def as_mamba2_cache(past_key_values: Any, cache_params: Any, config: Mamba2Confi
     cache = past_key_values if past_key_values is not None else cache_params
     if cache_params is not None and cache is not cache_params:
         raise CacheError("past_key_values and cache_params are two different caches: pass one")
-    if cache is None or isinstance(cache, Mamba2Cache):
+    if cache is None:
         return cache
-    if type(cache) in (DynamicCache, StaticCache) and _is_fresh(cache):
+    if isinstance(cache, Mamba2Cache):
+        if [isinstance(layer, SSDState) for layer in cache.layers] != [kind == "ssd" for kind in config.mixer_kinds]:
+            raise CacheError("the cache is another model's: it holds states of other mixers than this model has")
+        return cache
+    if type(cache) in (DynamicCache, StaticCache) and _is_fresh(cache, config):
         # The caller keeps the object and will pass it again, so it is the object that has to change.
         static = isinstance(cache, StaticCache)
+        lengths = [getattr(layer, "max_cache_len", 0) for layer in cache.layers]
         vars(cache).clear()
         cache.__class__ = Mamba2Cache
-        cache.__init__(config, static=static)
+        cache.__init__(config, static=static, max_length=max(lengths, default=0) or None)
         return cache
     raise CacheError(
         f"the cache is a {type(cache).__name__} that is not empty or has no place for SSM states: pass a "
@@ -165,8 +224,12 @@ def as_mamba2_cache(past_key_values: Any, cache_params: Any, config: Mamba2Confi
     )
 
 
-def _is_fresh(cache: Cache) -> bool:
-    """Whether a cache of transformers is made for any model or for linear layers, and is empty."""
+def _is_fresh(cache: Cache, config: Config) -> bool:
+    """Whether a cache of transformers is made for any model or for one such as this, and is empty."""
     if cache.offloading:
         return False
+    if set(config.mixer_kinds) - {"ssd"}:
+        kept = [vars(layer).get("keys") for layer in cache.layers]
+        kept += [state for layer in cache.layers for state in vars(layer).get("conv_states", {}).values()]
+        return len(cache.layers) in (0, config.num_hidden_layers) and not any(state is not None for state in kept)
     return not cache.layers or (all(cache.is_linear) and not cache.has_previous_state())

@@ -2,36 +2,20 @@
 
 # No `from __future__ import annotations` here: the types of the fields are checked, see `strict_config`.
 
-import difflib
 import math
-from dataclasses import fields
-from os import PathLike
 from typing import Any, ClassVar
 
-import torch
-from transformers import PreTrainedConfig
-from transformers.generation import GenerationConfig
-
-from ..errors import ConfigurationError
+from .base_config import SSDConfig
 from .mamba_ssm_config import is_mamba_ssm_config, translate_mamba_ssm_config
 from .strict_config import strict_config
 
 Number = int | float
 
 _FLOATS = ("layer_norm_epsilon", "initializer_range", "time_step_min", "time_step_max", "time_step_floor")
-_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-
-# Keyword arguments that PreTrainedConfig reads without declaring a field for them.
-_UNDECLARED = {
-    *("name_or_path", "num_labels", "output_attentions", "attn_implementation", "experts_implementation"),
-    *("torch_dtype", "model_type", "tie_last_hidden_states", "_commit_hash", "_name_or_path", "_attn_implementation"),
-    *("transformers_version", "auto_map"),
-    *GenerationConfig().to_dict(),
-}
 
 
 @strict_config
-class Mamba2Config(PreTrainedConfig):
+class Mamba2Config(SSDConfig):
     """Sizes and options of a Mamba-2 model. Names and defaults are those of transformers' ``mamba2``, but for the
     initialization, which is the original's ("Transformers are SSMs", Dao & Gu 2024).
 
@@ -68,7 +52,6 @@ class Mamba2Config(PreTrainedConfig):
     """
 
     model_type = "mamba2"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]  # Trainer gathers the other outputs
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
         "embeddings": "free_full_weight",
         "layers.*": "free_full_weight",
@@ -108,40 +91,17 @@ class Mamba2Config(PreTrainedConfig):
     chunk_size: int = 256
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        inert = kwargs.pop("_inert", {})
-        self._refuse_unknown(kwargs)
-        self._check_undeclared(kwargs)
+    def _normalize(self) -> None:
         if self.time_step_rank == "auto":
             self.time_step_rank = math.ceil(self.hidden_size / 16)
         for name in _FLOATS:  # a whole number is fine here, but not for stock transformers, which reads what we save
             setattr(self, name, float(getattr(self, name)))
         self.time_step_limit = tuple(map(float, self.time_step_limit))
         self.expand = int(self.expand) if self.expand % 1 == 0 else self.expand
-        super().__post_init__(**kwargs)
-        for key, value in inert.items():
-            if not hasattr(type(self), key):  # what the class defines, such as layer_types, cannot be overridden
-                setattr(self, key, value)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Reads a ``config.json``: also the mamba_ssm format (``d_model``, ``ssm_cfg``, ...); unknown keys are kept
-        as attributes without effect.
-
-        Raises:
-            ConfigurationError: as the constructor; also for a mamba_ssm model that is not a Mamba-2.
-        """
-        if is_mamba_ssm_config(config_dict):
-            config_dict = translate_mamba_ssm_config(config_dict)
-        known = {field.name for field in fields(cls)} | _UNDECLARED
-        inert = {key: value for key, value in config_dict.items() if key not in known}
-        rest = {key: value for key, value in config_dict.items() if key in known}
-        return super().from_dict({**rest, "_inert": inert} if inert else rest, **kwargs)
-
-    @classmethod
-    def from_json_file(cls, json_file: str | PathLike[str]) -> Any:
-        """:meth:`from_dict` of a file."""
-        return cls.from_dict(cls._dict_from_json_file(json_file))
+    def _translate(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        return translate_mamba_ssm_config(config_dict) if is_mamba_ssm_config(config_dict) else config_dict
 
     def validate_architecture(self) -> None:
         """Refuses every value that no model can be built from (run on construction and on save)."""
@@ -163,58 +123,16 @@ class Mamba2Config(PreTrainedConfig):
             f"it has to divide num_heads={self.num_heads}, so that every group has as many heads",
         )
         self._require(self.hidden_act in ("silu", "swish"), "hidden_act", "the Mamba-2 kernels know 'silu' ('swish')")
-        for name, usual in (("layer_norm_epsilon", 1e-5), ("initializer_range", 0.02)):
-            self._require(0 < getattr(self, name) < math.inf, name, f"a small number above 0, usually {usual}")
-        low, high, floor = self.time_step_min, self.time_step_max, self.time_step_floor
-        self._require(0 < low < math.inf, "time_step_min", "a step size above 0, usually 0.001")
-        self._require(low <= high < math.inf, "time_step_max", f"a step size of at least time_step_min={low}")
-        self._require(0 < floor < math.inf, "time_step_floor", "a step size above 0, usually 1e-4")
-        limit = self.time_step_limit
-        self._require(
-            len(limit) == 2 and 0 <= limit[0] < limit[1],
-            "time_step_limit",
-            "a pair (low, high) with 0 <= low < high; (0.0, inf) clamps nothing",
-        )
         rank = self.time_step_rank
         self._require(isinstance(rank, int) and rank >= 1, "time_step_rank", "'auto' or a number of at least 1")
-        for name in ("pad_token_id", "bos_token_id"):
-            self._check_token(name, getattr(self, name))
-        eos = self.eos_token_id
-        self._require(eos != [], "eos_token_id", "one token id or more, or None")
-        for token in eos if isinstance(eos, list) else [eos]:
-            self._check_token("eos_token_id", token)
-        self._require(self.num_labels is None or self.num_labels >= 1, "num_labels", "a count of at least 1")
-        self._require(
-            self.problem_type in (None, *_PROBLEM_TYPES), "problem_type", f"None or one of {', '.join(_PROBLEM_TYPES)}"
-        )
+        self._check_common()
 
     @property
     def layer_types(self) -> list[str]:
         """What each layer is, in transformers' vocabulary."""
         return ["linear_attention"] * self.num_hidden_layers
 
-    def _check_token(self, name: str, token: int | None) -> None:
-        # Published files hold ids past a vocabulary that was cut, and -1 for "none": harmless, so only warned about
-        # by transformers. Below -1 there is no such reading.
-        self._require(token is None or token >= -1, name, "a token id, or None")
-
-    def _require(self, ok: bool, name: str, remedy: str) -> None:
-        if not ok:
-            raise ConfigurationError(f"{name} is {getattr(self, name)!r}: {remedy}")
-
-    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        known = {field.name for field in fields(self)}
-        for key, value in kwargs.items():
-            if key not in _UNDECLARED:
-                near = difflib.get_close_matches(key, known, n=1)
-                remedy = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(sorted(known))}"
-                raise ConfigurationError(f"{key}={value!r} is no field of {type(self).__name__}: {remedy}")
-
-    def _check_undeclared(self, kwargs: dict[str, Any]) -> None:
-        """What PreTrainedConfig would trip over before anything is validated."""
-        labels = kwargs.get("num_labels")
-        if labels is not None and (not isinstance(labels, int) or labels < 1):
-            raise ConfigurationError(f"num_labels is {labels!r}: a count of at least 1")
-        dtype = self.dtype if self.dtype is not None else kwargs.get("torch_dtype")
-        if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ConfigurationError(f"dtype is {dtype!r}: the name of a torch dtype, such as 'float32' or 'bfloat16'")
+    @property
+    def mixer_kinds(self) -> list[str]:
+        """What has a state, in order: an SSD mixer in every layer."""
+        return ["ssd"] * self.num_hidden_layers

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers import GatedRMSNorm, Mamba2Mixer, RMSNorm
+from ..layers import MLP, Attention, GatedRMSNorm, Mamba2Mixer, MoE, RMSNorm
 from ..layers.mixer import FP32_PARAMETERS
 
 _KEPT = {*FP32_PARAMETERS, "bias"}
@@ -24,6 +24,8 @@ def no_decay_parameter_names(model: nn.Module) -> set[str]:
             kept = [name for name, _ in module.named_parameters() if name.rpartition(".")[2] in _KEPT]
         elif isinstance(module, (RMSNorm, GatedRMSNorm)):
             kept = ["weight"]
+        elif isinstance(module, (Attention, MLP, MoE)):
+            kept = [name for name, _ in module.named_parameters() if name.rpartition(".")[2] == "bias"]
         else:
             continue
         names.update(f"{prefix}.{name}" if prefix else name for name in kept)

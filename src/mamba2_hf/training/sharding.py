@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from ..layers import Mamba2Mixer
 from ..models.modeling_mamba2 import Mamba2Block
+from ..models.modeling_mamba2_hybrid import Mamba2HybridLayer, SharedBlock
 
 
 def fully_shard_model(model: nn.Module, **options: Any) -> nn.Module:
@@ -18,7 +20,7 @@ def fully_shard_model(model: nn.Module, **options: Any) -> nn.Module:
     three are fp32 inside the forward all the same.
 
     Args:
-        model: holds :class:`Mamba2Block`s.
+        model: holds :class:`Mamba2Block`s, or :class:`Mamba2HybridLayer`s and what they share.
         options: of ``fully_shard``: ``mesh``, ``mp_policy``, ``reshard_after_forward``, ``offload_policy``, ...
 
     Returns:
@@ -26,9 +28,19 @@ def fully_shard_model(model: nn.Module, **options: Any) -> nn.Module:
     """
     from torch.distributed.fsdp import fully_shard  # not in every build of PyTorch
 
-    for block in [module for module in model.modules() if isinstance(module, Mamba2Block)]:
+    kinds = (Mamba2Block, Mamba2HybridLayer, SharedBlock)
+    for block in [module for module in model.modules() if isinstance(module, kinds)]:
         if len({parameter.dtype for parameter in block.parameters() if parameter.requires_grad}) > 1:
-            fully_shard([block.norm, *block.mixer.children()], **options)
+            fully_shard(_around_mixers(block), **options)
         fully_shard(block, **options)
     fully_shard(model, **options)
     return model
+
+
+def _around_mixers(module: nn.Module) -> list[nn.Module]:
+    """What is in a module but for the parameters of its mixers' own, as few modules as there can be."""
+    if isinstance(module, Mamba2Mixer):
+        return list(module.children())
+    if any(isinstance(inner, Mamba2Mixer) for inner in module.modules()):
+        return [part for child in module.children() for part in _around_mixers(child)]
+    return [module]

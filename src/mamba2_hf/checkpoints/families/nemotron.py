@@ -1,0 +1,188 @@
+"""Nemotron-H and Nemotron 3 (NVIDIA): one of SSD, attention, MLP or experts in a layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ...errors import ConfigurationError
+from ...models import Mamba2HybridConfig
+from ..equations import Equation, Rows, Shape
+from .common import (
+    common_fields,
+    in_blocks,
+    layers_of,
+    neutral,
+    only_lower_limit,
+    own_norm_epsilon,
+    require,
+    same_bias,
+    shared_expert,
+    stock_config,
+    write_stock,
+)
+
+NAME = "nemotron_h"
+_LAYERS = {"ssd": "linear_attention", "attention": "full_attention", "mlp": "mlp", "moe": "moe"}
+_ACTIVATIONS = {"relu2": "relu2", "gelu": "gelu"}
+_OUTER = {
+    "backbone.embeddings.weight": "backbone.embeddings.weight",
+    "backbone.norm_f.weight": "backbone.norm_f.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+_EXPERTS = re.compile(r"moe\.experts\.(up|down)_proj")
+
+
+def read_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``config.json`` of this family as fields of ``mamba2_hybrid``.
+
+    transformers' class clamps the step size from ``time_step_min`` up and reads no other limit, and never ties the head
+    to the embedding.
+    """
+    stock = stock_config(NAME, raw)
+    if stock.mlp_hidden_act not in _ACTIVATIONS:
+        raise ConfigurationError(
+            f"mlp_hidden_act is {stock.mlp_hidden_act!r}: known here are {', '.join(map(repr, _ACTIVATIONS))}"
+        )
+    kinds = {theirs: ours for ours, theirs in _LAYERS.items()}
+    fields = {
+        **common_fields(stock, raw),
+        "num_hidden_layers": len(stock.layers_block_type),
+        "layer_blocks": [kinds[kind] for kind in stock.layers_block_type],
+        "tie_word_embeddings": False,
+        "ssm_num_heads": stock.mamba_num_heads,
+        "ssm_head_dim": stock.mamba_head_dim,
+        "ssm_n_groups": stock.n_groups,
+        "ssm_state_size": stock.ssm_state_size,
+        "ssm_conv_kernel": stock.conv_kernel,
+        "ssm_use_bias": stock.use_bias,
+        "ssm_use_conv_bias": stock.use_conv_bias,
+        "chunk_size": stock.chunk_size,
+        "time_step_limit": (stock.time_step_min, float("inf")),
+        "time_step_min": stock.time_step_min,
+        "time_step_max": max(stock.time_step_max, stock.time_step_min),
+        "time_step_floor": stock.time_step_floor,
+        "num_attention_heads": stock.num_attention_heads,
+        "num_key_value_heads": stock.num_key_value_heads,
+        "head_dim": raw.get("head_dim", raw.get("attention_head_dim", stock.head_dim)),
+        "attention_dropout": stock.attention_dropout,
+        "rope_parameters": None,
+        "intermediate_size": stock.intermediate_size,
+        "mlp_type": _ACTIVATIONS[stock.mlp_hidden_act],
+        "mlp_bias": stock.mlp_bias,
+        "layer_norm_epsilon": stock.layer_norm_epsilon,
+    }
+    if "moe" not in stock.layers_block_type:
+        return fields
+    return {
+        **fields,
+        "num_experts": stock.n_routed_experts,
+        "num_experts_per_tok": stock.num_experts_per_tok,
+        "moe_intermediate_size": stock.moe_intermediate_size,
+        "shared_expert_intermediate_size": stock.moe_shared_expert_intermediate_size,
+        "moe_latent_size": stock.moe_latent_size,
+        "moe_router": "sigmoid",
+        "n_group": stock.n_group,
+        "topk_group": stock.topk_group,
+        "norm_topk_prob": stock.norm_topk_prob,
+        "routed_scaling_factor": stock.routed_scaling_factor,
+        "output_router_logits": stock.output_router_logits,
+        "router_aux_loss_coef": 0.0,
+    }
+
+
+def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
+    """The ``config.json`` of a model that this family can express."""
+    layers = layers_of(config, NAME, _LAYERS)
+    require(config, NAME, ssm_norm="gate_first", attention_scale=None, attention_conv_kernel=None, rope_parameters=None)
+    require(config, NAME, attention_bias=False)
+    neutral(config, NAME)
+    own_norm_epsilon(config, NAME)
+    same_bias(config, NAME, "ssm_use_bias", "ssm_out_bias")
+    same_bias(config, NAME, "attention_bias", "attention_out_bias")
+    if config.mlp_type not in _ACTIVATIONS.values() and {"mlp", "moe"} & set(layers):
+        raise ConfigurationError(f"mlp_type is {config.mlp_type!r}: the MLPs of {NAME} have no gate")
+    low = only_lower_limit(config, NAME)
+    fields = {
+        "layers_block_type": layers,
+        "tie_word_embeddings": False,
+        "mamba_num_heads": config.ssm_num_heads,
+        "mamba_head_dim": config.ssm_head_dim,
+        "n_groups": config.ssm_n_groups,
+        "ssm_state_size": config.ssm_state_size,
+        "conv_kernel": config.ssm_conv_kernel,
+        "expand": max(1, config.ssm_num_heads * config.ssm_head_dim // config.hidden_size),
+        "use_bias": config.ssm_use_bias,
+        "mamba_proj_bias": config.ssm_use_bias,
+        "use_conv_bias": config.ssm_use_conv_bias,
+        "chunk_size": config.chunk_size,
+        "time_step_min": low,
+        "time_step_max": max(config.time_step_max, low),
+        "time_step_floor": config.time_step_floor,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "attention_dropout": config.attention_dropout,
+        "intermediate_size": config.intermediate_size,
+        "mlp_hidden_act": config.mlp_type if config.mlp_type in _ACTIVATIONS else "relu2",
+        "mlp_bias": config.mlp_bias,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "residual_in_fp32": config.residual_in_fp32,
+        "rescale_prenorm_residual": False,
+    }
+    if "moe" in layers:
+        require(config, NAME, moe_router="sigmoid")
+        width = config.moe_intermediate_size
+        fields |= {
+            "n_routed_experts": config.num_experts,
+            "num_experts_per_tok": config.num_experts_per_tok,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": config.intermediate_size if width is None else width,
+            "moe_shared_expert_intermediate_size": shared_expert(config, NAME),
+            "moe_latent_size": config.moe_latent_size,
+            "n_group": config.n_group,
+            "topk_group": config.topk_group,
+            "norm_topk_prob": config.norm_topk_prob,
+            "routed_scaling_factor": config.routed_scaling_factor,
+            "output_router_logits": config.output_router_logits,
+        }
+    return write_stock(NAME, "NemotronHForCausalLM", config, fields, read_config)
+
+
+def equations(config: Mamba2HybridConfig, shapes: Mapping[str, Shape], stored: Collection[str] = ()) -> list[Equation]:
+    """Their tensors and ours; every expert is a tensor of its own."""
+    experts: list[Equation] = []
+
+    def rename(layer: int, block: int, name: str) -> str | None:
+        outside = f"backbone.layers.{layer}"
+        part, _, rest = name.partition(".")
+        if part == "norm":
+            return f"{outside}.norm.{rest}"
+        if part != "moe":
+            return f"{outside}.mixer.{rest}"
+        if (found := _EXPERTS.fullmatch(name)) is not None:
+            ours = f"{outside}.blocks.{block}.{name}"
+            count, *each = shapes[ours]
+            names = [f"{outside}.mixer.experts.{expert}.{found[1]}_proj.weight" for expert in range(count)]
+            theirs = tuple(Rows(name, tuple(each)) for name in names)
+            experts.append(Equation(theirs, (Rows(ours, shapes[ours]),)))
+            return None
+        inside, _, last = rest.partition(".")
+        theirs_inside = {
+            "router": "gate",
+            "shared": "shared_experts",
+            "latent_in": "fc1_latent_proj",
+            "latent_out": "fc2_latent_proj",
+        }[inside]
+        return f"{outside}.mixer.{theirs_inside}.{last}"
+
+    return in_blocks(config, shapes, _OUTER, rename) + experts
+
+
+def canonical(config: Mamba2HybridConfig, name: str) -> str | None:
+    """The name of a stored tensor as published; None for a head that predicts further tokens, which is not run here."""
+    if name.startswith("mtp"):
+        return None
+    name = re.sub(r"^model\.", "backbone.", name)
+    return "backbone.embeddings.weight" if name == "backbone.embedding.weight" else name

@@ -1,0 +1,177 @@
+"""Causal softmax attention, on the documents and padding of a :class:`Placement`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .conv import causal_convolution
+from .kv import KeyValueState
+from .placement import Placement
+from .projection import linear
+from .sequence import PLAIN, SequenceLayout
+
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
+"""``(module, queries (B, H, T, D), keys (B, H', S, D), values, placement, weights)`` to ``(B, T, H, D)`` and, if
+``weights``, to the attention weights ``(B, H, T, S)``."""
+
+
+def attend_eagerly(
+    module: Attention, queries: Tensor, keys: Tensor, values: Tensor, placement: Placement, weights: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """:data:`Attend` in plain PyTorch, with every weight in memory."""
+    rows, tokens = torch.arange(queries.shape[0]), torch.arange(queries.shape[2])
+    places = (
+        rows[:, None, None, None],
+        None,
+        tokens[None, None, :, None],
+        torch.arange(keys.shape[2])[None, None, None],
+    )
+    visible = placement.visible(module.window, keys.shape[2])(
+        *(None if place is None else place.to(queries.device) for place in places)
+    )
+    mask = torch.zeros((), dtype=queries.dtype, device=queries.device).masked_fill(~visible, float("-inf"))
+    return attention(module, queries, keys, values, mask, module.scale, weights=weights)
+
+
+def attention(
+    module: Attention,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+    weights: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention in fp32. ``mask`` is added to the scores; a row of it that hides every key is not NaN but
+    meaningless.
+    """
+    groups = module.num_key_value_groups
+    keys, values = (tensor.repeat_interleave(groups, 1) if groups > 1 else tensor for tensor in (keys, values))
+    scores = (queries @ keys.mT) * scale
+    if mask is not None:
+        scores = scores + mask.clamp(min=torch.finfo(scores.dtype).min)
+    probabilities = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    dropped = nn.functional.dropout(probabilities, dropout, module.training)
+    return (dropped @ values).transpose(1, 2), probabilities if weights else None
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: projections, an optional convolution over all of them, rotary embedding, softmax.
+
+    Args:
+        input_size, output_size: widths.
+        num_heads: H, of the queries.
+        num_key_value_heads: H', divides H.
+        head_dim: D.
+        bias, out_bias: whether the three projections, and the last one, have a bias.
+        scale: of the scores; None for ``head_dim ** -0.5``.
+        window: how many tokens each sees, itself among them; None for all.
+        conv_kernel: taps of a depthwise causal convolution over queries, keys and values, without an activation.
+        conv_bias: whether it has a bias.
+        key_multiplier: of the keys.
+        dropout: of the weights, in training.
+        attend: how to run the softmax.
+    """
+
+    is_causal = True
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        num_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        bias: bool = False,
+        out_bias: bool = False,
+        scale: float | None = None,
+        window: int | None = None,
+        conv_kernel: int | None = None,
+        conv_bias: bool = True,
+        key_multiplier: float = 1.0,
+        dropout: float = 0.0,
+        attend: Attend = attend_eagerly,
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.window, self.dropout, self.attend = head_dim, window, dropout, attend
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.key_multiplier, self.conv_kernel = key_multiplier, conv_kernel
+        self.num_key_value_groups = num_heads // num_key_value_heads
+        self.sizes = [num_heads * head_dim, num_key_value_heads * head_dim, num_key_value_heads * head_dim]
+        self.q_proj = nn.Linear(input_size, self.sizes[0], bias=bias)
+        self.k_proj = nn.Linear(input_size, self.sizes[1], bias=bias)
+        self.v_proj = nn.Linear(input_size, self.sizes[2], bias=bias)
+        if conv_kernel is not None:
+            width = sum(self.sizes)
+            self.conv1d = nn.Conv1d(width, width, conv_kernel, groups=width, padding=conv_kernel - 1, bias=conv_bias)
+        self.o_proj = nn.Linear(self.sizes[0], output_size, bias=out_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        placement: Placement,
+        layout: SequenceLayout = PLAIN,
+        state: KeyValueState | None = None,
+        *,
+        added: tuple[Tensor, Tensor, Tensor] | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(B, T, d)``, or ``(1, R, d)`` where there was padding, to the same; continues ``state`` and adds to it.
+
+        Args:
+            hidden_states: the input.
+            placement: where its tokens stand.
+            layout: their documents.
+            state: of this layer; None without a cache.
+            added: to what the three projections give, before anything else.
+            output_attentions: whether to return the weights too, ``(B, H, T, T)``; only without cached tokens.
+        """
+        placement = placement.to(hidden_states.device)
+        projected = [linear(module, hidden_states) for module in (self.q_proj, self.k_proj, self.v_proj)]
+        if added is not None:
+            projected = [own + more for own, more in zip(projected, added, strict=True)]
+        if self.key_multiplier != 1:
+            projected[1] = projected[1] * self.key_multiplier
+        if self.conv_kernel is not None:
+            projected = self._convolve(projected, placement, layout, state)
+        queries, keys, values = (tensor.unflatten(-1, (-1, self.head_dim)) for tensor in projected)  # (B, T, ., D)
+        if placement.rotary is not None:
+            queries, keys = (rotate(tensor, *placement.rotary) for tensor in (queries, keys))
+        queries, keys, values = (placement.align(tensor).transpose(1, 2) for tensor in (queries, keys, values))
+        if state is not None:
+            keys, values = state.extend(keys, values, placement)
+        attended, weights = self.attend(self, queries, keys, values, placement, output_attentions)
+        if weights is not None:
+            weights = layout.unalign_matrix(weights)
+        return linear(self.o_proj, placement.unalign(attended).flatten(-2)), weights
+
+    def _convolve(
+        self, projected: list[Tensor], placement: Placement, layout: SequenceLayout, state: KeyValueState | None
+    ) -> list[Tensor]:
+        assert self.conv_kernel is not None
+        initial = None if state is None else layout.spread_states(state.initial_conv(placement.rows))
+        joined, final = causal_convolution(
+            *(self.conv1d, self.conv_kernel, torch.cat(projected, -1), initial, layout, None)
+        )
+        if state is not None:
+            state.update_conv(layout.gather_states(final))
+        return list(joined.split(self.sizes, -1))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of the first channels of each head, halves rotated against each other.
+
+    Args:
+        x: ``(B, T, H, D)``.
+        cos, sin: ``(B or 1, T, D')`` with ``D' <= D``, each value twice.
+    """
+    size = cos.shape[-1]
+    turned, rest = x[..., :size], x[..., size:]
+    left, right = turned.chunk(2, -1)
+    turned = (turned * cos[:, :, None] + torch.cat([-right, left], -1) * sin[:, :, None]).to(x.dtype)
+    return torch.cat([turned, rest], -1) if size < x.shape[-1] else turned

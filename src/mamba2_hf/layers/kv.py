@@ -1,0 +1,185 @@
+"""What one attention layer remembers between calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import CacheError
+from .placement import Placement
+
+
+class KeyValueState:
+    """Keys and values ``(B, H, S, D)`` of one layer, and the last inputs of its convolution ``(B, C, K - 1)``.
+
+    Without a capacity they grow with the tokens, each row's own at the right end. With one, buffers are made by the
+    first call and then written in place, filled from the left; those of a layer with a window stay aligned to the
+    right. The state holds no autograd graph.
+
+    Args:
+        window: how many keys a token sees, itself among them; None for all.
+        capacity: tokens of a row to make buffers for; None to grow.
+    """
+
+    def __init__(self, window: int | None = None, capacity: int | None = None) -> None:
+        self.window, self.capacity = window, capacity
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.conv: Tensor | None = None
+        self.started = False
+
+    @property
+    def limit(self) -> int | None:
+        """Keys of a row that any later token may see; None for all."""
+        if self.window is None:
+            return None
+        return self.window - 1 if self.capacity is None else min(self.window - 1, self.capacity)
+
+    def extend(self, keys: Tensor, values: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
+        """Adds the keys and values of new tokens, ``(B, H, T, D)``, and returns all that those tokens may see.
+
+        Raises:
+            CacheError: the state belongs to another batch size.
+        """
+        self._check_rows(keys.shape[0])
+        self._leave_inference_mode()
+        if self.capacity is None:
+            return self._grow(keys, values, placement)
+        if self.keys is None or self.values is None or (not self.started and self.keys.shape[0] != keys.shape[0]):
+            self.allocate(keys, values)
+        started, self.started = self.started, True
+        if self.limit is not None:
+            return self._slide(keys, values, placement, started)
+        return self._fill(keys, values, placement, started)
+
+    def _grow(self, keys: Tensor, values: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
+        stored = 0
+        if self.started and self.keys is not None and self.values is not None:
+            stored = self.keys.shape[2]
+            keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+        width, index = placement.kept(stored, self.limit)
+        self.keys, self.values = _keep(keys, width, index), _keep(values, width, index)
+        self.started = True
+        return keys, values
+
+    def _slide(self, keys: Tensor, values: Tensor, placement: Placement, started: bool) -> tuple[Tensor, Tensor]:
+        """A buffer of the last keys, aligned to the right."""
+        assert self.keys is not None
+        assert self.values is not None
+        stored = self.keys.shape[2]
+        joined = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+        width, index = placement.kept(stored, stored)
+        self.keys.copy_(_keep(joined[0], width, index))
+        self.values.copy_(_keep(joined[1], width, index))
+        return joined if started else (keys, values)
+
+    def _fill(self, keys: Tensor, values: Tensor, placement: Placement, started: bool) -> tuple[Tensor, Tensor]:
+        """A buffer of all keys, filled from the left."""
+        assert self.keys is not None
+        assert self.values is not None
+        assert placement.past is not None
+        past, tokens = placement.past[:, None], keys.shape[2]
+        if started and tokens == 1:
+            index = past[:, None, :, None].expand_as(keys)  # (B, H, 1, D)
+            if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+                seen = self.keys.scatter(2, index, keys), self.values.scatter(2, index, values)
+            else:
+                seen = self.keys, self.values
+            self.keys.scatter_(2, index, keys.detach())
+            self.values.scatter_(2, index, values.detach())
+            return seen
+        if placement.fresh is None and placement.starts is None and not started:
+            self.keys[:, :, :tokens] = keys.detach()
+            self.values[:, :, :tokens] = values.detach()
+            return keys, values
+        # The key at a place of the buffer is a cached one or a new one, told relative to the first new one.
+        assert placement.lengths is not None
+        slots = torch.arange(self.keys.shape[2], device=past.device)  # (L,)
+        fresh = tokens if placement.fresh is None else placement.fresh[:, None]
+        place = slots + fresh - placement.lengths[:, None]  # (B, L)
+        seen = keys, values
+        behind = 0
+        if started:
+            behind = self.keys.shape[2]
+            seen = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+            place = torch.where(place < 0, place + past, place + behind)
+        index = place.clamp(0, behind + tokens - 1)
+        self.keys.copy_(_keep(seen[0], behind, index))
+        self.values.copy_(_keep(seen[1], behind, index))
+        return seen
+
+    def allocate(self, keys: Tensor, values: Tensor) -> None:
+        """Makes the buffers of a state with a capacity, of zeros, for keys and values of this dtype and ``(B, H, .,
+        D)``.
+        """
+        assert self.capacity is not None
+        length = self.capacity if self.limit is None else self.limit
+        self.keys = keys.new_zeros(*keys.shape[:2], length, keys.shape[3])
+        self.values = values.new_zeros(*values.shape[:2], length, values.shape[3])
+
+    def initial_conv(self, rows: int) -> Tensor | None:
+        """What the convolution continues from, ``(B, C, K - 1)``; None before the first call. A copy where autograd
+        may keep it for a backward that runs after the next call.
+        """
+        if not self.started or self.conv is None:
+            return None
+        self._check_rows(rows)
+        self._leave_inference_mode()
+        return self.conv.clone() if torch.is_grad_enabled() else self.conv
+
+    def update_conv(self, conv: Tensor) -> None:
+        """Stores the last inputs of the convolution."""
+        if self.conv is None or self.conv.shape != conv.shape:
+            self.conv = conv.detach().clone(memory_format=torch.contiguous_format)
+        else:
+            self.conv.copy_(conv.detach())
+
+    def _check_rows(self, rows: int) -> None:
+        if self.started and self.batch_size != rows:
+            raise CacheError(
+                f"the cache holds {self.batch_size} sequences and the input has {rows}: use batch_repeat_interleave or "
+                "batch_select_indices, or start with an empty cache"
+            )
+
+    def _leave_inference_mode(self) -> None:
+        """Replaces buffers made under ``torch.inference_mode``, which nothing outside of it may write."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return
+        for name in ("keys", "values", "conv"):
+            buffer = getattr(self, name)
+            if buffer is not None and buffer.is_inference():
+                setattr(self, name, buffer.clone())
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, -1 before the first call."""
+        return self.keys.shape[0] if self.started and self.keys is not None else -1
+
+    def reset(self) -> None:
+        """Forgets everything, keeping buffers of a fixed size for the next call."""
+        self.started = False
+        if self.capacity is None:
+            self.keys, self.values = None, None
+
+    def select(self, indices: Tensor) -> None:
+        """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
+        for name in ("keys", "values", "conv"):
+            buffer = getattr(self, name)
+            if buffer is not None:
+                setattr(self, name, buffer.index_select(0, indices.to(buffer.device)))
+
+    def to(self, device: torch.device | str) -> KeyValueState:
+        """Moves the buffers, in place; returns itself, as hooks that move a module's inputs expect."""
+        for name in ("keys", "values", "conv"):
+            buffer = getattr(self, name)
+            if buffer is not None:
+                setattr(self, name, buffer.to(device))
+        return self
+
+
+def _keep(tensor: Tensor, width: int, index: Tensor | None) -> Tensor:
+    """The last ``width`` of ``(B, H, S, D)``, or those at ``index (B, width)``, without their graph."""
+    tensor = tensor.detach()
+    if index is not None:
+        return tensor.gather(2, index[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+    return tensor if width == tensor.shape[2] else tensor[:, :, tensor.shape[2] - width :].clone()

@@ -1,0 +1,168 @@
+"""Mixtures of experts: a router, experts, and what every token passes as well."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .fp32 import KeepsFp32
+from .mlp import MLP, MLP_KINDS
+
+
+class SoftmaxRouter(nn.Module):
+    """Sends a token to the experts with the largest logits, weighed by a softmax over these alone.
+
+    Args:
+        hidden_size: width of a token.
+        num_experts: E.
+        top_k: experts that a token is sent to.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(n, d)`` to logits ``(n, E)`` in fp32, weights ``(n, k)`` and indices ``(n, k)``."""
+        logits = F.linear(x, self.weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        chosen, index = logits.topk(self.top_k, -1)
+        return logits, torch.softmax(chosen, -1).to(x.dtype), index
+
+
+class SigmoidRouter(KeepsFp32):
+    """Sends a token to the experts with the largest sigmoids plus a bias that balances their load, among the groups of
+    experts whose two best promise most (DeepSeek-V3, arXiv 2412.19437).
+
+    Args:
+        hidden_size: width of a token.
+        num_experts: E.
+        top_k: experts that a token is sent to.
+        num_groups, top_groups: groups of experts, and how many of them a token may reach.
+        normalize: whether the weights of a token sum to 1.
+        scale: of the weights.
+    """
+
+    fp32_parameters = ("e_score_correction_bias",)
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        num_groups: int = 1,
+        top_groups: int = 1,
+        normalize: bool = True,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.top_k, self.num_groups, self.top_groups = top_k, num_groups, top_groups
+        self.normalize, self.scale = normalize, scale
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        nn.init.normal_(self.weight, std=0.02)
+        self.e_score_correction_bias: Tensor
+        self.register_buffer("e_score_correction_bias", torch.zeros(num_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(n, d)`` to logits ``(n, E)``, weights ``(n, k)``, both in fp32, and indices ``(n, k)``."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(dtype), self.weight.to(dtype))
+        scores = logits.sigmoid()
+        ranked = scores + self.e_score_correction_bias
+        if self.num_groups > 1:
+            groups = ranked.unflatten(-1, (self.num_groups, -1))  # (n, groups, E / groups)
+            best = groups.topk(2, -1).values.sum(-1).topk(self.top_groups, -1, sorted=False).indices
+            reachable = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter(1, best, True)
+            ranked = groups.masked_fill(~reachable[..., None], float("-inf")).flatten(1)
+        index = ranked.topk(self.top_k, -1, sorted=False).indices
+        weights = scores.gather(1, index)
+        if self.normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return logits, weights * self.scale, index
+
+
+class Experts(nn.Module):
+    """Feed-forward layers side by side, each as :class:`~mamba2_hf.layers.mlp.MLP` without biases.
+
+    Args:
+        num_experts: E.
+        hidden_size: width of input and output.
+        intermediate_size: width in between.
+        kind: one of ``MLP_KINDS``.
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, kind: str = "swiglu") -> None:
+        super().__init__()
+        self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_size, intermediate_size
+        self.act_fn, gated = MLP_KINDS[kind]
+        inner = nn.Parameter(torch.empty(num_experts, (1 + gated) * intermediate_size, hidden_size))
+        self.up_name = "gate_up_proj" if gated else "up_proj"  # gate first
+        self.register_parameter(self.up_name, inner)
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        for weight in (inner, self.down_proj):
+            nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Tokens ``(n, d)``, the experts of each ``(n, k)`` and their weights to ``(n, d)``: one product per expert."""
+        order = index.flatten().argsort(stable=True)  # (n k,) token and expert pairs, expert by expert
+        sizes = torch.bincount(index.flatten(), minlength=self.num_experts).tolist()
+        up = getattr(self, self.up_name)
+        done = []
+        for expert, tokens in enumerate((order // index.shape[1]).split(sizes)):
+            inner = F.linear(x[tokens], up[expert])
+            if self.up_name == "gate_up_proj":
+                gate, inner = inner.chunk(2, -1)
+                inner = self.act_fn(gate) * inner
+            else:
+                inner = self.act_fn(inner)
+            done.append(F.linear(inner, self.down_proj[expert]))
+        results = torch.cat(done)[order.argsort()]
+        return (results.unflatten(0, index.shape) * weights[..., None]).sum(1).to(x.dtype)
+
+
+class MoE(nn.Module):
+    """A router and its experts, with an MLP beside them that every token passes.
+
+    Args:
+        router: decides.
+        experts: compute.
+        shared: the MLP; None for none.
+        hidden_size: width of a token.
+        latent_size: width that tokens are projected to for the experts; None for their own.
+        bias: whether the projections to that width and back have a bias.
+    """
+
+    def __init__(
+        self,
+        router: SoftmaxRouter | SigmoidRouter,
+        experts: nn.Module,
+        shared: MLP | None,
+        *,
+        hidden_size: int,
+        latent_size: int | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.router, self.experts = router, experts
+        self.latent_size = latent_size
+        if latent_size is not None:
+            self.latent_in = nn.Linear(hidden_size, latent_size, bias=bias)
+            self.latent_out = nn.Linear(latent_size, hidden_size, bias=bias)
+        if shared is not None:
+            self.shared = shared
+        self.has_shared = shared is not None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``(B, T, d)`` to the same and the router's logits ``(B, T, E)``."""
+        tokens = x.flatten(0, -2)
+        logits, weights, index = self.router(tokens)
+        inner = tokens if self.latent_size is None else self.latent_in(tokens)
+        out = self.experts(inner, index, weights)
+        out = (out if self.latent_size is None else self.latent_out(out)).view_as(x)
+        if self.has_shared:
+            out = out + self.shared(x)
+        return out, logits.view(*x.shape[:-1], -1)

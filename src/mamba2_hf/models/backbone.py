@@ -1,0 +1,167 @@
+"""What the backbones have in common: from inputs, masks and a cache to hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, CacheError
+from ..layers import SequenceLayout
+from ..layers.sequence import sequence_layout
+from .cache import Mamba2Cache, as_mamba2_cache
+from .outputs import Mamba2Output
+from .pretrained import SSDPreTrainedModel
+
+
+class SSDBackbone(SSDPreTrainedModel):
+    """Embeddings, layers, final norm. A model adds its layers and what they need beside the hidden states."""
+
+    embeddings: nn.Embedding
+    layers: nn.ModuleList
+    norm_f: nn.Module
+    gradient_checkpointing = False
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding layer."""
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the embedding layer."""
+        self.embeddings = value  # type: ignore[assignment]
+
+    def _run(
+        self,
+        *,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Mamba2Cache | None,
+        cache_params: Mamba2Cache | None,
+        use_cache: bool | None,
+        output_hidden_states: bool | None,
+        output_attentions: bool | None,
+        return_dict: bool | None,
+        layout: SequenceLayout,
+        output_router_logits: bool = False,
+    ) -> tuple[Any, ...] | Mamba2Output:
+        """The forward of every backbone; its arguments are those of :meth:`Mamba2Model.forward`."""
+        batch, tokens = batch_and_tokens(input_ids, inputs_embeds)
+        cache = as_mamba2_cache(past_key_values, cache_params, self.config)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
+            use_cache, cache = _refuse_filled(cache)
+        if cache is None and use_cache:
+            cache = Mamba2Cache(self.config)
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+
+        hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, d)
+        if output_attentions:
+            self._check_attentions(batch, tokens, cache)
+        hidden_states = layout.pack(self._scale_embeddings(hidden_states))  # (1, R, d) where there was padding
+        options, counted = self._layer_options(hidden_states, layout, batch, tokens, position_ids, cache)
+        if output_attentions:
+            options["output_attentions"] = True
+        if output_router_logits:
+            options["output_router_logits"] = True
+        every_state: list[Tensor] = []
+        attentions: list[Tensor] = []
+        router_logits: list[Tensor] = []
+        for layer in self.layers:
+            if output_hidden_states:
+                every_state.append(layout.unpack(hidden_states))
+            if output_attentions or output_router_logits:
+                hidden_states, matrices, logits = layer(hidden_states, layout, past_key_values=cache, **options)
+                attentions.extend(matrices)
+                router_logits.extend(layout.unpack(routed).flatten(0, 1) for routed in logits)
+            else:
+                hidden_states = layer(hidden_states, layout, past_key_values=cache, **options)
+        hidden_states = layout.unpack(self.norm_f(hidden_states))
+        if output_hidden_states:
+            every_state.append(hidden_states)
+        if cache is not None:
+            cache.count(tokens, layout.keep, **counted)
+
+        output = Mamba2Output(
+            last_hidden_state=hidden_states,
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(every_state) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            router_logits=tuple(router_logits) or None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _scale_embeddings(self, embeddings: Tensor) -> Tensor:
+        return embeddings
+
+    def _layer_options(
+        self,
+        hidden_states: Tensor,
+        layout: SequenceLayout,
+        batch: int,
+        tokens: int,
+        position_ids: Tensor | None,
+        cache: Mamba2Cache | None,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """More arguments for every layer, and for :meth:`Mamba2Cache.count`; ``hidden_states (1, R, d)`` or ``(B, T,
+        d)`` are the embeddings.
+        """
+        return {}, {}
+
+    def _check_attentions(self, batch: int, tokens: int, cache: Mamba2Cache | None) -> None:
+        """Refuses ``output_attentions=True`` where it cannot be had."""
+        raise NotImplementedError
+
+
+def _refuse_filled(cache: Mamba2Cache | None) -> tuple[bool, None]:
+    """Gradient checkpointing runs a layer twice, so it cannot write a cache: no cache, if none is lost by that."""
+    if cache is not None and cache.seen_tokens:
+        raise CacheError(
+            f"gradient checkpointing cannot continue a cache of {cache.seen_tokens} tokens: its layers run twice; "
+            "turn it off, or pass the whole sequence"
+        )
+    return False, None
+
+
+def batch_and_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
+    """B and T of whichever was given."""
+    if input_ids is not None and inputs_embeds is None:
+        if input_ids.dim() != 2:
+            raise ArgumentError(f"input_ids has shape {tuple(input_ids.shape)}, expected (B, T)")
+        return input_ids.shape[0], input_ids.shape[1]
+    if inputs_embeds is not None and input_ids is None:
+        if inputs_embeds.dim() != 3:
+            raise ArgumentError(f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (B, T, d)")
+        return inputs_embeds.shape[0], inputs_embeds.shape[1]
+    raise ArgumentError("pass either input_ids or inputs_embeds, and not both")
+
+
+def read_layout(
+    batch: int,
+    tokens: int,
+    attention_mask: Tensor | dict[str, Tensor] | None,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+) -> SequenceLayout:
+    """What the arguments of a forward amount to."""
+    if isinstance(attention_mask, dict):  # one mask per kind of layer, from a compiled generate
+        attention_mask = attention_mask.get("linear_attention")
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None and cu_seq_lens_q is not cu_seq_lens_k:
+        same = cu_seq_lens_q.shape == cu_seq_lens_k.shape
+        if not torch.compiler.is_compiling() and not (same and bool((cu_seq_lens_q == cu_seq_lens_k).all())):
+            raise ArgumentError("cu_seq_lens_q and cu_seq_lens_k differ: an SSD layer has one sequence, not two")
+    return sequence_layout(
+        batch,
+        tokens,
+        attention_mask=attention_mask,
+        seq_idx=seq_idx,
+        cu_seqlens=cu_seq_lens_q if cu_seq_lens_q is not None else cu_seq_lens_k,
+        position_ids=position_ids,
+    )

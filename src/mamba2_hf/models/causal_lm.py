@@ -1,0 +1,219 @@
+"""What the language models have in common: head, loss, and generation that continues any cache."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+
+from ..errors import ArgumentError, CacheError
+from ..layers import SequenceLayout, linear
+from .backbone import SSDBackbone
+from .cache import Mamba2Cache, as_mamba2_cache
+from .outputs import Mamba2CausalLMOutput, Mamba2Output
+from .pretrained import SSDPreTrainedModel
+
+
+class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
+    """Backbone and head. A model adds the two and the signature of its forward."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    accepts_loss_kwargs = True
+    backbone: SSDBackbone
+    lm_head: nn.Module
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding layer."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the embedding layer."""
+        self.backbone.set_input_embeddings(value)
+
+    def _run(
+        self,
+        *,
+        labels: Tensor | None,
+        logits_to_keep: int | Tensor,
+        num_items_in_batch: Tensor | int | None,
+        return_dict: bool | None,
+        layout: SequenceLayout,
+        **inputs: Any,
+    ) -> tuple[Any, ...] | Mamba2CausalLMOutput:
+        """The forward of every language model; ``inputs`` are for the backbone."""
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = self.backbone(**inputs, return_dict=True, layout=layout)
+        hidden_states = outputs.last_hidden_state
+        if isinstance(logits_to_keep, Tensor):
+            hidden_states = hidden_states[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden_states = hidden_states[:, -logits_to_keep:]
+        logits = self._scale_logits(linear(self.lm_head, hidden_states))  # (B, T', vocab)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+
+        loss = None
+        if labels is not None:
+            if layout.breaks is not None:
+                labels = labels.masked_fill(layout.breaks.to(labels.device), -100)
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        aux_loss = self._aux_loss(outputs, layout)
+        if loss is not None and aux_loss is not None:
+            loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        output = Mamba2CausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            aux_loss=aux_loss,
+            router_logits=outputs.router_logits,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _scale_logits(self, logits: Tensor) -> Tensor:
+        return logits
+
+    def _aux_loss(self, outputs: Mamba2Output, layout: SequenceLayout) -> Tensor | None:
+        """A loss beside that of the labels, weighed by ``config.router_aux_loss_coef``."""
+        return None
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Mamba2Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in transformers, with a cache that counts its tokens and no positions."""
+        given = kwargs.pop("cache_params", None)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=given if past_key_values is None else past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        inputs.pop("position_ids", None)
+        if next_sequence_length == 1 and not is_first_iteration:  # every token that generate adds counts
+            inputs["attention_mask"] = None
+        return inputs
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Feeds what the cache has not seen, with its padding moved to the front, so that each row ends in a token."""
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        embeds = model_kwargs.get("inputs_embeds")
+        tokens = input_ids.shape[1] if embeds is None else embeds.shape[1]
+        total = getattr(generation_config, "_mask_length", tokens) if mask is None else mask.shape[1]
+        past = 0 if cache is None else cache.get_seq_length()
+        _refuse_packed(model_kwargs)
+        if embeds is not None and generation_config.prefill_chunk_size is not None:
+            raise ArgumentError("prefill_chunk_size cuts input_ids, not inputs_embeds: pass one or the other")
+        if past and not (total > past and tokens in (total, total - past)):
+            raise CacheError(
+                f"the cache has seen {past} tokens, the input holds {tokens} and the attention mask {total}: pass the "
+                "ids of all tokens, seen and new, or the new ones with an attention_mask over all of them"
+            )
+        if cache is not None and past:
+            cache.check_padding(input_ids.new_ones(len(input_ids), past) if mask is None else mask[:, :past])
+        new = total - past if past else tokens
+        if embeds is None:
+            input_ids = input_ids[:, -new:]
+        if mask is not None:
+            keep = mask[:, -new:] != 0
+            if not bool(keep.any(1).all()):
+                raise ArgumentError(
+                    "attention_mask leaves a row without any new token, so there is nothing to continue"
+                )
+            if not bool(keep[:, -1].all()):
+                order = torch.argsort(keep, dim=1, stable=True)  # (B, T) padding first, tokens as they were
+                mask = torch.cat([mask[:, :-new], mask[:, -new:].gather(1, order)], 1)
+                model_kwargs = {**model_kwargs, "attention_mask": mask}
+                if embeds is None:
+                    input_ids = input_ids.gather(1, order)
+                else:
+                    moved = embeds[:, -new:].gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
+                    model_kwargs["inputs_embeds"] = torch.cat([embeds[:, :-new], moved], 1)
+        chunk = generation_config.prefill_chunk_size
+        if past and chunk is not None:
+            # Before transformers 5.21, generate reads the mask of a continuation's chunks from its first column on.
+            for start in range(0, new - chunk, chunk):
+                self(
+                    input_ids[:, start : start + chunk],
+                    attention_mask=None if mask is None else mask[:, : past + start + chunk],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+            input_ids = input_ids[:, (new - 1) // chunk * chunk :]
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """The mask as it is: an SSD layer needs no matrix of pairs, also where ``generate`` compiles the model."""
+        return attention_mask
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Installs a :class:`Mamba2Cache` as ``past_key_values``, whatever name the caller used."""
+        names = (model_kwargs.get("past_key_values"), model_kwargs.pop("cache_params", None))
+        given = as_mamba2_cache(*names, self.config)
+        kind, use_cache = generation_config.cache_implementation, generation_config.use_cache is not False
+        if generation_config.is_assistant:
+            raise ArgumentError("a Mamba-2 cannot be the assistant of another model: it cannot take tokens back")
+        if use_cache and generation_config.output_attentions:
+            raise ArgumentError(
+                "output_attentions=True: the matrix of earlier tokens cannot be known from a cached state; call "
+                "model(sequences, output_attentions=True) on what was generated, or pass use_cache=False"
+            )
+        if given is not None:
+            if kind is not None or not use_cache:
+                other = f"cache_implementation={kind!r}" if use_cache else "use_cache=False"
+                raise ArgumentError(f"{other} and a cache were both given: pass one")
+            given._is_user_defined = True
+            model_kwargs["past_key_values"] = given
+        elif use_cache:
+            if kind not in (None, "dynamic", "static"):
+                raise ArgumentError(
+                    f"cache_implementation={kind!r}: the states of a Mamba-2 are constant in size, so that there is "
+                    "little to offload, quantize or slide; use 'dynamic' (the default) or 'static'"
+                )
+            length = max(max_cache_length, generation_config.max_cache_len or 0, 1)
+            model_kwargs["past_key_values"] = Mamba2Cache(self.config, static=kind == "static", max_length=length)
+
+
+def _refuse_packed(model_kwargs: dict[str, Any]) -> None:
+    """``generate`` continues one document per row; it makes position ids itself, which restart only if packed."""
+    named = [name for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k") if model_kwargs.get(name) is not None]
+    positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+    if positions is not None:
+        restarts = (positions[:, 1:] == 0) & (positions[:, :-1] != 0)
+        if bool((restarts if mask is None else restarts & (mask[:, 1 - positions.shape[1] :] != 0)).any()):
+            named.append("position_ids")
+    if named:
+        raise ArgumentError(f"{named[0]} packs several documents into a row: generate continues one, pass a row each")

@@ -1,0 +1,91 @@
+"""What the sequence classifiers have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backbone import SSDBackbone
+from .cache import Mamba2Cache
+from .outputs import Mamba2SequenceClassifierOutput
+from .pretrained import SSDPreTrainedModel
+
+
+class SSDForSequenceClassification(SSDPreTrainedModel):
+    """Backbone and a linear head that reads the last token of each sequence. A model adds the two."""
+
+    _fsdp_plan = {"score": "keep_full_weight"}
+    backbone: SSDBackbone
+    score: nn.Module
+    num_labels: int
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding layer."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the embedding layer."""
+        self.backbone.set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Mamba2Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        cache_params: Mamba2Cache | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> tuple[Any, ...] | Mamba2SequenceClassifierOutput:
+        """:meth:`Mamba2Model.forward` and the head.
+
+        The last token of a sequence is the last that ``attention_mask`` counts. Without a mask every token is read, as
+        everywhere in transformers, and the last one is the last that is not ``config.pad_token_id``.
+
+        Args:
+            labels: ``(B,)`` classes, ``(B, num_labels)`` multi-label targets, or regression targets
+                (``config.problem_type``, or by dtype and ``num_labels``).
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            cache_params=cache_params,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        hidden_states = outputs.last_hidden_state
+        batch, tokens = hidden_states.shape[:2]
+        rows = torch.arange(batch, device=hidden_states.device)
+        last = torch.full_like(rows, tokens - 1)
+        counts = None
+        if attention_mask is not None:
+            counts = attention_mask[:, -tokens:] != 0
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            counts = input_ids != self.config.pad_token_id
+        if counts is not None:
+            last = (counts * torch.arange(tokens, device=counts.device)).argmax(1).to(rows)
+        logits = self.score(hidden_states[rows, last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        output = Mamba2SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if return_dict else output.to_tuple()

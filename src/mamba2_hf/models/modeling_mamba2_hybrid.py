@@ -1,0 +1,636 @@
+"""The hybrids: one decoder of SSD, attention, feed-forward parts and mixtures of experts in any order."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from ..layers import (
+    MLP,
+    Attention,
+    Experts,
+    MoE,
+    Placement,
+    RMSNorm,
+    SequenceLayout,
+    SigmoidRouter,
+    SoftmaxRouter,
+    VariantMixer,
+    place,
+)
+from ..layers.mixer import FP32_PARAMETERS
+from ..layers.sequence import PLAIN
+from .backbone import SSDBackbone, batch_and_tokens, read_layout
+from .cache import Mamba2Cache
+from .causal_lm import SSDForCausalLM
+from .classification import SSDForSequenceClassification
+from .configuration_mamba2_hybrid import ATTENTION, KINDS, MOE, SHARED, SLIDING, SSD, Mamba2HybridConfig
+from .interfaces import attend, experts, prepare_masks
+from .modeling_mamba2 import check_attentions
+from .outputs import Mamba2CausalLMOutput, Mamba2Output
+from .pretrained import SSDPreTrainedModel
+from .rotary import RotaryEmbedding
+
+_TO_STREAM = "writes_to_the_stream"
+"""Marks linear layers whose result is added to the residual stream."""
+
+
+@dataclass
+class _Call:
+    """What all blocks of a forward share."""
+
+    layout: SequenceLayout
+    placement: Placement | None
+    cache: Mamba2Cache | None
+    embeddings: Tensor | None
+    shared_blocks: nn.ModuleList | None
+    output_attentions: bool
+    attentions: list[Tensor]
+    router_logits: list[Tensor]
+
+    def state(self, index: int) -> Any:
+        """A mixer's state."""
+        return None if self.cache is None else self.cache.layers[index]
+
+
+class SharedBlock(nn.Module):
+    """Attention, then an MLP, over stream and embeddings side by side: weights that several layers share, with adapters
+    for each of its uses ("The Zamba2 Suite", arXiv 2411.15242).
+
+    Args:
+        config: of the model.
+        uses: how many layers use this block.
+    """
+
+    def __init__(self, config: Mamba2HybridConfig, uses: int) -> None:
+        super().__init__()
+        width, rank = 2 * config.hidden_size, config.shared_adapter_rank
+        self.norm = RMSNorm(width, config.layer_norm_epsilon)
+        self.attention = _attention(config, ATTENTION, width)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = _mlp(config, config.intermediate_size)
+
+        def adapters(inputs: int, outputs: int) -> nn.ModuleList:
+            pairs = ((nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False)) for _ in range(uses))
+            return nn.ModuleList([nn.Sequential(*pair) for pair in pairs])
+
+        self.has_adapters, self.has_attention_adapters = rank > 0, config.shared_attention_adapters
+        if self.has_attention_adapters:
+            self.q_adapters, self.k_adapters, self.v_adapters = (adapters(width, size) for size in self.attention.sizes)
+        if self.has_adapters:
+            self.mlp_adapters = adapters(config.hidden_size, 2 * config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        embeddings: Tensor,
+        use: int,
+        placement: Placement,
+        layout: SequenceLayout,
+        state: Any,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Stream and embeddings ``(B, T, d)`` to ``(B, T, d)``, for the ``use``-th of the layers that use it."""
+        x = self.norm(torch.cat([hidden_states.to(embeddings.dtype), embeddings], -1))  # (B, T, 2 d)
+        added = None
+        if self.has_attention_adapters:
+            added = (self.q_adapters[use](x), self.k_adapters[use](x), self.v_adapters[use](x))
+        x, weights = self.attention(x, placement, layout, state, added=added, output_attentions=output_attentions)
+        x = self.mlp_norm(x)
+        return self.mlp(x, self.mlp_adapters[use](x) if self.has_adapters else None), weights
+
+
+class MixerBlock(nn.Module):
+    """SSD, attention, or both side by side, behind one norm.
+
+    Args:
+        config: of the model.
+        kind: one of ``KINDS`` with mixers.
+        first_state: place of its first state in the cache.
+    """
+
+    def __init__(self, config: Mamba2HybridConfig, kind: str, first_state: int) -> None:
+        super().__init__()
+        self.state_index = {mixer: first_state + place for place, mixer in enumerate(KINDS[kind])}
+        self.scale = config.residual_multiplier
+        self.ssm_scales = (config.ssm_in_multiplier, config.ssm_out_multiplier)
+        self.attention_scales = (config.attention_in_multiplier, config.attention_out_multiplier)
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        if SSD in self.state_index:
+            self.mixer = _mixer(config)
+        self.attention_kind = next((mixer for mixer in KINDS[kind] if mixer != SSD), None)
+        if self.attention_kind is not None and kind != SHARED:
+            self.attention = _attention(config, self.attention_kind, config.hidden_size)
+            setattr(self.attention.o_proj, _TO_STREAM, True)
+
+    def forward(self, stream: Tensor, call: _Call) -> Tensor:
+        """``(B, T, d)`` to ``(B, T, d)``."""
+        normed = self.norm(stream)
+        parts = [self._mix(normed, call)] if SSD in self.state_index else []
+        if self.attention_kind is not None:
+            parts.append(self._attend(normed, call, self.attention_kind))
+        return stream + _times(sum(parts[1:], parts[0]), self.scale)
+
+    def _mix(self, normed: Tensor, call: _Call) -> Tensor:
+        before, after = self.ssm_scales
+        mixed = self.mixer(
+            _times(normed, before), call.layout, call.state(self.state_index[SSD]), call.output_attentions
+        )
+        if call.output_attentions:
+            mixed, matrix = mixed
+            call.attentions.append(matrix)
+        return _times(mixed, after)
+
+    def _attend(self, normed: Tensor, call: _Call, kind: str) -> Tensor:
+        before, after = self.attention_scales
+        attended, weights = self.attention(
+            *(_times(normed, before), call.placement, call.layout, call.state(self.state_index[kind])),
+            output_attentions=call.output_attentions,
+        )
+        if weights is not None:
+            call.attentions.append(weights)
+        return _times(attended, after)
+
+
+class SharedMixerBlock(MixerBlock):
+    """SSD that reads, beside the stream, what a shared block finds there.
+
+    Args:
+        config: of the model.
+        first_state: place of its first state in the cache.
+        use: how many layers before this one use shared blocks.
+    """
+
+    def __init__(self, config: Mamba2HybridConfig, first_state: int, use: int) -> None:
+        super().__init__(config, SHARED, first_state)
+        self.use, self.block = divmod(use, config.num_shared_blocks)
+        self.linear = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, stream: Tensor, call: _Call) -> Tensor:
+        """``(B, T, d)`` to ``(B, T, d)``."""
+        assert call.shared_blocks is not None
+        found, weights = call.shared_blocks[self.block](
+            *(stream, call.embeddings, self.use, call.placement, call.layout, call.state(self.state_index[ATTENTION])),
+            output_attentions=call.output_attentions,
+        )
+        if weights is not None:
+            call.attentions.append(weights)
+        normed = self.norm(stream + self.linear(found.to(stream.device)))
+        return stream + _times(self._mix(normed, call), self.scale)
+
+
+class FeedForwardBlock(nn.Module):
+    """An MLP or a mixture of experts behind a norm.
+
+    Args:
+        config: of the model.
+        kind: ``"mlp"`` or ``"moe"``.
+    """
+
+    def __init__(self, config: Mamba2HybridConfig, kind: str) -> None:
+        super().__init__()
+        self.scale, self.routed = config.residual_multiplier, kind == MOE
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        if self.routed:
+            self.moe = _moe(config)
+        else:
+            self.mlp = _mlp(config, config.intermediate_size)
+        for part in (module for module in self.modules() if isinstance(module, MLP)):
+            setattr(part.down_proj, _TO_STREAM, True)
+
+    def forward(self, stream: Tensor, call: _Call) -> Tensor:
+        """``(B, T, d)`` to ``(B, T, d)``."""
+        if self.routed:
+            out, logits = self.moe(self.norm(stream))
+            call.router_logits.append(logits)
+        else:
+            out = self.mlp(self.norm(stream))
+        return stream + _times(out, self.scale)
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
+
+
+def _mixer(config: Mamba2HybridConfig) -> VariantMixer:
+    eps, multipliers = config.ssm_norm_epsilon, config.ssm_multipliers
+    return VariantMixer(
+        config.hidden_size,
+        num_heads=config.ssm_num_heads,
+        head_dim=config.ssm_head_dim,
+        n_groups=config.ssm_n_groups,
+        state_size=config.ssm_state_size,
+        conv_kernel=config.ssm_conv_kernel,
+        use_bias=config.ssm_use_bias,
+        out_bias=config.ssm_out_bias,
+        use_conv_bias=config.ssm_use_conv_bias,
+        norm=config.ssm_norm,
+        norm_group_size=config.ssm_norm_group_size,
+        norm_eps=config.layer_norm_epsilon if eps is None else eps,
+        dt_limit=(config.time_step_limit[0], config.time_step_limit[1]),
+        multipliers=None if multipliers is None else tuple(map(float, multipliers)),
+    )
+
+
+def _attention(config: Mamba2HybridConfig, kind: str, input_size: int) -> Attention:
+    assert config.num_attention_heads is not None
+    assert config.num_key_value_heads is not None
+    assert config.head_dim is not None
+    attention = Attention(
+        input_size,
+        config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        bias=config.attention_bias,
+        out_bias=config.attention_bias if config.attention_out_bias is None else config.attention_out_bias,
+        scale=config.attention_scale,
+        window=config.sliding_window if kind == SLIDING else None,
+        conv_kernel=config.attention_conv_kernel,
+        conv_bias=config.attention_conv_bias,
+        key_multiplier=config.key_multiplier,
+        dropout=config.attention_dropout,
+        attend=attend,
+    )
+    attention.config = config  # transformers' attention functions look for it
+    return attention
+
+
+def _mlp(config: Mamba2HybridConfig, width: int) -> MLP:
+    gate, down = config.mlp_multipliers or (1.0, 1.0)
+    return MLP(config.hidden_size, width, config.mlp_type, config.mlp_bias, (gate, down))
+
+
+def _moe(config: Mamba2HybridConfig) -> MoE:
+    sizes = (config.hidden_size, config.num_experts, config.num_experts_per_tok)
+    router: SoftmaxRouter | SigmoidRouter
+    if config.moe_router == "softmax":
+        router = SoftmaxRouter(*sizes)
+    else:
+        router = SigmoidRouter(
+            *sizes,
+            num_groups=config.n_group,
+            top_groups=config.topk_group,
+            normalize=config.norm_topk_prob,
+            scale=config.routed_scaling_factor,
+        )
+    latent, width = config.moe_latent_size, config.moe_intermediate_size
+    return MoE(
+        router,
+        experts(
+            *(config, config.num_experts, config.hidden_size if latent is None else latent),
+            *(config.intermediate_size if width is None else width, config.mlp_type),
+        ),
+        _mlp(config, config.shared_expert_intermediate_size) if config.shared_expert_intermediate_size else None,
+        hidden_size=config.hidden_size,
+        latent_size=latent,
+        bias=config.mlp_bias,
+    )
+
+
+class Mamba2HybridLayer(GradientCheckpointingLayer):
+    """The blocks of one layer.
+
+    Args:
+        config: of the model.
+        kinds: of its blocks.
+        first_state: place of its first state in the cache.
+        first_use: how many layers before it use shared blocks.
+    """
+
+    def __init__(self, config: Mamba2HybridConfig, kinds: tuple[str, ...], first_state: int, first_use: int) -> None:
+        super().__init__()
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.blocks = nn.ModuleList()
+        for kind in kinds:
+            if kind == SHARED:
+                self.blocks.append(SharedMixerBlock(config, first_state, first_use))
+                first_use += 1
+            elif KINDS[kind]:
+                self.blocks.append(MixerBlock(config, kind, first_state))
+            else:
+                self.blocks.append(FeedForwardBlock(config, kind))
+            first_state += len(KINDS[kind])
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: SequenceLayout = PLAIN,
+        past_key_values: Mamba2Cache | None = None,
+        placement: Placement | None = None,
+        embeddings: Tensor | None = None,
+        shared_blocks: nn.ModuleList | None = None,
+        output_attentions: bool = False,
+        output_router_logits: bool = False,
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """``(B, T, d)`` to ``(B, T, d)``; if either is asked for, also the matrices ``(B, H, T, T)`` of its mixers and
+        the logits ``(B, T, E)`` of its routers.
+        """
+        if self.residual_in_fp32:
+            hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        call = _Call(layout, placement, past_key_values, embeddings, shared_blocks, output_attentions, [], [])
+        for block in self.blocks:
+            hidden_states = block(hidden_states, call)
+        if output_attentions or output_router_logits:
+            return hidden_states, tuple(call.attentions), tuple(call.router_logits)
+        return hidden_states
+
+
+class Mamba2HybridPreTrainedModel(SSDPreTrainedModel):
+    """What makes a pretrained model a hybrid."""
+
+    config: Mamba2HybridConfig
+    config_class = Mamba2HybridConfig
+    _no_split_modules = ["Mamba2HybridLayer", "SharedBlock"]
+    _keep_in_fp32_modules_strict = [*FP32_PARAMETERS, "e_score_correction_bias"]
+    _skip_keys_device_placement = ["past_key_values", "cache_params", "shared_blocks"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    foreign_reader: ClassVar[Any] = None
+    """Reads checkpoints of other formats: ``mamba2_hf.checkpoints.loading.read_foreign``, once it is registered."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, also from checkpoints of bamba, granitemoehybrid, nemotron_h, falcon_h1, zamba2 and the
+        original code's hybrids; their weights are all in memory while the model is made.
+
+        Raises:
+            CheckpointError: weights are missing, of another shape, or not finite.
+            ConfigurationError: the checkpoint's configuration cannot be expressed as a hybrid's.
+        """
+        source = pretrained_model_name_or_path
+        given = source is None or kwargs.get("config") is not None or kwargs.get("state_dict") is not None
+        if cls.foreign_reader is not None and not given:
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+            found = cls.foreign_reader(source, dtype, kwargs.get("revision"))
+            if found is not None:
+                config, state, dtype = found
+                for name in ("dtype", "torch_dtype", "revision"):
+                    kwargs.pop(name, None)
+                fields = config.to_dict()
+                config, kwargs = cls.config_class.from_dict(fields, return_unused_kwargs=True, **kwargs)
+                loaded = super().from_pretrained(None, *args, config=config, state_dict=state, dtype=dtype, **kwargs)
+                model = loaded[0] if isinstance(loaded, tuple) else loaded
+                model.name_or_path = model.config.name_or_path = str(source)  # adapters remember their base by it
+                if model.can_generate():
+                    with contextlib.suppress(OSError):  # a checkpoint need not have one
+                        model.generation_config = GenerationConfig.from_pretrained(source)
+                return loaded
+        return super().from_pretrained(source, *args, **kwargs)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers would look for it in the source of this file, and it is in another
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    def init_parallel_plans(self) -> None:
+        """As in transformers. FSDP2 trains one dtype per group, so that beside half-precision weights the fp32
+        parameters of a mixer cannot be in the group of their layer: its modules are sharded one by one.
+        """
+        super().init_parallel_plans()
+        if self.base_model is self and self.dtype in (torch.float16, torch.bfloat16):
+            style = self._fsdp_plan.pop("layers.*")
+            mixer = (f"mixer.{part}" for part in ("in_proj", "conv1d", "norm", "out_proj"))
+            parts = ("norm", *mixer, "linear", "attention", "mlp", "moe")
+            self._fsdp_plan.update({f"layers.*.blocks.*.{part}": style for part in parts})
+
+    @property
+    def _residual_scale(self) -> float:
+        return sum(map(len, self.config.blocks)) ** -0.5
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # transformers asks for modules that have parameters of their own, and for no others of classes outside of it.
+        if isinstance(module, nn.Linear) and hasattr(module, _TO_STREAM):
+            self._init_residual(module)
+        elif isinstance(module, nn.Conv1d):
+            self._init_conv(module, module.kernel_size[0])
+        elif isinstance(module, (SoftmaxRouter, SigmoidRouter)):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, SigmoidRouter):
+                init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, Experts):
+            inner = getattr(module, module.up_name)
+            rescale = self._residual_scale if self.config.rescale_prenorm_residual else 1.0
+            for weight, scale in ((inner, 1.0), (module.down_proj, rescale)):
+                bound = scale * weight.shape[-1] ** -0.5
+                init.uniform_(weight, -bound, bound)
+
+
+class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
+    """The backbone: embeddings, layers, final norm, and the blocks that layers share."""
+
+    def __init__(self, config: Mamba2HybridConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList()
+        states, uses = 0, 0
+        for kinds in config.blocks:
+            self.layers.append(Mamba2HybridLayer(config, kinds, states, uses))
+            states += sum(len(KINDS[kind]) for kind in kinds)
+            uses += kinds.count(SHARED)
+        if uses:
+            count = config.num_shared_blocks
+            self.shared_blocks = nn.ModuleList(
+                SharedBlock(config, len(range(block, uses, count))) for block in range(count)
+            )
+        self.has_shared = uses > 0
+        windows = {ATTENTION: None, SLIDING: config.sliding_window}
+        self.windows = {windows[kind] for kind in config.mixer_kinds if kind in windows}
+        self.has_rotary = config.rope_parameters is not None and bool(self.windows)
+        if self.has_rotary:
+            self.rotary = RotaryEmbedding(config)
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Mamba2Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        cache_params: Mamba2Cache | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        token_type_ids: Tensor | None = None,
+        layout: SequenceLayout | None = None,
+    ) -> tuple[Any, ...] | Mamba2Output:
+        """Runs the tokens through the layers.
+
+        The arguments are those of :meth:`Mamba2Model.forward`, and two differ:
+
+        Args:
+            position_ids: ``(B, T)``; a document starts where the position is 0, and rotary embeddings take the
+                positions as they are. Left out, they count the tokens of each document that are no padding.
+            output_router_logits: see :class:`Mamba2Output`.
+
+        Raises:
+            ArgumentError: inputs contradict each other or cannot be honored.
+            CacheError: the cache is of another kind or batch, or static and full.
+        """
+        if layout is None:
+            shape = batch_and_tokens(input_ids, inputs_embeds)
+            layout = read_layout(*shape, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        return self._run(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_router_logits=output_router_logits,
+            return_dict=return_dict,
+            layout=layout,
+        )
+
+    def _scale_embeddings(self, embeddings: Tensor) -> Tensor:
+        return _times(embeddings, self.config.embedding_multiplier)
+
+    def _layer_options(
+        self,
+        hidden_states: Tensor,
+        layout: SequenceLayout,
+        batch: int,
+        tokens: int,
+        position_ids: Tensor | None,
+        cache: Mamba2Cache | None,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        options: dict[str, Any] = {}
+        if self.has_shared:
+            options |= {"embeddings": hidden_states, "shared_blocks": self.shared_blocks}
+        if not self.windows:
+            return options, {}
+        counts = None if cache is None else cache.key_counts
+        placement = place(layout, batch, tokens, counts, hidden_states.device)
+        positions = None
+        if self.has_rotary:
+            if position_ids is not None:
+                given = position_ids[:, position_ids.shape[1] - tokens :].expand(batch, -1)
+                positions = placement.align(layout.pack(given))  # (B, T) on the grid
+            shift = None if counts is None else counts.shift
+            counted = placement.positions(shift) if positions is None else positions
+            if layout.source is not None:
+                counted = placement.unalign(counted.expand(batch, -1))  # (1, R)
+            placement.rotary = self.rotary(hidden_states, counted)
+        prepare_masks(self.config, placement, self.windows, hidden_states.dtype)
+        return {**options, "placement": placement}, {"placement": placement, "positions": positions}
+
+    def _check_attentions(self, batch: int, tokens: int, cache: Mamba2Cache | None) -> None:
+        heads = {SSD: self.config.ssm_num_heads}
+        each = (heads.get(kind, self.config.num_attention_heads) or 0 for kind in self.config.mixer_kinds)
+        check_attentions(batch, tokens, sum(each), cache)
+
+
+class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
+    """The language model: backbone and head."""
+
+    def __init__(self, config: Mamba2HybridConfig) -> None:
+        super().__init__(config)
+        self.backbone = Mamba2HybridModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Mamba2Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cache_params: Mamba2Cache | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        token_type_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> tuple[Any, ...] | Mamba2CausalLMOutput:
+        """:meth:`Mamba2HybridModel.forward` and the head.
+
+        Args:
+            labels: ``(B, T)``, shifted inside; -100 is ignored. So is a token that would be predicted from padding or
+                from another document.
+            logits_to_keep: how many of the last positions to compute logits for (0 for all), or their indices.
+            num_items_in_batch: what to divide the summed loss by, in place of the number of labels.
+
+        The other arguments are those of :meth:`Mamba2HybridModel.forward`.
+        """
+        shape = batch_and_tokens(input_ids, inputs_embeds)
+        layout = read_layout(*shape, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
+        return self._run(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            cache_params=cache_params,
+            labels=labels,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_router_logits=output_router_logits,
+            return_dict=return_dict,
+            logits_to_keep=logits_to_keep,
+            num_items_in_batch=num_items_in_batch,
+            layout=layout,
+        )
+
+    def _scale_logits(self, logits: Tensor) -> Tensor:
+        if self.config.logits_scaling is not None:
+            return logits / self.config.logits_scaling
+        return logits if self.config.lm_head_multiplier is None else logits * self.config.lm_head_multiplier
+
+    def _aux_loss(self, outputs: Mamba2Output, layout: SequenceLayout) -> Tensor | None:
+        """How far the routers are from using all experts alike (Switch Transformer, arXiv 2101.03961)."""
+        if not outputs.router_logits:
+            return None
+        loss: Tensor = load_balancing_loss_func(
+            outputs.router_logits, self.config.num_experts, self.config.num_experts_per_tok, layout.keep
+        )
+        return loss
+
+
+class Mamba2HybridForSequenceClassification(SSDForSequenceClassification, Mamba2HybridPreTrainedModel):
+    """Backbone and a linear head that reads the last token of each sequence."""
+
+    def __init__(self, config: Mamba2HybridConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.backbone = Mamba2HybridModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()

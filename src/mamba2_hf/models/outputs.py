@@ -1,0 +1,66 @@
+"""What the models return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from .cache import Mamba2Cache
+
+
+@dataclass
+class Mamba2Output(ModelOutput):
+    """Output of a backbone.
+
+    Attributes:
+        last_hidden_state: ``(B, T, d)`` after the final norm.
+        past_key_values: the cache after these tokens; also readable as ``cache_params``.
+        hidden_states: embeddings, then every layer's output, the last one after the final norm; ``(B, T, d)`` each.
+        attentions: ``(B, H, T, T)`` per mixer, in the order of the model: SSD attention matrices, and in hybrids the
+            weights of attention.
+        router_logits: ``(B T, E)`` per mixture of experts, zeros where a token is padding.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Mamba2Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+    @property
+    def cache_params(self) -> Mamba2Cache | None:
+        """``past_key_values`` under the name that transformers' Mamba models use."""
+        return self.past_key_values
+
+
+@dataclass
+class Mamba2CausalLMOutput(ModelOutput):
+    """Output of a language model: :class:`Mamba2Output` with ``loss ()`` and ``logits (B, T, vocab)``, and ``aux_loss
+    ()`` where router logits were asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Mamba2Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+    @property
+    def cache_params(self) -> Mamba2Cache | None:
+        """``past_key_values`` under the name that transformers' Mamba models use."""
+        return self.past_key_values
+
+
+@dataclass
+class Mamba2SequenceClassifierOutput(ModelOutput):
+    """Output of a classifier: ``loss ()`` and ``logits (B, num_labels)``."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Mamba2Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None

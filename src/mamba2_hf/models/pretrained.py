@@ -1,0 +1,170 @@
+"""What every pretrained model here has in common: initialization, dtype policy, and what loading refuses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from ..errors import CheckpointError
+from ..layers import GatedRMSNorm, Mamba2Mixer, RMSNorm
+from ..layers.mixer import FP32_PARAMETERS
+
+
+class SSDPreTrainedModel(PreTrainedModel):
+    """Initialization, dtype policy and the flags by which transformers knows what the models can do."""
+
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    _keep_in_fp32_modules_strict = list(FP32_PARAMETERS)
+    _skip_keys_device_placement = ["past_key_values", "cache_params"]
+    _can_compile_fullgraph = True
+    _is_stateful = True
+    supports_gradient_checkpointing = True
+    old_names: ClassVar[dict[str, str]] = {}
+    """Patterns of names that checkpoints may have for tensors, and the names now."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        config.validate()  # fields that were assigned one by one have not been judged together yet
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The original's initialization; every write goes through ``transformers.initialization``, which leaves loaded
+        weights alone.
+        """
+        if isinstance(module, Mamba2Mixer):
+            self._init_mixer(module)
+        elif isinstance(module, (RMSNorm, GatedRMSNorm)):
+            init.ones_(module.weight)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.Linear):
+            self._init_linear(module, scale=1.0)
+        else:
+            super()._init_weights(module)
+
+    def _init_mixer(self, mixer: Mamba2Mixer) -> None:
+        config = self.config
+        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+        dt = torch.exp(torch.empty_like(mixer.dt_bias).uniform_(low, high)).clamp(min=config.time_step_floor)
+        init.copy_(mixer.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        init.copy_(mixer.A_log, torch.log(torch.empty_like(mixer.A_log).uniform_(1, 16)))
+        init.ones_(mixer.D)
+        self._init_conv(mixer.conv1d, mixer.conv_kernel)
+        self._init_residual(mixer.out_proj)
+
+    @staticmethod
+    def _init_conv(conv1d: nn.Module, taps: int) -> None:
+        init.kaiming_uniform_(conv1d.weight, a=math.sqrt(5))
+        if conv1d.bias is not None:
+            bound = 1 / math.sqrt(taps)
+            init.uniform_(conv1d.bias, -bound, bound)
+
+    def _init_residual(self, linear: nn.Module) -> None:
+        """New weights that write to the residual stream."""
+        if self.config.rescale_prenorm_residual and isinstance(linear, nn.Linear):
+            # Drawn anew rather than multiplied, so that however often this runs, the scale is there once.
+            self._init_linear(linear, scale=self._residual_scale)
+
+    @property
+    def _residual_scale(self) -> float:
+        """What keeps the residual stream from growing with the number of branches that are added to it."""
+        return 1 / math.sqrt(self.config.num_hidden_layers)
+
+    @staticmethod
+    def _init_linear(linear: nn.Linear, scale: float) -> None:
+        """Kaiming uniform as in ``nn.Linear`` itself, times ``scale``."""
+        bound = scale / math.sqrt(linear.in_features)
+        init.uniform_(linear.weight, -bound, bound)
+        if linear.bias is not None:
+            init.zeros_(linear.bias)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        key_mapping: dict[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers; also reads old names of tensors, and refuses what cannot be such a model.
+
+        Raises:
+            CheckpointError: the backbone lacks a weight, a weight has another shape (unless
+                ``ignore_mismatched_sizes=True``, which makes up new values for both), or a decay rate, skip or step
+                bias is not finite.
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            key_mapping={**cls.old_names, **(key_mapping or {})},
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+            **kwargs,
+        )
+        source = pretrained_model_name_or_path or "the state dict"
+        if not ignore_mismatched_sizes:
+            _refuse_made_up(model, info, source)
+        _refuse_infinite(model, source)
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, always under the names of the models themselves. The saved config says
+        ``rescale_prenorm_residual: false``: the weights are scaled already, and stock transformers would scale them
+        again at every load.
+        """
+        kwargs.setdefault("save_original_format", False)
+        rescale = self.config.rescale_prenorm_residual
+        self.config.rescale_prenorm_residual = False
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config.rescale_prenorm_residual = rescale
+
+
+def _refuse_made_up(model: SSDPreTrainedModel, info: dict[str, Any], source: Any) -> None:
+    """A new task's head may start anew; a backbone with random weights in it is never what was asked for."""
+    backbone = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+    problems = [f"{name} is missing" for name in sorted(info["missing_keys"]) if name.startswith(backbone)]
+    problems += [
+        f"{name} has shape {tuple(found)}, the model expects {tuple(expected)}"
+        for name, found, expected in sorted(info["mismatched_keys"])
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{source}: {'; '.join(problems[:3])}{more}. Get the complete checkpoint and its own config.json, or pass "
+            "ignore_mismatched_sizes=True to start these weights anew"
+        )
+
+
+def _refuse_infinite(model: SSDPreTrainedModel, source: Any) -> None:
+    """One NaN in a decay rate turns every state, and so every logit, into NaN."""
+    for prefix, module in model.named_modules():
+        for name in FP32_PARAMETERS if isinstance(module, Mamba2Mixer) else ():
+            value = _stored_value(module, name)
+            if value is not None and not bool(torch.isfinite(value).all()):
+                raise CheckpointError(
+                    f"{source}: {prefix}.{name} holds NaN or Inf. The file is damaged or was saved after training "
+                    "diverged: get it again, or load an earlier checkpoint"
+                )
+
+
+def _stored_value(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter, also where accelerate keeps its value on the CPU or on disk; None on the meta device alone."""
+    parameter: Tensor = getattr(module, name)
+    if not parameter.is_meta:
+        return parameter
+    hook = getattr(module, "_hf_hook", None)
+    for inner in getattr(hook, "hooks", [hook]):
+        values = getattr(inner, "weights_map", None)
+        if values is not None and name in values:
+            return values[name]
+    return None
