@@ -27,8 +27,17 @@ CALLS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_update": lambda **o: ops.causal_conv1d_update(X, CONV_STATE, WEIGHT, **o),
     "gated_rms_norm": lambda **o: ops.gated_rms_norm(X, None, X[0, 0], **o),
     "mamba2_inner": lambda **o: ops.mamba2_inner(**inner_arguments(0, 5), **o),
+    "mamba2_layer_step": lambda **o: ops.mamba2_layer_step(**layer_arguments(), **o),
     "mamba2_step": lambda **o: ops.mamba2_step(**step_arguments(0), **o),
 }
+
+
+def layer_arguments() -> dict[str, Any]:
+    arguments = step_arguments(0)
+    inside, norm_weight = arguments.pop("zxbcdt"), arguments["norm_weight"]
+    arguments |= {"stream": inside.new_ones(2, 1, 3), "norm_weight": inside.new_ones(3), "in_bias": None}
+    arguments |= {"in_weight": inside.new_ones(inside.shape[2], 3), "out_weight": inside.new_ones(3, len(norm_weight))}
+    return arguments | {"gated_norm_weight": norm_weight, "A_log": arguments.pop("A"), "out_bias": None}
 
 
 @pytest.fixture

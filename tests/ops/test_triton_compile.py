@@ -45,6 +45,8 @@ MIXER_KERNELS = {
     "state_update_kernel",
     "step_kernel",
     "finish_kernel",
+    "enter_kernel",
+    "leave_kernel",
 }
 CAPABILITIES = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB that a program may have
@@ -68,10 +70,9 @@ def compile_scan(
     from compiling import compile_only
 
     from mamba2_hf.ops.checks import SSDShape
-    from mamba2_hf.ops.triton import configs, ssd
+    from mamba2_hf.ops.triton import ssd
 
-    capability = CAPABILITIES[target]
-    configs.current_chip = lambda: configs.Chip("cuda" if capability else "hip", capability, 132)
+    _set_chip(target)
     kind = getattr(torch, dtype)
     x = torch.zeros(1, T, H, P, dtype=kind, requires_grad=True)
     maps = torch.zeros(1, T, G, N, dtype=kind)
@@ -94,13 +95,21 @@ def compile_scan(
     return [kernel._asdict() for kernel in kernels]
 
 
+def _set_chip(target: str) -> None:
+    from mamba2_hf.ops.triton import configs
+
+    capability = CAPABILITIES[target]
+    configs.current_chip = lambda: configs.Chip("cuda" if capability else "hip", capability, 132)
+
+
 def compile_mixer(target: str) -> list[dict[str, Any]]:
     """The kernels around the scan at the sizes of a 2.7B model's layer, bf16, in every packing; nothing runs."""
     import torch
     from compiling import compile_only
 
-    from mamba2_hf.ops.triton import conv, decode, norm
+    from mamba2_hf.ops.triton import conv, decode, layer_step, norm
 
+    _set_chip(target)
     H, P, N, K, T = 80, 64, 128, 4, 16
     inner = H * P
     channels = inner + 2 * N
@@ -131,8 +140,16 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
             decode.state_update(ssm_state, x, step, per_head, maps, maps, per_head, x, per_head, True, *limits)
             decode.conv_update(zeros(batch, 1, channels), zeros(batch, channels, K), weight, bias, True)
             decode.mixer_step(
-                *(zeros(batch, 2, rows.shape[-1]), zeros(batch, channels, K - 1), ssm_state),
-                *(weight, bias, per_head, per_head, per_head, norm_weight, 1, True, 1e-5, inner, False, *limits),
+                *(zeros(batch, 1 + batch % 2, rows.shape[-1]), zeros(batch, channels, K - 1), ssm_state),
+                *(weight, bias, per_head, per_head, per_head, norm_weight, 1, True, 1e-5, inner, False, *limits, False),
+            )
+        width, entering = inner // 2, rows.shape[-1]
+        for group_size in (inner, inner // 8):
+            layer_step.layer_step(
+                *(zeros(1, 1, width, dtype=torch.float32), zeros(1, channels, K - 1)),
+                *(zeros(1, H, P, N, dtype=torch.float32), zeros(width), zeros(entering, width), None),
+                *(weight, bias, per_head, per_head, per_head, norm_weight, zeros(width, inner), None),
+                *(1, True, 1e-5, 1e-5, group_size, False, *limits),
             )
     return [kernel._asdict() for kernel in kernels]
 

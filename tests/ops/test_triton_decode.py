@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mamba2_hf.ops import mamba2_inner
+from mamba2_hf.errors import ArgumentError
+from mamba2_hf.ops import mamba2_inner, mamba2_layer_step
 from mamba2_hf.ops.checks import SSDShape
 from mamba2_hf.ops.dispatch import backend_module
 
@@ -80,7 +81,10 @@ def step(backend: object, tensors: list[Tensor], sizes: tuple[int, ...], **optio
 STEPS: list[tuple[tuple[int, ...], int, int, dict[str, object]]] = [  # sizes, T, L, options
     *((SIZES[0], T, L, {}) for T, L in [(1, 3), (1, 4), (2, 3), (3, 3), (2, 8), (6, 4)]),
     *((SIZES[1], T, L, {}) for T, L in [(1, 3), (2, 4)]),
-    *((SIZES[0], 2, 3, o) for o in ({"norm_before_gate": True}, {"norm_weight": None}, {"dt_limit": (0.1, 0.5)})),
+    *(
+        (SIZES[0], 2, 3, o)
+        for o in ({"norm_before_gate": True}, {"log_rates": True}, {"norm_weight": None}, {"dt_limit": (0.1, 0.5)})
+    ),
 ]
 
 
@@ -107,11 +111,9 @@ def test_states_may_be_views() -> None:
     views[2] = torch.stack([tensors[2], tensors[2]], -1)[..., 0]
     assert not views[1].is_contiguous()
     assert not views[2].is_contiguous()
-    assert torch.equal(
-        step(triton_backend, tensors, (B, T, H, P, G, N)), step(triton_backend, views, (B, T, H, P, G, N))
-    )
-    assert torch.equal(tensors[1], views[1])
-    assert torch.equal(tensors[2], views[2])
+    y, expected = step(triton_backend, views, (B, T, H, P, G, N)), step(triton_backend, tensors, (B, T, H, P, G, N))
+    for found, wanted in ((y, expected), (views[1], tensors[1]), (views[2], tensors[2])):
+        close(found, wanted.double().cpu(), 1e-6)
 
 
 def test_steps_continue_a_sequence() -> None:
@@ -155,3 +157,65 @@ def test_what_cannot_be_served_is_said() -> None:
     call = {"shape": SSDShape(1, 1, 2, 64, 1, 128, 1), "dtype": torch.bfloat16, "taps": 4}
     assert triton_backend.supports("mamba2_step", group_size=128, **call)[0]
     assert "group_size 32" in triton_backend.supports("mamba2_step", group_size=32, **call)[1]
+
+
+LAYERS: list[tuple[tuple[int, ...], int, dict[str, object]]] = [  # B, H, P, G, N; d; options
+    ((1, 4, 8, 2, 16), 24, {}),
+    ((1, 3, 16, 1, 7), 17, {"norm_before_gate": True, "dt_limit": (0.1, 0.5)}),
+    ((1, 2, 20, 2, 24), 1300, {"group_size": 20, "norm_eps": 1e-2, "gated_norm_eps": 1e-3, "activation": None}),
+    ((1, 20, 32, 1, 16), 9, {"bare": True}),
+]
+
+
+@pytest.mark.parametrize(("sizes", "width", "options"), LAYERS)
+def test_layer_step(sizes: tuple[int, ...], width: int, options: dict[str, object]) -> None:
+    """The three launches are norm, projection, step, norm, projection and sum, with both states."""
+    B, H, P, G, N = sizes
+    source = generator()
+    channels, inner = H * P + 2 * G * N, H * P
+    bare = bool((options := dict(options)).pop("bare", False))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=source, dtype=torch.float64)
+
+    positional = [draw(B, 2, width)[:, 1:], draw(B, channels, 3), draw(B, H, P, N)]
+    named: dict[str, Tensor | None] = {
+        "norm_weight": draw(width),
+        "in_weight": draw(inner + channels + H, width) / width**0.5,
+        "in_bias": draw(inner + channels + H),
+        "conv_weight": draw(channels, 4),
+        "conv_bias": draw(channels),
+        "dt_bias": draw(H),
+        "A_log": draw(H),
+        "D": draw(H),
+        "gated_norm_weight": draw(inner),
+        "out_weight": draw(width, inner) / inner**0.5,
+        "out_bias": draw(width),
+    }
+    if bare:
+        named.update(in_bias=None, conv_bias=None, dt_bias=None, D=None, out_bias=None)
+    results = []
+    defaults = {"activation": "silu", "norm_eps": 1e-5, "gated_norm_eps": 1e-5, "group_size": inner // G}
+    defaults |= {"norm_before_gate": False, "dt_limit": (0.0, math.inf), "shape": SSDShape(B, 1, H, P, G, N, B)}
+    for backend, device, kind in ((torch_backend, "cpu", torch.float64), (triton_backend, DEVICE, torch.float32)):
+        given = [t.to(device, kind, copy=True) for t in positional]
+        weights = {k: None if t is None else t.to(device, kind) for k, t in named.items()}
+        y = backend.mamba2_layer_step(*given, **weights, **(defaults | options))
+        results.append((y, given[1], given[2]))
+    for expected, actual in zip(*results, strict=True):
+        close(actual, expected)
+
+
+def test_layer_step_names_what_does_not_fit() -> None:
+    d = torch.zeros
+    named = {"norm_weight": d(8), "in_weight": d(2 * 8 + 2 * 4 + 2, 8), "in_bias": None, "conv_weight": d(16, 4)}
+    named |= {"conv_bias": None, "dt_bias": None, "A_log": d(2), "D": None, "gated_norm_weight": d(8)}
+    named |= {"out_weight": d(8, 8), "out_bias": None}
+    states = (d(1, 16, 3), d(1, 2, 4, 4))
+    mamba2_layer_step(d(1, 1, 8), *states, **named, n_groups=1)
+    with pytest.raises(ArgumentError, match="stream has 2 tokens"):
+        mamba2_layer_step(d(1, 2, 8), *states, **named, n_groups=1)
+    with pytest.raises(ArgumentError, match=r"out_weight has shape \(7, 8\)"):
+        mamba2_layer_step(d(1, 1, 8), *states, **{**named, "out_weight": d(7, 8)}, n_groups=1)
+    with pytest.raises(ArgumentError, match=r"in_weight has shape"):
+        mamba2_layer_step(d(1, 1, 9), *states, **named, n_groups=1)

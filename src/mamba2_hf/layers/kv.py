@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CacheError
 from .placement import Placement
+from .state import pick
 
 
 class KeyValueState:
@@ -117,6 +119,15 @@ class KeyValueState:
         self.keys = keys.new_zeros(*keys.shape[:2], length, keys.shape[3])
         self.values = values.new_zeros(*values.shape[:2], length, values.shape[3])
 
+    def reserve(self, capacity: int) -> None:
+        """Makes room for ``capacity`` tokens of a row, no fewer than now, keeping what is there."""
+        before, self.capacity = self.limit or self.capacity, capacity
+        assert before is not None
+        more = (self.limit or capacity) - before
+        places = (0, 0, 0, more) if self.limit is None else (0, 0, more, 0)  # as they are aligned
+        if self.keys is not None and self.values is not None and more:
+            self.keys, self.values = F.pad(self.keys, places), F.pad(self.values, places)
+
     def initial_conv(self, rows: int) -> Tensor | None:
         """What the convolution continues from, ``(B, C, K - 1)``; None before the first call. A copy where autograd
         may keep it for a backward that runs after the next call.
@@ -166,7 +177,7 @@ class KeyValueState:
         for name in ("keys", "values", "conv"):
             buffer = getattr(self, name)
             if buffer is not None:
-                setattr(self, name, buffer.index_select(0, indices.to(buffer.device)))
+                setattr(self, name, pick(buffer, indices))
 
     def to(self, device: torch.device | str) -> KeyValueState:
         """Moves the buffers, in place; returns itself, as hooks that move a module's inputs expect."""

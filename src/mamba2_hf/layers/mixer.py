@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from .. import ops
 from .conv import causal_convolution
 from .fp32 import KeepsFp32
-from .norm import GatedRMSNorm
+from .norm import GatedRMSNorm, RMSNorm
 from .projection import linear
 from .sequence import PLAIN, SequenceLayout
 from .state import SSDState
-from .weights import plain_weight
+from .weights import is_unhooked, plain_weight
 
 FP32_PARAMETERS = ("A_log", "D", "dt_bias")
 
@@ -95,6 +95,47 @@ class Mamba2Mixer(KeepsFp32):
         out = linear(self.out_proj, self._inner(zxbcdt, layout, state))
         return (out, self._attention_matrix(zxbcdt, layout)) if output_attentions else out
 
+    def step_layer(
+        self, stream: Tensor, norm: RMSNorm, layout: SequenceLayout, state: SSDState | None
+    ) -> Tensor | None:
+        """``stream + self(norm(stream), layout, state)``, ``(1, 1, d)``, in as few launches as that takes; None where
+        it is not one token on a GPU, or a module has to be called.
+        """
+        if not stream.is_cuda or stream.shape[:2] != (1, 1):
+            return None
+        if state is None or not state.started or not layout.is_plain or torch.is_grad_enabled():
+            return None
+        modules = (norm, self.in_proj, self.conv1d, self.norm, self.out_proj)
+        before, entering, conv, inside, leaving = map(plain_weight, modules)
+        if before is None or entering is None or conv is None or inside is None or leaving is None:
+            return None
+        if torch.is_autocast_enabled("cuda") or not is_unhooked(self):
+            return None
+        conv_state, ssm_state = state.initial(stream.shape[0])
+        assert conv_state is not None  # the state has started
+        assert ssm_state is not None
+        return ops.mamba2_layer_step(
+            *(stream, conv_state, ssm_state),
+            norm_weight=before,
+            in_weight=entering,
+            in_bias=self.in_proj.bias,
+            conv_weight=conv.squeeze(1),
+            conv_bias=self.conv1d.bias,
+            dt_bias=self.dt_bias,
+            A_log=self.A_log,
+            D=self.D,
+            gated_norm_weight=inside,
+            out_weight=leaving,
+            out_bias=self.out_proj.bias,
+            n_groups=self.n_groups,
+            activation=self.activation,
+            norm_eps=norm.eps,
+            gated_norm_eps=self.norm.eps,
+            group_size=self.norm.group_size,
+            norm_before_gate=self.norm.norm_before_gate,
+            dt_limit=self.dt_limit,
+        )
+
     def _inner(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         """What is between the projections: ``(B, T, 2 H P + 2 G N + H)`` to ``(B, T, H P)``."""
         one_token = zxbcdt.shape[1] == 1 and layout.is_plain and not torch.is_grad_enabled()
@@ -173,7 +214,7 @@ class Mamba2Mixer(KeepsFp32):
         if conv_weight is not None and norm_weight is not None:
             return ops.mamba2_step(
                 *(zxbcdt, conv_state, ssm_state, conv_weight.squeeze(1), self.conv1d.bias),
-                *(self.dt_bias, self.A, self.D),
+                *(self.dt_bias, self.A_log, self.D),
                 norm_weight=norm_weight,
                 n_groups=self.n_groups,
                 activation=self.activation,
@@ -181,6 +222,7 @@ class Mamba2Mixer(KeepsFp32):
                 group_size=self.norm.group_size,
                 norm_before_gate=self.norm.norm_before_gate,
                 dt_limit=self.dt_limit,
+                log_rates=True,
             )
         z, xbc, dt = self._split(zxbcdt)
         xbc, final = self._convolve(xbc, conv_state, PLAIN)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import CacheError
 from .sequence import SequenceLayout
+from .state import pick
 
 Visible = Callable[[Any, Any, Any, Any], Tensor]
 """Of row, head, query and key: whether the query sees the key. Indices may be numbers or tensors that broadcast."""
@@ -73,7 +74,7 @@ class KeyCounts:
         """Keeps the rows at ``indices``."""
         for name in ("lengths", "shift"):
             if (counts := getattr(self, name)) is not None:
-                setattr(self, name, counts[indices.to(counts.device)])
+                setattr(self, name, pick(counts, indices))
 
 
 @dataclass

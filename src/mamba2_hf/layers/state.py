@@ -8,6 +8,13 @@ from torch import Tensor
 from ..errors import CacheError
 
 
+def pick(buffer: Tensor, indices: Tensor) -> Tensor:
+    """The rows of ``buffer`` at ``indices``, in its own memory where they are as many as before."""
+    picked = buffer.index_select(0, indices.to(buffer.device))
+    writable = torch.is_inference_mode_enabled() or not buffer.is_inference()
+    return buffer.copy_(picked) if picked.shape == buffer.shape and writable else picked
+
+
 class SSDState:
     """The convolution's last inputs ``(B, C, K - 1)`` and the SSM state ``(B, H, P, N)`` of one layer.
 
@@ -76,8 +83,7 @@ class SSDState:
     def select(self, indices: Tensor) -> None:
         """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
         if self.conv is not None and self.ssm is not None:
-            indices = indices.to(self.conv.device)
-            self.conv, self.ssm = self.conv.index_select(0, indices), self.ssm.index_select(0, indices)
+            self.conv, self.ssm = pick(self.conv, indices), pick(self.ssm, indices)
 
     def to(self, device: torch.device | str) -> SSDState:
         """Moves the buffers, in place; returns itself, as hooks that move a module's inputs expect."""

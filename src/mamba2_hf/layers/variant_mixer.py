@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mixer import Mamba2Mixer
-from .norm import GatedRMSNorm
+from .norm import GatedRMSNorm, RMSNorm
 from .sequence import SequenceLayout
 from .state import SSDState
 
@@ -60,6 +60,12 @@ class VariantMixer(Mamba2Mixer):
             self.norm = GatedRMSNorm(self.inner_size, norm_group_size, self.norm.eps, self.norm.norm_before_gate)
         if out_bias not in (None, use_bias):
             self.out_proj = nn.Linear(self.inner_size, hidden_size, bias=bool(out_bias))
+
+    def step_layer(
+        self, stream: Tensor, norm: RMSNorm, layout: SequenceLayout, state: SSDState | None
+    ) -> Tensor | None:
+        """As there; None also with multipliers."""
+        return super().step_layer(stream, norm, layout, state) if self.multipliers is None else None
 
     def _inner(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         return super()._inner(self._scaled(zxbcdt), layout, state)

@@ -55,6 +55,8 @@ class SSDBackbone(SSDPreTrainedModel):
             use_cache, cache = _refuse_filled(cache)
         if cache is None and use_cache:
             cache = Mamba2Cache(self.config)
+        if cache is not None:
+            cache.reserve(cache.seen_tokens + tokens)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..errors import CacheError
 from ..layers import KeyCounts, KeyValueState, Placement, SSDState
+from .graphs import DecodeGraph
 
 if TYPE_CHECKING:
     from .configuration_mamba2 import Mamba2Config
@@ -33,6 +34,8 @@ class Mamba2Cache(Cache):
             what the scan computes in: fp32, and fp64 in an fp64 model.
         static: whether ``generate`` may compile the model over this cache (``cache_implementation="static"``).
         max_length: how many tokens a static cache has room for, padding included; a model without attention needs none.
+        captured: whether ``generate`` may capture its steps into a CUDA graph: keys and values have fixed places, as in
+            a static cache, and room for ``max_length`` tokens at first, then for as many as come.
 
     Raises:
         CacheError: an argument is out of range, or ``max_length`` is missing.
@@ -45,13 +48,14 @@ class Mamba2Cache(Cache):
         state_dtype: torch.dtype | None = None,
         static: bool = False,
         max_length: int | None = None,
+        captured: bool = False,
     ) -> None:
         if state_dtype is not None and not state_dtype.is_floating_point:
             raise CacheError(f"state_dtype is {state_dtype}, expected a floating dtype, or None for the scan's own")
         if max_length is not None and max_length < 1:
             raise CacheError(f"max_length is {max_length}: a number of tokens of at least 1")
         kinds = config.mixer_kinds
-        capacity = max_length if static else None
+        capacity = max_length if static or captured else None
         windows = {"attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
         super().__init__(
             layers=[
@@ -59,11 +63,32 @@ class Mamba2Cache(Cache):
             ]
         )
         self.key_counts = KeyCounts(capacity) if windows.keys() & set(kinds) else None
-        if static and self.key_counts is not None and capacity is None:
-            raise CacheError("static=True needs max_length, the tokens to make room for: this model has attention")
+        if (static or captured) and self.key_counts is not None and capacity is None:
+            raise CacheError(
+                f"{'static' if static else 'captured'}=True needs max_length, the tokens to make room for: this "
+                "model has attention"
+            )
         self.static = static
+        self.graph: DecodeGraph | None = DecodeGraph() if captured else None
         self.seen_tokens = 0
         self.padding: Tensor | None = None  # (B,) how many of them did not count
+
+    def advance(self, tokens: int) -> None:
+        """Counts tokens, without padding, that a captured step has fed; its graph has counted them on the GPU."""
+        if self.key_counts is not None:
+            self.key_counts.width += tokens
+        self.seen_tokens += tokens
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for that many tokens in a cache that is captured; any other has it already, or none to give."""
+        capacity = self.get_max_length()
+        if self.graph is None or self.key_counts is None or capacity >= tokens:
+            return
+        self.graph.drop()
+        self.key_counts.capacity = max(tokens, capacity * 3 // 2)
+        for layer in self.layers:
+            if isinstance(layer, KeyValueState):
+                layer.reserve(self.key_counts.capacity)
 
     def count(
         self,
@@ -127,6 +152,8 @@ class Mamba2Cache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
+        if self.graph is not None and len(indices) != self.batch_size:
+            self.graph.drop()
         for layer in self.layers:
             layer.select(indices)
         if self.key_counts is not None:
@@ -168,6 +195,8 @@ class Mamba2Cache(Cache):
     def reset(self) -> None:
         """Forgets everything, keeping the buffers where they are."""
         super().reset()
+        if self.graph is not None:
+            self.graph.drop()
         if self.key_counts is not None:
             self.key_counts.reset()
         self.seen_tokens, self.padding = 0, None
@@ -186,6 +215,8 @@ class Mamba2Cache(Cache):
 
     def to(self, device: torch.device | str) -> Mamba2Cache:
         """Moves every state to a device, in place."""
+        if self.graph is not None:
+            self.graph.drop()
         for layer in self.layers:
             layer.to(device)
         return self

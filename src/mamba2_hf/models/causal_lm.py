@@ -8,13 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.utils import logging
 
 from ..errors import ArgumentError, CacheError
 from ..layers import SequenceLayout, linear
 from .backbone import SSDBackbone
 from .cache import Mamba2Cache, as_mamba2_cache
+from .graphs import DecodeGraph, why_not
 from .outputs import Mamba2CausalLMOutput, Mamba2Output
 from .pretrained import SSDPreTrainedModel
+
+logger = logging.get_logger(__name__)
+
+_ONE_BY_ONE = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+)
+"""Ways of generating that feed one token of each sequence at a time."""
 
 
 class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
@@ -47,15 +60,17 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
     ) -> tuple[Any, ...] | Mamba2CausalLMOutput:
         """The forward of every language model; ``inputs`` are for the backbone."""
         return_dict = self.config.return_dict if return_dict is None else return_dict
+        if labels is None and (cache := self._captured_cache(inputs, layout)) is not None:
+            logits = self._captured_step(inputs["input_ids"], cache, layout)
+            output = Mamba2CausalLMOutput(logits=logits, past_key_values=cache)
+            return output if return_dict else output.to_tuple()
         outputs = self.backbone(**inputs, return_dict=True, layout=layout)
         hidden_states = outputs.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
             hidden_states = hidden_states[:, logits_to_keep]
         elif logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]
-        logits = self._scale_logits(linear(self.lm_head, hidden_states))  # (B, T', vocab)
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
+        logits = self._logits(hidden_states)
 
         loss = None
         if labels is not None:
@@ -80,6 +95,37 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
         )
         return output if return_dict else output.to_tuple()
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        """``(B, T, d)`` to ``(B, T, vocab)``, in fp32 at least."""
+        logits = self._scale_logits(linear(self.lm_head, hidden_states))
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def _captured_cache(self, inputs: dict[str, Any], layout: SequenceLayout) -> Mamba2Cache | None:
+        """The cache whose graph gives this forward, if it is a plain step of one token per sequence."""
+        cache, ids = inputs["past_key_values"], inputs["input_ids"]
+        if not isinstance(cache, Mamba2Cache) or cache.graph is None or not cache.seen_tokens:
+            return None
+        if ids is None or ids.shape[1] != 1 or not layout.is_plain or inputs.get("position_ids") is not None:
+            return None
+        wanted = ("output_hidden_states", "output_attentions", "output_router_logits")
+        if inputs["use_cache"] is False or any(inputs.get(name) or getattr(self.config, name, 0) for name in wanted):
+            return None
+        refused = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return None if refused or torch.is_autocast_enabled(ids.device.type) else cache
+
+    def _captured_step(self, input_ids: Tensor, cache: Mamba2Cache, layout: SequenceLayout) -> Tensor:
+        """Logits ``(B, 1, vocab)``."""
+        cache.reserve(cache.seen_tokens + 1)
+
+        def run(ids: Tensor) -> Tensor:
+            outputs = self.backbone(
+                input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, layout=layout
+            )
+            return self._logits(outputs.last_hidden_state)
+
+        assert cache.graph is not None
+        return cache.graph.step(run, input_ids, cache)
 
     def _scale_logits(self, logits: Tensor) -> Tensor:
         return logits
@@ -196,6 +242,9 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                 other = f"cache_implementation={kind!r}" if use_cache else "use_cache=False"
                 raise ArgumentError(f"{other} and a cache were both given: pass one")
             given._is_user_defined = True
+            if given.graph is not None:
+                given.graph = DecodeGraph()  # the model may have changed since
+                given.reserve(max_cache_length)
             model_kwargs["past_key_values"] = given
         elif use_cache:
             if kind not in (None, "dynamic", "static"):
@@ -204,7 +253,21 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                     "little to offload, quantize or slide; use 'dynamic' (the default) or 'static'"
                 )
             length = max(max_cache_length, generation_config.max_cache_len or 0, 1)
-            model_kwargs["past_key_values"] = Mamba2Cache(self.config, static=kind == "static", max_length=length)
+            model_kwargs["past_key_values"] = Mamba2Cache(
+                self.config,
+                static=kind == "static",
+                max_length=length,
+                captured=kind != "static" and self._may_capture(generation_config, generation_mode),
+            )
+
+    def _may_capture(self, generation_config: Any, generation_mode: Any) -> bool:
+        """Whether ``generate`` is to decode through a CUDA graph."""
+        if generation_config.disable_compile or generation_mode not in _ONE_BY_ONE or self.device.type != "cuda":
+            return False
+        reason = why_not(self)
+        if reason is not None:
+            logger.info(f"generate goes without a CUDA graph: {reason}")
+        return reason is None
 
 
 def _refuse_packed(model_kwargs: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "causal_conv1d_update",
     "gated_rms_norm",
     "mamba2_inner",
+    "mamba2_layer_step",
     "mamba2_step",
     "ssd_attention_matrix",
     "ssd_chunk_scan",
@@ -377,6 +378,7 @@ def mamba2_step(
     group_size: int | None = None,
     norm_before_gate: bool = False,
     dt_limit: tuple[float, float] = (0.0, INF),
+    log_rates: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """:func:`mamba2_inner` for one token or a short block, from states that are updated in place.
@@ -388,6 +390,7 @@ def mamba2_step(
         conv_weight: ``(C, K)``. conv_bias: ``(C,)`` or None.
         dt_bias, A, D, norm_weight, n_groups, activation, eps, group_size, norm_before_gate, dt_limit, backend: as in
             :func:`mamba2_inner`.
+        log_rates: whether ``A`` holds the logarithms of the negative rates, as checkpoints do.
 
     Returns:
         ``y (B, T, H P)``.
@@ -418,6 +421,87 @@ def mamba2_step(
         shape=shape,
         activation=activation,
         eps=eps,
+        group_size=size,
+        norm_before_gate=norm_before_gate,
+        dt_limit=dt_limit,
+        log_rates=log_rates,
+    )
+
+
+def mamba2_layer_step(
+    stream: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    *,
+    norm_weight: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    D: Tensor | None,
+    gated_norm_weight: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    n_groups: int,
+    activation: str | None = "silu",
+    norm_eps: float = 1e-5,
+    gated_norm_eps: float = 1e-5,
+    group_size: int | None = None,
+    norm_before_gate: bool = False,
+    dt_limit: tuple[float, float] = (0.0, INF),
+    backend: str | None = None,
+) -> Tensor:
+    """A layer for one token of each sequence: ``stream + out_proj(mamba2_step(in_proj(norm(stream))))``.
+
+    Args:
+        stream: ``(B, 1, d)``, the residual stream, in the weights' dtype or fp32.
+        conv_state, ssm_state: updated in place; see :func:`mamba2_step`.
+        norm_weight: ``(d,)``. norm_eps: of that norm.
+        in_weight: ``(2 H P + 2 G N + H, d)``. out_weight: ``(d, H P)``. in_bias, out_bias: theirs, or None.
+        A_log: ``(H,)``, logarithms of the negative decay rates.
+        gated_norm_weight: ``(H P,)``. gated_norm_eps: of that norm.
+        conv_weight, conv_bias, dt_bias, D, n_groups, activation, group_size, norm_before_gate, dt_limit, backend: see
+            :func:`mamba2_step`.
+
+    Returns:
+        ``(B, 1, d)`` in the dtype of ``stream``.
+
+    Raises:
+        ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
+    """
+    shape, size = checks.check_layer_step(
+        *(stream, conv_state, ssm_state, norm_weight, in_weight, in_bias, conv_weight, conv_bias, dt_bias, A_log, D),
+        *(gated_norm_weight, out_weight, out_bias, n_groups, activation, gated_norm_eps, group_size, dt_limit),
+    )
+    choice = dispatch.choose(
+        "mamba2_layer_step",
+        stream.device,
+        backend,
+        shape=shape,
+        dtype=in_weight.dtype,
+        taps=conv_weight.shape[1],
+        group_size=size,
+        differentiable=needs_grad(stream, in_weight, conv_weight, A_log, out_weight),
+    )
+    return dispatch.backend_module(choice.name).mamba2_layer_step(
+        *(stream, conv_state, ssm_state),
+        norm_weight=norm_weight,
+        in_weight=in_weight,
+        in_bias=in_bias,
+        conv_weight=conv_weight,
+        conv_bias=conv_bias,
+        dt_bias=dt_bias,
+        A_log=A_log,
+        D=D,
+        gated_norm_weight=gated_norm_weight,
+        out_weight=out_weight,
+        out_bias=out_bias,
+        shape=shape,
+        activation=activation,
+        norm_eps=norm_eps,
+        gated_norm_eps=gated_norm_eps,
         group_size=size,
         norm_before_gate=norm_before_gate,
         dt_limit=dt_limit,

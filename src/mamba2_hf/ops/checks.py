@@ -273,6 +273,51 @@ def check_step(
     return SSDShape(batch, tokens, heads, head_dim, n_groups, state, batch)
 
 
+def check_layer_step(
+    stream: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    norm_weight: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    D: Tensor | None,
+    gated_norm_weight: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    n_groups: int,
+    activation: str | None,
+    gated_norm_eps: float,
+    group_size: int | None,
+    dt_limit: tuple[float, float],
+) -> tuple[SSDShape, int]:
+    """Contract of ``mamba2_layer_step``; returns the sizes and the gated norm's, raises :class:`ArgumentError`."""
+    _rank("stream", stream, 3, "(B, 1, d)")
+    _rank("in_weight", in_weight, 2, "(2 H P + 2 G N + H, d)")
+    batch, tokens, size = stream.shape
+    if tokens != 1:
+        _fail(f"stream has {tokens} tokens, expected one of each sequence")
+    entering = in_weight.shape[0]
+    _shape("in_weight", in_weight, (entering, size), "(2 H P + 2 G N + H, d)")
+    if in_bias is not None:
+        _shape("in_bias", in_bias, (entering,), "(2 H P + 2 G N + H,)")
+    zxbcdt = in_weight[:, 0].expand(batch, 1, entering)  # as the projection will be, for shapes and dtypes
+    shape = check_step(
+        *(zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D),
+        *(n_groups, activation, dt_limit),
+    )
+    width = shape.heads * shape.head_dim
+    _shape("norm_weight", norm_weight, (size,), "(d,)")
+    _shape("out_weight", out_weight, (size, width), "(d, H P)")
+    if out_bias is not None:
+        _shape("out_bias", out_bias, (size,), "(d,)")
+    _same_device(stream.device, in_weight=in_weight, out_weight=out_weight, norm_weight=norm_weight)
+    return shape, check_norm(zxbcdt[..., :width], None, gated_norm_weight, gated_norm_eps, group_size)
+
+
 def split_widths(width: int, heads: int, head_dim: int, n_groups: int) -> tuple[int, int]:
     """Inner width and state size behind an in_proj output of ``width`` = 2 H P + 2 G N + H channels."""
     inner = heads * head_dim

@@ -30,6 +30,7 @@ OPS = (
     "causal_conv1d_update",
     "gated_rms_norm",
     "mamba2_inner",
+    "mamba2_layer_step",
     "mamba2_step",
 )
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton import conv, decode, inner, norm, ssd
+from .triton import conv, decode, inner, layer_step, norm, ssd
 from .triton.calls import NAMESPACE, autograd_parts, on_its_device, set_differentiable, set_direct
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -218,7 +218,15 @@ _register(
 _register(
     "mamba2_step(Tensor zxbcdt, Tensor(a!) conv_state, Tensor(b!) ssm_state, Tensor conv_weight, "
     "Tensor? conv_bias, Tensor? dt_bias, Tensor A, Tensor? D, Tensor? norm_weight, int n_groups, bool silu, "
-    "float eps, int group_size, bool norm_before_gate, float low, float high) -> Tensor",
+    "float eps, int group_size, bool norm_before_gate, float low, float high, bool log_rates) -> Tensor",
     decode.mixer_step,
     _step_fake,
+)
+_register(
+    "mamba2_layer_step(Tensor stream, Tensor(a!) conv_state, Tensor(b!) ssm_state, Tensor norm_weight, "
+    "Tensor in_weight, Tensor? in_bias, Tensor conv_weight, Tensor? conv_bias, Tensor? dt_bias, Tensor A_log, "
+    "Tensor? D, Tensor gated_norm_weight, Tensor out_weight, Tensor? out_bias, int n_groups, bool silu, "
+    "float norm_eps, float gated_norm_eps, int group_size, bool norm_before_gate, float low, float high) -> Tensor",
+    layer_step.layer_step,
+    lambda stream, *rest: stream.new_empty(stream.shape),
 )

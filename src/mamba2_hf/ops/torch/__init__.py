@@ -6,13 +6,14 @@ from .conv import causal_conv1d, causal_conv1d_update
 from .inner import mamba2_inner
 from .norm import gated_rms_norm
 from .ssd import ssd_chunk_scan, ssd_state_update
-from .step import mamba2_step
+from .step import mamba2_layer_step, mamba2_step
 
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "gated_rms_norm",
     "mamba2_inner",
+    "mamba2_layer_step",
     "mamba2_step",
     "ssd_chunk_scan",
     "ssd_state_update",

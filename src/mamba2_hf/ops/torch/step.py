@@ -1,8 +1,9 @@
-"""A whole mixer step between the two projections, for one token or a short block."""
+"""A whole mixer step between the two projections, for one token or a short block, and a whole layer around it."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import SSDShape
@@ -28,8 +29,10 @@ def mamba2_step(
     group_size: int,
     norm_before_gate: bool,
     dt_limit: tuple[float, float],
+    log_rates: bool = False,
 ) -> Tensor:
     """See :func:`mamba2_hf.ops.mamba2_step`."""
+    A = -torch.exp(A.to(torch.promote_types(A.dtype, torch.float32))) if log_rates else A
     inner, bc = shape.heads * shape.head_dim, shape.groups * shape.state
     z, xbc, dt = zxbcdt.split([inner, inner + 2 * bc, shape.heads], -1)
     convolved = causal_conv1d_update(xbc, conv_state, conv_weight, conv_bias, activation=activation)
@@ -55,3 +58,50 @@ def mamba2_step(
     if norm_weight is None:
         return y
     return gated_rms_norm(y, z, norm_weight, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate)
+
+
+def mamba2_layer_step(
+    stream: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    *,
+    norm_weight: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    D: Tensor | None,
+    gated_norm_weight: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    shape: SSDShape,
+    activation: str | None,
+    norm_eps: float,
+    gated_norm_eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    dt_limit: tuple[float, float],
+) -> Tensor:
+    """See :func:`mamba2_hf.ops.mamba2_layer_step`."""
+    normed = gated_rms_norm(
+        *(stream, None, norm_weight),
+        eps=norm_eps,
+        group_size=stream.shape[2],
+        norm_before_gate=False,
+        dtype=in_weight.dtype,
+    )
+    y = mamba2_step(
+        *(F.linear(normed, in_weight, in_bias), conv_state, ssm_state, conv_weight, conv_bias, dt_bias),
+        *(A_log, D),
+        norm_weight=gated_norm_weight,
+        shape=shape,
+        activation=activation,
+        eps=gated_norm_eps,
+        group_size=group_size,
+        norm_before_gate=norm_before_gate,
+        dt_limit=dt_limit,
+        log_rates=True,
+    )
+    return stream + F.linear(y, out_weight, out_bias)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import library as library
-from . import conv, decode, inner, norm, ssd
+from . import conv, decode, inner, layer_step, norm, ssd
 from .conv import causal_conv1d
 from .decode import causal_conv1d_update, mamba2_step, ssd_state_update
 from .inner import mamba2_inner
+from .layer_step import mamba2_layer_step
 from .norm import gated_rms_norm
 from .ssd import ssd_chunk_scan
 
@@ -18,6 +19,7 @@ __all__ = [
     "causal_conv1d_update",
     "gated_rms_norm",
     "mamba2_inner",
+    "mamba2_layer_step",
     "mamba2_step",
     "ssd_chunk_scan",
     "ssd_state_update",
@@ -37,6 +39,7 @@ SUPPORTS: dict[str, tuple[Callable[..., tuple[bool, str]], str]] = {
     "causal_conv1d_update": (decode.supports_conv_update, f"{_CONV}, no gradient"),
     "gated_rms_norm": (norm.supports, _NORM),
     "mamba2_inner": (inner.supports, f"{_SCAN}, {_CONV}, {_NORM}"),
+    "mamba2_layer_step": (layer_step.supports_layer_step, f"one token, {_CONV}, {_STEP}"),
     "mamba2_step": (decode.supports_step, f"{_CONV}, {_STEP}"),
 }
 

@@ -150,9 +150,9 @@ def hopper_walk(per_group: int, N: int) -> HopperConfig:
 
 def hopper_state(per_group: int, N: int) -> HopperConfig:
     """``state_kernel``: as :func:`hopper_walk`."""
-    if N == 256:
-        return HopperConfig(1, 2, 0, 160) if per_group == 1 else HopperConfig(2, 2, 232, 168)
-    return HopperConfig(1, 2, 0, 96) if per_group == 1 else HopperConfig(2, 4, 160, 168)
+    if per_group == 1:
+        return HopperConfig(1, 2, 0, 160 if N == 256 else 96)
+    return HopperConfig(2, 2 if N == 256 else 4, 232, 168)
 
 
 def hopper_gradients(chip: Chip, per_group: int, N: int, rows: int) -> HopperConfig:

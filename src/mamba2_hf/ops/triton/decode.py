@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..checks import SSDShape
 from .calls import call
@@ -24,9 +25,20 @@ LARGEST = 256  # head dim and state size
 NO_GRADIENT = "a step that updates its states in place has no gradient here"
 LONGEST_BLOCK = 16  # tokens of a convolution update that are unrolled
 CHANNELS = 128  # of a program of the convolution's update
-WIDE, NARROW = (64, 4), (16, 2)  # channels of a head and warps per program: to fill memory, or to fill the chip
+WIDE, NARROW = (64, 2), (16, 2)  # channels of a head and warps per program: to fill memory, or to fill the chip
+WIDE_BLOCK, NARROW_BLOCK = (64, 8), (16, 4)  # for several tokens, which keep the taps in registers, too
 FEW_ROWS = 8  # batch up to which programs are narrow
 FINISH_BLOCK = 1024  # channels of a program of the fused step's second launch
+
+
+@triton.jit
+def follow(OVERLAP: tl.constexpr):
+    """Waits for the kernel before this one; what precedes runs beside it. Only then may the next kernel start, so that
+    whatever it does before its own wait, all but this one are over.
+    """
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -122,15 +134,16 @@ def _window(conv, channel, mask, dtype, sc_c, sc_l, L, K: tl.constexpr):
 
 
 @triton.jit
-def step_kernel(u, conv, state, weight, bias, dt_bias, A, D, y, squares, low, high, H, T, L,
+def step_kernel(u, conv, state, weight, bias, dt_bias, A, D, scale, y, squares, low, high, H, T, L,
                 su_b, su_t, sc_b, sc_c, sc_l, ss_b, ss_h, ss_p, ss_n,
-                SILU: tl.constexpr, D_RANK: tl.constexpr, GATE: tl.constexpr,
+                LOG_RATES: tl.constexpr, SILU: tl.constexpr, D_RANK: tl.constexpr, GATE: tl.constexpr,
                 PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                BP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                BP: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """All T tokens of one block of a head's channels, from the in_proj output ``u`` (z, x, B, C, dt) to ``y``.
 
-    ``conv (B, C, L)`` is only read. ``squares (B T, H, blocks)`` receives the sum of squares of the block's outputs,
-    where a norm follows.
+    ``A (H,)`` holds decay rates, or with ``LOG_RATES`` the logarithms of their negatives. ``conv (B, C, L)`` is only
+    read. Where a norm follows, ``squares (B T, H, blocks)`` receives the sum of squares of the block's outputs;
+    ``scale (H P,)`` is multiplied to these after that.
     """
     pid = tl.program_id(0)
     blocks: tl.constexpr = (P + BP - 1) // BP
@@ -153,9 +166,12 @@ def step_kernel(u, conv, state, weight, bias, dt_bias, A, D, y, squares, low, hi
     window_b = _window(conv, of_b, mask_n, u.dtype.element_ty, sc_c, sc_l, L, K)
     window_c = _window(conv, of_c, mask_n, u.dtype.element_ty, sc_c, sc_l, L, K)
     rate = tl.load(A + head).to(tl.float32)
+    if LOG_RATES:
+        rate = -tl.exp(rate)
     offset = 0.0 if dt_bias is None else tl.load(dt_bias + head).to(tl.float32)
     if D_RANK > 0:
         skip = tl.load(D + (head * P + p if D_RANK == 2 else head + p * 0), mask=mask_p, other=0.0).to(tl.float32)
+    follow(OVERLAP)
     for t in range(0, T):
         token = u + t * su_t
         new_x = tl.load(token + inner + of_x, mask=mask_p, other=0.0).to(tl.float32)
@@ -173,9 +189,11 @@ def step_kernel(u, conv, state, weight, bias, dt_bias, A, D, y, squares, low, hi
         if GATE:
             out *= _silu(tl.load(token + of_x, mask=mask_p, other=0.0).to(tl.float32))
         line = (row * T + t) * H + head
-        tl.store(y + line * P + p, out.to(y.dtype.element_ty), mask=mask_p)
         if squares is not None:
             tl.store(squares + line * blocks + block, tl.sum(tl.where(mask_p, out * out, 0.0), 0))
+        if scale is not None:
+            out *= tl.load(scale + of_x, mask=mask_p, other=0.0).to(tl.float32)
+        tl.store(y + line * P + p, out.to(y.dtype.element_ty), mask=mask_p)
     tl.store(at, s.to(state.dtype.element_ty), mask=mask)
 
 
@@ -303,12 +321,13 @@ def mamba2_step(
     group_size: int,
     norm_before_gate: bool,
     dt_limit: tuple[float, float],
+    log_rates: bool = False,
 ) -> Tensor:
     """See :func:`mamba2_hf.ops.mamba2_step`."""
     return call(
         "mamba2_step",
         *(zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight),
-        *(shape.groups, activation is not None, eps, group_size, norm_before_gate, *map(float, dt_limit)),
+        *(shape.groups, activation is not None, eps, group_size, norm_before_gate, *map(float, dt_limit), log_rates),
     )
 
 
@@ -390,6 +409,7 @@ def mixer_step(
     norm_before_gate: bool,
     low: float,
     high: float,
+    log_rates: bool,
 ) -> Tensor:
     """Launches the fused step of ``(B, T, ...)`` new tokens; both states are updated in place."""
     batch, tokens, _ = zxbcdt.shape
@@ -398,7 +418,7 @@ def mixer_step(
     width = heads * P
     u = channels_last(zxbcdt)
     y = torch.empty(batch, tokens, width, dtype=u.dtype, device=u.device)
-    bp, warps = _tile(batch, P)
+    bp, warps = _tile(batch, P, tokens)
     blocks = cdiv(P, bp)
     raw, squares = y, None
     if norm_weight is not None:
@@ -408,8 +428,10 @@ def mixer_step(
         step_kernel,
         (batch * heads * blocks,),
         *(u, conv_state, ssm_state, conv_weight.contiguous(), _dense(conv_bias), _dense(dt_bias), A.contiguous()),
-        *(_dense(D), raw, squares, low, high, heads, tokens, conv_state.shape[2]),
+        *(_dense(D), None, raw, squares, low, high, heads, tokens, conv_state.shape[2]),
         *(*u.stride()[:2], *conv_state.stride(), *ssm_state.stride()),
+        LOG_RATES=log_rates,
+        OVERLAP=False,
         SILU=silu,
         D_RANK=0 if D is None else D.dim(),
         GATE=norm_weight is None or not norm_before_gate,
@@ -419,7 +441,7 @@ def mixer_step(
         K=taps,
         BP=bp,
         BN=power_of_two(N),
-        num_warps=warps if tokens == 1 else 2 * warps,  # more tokens keep the taps in registers, too
+        num_warps=warps,
     )
     scales = 0 if squares is None else batch * tokens * (width // group_size) * cdiv(group_size, FINISH_BLOCK)
     parts = group_size // P * blocks
@@ -437,9 +459,10 @@ def mixer_step(
     return y
 
 
-def _tile(batch: int, P: int) -> tuple[int, int]:
+def _tile(batch: int, P: int, tokens: int = 1) -> tuple[int, int]:
     """Channels and warps of a program."""
-    channels, warps = NARROW if batch <= FEW_ROWS else WIDE
+    few, many = (NARROW, WIDE) if tokens == 1 else (NARROW_BLOCK, WIDE_BLOCK)
+    channels, warps = few if batch <= FEW_ROWS else many
     return min(channels, power_of_two(P)), warps
 
 

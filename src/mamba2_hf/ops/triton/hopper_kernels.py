@@ -306,8 +306,13 @@ def state_consumer(states, steps, entries, results, shared, own, bars, place, co
                 else:
                     store_tile(S, [(chunk + c) * H + h, 0, 0], st_s.index(K))
             state = state * gl.exp2(last)[None, :]
-            scaled = gl.convert_layout(scaled.to(dtype), operand(N), assert_trivial=True)
-            state = warpgroup_mma(scaled, map_s.index(s).reshape([Q, N]), state, is_async=True)
+            maps = map_s.index(s).reshape([Q, N])
+            rounded = scaled.to(dtype)
+            rest = gl.convert_layout((scaled - rounded.to(gl.float32)).to(dtype), operand(N), assert_trivial=True)
+            rounded = gl.convert_layout(rounded, operand(N), assert_trivial=True)
+            state = warpgroup_mma(rounded, maps, state, is_async=True)
+            if not SUMMARY:  # also what rounding took away: of all gradients, dA sums it up
+                state = warpgroup_mma(rest, maps, state, is_async=True)
             if SUMMARY:
                 total += gl.sum(last, 0)
             state = warpgroup_mma_wait(0, deps=(state,))

@@ -1,0 +1,221 @@
+"""Decoding and prefill of whole models through ``generate``, beside transformers' own Mamba-2, on a GPU.
+
+    python benchmarks/bench_generate.py --out benchmarks/results/generate.csv
+
+Random weights, bf16. Before a time is printed, logits of the timed path have to agree with one forward of the whole
+sequence. Columns: ``replay`` is the captured step alone, ``generate`` a token of ``model.generate`` (from two lengths,
+so that the prompt does not count), ``loop`` the same with steps that do nothing, ``prefill`` a forward of the prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from mamba2_hf import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM
+
+FIELDS = ["case", "impl", "what", "ms", "floor_ms", "over_floor", "memory_gib", "error", "device", "versions"]
+TOLERANCE = 0.03  # of logits in bf16 against another order of the same sums
+SHAPES = {"130m": (768, 24, 24), "780m": (1536, 48, 48), "2.7b": (2560, 64, 80)}  # width, layers, heads
+SHORT, LONG = 16, 112  # tokens generated
+
+
+class Case(NamedTuple):
+    """One model, batch and dtype of the state."""
+
+    shape: str
+    batch: int
+    state: torch.dtype = torch.float32
+
+    @property
+    def name(self) -> str:
+        return f"decode_{self.shape}_b{self.batch}" + ("" if self.state == torch.float32 else "_bf16_state")
+
+
+CASES = [Case("130m", 1), Case("2.7b", 1), Case("2.7b", 64), Case("2.7b", 64, torch.bfloat16), Case("780m", 1)]
+
+
+def new_model(shape: str) -> Mamba2ForCausalLM:
+    width, layers, heads = SHAPES[shape]
+    config = Mamba2Config(
+        hidden_size=width, num_hidden_layers=layers, num_heads=heads, n_groups=1, vocab_size=50288,
+        tie_word_embeddings=True, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return Mamba2ForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def stock_model(model: Mamba2ForCausalLM) -> Any:
+    """transformers' class with the same weights."""
+    values = {k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "architectures")}
+    with torch.device("meta"):
+        stock = transformers.models.mamba2.Mamba2ForCausalLM(transformers.models.mamba2.Mamba2Config(**values))
+    stock.load_state_dict(dict(model.state_dict()), assign=True)
+    stock.tie_weights()
+    return stock.eval()
+
+
+def floor_ms(model: Mamba2ForCausalLM, case: Case, bandwidth: float) -> float:
+    """Weights once, states in and out."""
+    config = model.config
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    states = config.num_hidden_layers * config.num_heads * config.head_dim * config.state_size * case.batch
+    return (weights + 2 * states * case.state.itemsize) / bandwidth * 1e3
+
+
+def measure_bandwidth() -> float:
+    """Bytes a second of a copy, both ways counted."""
+    source = torch.empty(2**30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / timed(lambda: target.copy_(source), 20) * 1e3
+
+
+def timed(run: Callable[[], Any], repeats: int) -> float:
+    """Median milliseconds on the GPU."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def wall(run: Callable[[], Any]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def per_token(generate: Callable[[int], Any], short: int = SHORT, long: int = LONG) -> float:
+    """Milliseconds of a further token."""
+    generate(short)
+    times = [(wall(lambda: generate(long)) - wall(lambda: generate(short))) / (long - short) for _ in range(3)]
+    return statistics.median(times)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@torch.no_grad()
+def decode(case: Case, bandwidth: float, peer: bool) -> Iterator[dict[str, Any]]:
+    """Rows of one case."""
+    model = new_model(case.shape)
+    ids = torch.randint(1, model.config.vocab_size, (case.batch, 24), device="cuda")
+    floor = floor_ms(model, case, bandwidth)
+
+    def cache() -> Mamba2Cache:
+        return Mamba2Cache(model.config, state_dtype=case.state, captured=True)
+
+    def generate(tokens: int, **options: Any) -> Any:
+        lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        return model.generate(ids, do_sample=False, past_key_values=cache(), **lengths, **options)
+
+    out = generate(8, return_dict_in_generate=True, output_logits=True)
+    whole = model(out.sequences, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
+    error = relative(torch.stack(out.logits, 1), whole)
+    if not (error < TOLERANCE and out.past_key_values.graph.is_captured):
+        raise ArithmeticError(f"{case.name}: logits are off by {error:.3f}, {out.past_key_values.graph.reason}")
+    del whole
+    torch.cuda.reset_peak_memory_stats()
+    held, token = out.past_key_values, ids[:, :1]
+    row = {"case": case.name, "impl": "mamba2_hf", "floor_ms": floor, "error": error}
+    held.graph.step(lambda _: None, token, held)
+    yield row | {"what": "replay", "ms": timed(held.graph._graph.replay, 30), "memory_gib": peak()}
+    del held, out
+    yield row | {"what": "generate", "ms": per_token(generate), "memory_gib": peak()}
+    yield row | {"what": "first 8 tokens", "ms": wall(lambda: generate(8)), "memory_gib": peak()}
+    step = type(cache().graph).step
+    try:
+        type(cache().graph).step = lambda self, run, ids, held: (
+            held.advance(1) or self._logits if self._graph is not None else step(self, run, ids, held)
+        )
+        yield row | {"what": "loop", "ms": per_token(generate), "memory_gib": peak()}
+    finally:
+        type(cache().graph).step = step
+    if peer:
+        stock = stock_model(model)
+        short, long = 4, 10
+        agree = relative(stock(ids).logits.float(), model(ids).logits)
+        if not agree < TOLERANCE:
+            raise ArithmeticError(f"{case.name}: transformers' logits are off by {agree:.3f}")
+        torch.cuda.reset_peak_memory_stats()
+        ms = per_token(lambda n: stock.generate(ids, do_sample=False, max_new_tokens=n, min_new_tokens=n), short, long)
+        yield row | {"impl": "transformers", "what": "generate", "ms": ms, "memory_gib": peak(), "error": agree}
+
+
+@torch.no_grad()
+def prefill(shape: str, tokens: int, peer: bool) -> Iterator[dict[str, Any]]:
+    """Rows of one long prompt."""
+    model = new_model(shape)
+    ids = torch.randint(1, model.config.vocab_size, (1, tokens), device="cuda")
+    models = {"mamba2_hf": model} | ({"transformers": stock_model(model)} if peer else {})
+    expected = model(ids[:, :2048], logits_to_keep=1).logits
+    for impl, tried in models.items():
+        row = {"case": f"prefill_{shape}_1x{tokens}", "impl": impl, "what": "prefill", "floor_ms": None}
+        error = relative(tried(ids[:, :2048], logits_to_keep=1).logits, expected)
+        if not error < TOLERANCE:
+            raise ArithmeticError(f"prefill: {impl}'s logits are off by {error:.3f}")
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            ms = timed(lambda tried=tried: tried(ids, logits_to_keep=1, use_cache=True), 5)
+        except torch.OutOfMemoryError:
+            ms = None
+        yield row | {"ms": ms, "memory_gib": peak(), "error": error}
+
+
+def peak() -> float:
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="", help="part of the names of the cases to time")
+    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
+    parser.add_argument("--out", type=Path, help="CSV to write")
+    options = parser.parse_args()
+    bandwidth = measure_bandwidth()
+    about = {
+        "device": torch.cuda.get_device_name(),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+    print(f"copy {bandwidth / 1e12:.2f} TB/s; {about}", flush=True)
+    jobs = [(case.name, lambda case=case: decode(case, bandwidth, not options.no_peer)) for case in CASES]
+    jobs.append(("prefill_130m_1x131072", lambda: prefill("130m", 131072, not options.no_peer)))
+    rows = []
+    for name, job in jobs:
+        if options.cases not in name:
+            continue
+        for row in job():
+            ms, floor = row["ms"], row["floor_ms"]
+            rows.append(row | {"over_floor": ms / floor if ms and floor else None} | about)
+            print(*(rows[-1].get(field) for field in FIELDS[:8]), flush=True)
+            if options.out:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                with options.out.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, FIELDS)
+                    writer.writeheader()
+                    writer.writerows(rows)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Decoding through a CUDA graph: one launch for a step whose calls from Python take longer than the GPU does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..layers.weights import is_unhooked
+
+if TYPE_CHECKING:
+    from .cache import Mamba2Cache
+
+logger = logging.get_logger(__name__)
+
+
+class DecodeGraph:
+    """A forward of one token per sequence over one cache: run as it is the first time, which compiles kernels, then
+    captured, and replayed from then on.
+
+    ``generate`` makes one for every call, so that nothing of the model can change behind it. A capture runs nothing
+    and takes about as long as a step. Where it fails, steps go on without, and ``reason`` says why.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._warm = False
+        self._graph: Any = None
+        self._ids: Tensor | None = None
+        self._logits: Tensor | None = None
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether steps are replayed."""
+        return self._graph is not None
+
+    def drop(self) -> None:
+        """Forgets what was captured, as the cache's buffers are no longer where they were; the next step captures."""
+        self._graph = self._ids = self._logits = None
+
+    def step(self, run: Callable[[Tensor], Tensor], input_ids: Tensor, cache: Mamba2Cache) -> Tensor:
+        """``run(input_ids)``: tokens ``(B, 1)`` to logits ``(B, 1, vocab)``, which the next step overwrites."""
+        if self._ids is not None and self._ids.shape != input_ids.shape:
+            self.drop()
+        if self._graph is None:
+            if not self._warm or self.reason is not None:
+                self._warm = True
+                return run(input_ids)
+            self._capture(run, input_ids, cache)
+            if self._graph is None:
+                return run(input_ids)
+        assert self._ids is not None
+        assert self._logits is not None
+        self._ids.copy_(input_ids)
+        self._graph.replay()
+        cache.advance(1)
+        return self._logits
+
+    def _capture(self, run: Callable[[Tensor], Tensor], input_ids: Tensor, cache: Mamba2Cache) -> None:
+        graph, ids, counted = torch.cuda.CUDAGraph(), input_ids.clone(), cache.seen_tokens
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                logits = run(ids)
+        except RuntimeError as error:
+            self.reason = f"its step cannot be captured: {str(error).splitlines()[0]}"
+            logger.warning_once(f"generate goes on without a CUDA graph: {self.reason}")
+        else:
+            self._graph, self._ids, self._logits = graph, ids, logits
+        cache.advance(counted - cache.seen_tokens)  # a capture counts, but runs nothing
+
+    def __deepcopy__(self, memo: Any) -> DecodeGraph:
+        return DecodeGraph()
+
+    def __reduce__(self) -> Any:
+        return DecodeGraph, ()
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why a model's steps are not to be captured; None if they may be."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        return f"the model is on {', '.join(sorted(map(str, devices)))}, not on one GPU"
+    if model.training:
+        return "the model is in training mode"
+    for name, module in model.named_modules():
+        if not is_unhooked(module) and name:
+            return f"{name} is hooked, which a graph would skip"
+    for name, parameter in model.named_parameters():
+        if type(parameter) not in (nn.Parameter, Tensor):
+            return f"{name} is a {type(parameter).__name__}"
+    return None

@@ -1,0 +1,237 @@
+"""``generate`` through a CUDA graph: the same tokens as without, and a reason where there is none."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from mamba2_hf import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, Mamba2HybridConfig, Mamba2HybridForCausalLM
+from mamba2_hf.models.graphs import DecodeGraph, why_not
+
+LENGTHS = {"max_new_tokens": 12, "min_new_tokens": 12}
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 0.8},
+    "beams": {"num_beams": 3},
+    "beam samples": {"num_beams": 2, "do_sample": True, "num_return_sequences": 2},
+    "penalty": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+}
+SIZES = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "pad_token_id": 0, "eos_token_id": 1}
+
+
+def pure(**changes: Any) -> Mamba2ForCausalLM:
+    torch.manual_seed(0)
+    return Mamba2ForCausalLM(
+        Mamba2Config(**({"num_heads": 6, "head_dim": 16, "n_groups": 1, "state_size": 16} | SIZES | changes))
+    ).eval()
+
+
+def hybrid(**changes: Any) -> Mamba2HybridForCausalLM:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {
+        "layer_blocks": ["ssd mlp", "attention", "ssd"],
+        "ssm_num_heads": 6,
+        "ssm_head_dim": 16,
+        "ssm_state_size": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+    }
+    return Mamba2HybridForCausalLM(Mamba2HybridConfig(**(options | SIZES | changes))).eval()
+
+
+MODELS = {
+    "pure": pure,
+    "groups": lambda: pure(n_groups=2),
+    "hybrid": hybrid,
+    "rotary": lambda: hybrid(rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    "window": lambda: hybrid(layer_blocks=["ssd", "sliding_attention", "ssd"], sliding_window=7),
+}
+
+
+def prompts(rows: int, device: str) -> dict[str, Tensor]:
+    ids = torch.randint(2, 97, (rows, 9), generator=torch.Generator().manual_seed(rows)).to(device)
+    mask = torch.ones_like(ids)
+    if rows > 1:
+        mask[1, :4] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+class TestOnAGPU:
+    pytestmark = pytest.mark.gpu
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("rows", [1, 3, 6])
+    @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+    def test_tokens_are_those_without_a_graph(self, make: Any, rows: int, way: str) -> None:
+        model = make().cuda()
+        found = []
+        for disabled in (True, False):
+            torch.manual_seed(1)
+            options = {**WAYS[way], **LENGTHS, "disable_compile": disabled, "return_dict_in_generate": True}
+            found.append(model.generate(**prompts(rows, "cuda"), **options))
+        assert torch.equal(found[0].sequences, found[1].sequences)
+        assert found[0].past_key_values.graph is None
+        assert found[1].past_key_values.graph.is_captured
+
+    @pytest.mark.parametrize("make", [pure, hybrid])
+    def test_logits_are_those_of_the_whole_sequence(self, make: Any) -> None:
+        model = make().cuda()
+        out = model.generate(**prompts(2, "cuda"), **LENGTHS, return_dict_in_generate=True, output_logits=True)
+        mask = torch.ones_like(out.sequences)
+        mask[:, :9] = prompts(2, "cuda")["attention_mask"]
+        whole = model(out.sequences, attention_mask=mask).logits[:, 8:-1]
+        torch.testing.assert_close(torch.stack(out.logits, 1), whole, atol=2e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("make", [pure, hybrid])
+    def test_a_conversation_goes_on_past_the_first_reservation(self, make: Any) -> None:
+        model = make().cuda()
+        first = model.generate(**prompts(1, "cuda"), **LENGTHS, return_dict_in_generate=True)
+        more = torch.cat([first.sequences, prompts(1, "cuda")["input_ids"]], 1)
+        going_on = model.generate(more, past_key_values=first.past_key_values, **LENGTHS)
+        assert torch.equal(going_on, model.generate(more, **LENGTHS, disable_compile=True))
+
+    def test_a_copied_cache_goes_its_own_way(self) -> None:
+        model = pure().cuda()
+        first = model.generate(**prompts(1, "cuda"), **LENGTHS, return_dict_in_generate=True)
+        branch = copy.deepcopy(first.past_key_values)
+        for cache in (first.past_key_values, branch):
+            more = torch.cat([first.sequences, prompts(1, "cuda")["input_ids"]], 1)
+            assert torch.equal(model.generate(more, past_key_values=cache, **LENGTHS), model.generate(more, **LENGTHS))
+
+    @pytest.mark.parametrize("make", [pure, hybrid])
+    def test_adapters_are_part_of_it_and_may_change_between_calls(self, make: Any) -> None:
+        model = get_peft_model(make(), LoraConfig(target_modules="all-linear", init_lora_weights=False)).cuda().eval()
+        given = {**prompts(2, "cuda"), **LENGTHS}
+        adapted = model.generate(**given)
+        assert torch.equal(adapted, model.generate(**given, disable_compile=True))
+        with model.disable_adapter():
+            plain = model.generate(**given)
+            assert torch.equal(plain, model.generate(**given, disable_compile=True))
+        assert not torch.equal(adapted, plain)
+        assert torch.equal(adapted, model.merge_and_unload().generate(**given))
+
+    def test_weights_may_change_between_calls(self) -> None:
+        model = pure().cuda()
+        given = {**prompts(2, "cuda"), **LENGTHS}
+        before = model.generate(**given)
+        with torch.no_grad():
+            model.backbone.embeddings.weight.copy_(model.backbone.embeddings.weight.flip(0))
+        after = model.generate(**given)
+        assert not torch.equal(before, after)
+        assert torch.equal(after, model.generate(**given, disable_compile=True))
+
+    def test_hooks_run_at_every_step(self) -> None:
+        model, calls = pure().cuda(), []
+        model.backbone.layers[1].register_forward_hook(lambda *_: calls.append(1))
+        model.generate(**prompts(1, "cuda"), **LENGTHS)
+        assert len(calls) == 12
+
+    def test_what_cannot_be_captured_goes_on_without(self) -> None:
+        model = pure().cuda()
+        norm = model.backbone.norm_f
+        run = type(norm).forward
+
+        class Syncing(type(norm)):
+            def forward(self, x: Tensor) -> Tensor:
+                assert bool(torch.isfinite(x).all())
+                return run(self, x)
+
+        given = {**prompts(1, "cuda"), **LENGTHS}
+        expected = model.generate(**given)
+        norm.__class__ = Syncing
+        out = model.generate(**given, return_dict_in_generate=True)
+        assert torch.equal(out.sequences, expected)
+        assert "cannot be captured" in out.past_key_values.graph.reason
+
+
+class Recorder(DecodeGraph):
+    """Stands in for a graph on a machine without a GPU: steps run as they are, and are counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.drops = 0, 0
+
+    def step(self, run: Any, input_ids: Tensor, cache: Mamba2Cache) -> Tensor:
+        self.steps += 1
+        return run(input_ids)
+
+    def drop(self) -> None:
+        self.drops += 1
+
+
+class TestAnywhere:
+    @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+    def test_buffers_stay_where_they_are(self, make: Any) -> None:
+        """Between steps, also of a beam search; they move where the number of sequences changes."""
+        model = make()
+        cache = Mamba2Cache(model.config, captured=True, max_length=20)
+        given = prompts(3, "cpu")
+        with torch.no_grad():
+            model(**given, past_key_values=cache)
+            expected = model(given["input_ids"][:, :1], past_key_values=copy.deepcopy(cache)).logits
+            places = buffers(cache)
+            order = torch.tensor([2, 0, 0])
+            cache.reorder_cache(order)
+            assert buffers(cache) == places
+            found = model(given["input_ids"][order, :1], past_key_values=cache).logits
+        torch.testing.assert_close(found, expected[order])
+        assert buffers(cache) == places
+
+    @pytest.mark.parametrize("make", [pure, hybrid, MODELS["window"]])
+    def test_room_grows_with_the_tokens(self, make: Any) -> None:
+        model = make()
+        cache = Mamba2Cache(model.config, captured=True, max_length=4)
+        cache.graph = graph = Recorder()
+        ids = prompts(2, "cpu")["input_ids"]
+        with torch.no_grad():
+            parts = [model(part, past_key_values=cache).logits for part in ids.split([3, 1, 1, 2, 1, 1], 1)]
+            whole = model(ids).logits
+        torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
+        assert graph.steps == 4
+        assert graph.drops == (0 if make is pure else 2)
+
+    def test_only_plain_steps_are_captured(self) -> None:
+        model = pure()
+        ids = prompts(2, "cpu")["input_ids"]
+
+        def steps(**options: Any) -> int:
+            cache = Mamba2Cache(model.config, captured=True)
+            cache.graph = graph = Recorder()
+            model(ids, past_key_values=cache)
+            out = model(ids[:, :1], past_key_values=cache, **options)
+            assert out.past_key_values is cache or not options.get("use_cache", True)
+            return graph.steps
+
+        with torch.no_grad():
+            assert steps() == 1
+            assert steps(output_hidden_states=True) == 0
+            assert steps(attention_mask=torch.tensor([[1] * 10, [0] + [1] * 9])) == 1
+            assert steps(attention_mask=torch.tensor([[1] * 10, [1] * 9 + [0]])) == 0
+            assert steps(labels=ids[:, :1]) == 0
+            with torch.autocast("cpu"):
+                assert steps() == 0
+            model.train()
+            assert steps(use_cache=True) == 0
+            model.eval()
+        assert steps() == 0  # gradients may be wanted
+
+    def test_a_reason_is_given(self) -> None:
+        model = pure()
+        assert why_not(model) == "the model is on cpu, not on one GPU"
+
+    def test_generate_uses_no_graph_on_a_cpu(self) -> None:
+        out = pure().generate(**prompts(1, "cpu"), **LENGTHS, return_dict_in_generate=True)
+        assert out.past_key_values.graph is None
+
+
+def buffers(cache: Mamba2Cache) -> list[int]:
+    held = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
+    if cache.key_counts is not None and cache.key_counts.lengths is not None:
+        held.append(cache.key_counts.lengths)
+    return [tensor.data_ptr() for tensor in held]
