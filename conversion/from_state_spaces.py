@@ -10,7 +10,8 @@ The source is a folder or a Hub id with
 * ``pytorch_model.bin``: the names of ``mamba2``, but ``backbone.embedding.weight``; a tied head is there as well.
 
 No tokenizer is published with these models; they were trained with that of EleutherAI/gpt-neox-20b, which is taken
-along. A Mamba-1 (``ssm_cfg.layer`` absent), a hybrid, and options that ``mamba2`` lacks are refused by name.
+along. A Mamba-1 (``ssm_cfg.layer`` absent) and options that ``mamba2`` lacks are refused by name. Hybrids are for
+``from_mamba2attn.py``.
 """
 
 from __future__ import annotations

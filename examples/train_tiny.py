@@ -1,12 +1,13 @@
-"""Train a small Mamba-2 on the source of Python's standard library, from nothing to a model card.
+"""Train a small language model on the source of Python's standard library, from nothing to a model card.
 
     python examples/train_tiny.py prepare      # files -> tokenizer, tokens, baselines; a few minutes on a CPU
     python examples/train_tiny.py train        # tokens -> model, curves, model card; minutes on a GPU
 
-The model that ships in the package was made by these two commands. To watch every part work on a CPU within a minute,
-add `--tiny` to both. Training goes on from where it stopped when it is given `--resume`; `evaluate` measures a model
-again and renews its card. Between the two commands only the data folder is needed (20 MB), so they may run on
-different machines.
+The models that ship in the package were made by these two commands: a Mamba-2, and with `--kind hybrid` one with
+attention in one layer. `--kind attention` trains a Transformer of their size, to compare with. To watch every part work
+on a CPU within a minute, add `--tiny` to both. Training goes on from where it stopped when it is given `--resume`;
+`evaluate` measures a model again and renews its card, with the losses of others beside its own after `--compare`.
+Between the two commands only the data folder is needed (20 MB), so they may run on different machines.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import platform
 import shutil
 import string
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import stdlib_corpus as corpus
@@ -35,9 +36,23 @@ import typer
 from ngram_baseline import ByteNgram
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-from mamba2_hf import Mamba2Config, Mamba2ForCausalLM, parameter_groups
+from mamba2_hf import (
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    Mamba2HybridConfig,
+    Mamba2HybridForCausalLM,
+    parameter_groups,
+    spread_layers,
+)
 
 console = Console(stderr=True)
 transformers.utils.logging.disable_progress_bar()
@@ -47,19 +62,29 @@ FLOAT32 = ("A_log", "D", "dt_bias")  # kept in fp32 whatever the model's dtype i
 PROMPTS = ("def read_json(path):", "class Stack:\n    def __init__(self", "import os\nimport sys\n\n")
 
 DataOption = Annotated[Path, typer.Option("--data", help="Folder of tokenizer, tokens, manifest and baselines.")]
-OutOption = Annotated[Path, typer.Option("--out", help="Folder that becomes the model.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder of the model.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU where there is one by default.")]
-DATA, OUT = Path("runs/tiny-data"), Path("runs/mamba2-tiny-python")
+DATA = Path("runs/tiny-data")
+
+
+Kind = Literal["mamba2", "hybrid", "attention"]  # what the layers are made of
+NAMES = {
+    "mamba2": "mamba2-tiny-python",
+    "hybrid": "mamba2-hybrid-tiny-python",
+    "attention": "attention-tiny-python",
+}
 
 
 @dataclass
 class Recipe:
     """Everything that decides what comes out of training."""
 
+    kind: Kind = "mamba2"
     hidden_size: int = 256
     layers: int = 6
     state_size: int = 128
     head_dim: int = 64
+    intermediate_size: int = 0  # of the MLP behind each attention
     window: int = 2048
     batch: int = 32
     steps: int = 5000
@@ -74,7 +99,20 @@ class Recipe:
         self.warmup = min(self.warmup, self.steps // 5)
 
 
-TINY = Recipe(hidden_size=64, layers=2, state_size=16, head_dim=16, window=128, batch=8, steps=60, warmup=10)
+# Alike in the number of parameters: a layer of attention and a narrow MLP has as many as one of SSD, and four layers
+# of attention and a usual MLP have as many as six of SSD.
+RECIPES = {
+    "mamba2": Recipe(),
+    "hybrid": Recipe(kind="hybrid", intermediate_size=264),
+    "attention": Recipe(kind="attention", layers=4, intermediate_size=568),
+}
+
+
+def tiny_recipe(kind: Kind) -> Recipe:
+    return Recipe(
+        kind, hidden_size=64, layers=2, state_size=16, head_dim=16, window=128, batch=8, steps=60, warmup=10,
+        intermediate_size=0 if kind == "mamba2" else 64,
+    )  # fmt: skip
 
 
 # --- prepare: files to tokens ---------------------------------------------------------------------------------------
@@ -195,8 +233,11 @@ def held_out_loss(model: torch.nn.Module, stream: np.ndarray, end: int, window: 
 
 @app.command()
 def train(
+    kind: Annotated[Kind, typer.Option(help="Mamba-2, attention, or a hybrid of the two.")] = "mamba2",
     data: DataOption = DATA,
-    out: OutOption = OUT,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder that becomes the model [default: runs/ and its name].")
+    ] = None,
     device: DeviceOption = "auto",
     steps: Annotated[int | None, typer.Option(help=f"Optimizer steps [default: {Recipe.steps}].")] = None,
     warmup: Annotated[int | None, typer.Option(help=f"Steps of warm-up [default: {Recipe.warmup}].")] = None,
@@ -206,7 +247,8 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help=f"Peak [default: {Recipe.learning_rate}].")] = None,
     weight_decay: Annotated[float | None, typer.Option(help=f"On matrices [default: {Recipe.weight_decay}].")] = None,
     hidden_size: Annotated[int | None, typer.Option(help=f"Width [default: {Recipe.hidden_size}].")] = None,
-    layers: Annotated[int | None, typer.Option(help=f"Depth [default: {Recipe.layers}].")] = None,
+    layers: Annotated[int | None, typer.Option(help="Depth [default: 6; 4 for attention].")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(help="Width of the MLP behind each attention.")] = None,
     state_size: Annotated[int | None, typer.Option(help=f"N [default: {Recipe.state_size}].")] = None,
     head_dim: Annotated[int | None, typer.Option(help=f"P [default: {Recipe.head_dim}].")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the weights and the order of the windows [default: 0].")] = None,
@@ -219,9 +261,11 @@ def train(
 ) -> None:
     """Train on the prepared tokens, keep the weights that are best on the validation files, measure them."""
     chosen = {name: value for name, value in locals().items() if name in Recipe.__annotations__ and value is not None}
+    del chosen["kind"]
     if resume and (chosen or tiny):
         raise typer.BadParameter("--resume takes the recipe from the checkpoint: leave out what would change it")
-    recipe = saved_recipe(out) if resume else replace(TINY if tiny else Recipe(), **chosen)
+    out = out or Path("runs") / NAMES[kind]
+    recipe = saved_recipe(out) if resume else replace(tiny_recipe(kind) if tiny else RECIPES[kind], **chosen)
     shutil.copytree(data / "tokenizer", out, dirs_exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(out)
     run = Run(recipe, tokenizer, data, out, _device(device), compile=compile)
@@ -383,29 +427,44 @@ def saved_recipe(out: Path) -> Recipe:
 
 def command(recipe: Recipe, compile: bool) -> str:
     """The command line that gives this recipe: folders and time limits left out, the steps really taken put in."""
-    changed = {name: value for name, value in asdict(recipe).items() if value != getattr(Recipe(), name)}
+    usual = RECIPES[recipe.kind]
+    changed = {} if recipe.kind == "mamba2" else {"kind": recipe.kind}
+    changed |= {name: value for name, value in asdict(recipe).items() if value != getattr(usual, name)}
     if compile:
         changed["compile"] = ""
     options = (f" --{name.replace('_', '-')} {value}".rstrip() for name, value in changed.items())
     return "python examples/train_tiny.py train" + "".join(options)
 
 
-def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Mamba2ForCausalLM:
-    config = Mamba2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        num_hidden_layers=recipe.layers,
-        num_heads=2 * recipe.hidden_size // recipe.head_dim,
+def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    common = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": recipe.hidden_size,
+        "num_hidden_layers": recipe.layers,
+        "chunk_size": 64,
+        "tie_word_embeddings": True,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+    }
+    heads = 2 * recipe.hidden_size // recipe.head_dim
+    if recipe.kind == "mamba2":
+        ssd = {"num_heads": heads, "head_dim": recipe.head_dim, "state_size": recipe.state_size, "n_groups": 1}
+        return Mamba2ForCausalLM(Mamba2Config(**ssd, **common))
+    blocks = spread_layers(recipe.layers, None if recipe.kind == "hybrid" else recipe.layers)
+    config = Mamba2HybridConfig(
+        layer_blocks=["attention mlp" if kind == "attention" else kind for kind in blocks],
+        ssm_num_heads=heads,
+        ssm_head_dim=recipe.head_dim,
+        ssm_state_size=recipe.state_size,
+        num_attention_heads=recipe.hidden_size // recipe.head_dim,
+        num_key_value_heads=None,
         head_dim=recipe.head_dim,
-        state_size=recipe.state_size,
-        n_groups=1,
-        chunk_size=64,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        max_position_embeddings=recipe.window,
+        intermediate_size=recipe.intermediate_size,
+        rescale_prenorm_residual=False,
+        **common,
     )
-    return Mamba2ForCausalLM(config)
+    return Mamba2HybridForCausalLM(config)
 
 
 def learning_rate_at(step: int, recipe: Recipe) -> float:
@@ -428,7 +487,7 @@ def window_starts(length: int, recipe: Recipe) -> Iterator[torch.Tensor]:
         yield from (chunk for chunk in starts.split(recipe.batch) if len(chunk) == recipe.batch)
 
 
-def export(model: Mamba2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the model in bf16, and how to sample from it."""
     model = copy.deepcopy(model).cpu()
     for name, parameter in model.named_parameters():
@@ -468,19 +527,28 @@ def plot(out: Path) -> None:
 
 
 @app.command()
-def evaluate(data: DataOption = DATA, out: OutOption = OUT, device: DeviceOption = "auto") -> None:
+def evaluate(
+    data: DataOption = DATA,
+    out: OutOption = Path("runs") / NAMES["mamba2"],
+    compare: Annotated[
+        list[Path] | None, typer.Option(help="Folder of another trained model, for the card; as often as you like.")
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
     """Measure a trained model on the test files, as it loads from its folder, and write its card."""
-    measure(data, out, device)
+    measure(data, out, device, compare or [])
 
 
-def measure(data: Path, out: Path, device: str) -> None:
+def measure(data: Path, out: Path, device: str, compare: Sequence[Path] = ()) -> None:
     summary, baselines, run = (json.loads(p.read_text()) for p in _records(data, out))
+    others = [rival(folder, summary) for folder in compare]
     tokenizer = AutoTokenizer.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(out).to(_device(device)).eval()
     recipe, test = run["recipe"], summary["splits"]["test"]
     stream = np.load(data / "test.npy")
     nats = held_out_loss(model, stream, tokenizer.eos_token_id, recipe["window"], recipe["batch"])
     metrics = {
+        "parameters": model.num_parameters(),
         "nats_per_token": nats / test["tokens"],
         "bits_per_byte": nats / math.log(2) / test["bytes"],
         "baselines": baselines,
@@ -488,7 +556,7 @@ def measure(data: Path, out: Path, device: str) -> None:
     }
     _write_json(out / "metrics.json", metrics)
     shutil.copy(data / "manifest.tsv", out)
-    (out / "README.md").write_text(card(model, summary, run, metrics), encoding="utf-8")
+    (out / "README.md").write_text(card(model, summary, run, metrics, others), encoding="utf-8")
     console.print(
         f"test files: {metrics['nats_per_token']:.3f} nats per token, {metrics['bits_per_byte']:.3f} bits per byte"
     )
@@ -497,16 +565,50 @@ def measure(data: Path, out: Path, device: str) -> None:
         console.print(f"[yellow]the model does not beat {' and '.join(worse)} yet: train longer")
 
 
-def sample(model: Mamba2ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
     torch.manual_seed(0)
     ids = tokenizer(prompt, return_tensors="pt").to(model.device)
     return tokenizer.decode(model.generate(**ids)[0], skip_special_tokens=True)
 
 
-def card(model: Mamba2ForCausalLM, summary: dict, run: dict, metrics: dict) -> str:
+def rival(folder: Path, summary: dict) -> list[str]:
+    """A row of the card on another model: its kind, parameters and losses."""
+    for name in ("run.json", "metrics.json", "manifest.tsv"):
+        if not (folder / name).exists():
+            raise typer.BadParameter(f"{folder / name} is missing: train that model first")
+    if hashlib.sha256((folder / "manifest.tsv").read_bytes()).hexdigest() != summary["manifest_sha256"]:
+        raise typer.BadParameter(f"{folder} was trained on other files, so that its loss is of another task")
+    run, metrics = (json.loads((folder / name).read_text()) for name in ("run.json", "metrics.json"))
+    parameters = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).num_parameters()
+    return loss_row(run["recipe"].get("kind", "mamba2"), parameters, run, metrics)
+
+
+def loss_row(kind: Kind, parameters: int, run: dict, metrics: dict) -> list[str]:
+    return [
+        "Mamba-2" if kind == "mamba2" else kind,
+        f"{parameters / 1e6:.2f} million",
+        f"{run['tokens'] / 1e6:,.0f} million",
+        f"{metrics['nats_per_token']:.3f}",
+        f"{metrics['bits_per_byte']:.3f}",
+    ]
+
+
+def comparison(mine: list[str], others: list[list[str]]) -> str:
+    """The losses of several models side by side, if there are several."""
+    if not others:
+        return ""
+    rows = [["", "parameters", "tokens seen", "nats per token", "bits per byte"], ["---"] * 5]
+    rows += sorted([[f"**{mine[0]}** (this one)", *mine[1:]], *others], key=lambda row: float(row[3]))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"Models of other kinds, with the same tokenizer, files, order and number of tokens:\n\n{table}\n\n"
+
+
+def card(model: PreTrainedModel, summary: dict, run: dict, metrics: dict, others: list[list[str]]) -> str:
     """The model card, from what was measured."""
     template = Path(__file__).with_name("train_tiny_card.md").read_text(encoding="utf-8")
     recipe, splits, baselines = run["recipe"], summary["splits"], metrics["baselines"]
+    kind, sampling = recipe.get("kind", "mamba2"), model.generation_config
+    parameters = model.num_parameters()
     rows = [
         ("this model", metrics["bits_per_byte"]),
         ("byte n-gram of order 5 (modified Kneser-Ney) on the same training files", baselines["ngram"]),
@@ -514,9 +616,12 @@ def card(model: Mamba2ForCausalLM, summary: dict, run: dict, metrics: dict) -> s
         ("what the test files add to `xz -9` of the training files", baselines["xz_after_train"]),
     ]
     return string.Template(template).substitute(
-        parameters=f"{model.num_parameters() / 1e6:.2f} million",
-        shape=f"{recipe['layers']} layers of width {recipe['hidden_size']}, {model.config.num_heads} heads of "
-        f"{recipe['head_dim']}, state {recipe['state_size']}, tied embeddings",
+        KIND_TEXTS[kind],
+        name=NAMES[kind],
+        model_type=model.config.model_type,
+        parameters=f"{parameters / 1e6:.2f} million",
+        shape=describe(model.config, recipe),
+        comparison=comparison(loss_row(kind, parameters, run, metrics), others),
         vocab_size=summary["vocab_size"],
         python=summary["python"],
         splits="\n".join(
@@ -541,8 +646,60 @@ def card(model: Mamba2ForCausalLM, summary: dict, run: dict, metrics: dict) -> s
         nats=f"{metrics['nats_per_token']:.3f}",
         bits_per_byte=f"{metrics['bits_per_byte']:.3f}",
         table="\n".join(f"| {name} | {bits:.3f} |" for name, bits in rows),
+        sampling=f"temperature {sampling.temperature}, top-p {sampling.top_p}, repetition penalty "
+        f"{sampling.repetition_penalty}, {sampling.max_new_tokens} tokens",
         samples="\n\n".join(f"```python\n{text}\n```" for text in metrics["samples"]),
     )
+
+
+_SHIPS = (
+    "It ships inside the package `mamba2-hf` so that everything there has a real model to run with; it is a "
+    "demonstration, not an assistant."
+)
+_FORMAT = "bf16 weights with `A_log`, `D` and `dt_bias` in fp32. On disk it is the `{}` format of {}."
+_LONGER = "Longer inputs run, {}; how well it uses them was not measured."
+KIND_TEXTS = {
+    "mamba2": {
+        "what": "A Mamba-2",
+        "purpose": _SHIPS,
+        "path": "from mamba2_hf.pretrained import shipped_model_path\n\npath = shipped_model_path()",
+        "format": _FORMAT.format("mamba2", "transformers"),
+        "longer": _LONGER.format("at constant memory per token"),
+    },
+    "hybrid": {
+        "what": "A hybrid of Mamba-2 and attention",
+        "purpose": _SHIPS,
+        "path": 'from mamba2_hf.pretrained import shipped_model_path\n\npath = shipped_model_path("hybrid")',
+        "format": _FORMAT.format("mamba2_hybrid", "this package"),
+        "longer": _LONGER.format("with the keys and values of the attention layer as the only memory that grows"),
+    },
+    "attention": {
+        "what": "A Transformer",
+        "purpose": "It was trained to be compared with the models that ship inside the package `mamba2-hf`.",
+        "path": f'import mamba2_hf\n\npath = "runs/{NAMES["attention"]}"',
+        "format": "bf16 weights. On disk it is the `mamba2_hybrid` format of `mamba2-hf`.",
+        "longer": _LONGER.format("with memory that grows by keys and values in every layer"),
+    },
+}
+"""What differs between the cards."""
+
+
+def describe(config: Mamba2Config | Mamba2HybridConfig, recipe: dict) -> str:
+    """The layers, for the card."""
+    start = f"{recipe['layers']} layers of width {recipe['hidden_size']}"
+    ssd = (
+        f"{2 * recipe['hidden_size'] // recipe['head_dim']} heads of {recipe['head_dim']}, state {recipe['state_size']}"
+    )
+    if isinstance(config, Mamba2Config):
+        return f"{start}, {ssd}, tied embeddings"
+    attention = (
+        f"attention with {config.num_attention_heads} rotary heads of {config.head_dim}, then a SwiGLU of width "
+        f"{config.intermediate_size}"
+    )
+    places = [str(index + 1) for index, kinds in enumerate(config.blocks) if "attention" in kinds]
+    if len(places) == len(config.blocks):
+        return f"{start}, each {attention}; tied embeddings"
+    return f"{start}: SSD with {ssd}, and in place of it in layer {', '.join(places)} {attention}; tied embeddings"
 
 
 def _records(data: Path, out: Path) -> list[Path]:

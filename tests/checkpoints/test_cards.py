@@ -13,8 +13,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from mamba2_hf import Mamba2Config, Mamba2ForCausalLM
-from mamba2_hf.checkpoints import convert, open_checkpoint
+from mamba2_hf.checkpoints import FORMATS, convert, open_checkpoint
 from mamba2_hf.checkpoints.cards import families, family_of, read_evals, render_card
 from mamba2_hf.errors import CheckpointError
 
@@ -93,7 +92,9 @@ class TestFamilies:
     def test_published_models_are_there(self) -> None:
         ids = {model["id"] for family in families().values() for model in family.models}
         sizes = ("130m", "370m", "780m", "1.3b", "2.7b")
-        assert ids == {*(f"state-spaces/mamba2-{size}" for size in sizes), "mistralai/Mamba-Codestral-7B-v0.1"}
+        hybrids = {"state-spaces/mamba2attn-2.7b", "ibm-fms/Bamba-9B", "nvidia/Nemotron-H-8B-Base-8K"}
+        pure = {*(f"state-spaces/mamba2-{size}" for size in sizes), "mistralai/Mamba-Codestral-7B-v0.1"}
+        assert ids == pure | hybrids
         assert family_of("state-spaces/mamba2-1.3b") is families()["state-spaces-mamba2"]
         assert family_of("nobody/nothing") is None
 
@@ -102,9 +103,13 @@ class TestFamilies:
         family = families()[name]
         for entry in family.models:
             sizes = {key: value for key, value in entry.items() if key not in ("id", "parameters")}
-            config = Mamba2Config(**family.config, **sizes, num_heads=2 * entry["hidden_size"] // 64)
+            if family.format == "mamba2":
+                sizes["num_heads"] = 2 * entry["hidden_size"] // 64
+            layout = FORMATS[family.format]
+            fields = layout.read_config({"model_type": family.format, **family.config, **sizes})
             with torch.device("meta"):
-                assert Mamba2ForCausalLM(config).num_parameters() == entry["parameters"]
+                model = layout.family.model(layout.family.config(fields, 1000))
+            assert model.num_parameters() == entry["parameters"]
 
     def test_commands_are_those_of_the_command_line(self) -> None:
         for family in families().values():
@@ -122,4 +127,4 @@ class TestFamilies:
         assert "base_model: state-spaces/mamba2-130m" in (tmp_path / "mamba2-130m/README.md").read_text()
         monkeypatch.setattr(sys, "argv", ["render.py", "--list"])
         runpy.run_path(script, run_name="__main__")
-        assert len(capsys.readouterr().out.splitlines()) == 6
+        assert len(capsys.readouterr().out.splitlines()) == 9

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +200,37 @@ def test_what_a_family_cannot_express_is_refused(
     config = make_config("plain", **{**OWN[family], **changes})
     with pytest.raises(ConfigurationError, match=match):
         FORMATS[family].write_config(config)
+
+
+class TestScripts:
+    @pytest.mark.parametrize("family", OWN)
+    def test_there_and_back(
+        self, family: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        name = next(name for name, case in CASES.items() if case.family == family)
+        stock(CASES[name]).save_pretrained(tmp_path / "theirs")
+        run_script(repository, monkeypatch, family, tmp_path / "theirs", tmp_path / "ours")
+        run_script(repository, monkeypatch, family, "--back", tmp_path / "ours", tmp_path / "back")
+        assert layouts.same(layouts.stored(tmp_path / "back"), layouts.stored(tmp_path / "theirs"))
+
+    def test_what_is_only_read(self, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        TestStateSpaces().folder(tmp_path / "mamba2attn")
+        TestMegatron().folder(tmp_path / "megatron")
+        TestMegatron().folder(tmp_path / "pure", hybrid_override_pattern="MM", num_layers=2)
+        for script, source, options, kind in (
+            ("mamba2attn", "mamba2attn", ["--tokenizer", ""], "mamba2_hybrid"),
+            ("megatron", "megatron", [], "mamba2_hybrid"),
+            ("megatron", "pure", ["--pure"], "mamba2"),
+        ):
+            out = tmp_path / f"{source}-converted"
+            run_script(repository, monkeypatch, script, tmp_path / source, out, *options)
+            assert verify(tmp_path / source, out).largest == 0
+            assert detect(out).name == kind
+
+
+def run_script(repository: Path, monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(repository / "conversion" / f"from_{name}.py"), run_name="__main__")
 
 
 class TestOtherFamilies:

@@ -32,6 +32,7 @@ class Family:
         command: how to convert one, with ``{id}`` and ``{name}`` to fill in.
         config: what all of them have in common.
         models: of each its ``id``, sizes and number of parameters.
+        format: whose fields ``config`` and sizes are.
     """
 
     title: str
@@ -42,6 +43,7 @@ class Family:
     command: str
     config: dict[str, Any]
     models: list[dict[str, Any]]
+    format: str = "mamba2"
 
 
 @cache

@@ -1,0 +1,250 @@
+"""Times decoding of a hybrid beside a pure Mamba-2 of its shape, and weighs their caches beside attention's.
+
+    python benchmarks/bench_hybrid.py --out benchmarks/results/hybrid.csv    # on a GPU, a few minutes
+    python benchmarks/bench_hybrid.py --tiny --device cpu                    # every part, with sizes for a CPU
+
+Models of the 2.7B shape with random bf16 weights: ``pure`` has 64 layers of SSD, ``hybrid`` six of attention among
+them. A ``decode`` row is one token of one sequence behind ``--context`` others, over a static cache, called from Python
+and as a CUDA graph; it is timed only after its logits were found finite and equal to those of a forward over the whole
+sequence. What an SSD layer takes follows from differences: in the pure model from 64 layers and from six, in the hybrid
+from all of it and from its six layers of attention alone, so that 58 layers of SSD are left in both.
+
+A ``cache`` row is what the buffers of a cache hold for so many tokens of one sequence, made in fact and weighed by the
+allocator too. ``attention`` has 64 layers of the hybrid's attention, 20 heads that share 4 heads of keys and values.
+The shortest cache is also filled with tokens, growing, and has to come out as large.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mamba2_hf import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, Mamba2HybridConfig, Mamba2HybridForCausalLM
+
+FIELDS = ("case", "impl", "ms_p20", "ms_p50", "ms_p80", "cache_mib", "device", "versions")
+OURS, GRAPH = "mamba2_hf", "mamba2_hf, graph"
+STEPS = 100
+TOLERANCE = 5e-2  # of bf16 logits behind 64 layers, whose sums one form takes in another order
+
+
+def pure_config(layers: int, tiny: bool) -> Mamba2Config:
+    if tiny:
+        return Mamba2Config(
+            vocab_size=64, hidden_size=64, num_hidden_layers=layers, num_heads=8, head_dim=16, state_size=16, n_groups=1
+        )
+    return Mamba2Config(
+        vocab_size=50288, hidden_size=2560, num_hidden_layers=layers, num_heads=80, head_dim=64, state_size=128,
+        n_groups=1, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def hybrid_config(tiny: bool, **changes: Any) -> Mamba2HybridConfig:
+    sizes = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **changes}
+    if tiny:
+        small = {"hidden_size": 64, "ssm_num_heads": 8, "ssm_head_dim": 16, "ssm_state_size": 16, "vocab_size": 64}
+        small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 8}
+        sizes = {**small, "layer_blocks": ["ssd", "attention", *["ssd"] * 5, "attention"], **sizes}
+    return Mamba2HybridConfig.preset("2.7b", **sizes)
+
+
+class Bench:
+    """One run: models are made, checked, timed and let go one after the other."""
+
+    def __init__(self, device: str, context: int, tiny: bool, out: Path | None) -> None:
+        self.device, self.context, self.tiny, self.out = torch.device(device), context, tiny, out
+        self.rows: list[dict[str, str]] = []
+        self.attention_layers = hybrid_config(tiny).layer_blocks.count("attention")
+        self.layers = hybrid_config(tiny).num_hidden_layers
+
+    def models(self) -> dict[str, Any]:
+        few = self.attention_layers
+        return {
+            "pure": pure_config(self.layers, self.tiny),
+            f"pure_{few}_layers": pure_config(few, self.tiny),
+            "hybrid": hybrid_config(self.tiny),
+            f"attention_{few}_layers": self.only_attention(few),
+        }
+
+    def only_attention(self, layers: int) -> Mamba2HybridConfig:
+        return hybrid_config(self.tiny, num_hidden_layers=layers, layer_blocks=["attention"] * layers)
+
+    def make(self, config: Any) -> Any:
+        torch.manual_seed(0)
+        cls = Mamba2ForCausalLM if isinstance(config, Mamba2Config) else Mamba2HybridForCausalLM
+        with torch.device(self.device):
+            return cls(config).to(torch.bfloat16).eval()
+
+    @torch.no_grad()
+    def decode(self) -> None:
+        medians: dict[str, dict[str, float]] = {}
+        for name, config in self.models().items():
+            model = self.make(config)
+            for impl, step in self.steps(name, model):
+                times = self.timed(step)
+                medians.setdefault(impl, {})[name] = times[1]
+                self.row(f"decode_{name}", impl, times)
+            del model, step
+            self.tidy()
+        few, rest = self.attention_layers, self.layers - self.attention_layers
+        for impl, found in medians.items():
+            for name, base in (("pure", f"pure_{few}_layers"), ("hybrid", f"attention_{few}_layers")):
+                each = (found[name] - found[base]) / rest
+                self.row(f"ssd_layer_of_{name}", impl, (None, each, None))
+
+    def steps(self, name: str, model: Any) -> list[tuple[str, Callable[[], Any]]]:
+        """Ways to decode one more token, each found right."""
+        room = self.context + 8 * STEPS
+        ids = torch.randint(model.config.vocab_size, (1, self.context + 1), device=self.device)
+        expected = model(ids, use_cache=False, logits_to_keep=1).logits
+        cache = Mamba2Cache(model.config, static=True, max_length=room)
+        model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+        token = ids[:, -1:].clone()
+        start = copy.deepcopy(cache)
+
+        def step() -> Tensor:
+            return model(token, past_key_values=cache).logits
+
+        self.check(name, OURS, step(), expected)
+        found = [(OURS, step)]
+        if self.device.type == "cuda":
+            graphed = copy.deepcopy(start)
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):  # kernels are built and chosen outside of the graph
+                for _ in range(3):
+                    model(token, past_key_values=graphed)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                logits = model(token, past_key_values=graphed).logits
+            restore(graphed, start)
+            graph.replay()
+            self.check(name, GRAPH, logits, expected)
+            found.append((GRAPH, graph.replay))
+        return found
+
+    def check(self, name: str, impl: str, logits: Tensor, expected: Tensor) -> None:
+        """Raises for a wrong result: nothing wrong is timed."""
+        error = ((logits - expected).float().norm() / expected.float().norm()).item()
+        if not error < TOLERANCE:
+            raise RuntimeError(f"{name} {impl}: relative error {error} of the logits")
+        print(f"{name} {impl}: relative error of the logits {error:.1e}", flush=True)
+
+    def timed(self, step: Callable[[], Any]) -> tuple[float, float, float]:
+        """Milliseconds at 20, 50 and 80 % of the steps."""
+        times = []
+        for _ in range(20):
+            step()
+        self.wait()
+        for _ in range(STEPS):
+            if self.device.type == "cuda":
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                step()
+                end.record()
+                times.append((start, end))
+            else:
+                begun = time.perf_counter()
+                step()
+                times.append(1e3 * (time.perf_counter() - begun))
+        self.wait()
+        taken = [pair if isinstance(pair, float) else pair[0].elapsed_time(pair[1]) for pair in times]
+        cuts = statistics.quantiles(taken, n=10)
+        return cuts[1], statistics.median(taken), cuts[7]
+
+    @torch.no_grad()
+    def memory(self, lengths: list[int]) -> None:
+        configs = {
+            "pure": pure_config(self.layers, self.tiny),
+            "hybrid": hybrid_config(self.tiny),
+            "attention": self.only_attention(self.layers),
+        }
+        for name, config in configs.items():
+            model = self.make(config)
+            token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            model(token)  # what is made once for all calls
+            for tokens in lengths:
+                self.tidy()
+                before = self.allocated()
+                cache = Mamba2Cache(config, static=True, max_length=tokens)
+                model(token, past_key_values=cache, logits_to_keep=1)
+                self.tidy()
+                held = self.allocated() - before
+                if self.device.type == "cuda" and not 0.98 * cache.nbytes < held < 1.02 * cache.nbytes + 2**20:
+                    raise RuntimeError(f"{name}: the cache says {cache.nbytes} bytes, the allocator {held}")
+                if tokens == lengths[0]:
+                    filled = model(token.expand(1, tokens), logits_to_keep=1).past_key_values
+                    if not 0.99 * filled.nbytes < cache.nbytes < 1.01 * filled.nbytes:
+                        raise RuntimeError(f"{name}: {filled.nbytes} bytes when filled, {cache.nbytes} when made")
+                    del filled
+                self.row(f"cache_{tokens}_{name}", OURS, (None, None, None), cache.nbytes / 2**20)
+                del cache
+            del model
+            self.tidy()
+
+    def row(
+        self, case: str, impl: str, times: tuple[float | None, float | None, float | None], mib: float | None = None
+    ) -> None:
+        values = (*("" if t is None else f"{t:.4f}" for t in times), "" if mib is None else f"{mib:.2f}")
+        versions = f"torch {torch.__version__}, triton {triton.__version__}"
+        self.rows.append(dict(zip(FIELDS, (case, impl, *values, self.device_name(), versions), strict=True)))
+        print(*[value for value in list(self.rows[-1].values())[:6] if value], flush=True)
+        if self.out:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            with self.out.open("w", newline="") as file:
+                writer = csv.DictWriter(file, FIELDS)
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
+
+    def tidy(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+
+def restore(cache: Mamba2Cache, saved: Mamba2Cache) -> None:
+    """Puts a cache back, in the buffers that a graph knows."""
+    for layer, source in zip(cache.layers, saved.layers, strict=True):
+        for name, value in vars(source).items():
+            if isinstance(value, Tensor):
+                getattr(layer, name).copy_(value)
+    if cache.key_counts is not None:
+        cache.key_counts.lengths.copy_(saved.key_counts.lengths)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--context", type=int, help="tokens before the one that is decoded [2048, and 64 if tiny]")
+    parser.add_argument("--tiny", action="store_true", help="models of a few layers, for a look")
+    parser.add_argument("--out", type=Path, help="CSV to write")
+    options = parser.parse_args()
+    context = options.context or (64 if options.tiny else 2048)
+    bench = Bench(options.device, context, options.tiny, options.out)
+    bench.decode()
+    bench.memory([64, 256] if options.tiny else [2048, 32768, 131072])
+
+
+if __name__ == "__main__":
+    main()
