@@ -45,6 +45,7 @@ MIXER_KERNELS = {
     "state_update_kernel",
     "step_kernel",
     "finish_kernel",
+    "cross_entropy_kernel",
 }
 CAPABILITIES = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB that a program may have
@@ -99,7 +100,7 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
     import torch
     from compiling import compile_only
 
-    from mamba2_hf.ops.triton import conv, decode, norm
+    from mamba2_hf.ops.triton import conv, decode, loss, norm
 
     H, P, N, K, T = 80, 64, 128, 4, 16
     inner = H * P
@@ -134,6 +135,8 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
                 *(zeros(batch, 2, rows.shape[-1]), zeros(batch, channels, K - 1), ssm_state),
                 *(weight, bias, per_head, per_head, per_head, norm_weight, 1, True, 1e-5, inner, False, *limits),
             )
+        for gradient in (False, True):
+            loss.rows(zeros(4, 50288), torch.zeros(4, dtype=torch.long), 1.0, -100, gradient)
     return [kernel._asdict() for kernel in kernels]
 
 
