@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from transformers import (
     AutoConfig,
@@ -153,6 +154,27 @@ class TestChangedUpstream:
         registration._allow_lora_everywhere(module)
         registration._name_lora_targets(module)
         assert vars(module) == {}
+
+    def test_sft_that_reads_logits_in_training_gets_them(self, config: Any) -> None:
+        class Trainer:
+            args = SimpleNamespace(loss_type="nll")
+
+            def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
+                return model(**inputs).logits
+
+        registration._return_logits_to_sft(SimpleNamespace(SFTTrainer=Trainer))
+        ids = torch.arange(5)[None]
+        model = mamba2_hf.Mamba2ForCausalLM(config).train()
+        assert model(ids, labels=ids).logits is None
+        assert Trainer().compute_loss(model, {"input_ids": ids, "labels": ids}, return_outputs=True).shape == (1, 5, 13)
+        stock = transformers.Mamba2ForCausalLM(transformers.Mamba2Config.from_dict(config.to_dict()))
+        assert Trainer().compute_loss(stock, {"input_ids": ids}).shape == (1, 5, 13)
+
+    def test_sft_with_a_fused_head_is_left_alone(self) -> None:
+        trainer = type("Trainer", (), {"compute_loss": lambda self: None})
+        before = trainer.compute_loss
+        registration._return_logits_to_sft(SimpleNamespace(SFTTrainer=trainer, add_fused_lm_head=None))
+        assert trainer.compute_loss is before
 
     def test_peft_s_own_defaults_stand(self) -> None:
         mapping = {"mamba2": ["in_proj"]}

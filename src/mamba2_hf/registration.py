@@ -4,6 +4,7 @@
   their own names.
 * ``Mamba2HybridForCausalLM.from_pretrained`` reads the formats of other hybrids.
 * Trainer keeps weight decay off ``A_log``, ``D``, ``dt_bias`` and the norms of our models.
+* TRL's SFTTrainer gets logits in training, in those of its versions that read them for their metrics.
 * PEFT may put LoRA on every linear of our models, ``out_proj`` included, and knows the default targets.
 
 Libraries that are not imported yet are not imported here; they are met when they come.
@@ -39,6 +40,7 @@ from .models import (
     Mamba2HybridModel,
     Mamba2HybridPreTrainedModel,
     Mamba2Model,
+    SSDForCausalLM,
     SSDPreTrainedModel,
 )
 from .training import no_decay_parameter_names
@@ -63,6 +65,7 @@ def register() -> None:
     Mamba2HybridConfig.foreign_reader = staticmethod(_read_foreign_config)
     Mamba2HybridPreTrainedModel.foreign_reader = staticmethod(_read_foreign)
     when_imported("transformers.trainer", _keep_decay_off)
+    when_imported("trl.trainer.sft_trainer", _return_logits_to_sft)
     when_imported("peft.utils.constants", _name_lora_targets)
     when_imported("peft.tuners.tuners_utils", _allow_lora_everywhere)
 
@@ -151,6 +154,26 @@ def _keep_decay_off(trainer: Any) -> None:
             "mamba2_hf.parameter_groups(model)",
             stacklevel=2,
         )
+
+
+def _return_logits_to_sft(sft_trainer: Any) -> None:
+    """Wraps ``SFTTrainer.compute_loss``, which measures accuracy and entropy on logits that our models leave out in
+    training. Newer versions of TRL put a fused head of their own into the model, and need nothing.
+    """
+    if hasattr(sft_trainer, "add_fused_lm_head"):
+        return
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def compute_loss(self: Any, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            # With this loss, TRL has replaced the model's forward by one that returns the metrics.
+            fused = getattr(self.args, "loss_type", None) == "chunked_nll"
+            if not fused and any(isinstance(module, SSDForCausalLM) for module in model.modules()):
+                inputs = {**inputs, "return_logits": True}
+            return original(self, model, inputs, *args, **kwargs)
+
+        return compute_loss
+
+    _wrap(getattr(sft_trainer, "SFTTrainer", None), "compute_loss", around)
 
 
 def _name_lora_targets(constants: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from datasets import Dataset
 from hybrids import ARCHITECTURES, make_hybrid
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from test_trl import documents, token_mean, tokenizer  # noqa: F401
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated"),  # TRL and PEFT read it
     pytest.mark.filterwarnings("ignore:`(return_outputs=True|label_smoothing_factor)`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`.*` was set to a device map"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file"),  # PEFT looks for the base's on the Hub
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1"),
     pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids` being on a device type"),
 ]
@@ -77,6 +78,26 @@ class TestLora:
             merged = adapted.merge_and_unload()
             assert type(merged) is Mamba2HybridForCausalLM
             torch.testing.assert_close(merged(IDS).logits, logits, **CLOSE)
+
+    @pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["LoRA", "DoRA", "rsLoRA"])
+    @pytest.mark.parametrize("name", ["plain", "parallel", "sigmoid", "shared"])
+    def test_trained_saved_reloaded_and_merged(self, name: str, kind: dict[str, bool], tmp_path: Path) -> None:
+        make_hybrid(name).save_pretrained(tmp_path / "base")
+        config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, target_modules="all-linear", **kind)
+        adapted = get_peft_model(Mamba2HybridForCausalLM.from_pretrained(tmp_path / "base"), config).train()
+        optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=0.05)
+        for _ in range(2):
+            adapted(IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        adapted.eval().save_pretrained(tmp_path / "adapter")
+        base = Mamba2HybridForCausalLM.from_pretrained(tmp_path / "base").eval()
+        with torch.no_grad():
+            expected, plain = adapted(IDS).logits, base(IDS).logits
+            again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+            assert (expected - plain).abs().max() > 0.05
+            assert torch.equal(again(IDS).logits, expected)
+            torch.testing.assert_close(again.merge_and_unload()(IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
     def test_default_targets(self) -> None:
         assert adapted_modules(adapt(make_hybrid("plain"))) == LINEARS["plain"]

@@ -98,9 +98,12 @@ def test_generation_decodes_what_a_whole_forward_predicts(make_model: Callable[.
     assert torch.equal(tokens[:, input_ids.shape[1] :], predicted)
 
 
-def test_saved_adapter_gives_the_same_logits(make_model: Callable[..., Any], input_ids: Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["all-linear", "DoRA", "rsLoRA"])
+def test_saved_adapter_gives_the_same_logits(
+    variant: str, make_model: Callable[..., Any], input_ids: Tensor, tmp_path: Path
+) -> None:
     make_model().save_pretrained(tmp_path / "base")
-    adapted = adapt(Mamba2ForCausalLM.from_pretrained(tmp_path / "base"), target_modules="all-linear")
+    adapted = adapt(Mamba2ForCausalLM.from_pretrained(tmp_path / "base"), **VARIANTS[variant])
     adapted.save_pretrained(tmp_path / "adapter")
     base = Mamba2ForCausalLM.from_pretrained(tmp_path / "base")
     again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()

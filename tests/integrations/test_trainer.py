@@ -132,8 +132,14 @@ class TestWeightDecay:
 class TestTraining:
     @pytest.mark.parametrize(
         "arguments",
-        [{}, {CHECKPOINTING: True}, {"bf16": True}, {"torch_compile": False, "optim": "adafactor"}],
-        ids=["plain", "gradient checkpointing", "bf16 autocast", "adafactor"],
+        [
+            {},
+            {CHECKPOINTING: True},
+            {"bf16": True},
+            {"torch_compile": False, "optim": "adafactor"},
+            {"label_smoothing_factor": 0.1},  # needs logits
+        ],
+        ids=["plain", "gradient checkpointing", "bf16 autocast", "adafactor", "label smoothing"],
     )
     def test_lowers_the_loss(self, arguments: dict[str, Any], make_trainer: Callable[..., Any]) -> None:
         trainer = make_trainer(max_steps=12, **arguments)

@@ -26,6 +26,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "causal_conv1d": lambda **o: ops.causal_conv1d(X, WEIGHT, **o),
     "causal_conv1d_update": lambda **o: ops.causal_conv1d_update(X, CONV_STATE, WEIGHT, **o),
     "gated_rms_norm": lambda **o: ops.gated_rms_norm(X, None, X[0, 0], **o),
+    "linear_cross_entropy": lambda **o: ops.linear_cross_entropy(X[0], WEIGHT, torch.zeros(3).long(), **o),
     "mamba2_inner": lambda **o: ops.mamba2_inner(**inner_arguments(0, 5), **o),
     "mamba2_layer_step": lambda **o: ops.mamba2_layer_step(**layer_arguments(), **o),
     "mamba2_step": lambda **o: ops.mamba2_step(**step_arguments(0), **o),

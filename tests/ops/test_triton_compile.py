@@ -47,6 +47,7 @@ MIXER_KERNELS = {
     "finish_kernel",
     "enter_kernel",
     "leave_kernel",
+    "cross_entropy_kernel",
 }
 CAPABILITIES = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB that a program may have
@@ -107,7 +108,7 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
     import torch
     from compiling import compile_only
 
-    from mamba2_hf.ops.triton import conv, decode, layer_step, norm
+    from mamba2_hf.ops.triton import conv, decode, layer_step, loss, norm
 
     _set_chip(target)
     H, P, N, K, T = 80, 64, 128, 4, 16
@@ -151,6 +152,8 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
                 *(weight, bias, per_head, per_head, per_head, norm_weight, zeros(width, inner), None),
                 *(1, True, 1e-5, 1e-5, group_size, False, *limits),
             )
+        for gradient in (False, True):
+            loss.rows(zeros(4, 50288), torch.zeros(4, dtype=torch.long), 1.0, -100, gradient)
     return [kernel._asdict() for kernel in kernels]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .cache import Mamba2Cache
+from .causal_lm import SSDForCausalLM
 from .configuration_mamba2 import Mamba2Config
 from .configuration_mamba2_hybrid import Mamba2HybridConfig, spread_layers
 from .modeling_mamba2 import (
@@ -31,6 +32,7 @@ __all__ = [
     "Mamba2HybridPreTrainedModel",
     "Mamba2Model",
     "Mamba2PreTrainedModel",
+    "SSDForCausalLM",
     "SSDPreTrainedModel",
     "spread_layers",
 ]

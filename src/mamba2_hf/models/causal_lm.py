@@ -6,13 +6,17 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
 from ..errors import ArgumentError, CacheError
-from ..layers import SequenceLayout, linear
+from ..layers import SequenceLayout, linear, plain_weight
+from ..ops import linear_cross_entropy
+from ..ops.torch.modes import transformed
 from .backbone import SSDBackbone
 from .cache import Mamba2Cache, as_mamba2_cache
 from .graphs import DecodeGraph, why_not
@@ -54,6 +58,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         labels: Tensor | None,
         logits_to_keep: int | Tensor,
         num_items_in_batch: Tensor | int | None,
+        return_logits: bool | None,
         return_dict: bool | None,
         layout: SequenceLayout,
         **inputs: Any,
@@ -61,33 +66,42 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         """The forward of every language model; ``inputs`` are for the backbone."""
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if labels is None and (cache := self._captured_cache(inputs, layout)) is not None:
-            logits = self._captured_step(inputs["input_ids"], cache, layout)
-            output = Mamba2CausalLMOutput(logits=logits, past_key_values=cache)
+            stepped = self._captured_step(inputs["input_ids"], cache, layout)
+            output = Mamba2CausalLMOutput(logits=stepped, past_key_values=cache)
             return output if return_dict else output.to_tuple()
+        some = isinstance(logits_to_keep, Tensor) or logits_to_keep != 0
+        if return_logits is False and (labels is None or some):
+            contrary = "no labels" if labels is None else "logits_to_keep"
+            raise ArgumentError(f"return_logits=False and {contrary} were given: return_logits=None leaves it open")
+        # Some of the logits with all of the labels is for the loss function to refuse.
+        without_logits = return_logits is False or (return_logits is None and self.training and not some)
         outputs = self.backbone(**inputs, return_dict=True, layout=layout)
         hidden_states = outputs.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
             hidden_states = hidden_states[:, logits_to_keep]
         elif logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]
-        logits = self._logits(hidden_states)
+        if labels is not None and layout.breaks is not None:
+            labels = labels.masked_fill(layout.breaks.to(labels.device), -100)
 
-        loss = None
-        if labels is not None:
-            if layout.breaks is not None:
-                labels = labels.masked_fill(layout.breaks.to(labels.device), -100)
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-            )
+        logits = loss = None
+        if labels is not None and without_logits:
+            loss = self._fused_loss(hidden_states, labels, num_items_in_batch)
+        if loss is None:
+            logits = self._logits(hidden_states)
+            if labels is not None:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                )
         aux_loss = self._aux_loss(outputs, layout)
         if loss is not None and aux_loss is not None:
             loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         output = Mamba2CausalLMOutput(
             loss=loss,
-            logits=logits,
+            logits=None if return_logits is False else logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -126,6 +140,28 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
 
         assert cache.graph is not None
         return cache.graph.step(run, input_ids, cache)
+
+    def _fused_loss(
+        self, hidden_states: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> Tensor | None:
+        """The loss without logits; None where the head has to be called, or the loss is one of the user's own."""
+        weight = plain_weight(self.lm_head)
+        if (
+            weight is None
+            or self.lm_head.bias is not None
+            or self.loss_function is not ForCausalLMLoss
+            or transformed()
+        ):
+            return None
+        labels = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(hidden_states.device)  # (B T,)
+        loss = linear_cross_entropy(hidden_states.flatten(0, 1), weight, labels, scale=self._logits_scale)
+        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
+
+    @property
+    def _logits_scale(self) -> float:
+        """What ``_scale_logits`` multiplies by."""
+        return 1.0
 
     def _scale_logits(self, logits: Tensor) -> Tensor:
         return logits

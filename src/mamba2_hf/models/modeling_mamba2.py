@@ -218,6 +218,7 @@ class Mamba2ForCausalLM(SSDForCausalLM, Mamba2PreTrainedModel):
         max_length_k: int | None = None,
         token_type_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool | None = None,
     ) -> tuple[Any, ...] | Mamba2CausalLMOutput:
         """:meth:`Mamba2Model.forward` and the head.
 
@@ -226,6 +227,10 @@ class Mamba2ForCausalLM(SSDForCausalLM, Mamba2PreTrainedModel):
                 from another document.
             logits_to_keep: how many of the last positions to compute logits for (0 for all), or their indices.
             num_items_in_batch: what to divide the summed loss by, in place of the number of labels.
+            return_logits: whether to return logits beside the loss. By default they are left out, ``logits`` is None,
+                where the model is in training mode and labels are given: they are then never held whole, which saves
+                most of the memory of a small model with a large vocabulary. False does so in eval mode too. A head
+                that must be called as a module (adapters, quantization, hooks) computes them all the same.
 
         The other arguments are those of :meth:`Mamba2Model.forward`.
         """
@@ -244,6 +249,7 @@ class Mamba2ForCausalLM(SSDForCausalLM, Mamba2PreTrainedModel):
             return_dict=return_dict,
             logits_to_keep=logits_to_keep,
             num_items_in_batch=num_items_in_batch,
+            return_logits=return_logits,
             layout=layout,
         )
 

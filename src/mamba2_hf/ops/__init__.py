@@ -15,6 +15,7 @@ from torch import dtype as Dtype  # `torch` is the name of a backend here
 from . import checks, dispatch
 from .checks import SSDShape
 from .dispatch import use_backend
+from .loss import product_dtype, sum_of_losses
 from .reference import ssd_attention_matrix
 from .torch.modes import needs_grad
 
@@ -22,6 +23,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "gated_rms_norm",
+    "linear_cross_entropy",
     "mamba2_inner",
     "mamba2_layer_step",
     "mamba2_step",
@@ -359,6 +361,43 @@ def mamba2_inner(
         return_final_states=return_final_states,
     )
     return (y, conv_state, ssm_state) if return_final_states else y
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> Tensor:
+    """The summed cross-entropy of ``scale * hidden @ weight.T``, whose logits are never held whole.
+
+    Exact, with its gradients: ``torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")``. Rows are
+    taken in chunks, and gradients are computed with the loss, which costs the memory of those of ``hidden`` and (in
+    fp32) ``weight``, where they are needed, until the backward. Nothing is read back to the host.
+
+    Args:
+        hidden: ``(R, d)``; bf16, fp16, fp32 or fp64. Under autocast products are taken in its dtype.
+        weight: ``(V, d)``, in the dtype of ``hidden`` except under autocast.
+        labels: ``(R,)`` integers in ``[0, V)``, or ``ignore_index``. Others raise on a CPU and give NaN on a GPU.
+        scale: multiplies the logits.
+        ignore_index: the label of rows that do not count.
+        backend: see above; serves what lies between the matrix products.
+
+    Returns:
+        ``()`` in fp32 (fp64): the sum over the rows that count. Divide by their number for the mean.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices contradict each other.
+        BackendError: the backend cannot serve the call; or a second derivative is asked for.
+    """
+    checks.check_linear_cross_entropy(hidden, weight, labels, scale)
+    dtype = product_dtype(hidden, weight)
+    choice = dispatch.choose("linear_cross_entropy", hidden.device, backend, dtype=dtype)
+    wants = (needs_grad(hidden), needs_grad(weight))
+    return sum_of_losses(hidden, weight, labels, scale, ignore_index, dtype, *wants, choice.name)
 
 
 def mamba2_step(

@@ -242,6 +242,20 @@ def check_norm(
     return size
 
 
+def check_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> None:
+    """Contract of ``linear_cross_entropy``; raises :class:`ArgumentError`."""
+    _floating("hidden", hidden)
+    _rank("hidden", hidden, 2, "(R, d)")
+    _rank("weight", weight, 2, "(V, d)")
+    _shape("weight", weight, (weight.shape[0], hidden.shape[1]), "(V, d), with the d of hidden")
+    _shape("labels", labels, (hidden.shape[0],), "(R,), one per row of hidden")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        _fail(f"labels have dtype {labels.dtype}, expected integers")
+    if not -float("inf") < scale < float("inf"):
+        _fail(f"scale is {scale}, expected a finite number")
+    _same_device(hidden.device, weight=weight, labels=labels)
+
+
 def check_step(
     zxbcdt: Tensor,
     conv_state: Tensor,

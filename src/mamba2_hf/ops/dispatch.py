@@ -29,6 +29,7 @@ OPS = (
     "causal_conv1d",
     "causal_conv1d_update",
     "gated_rms_norm",
+    "linear_cross_entropy",
     "mamba2_inner",
     "mamba2_layer_step",
     "mamba2_step",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton import conv, decode, inner, layer_step, norm, ssd
+from .triton import conv, decode, inner, layer_step, loss, norm, ssd
 from .triton.calls import NAMESPACE, autograd_parts, on_its_device, set_differentiable, set_direct
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -131,6 +131,15 @@ _register(
     _norm_backward_fake,
 )
 _differentiate("rms_norm", norm.norm_forward, norm.norm_backward, 3, 3, options=1)
+
+
+# Loss: logits become gradients in place
+
+_register(
+    "cross_entropy_rows(Tensor(a!) logits, Tensor labels, float scale, int ignore_index, bool gradient) -> Tensor",
+    loss.rows,
+    lambda logits, *rest: logits.new_empty(logits.shape[0], dtype=torch.float32),
+)
 
 
 # Scan

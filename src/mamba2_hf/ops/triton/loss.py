@@ -1,0 +1,87 @@
+"""Cross-entropy of logits that become their own gradients, in two passes over a row that stays in the L2 cache."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .calls import call
+from .launch import launch, power_of_two
+from .rows import vector_strides
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BLOCK = 4096  # logits at a time
+WARPS = 8
+
+
+@triton.jit
+def cross_entropy_kernel(logits, labels, losses, stride, scale, ignore_index,
+                         VOCAB: tl.constexpr, UNIT: tl.constexpr, GRADIENT: tl.constexpr,
+                         BLOCK: tl.constexpr):  # fmt: skip
+    """One row: the largest logit and the sum of exponentials, then the gradient over the logits."""
+    row = tl.program_id(0).to(tl.int64)
+    base = logits + row * stride * UNIT
+    label = tl.load(labels + row)
+    columns = tl.arange(0, BLOCK)
+    if label == ignore_index:
+        tl.store(losses + row, 0.0)
+        if GRADIENT:
+            for start in range(0, VOCAB, BLOCK):
+                column = start + columns
+                zeros = tl.zeros([BLOCK], base.dtype.element_ty)
+                tl.store(base + column, zeros, mask=column < VOCAB)
+    else:
+        peak = tl.full([], float("-inf"), tl.float32)
+        totals = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, VOCAB, BLOCK):
+            column = start + columns
+            x = tl.load(base + column, mask=column < VOCAB, other=float("-inf"), eviction_policy="evict_last")
+            x = x.to(tl.float32) * scale
+            higher = tl.maximum(peak, tl.max(x, 0))
+            shift = tl.where(higher == float("-inf"), 0.0, higher)  # no difference of infinities
+            totals = totals * tl.exp(peak - shift) + tl.exp(x - shift)
+            peak = higher
+        normalizer = peak + tl.log(tl.sum(totals, 0))
+        known = (label >= 0) & (label < VOCAB)
+        target = tl.load(base + label, mask=known, other=float("nan")).to(tl.float32) * scale
+        tl.store(losses + row, normalizer - target)
+        if GRADIENT:
+            tl.debug_barrier()  # the target's logit is read before any warp overwrites it
+            for start in range(0, VOCAB, BLOCK):
+                column = start + columns
+                x = tl.load(base + column, mask=column < VOCAB, other=0.0, eviction_policy="evict_first")
+                p = tl.exp(x.to(tl.float32) * scale - normalizer)
+                p = scale * tl.where(column == label, p - 1.0, p)
+                tl.store(base + column, p.to(base.dtype.element_ty), mask=column < VOCAB)
+
+
+def supports(*, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether the losses of logits in ``dtype`` can be served, and why (not)."""
+    if dtype not in DTYPES:
+        return False, f"dtype {dtype} is not bfloat16, float16 or float32"
+    return True, "the Triton loss serves it"
+
+
+def cross_entropy_rows(logits: Tensor, labels: Tensor, scale: float, ignore_index: int, gradient: bool) -> Tensor:
+    """See :func:`mamba2_hf.ops.torch.loss.cross_entropy_rows`. A label that is no index gives NaN."""
+    return call("cross_entropy_rows", logits, labels, float(scale), ignore_index, gradient)
+
+
+def rows(logits: Tensor, labels: Tensor, scale: float, ignore_index: int, gradient: bool) -> Tensor:
+    """Launches the kernel."""
+    count, vocab = logits.shape
+    losses = torch.empty(count, dtype=torch.float32, device=logits.device)
+    unit, (stride,) = vector_strides(logits)
+    launch(
+        cross_entropy_kernel,
+        (count,),
+        *(logits, labels.contiguous(), losses, stride, scale, ignore_index),
+        VOCAB=vocab,
+        UNIT=unit,
+        GRADIENT=gradient,
+        BLOCK=min(BLOCK, power_of_two(vocab)),
+        num_warps=WARPS,
+    )
+    return losses
