@@ -56,8 +56,8 @@ def generate(
             "--model",
             "-m",
             metavar="PATH",
-            help="A local directory, a Hub id, or a model inside the package: mamba2 (the default) or hybrid, both tiny and "
-            "for Python.",
+            help="A local directory, a Hub id, or the name of a tiny Python model inside the package: mamba2 (the "
+            "default) or hybrid.",
             rich_help_panel=WHAT,
         ),
     ] = None,
