@@ -375,12 +375,12 @@ class Reads(ast.NodeVisitor):
         self.plain = outer
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        (target,) = node.targets
-        names = target.elts if isinstance(target, ast.Tuple) else [target]
-        values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
-        for name, value in zip(names, values, strict=False):
-            if isinstance(value, ast.Call) and ast.unparse(value.func) == "plain_weight":
-                self.plain.add(ast.unparse(name))
+        for target in node.targets:
+            names = target.elts if isinstance(target, ast.Tuple) else [target]
+            values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+            for name, value in zip(names, values, strict=False):
+                if isinstance(value, ast.Call) and ast.unparse(value.func) == "plain_weight":
+                    self.plain.add(ast.unparse(name))
         self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> None:
