@@ -43,7 +43,7 @@ OURS, STOCK = "mamba2_hf", "transformers"
 CHECKPOINTING = ", checkpointing"
 SIZES: dict[str, dict[str, Any]] = {
     "130M": {"hidden_size": 768, "num_hidden_layers": 24, "num_heads": 24},
-    "780M": {"hidden_size": 1536, "num_hidden_layers": 36, "num_heads": 48},
+    "780M": {"hidden_size": 1536, "num_hidden_layers": 48, "num_heads": 48},
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2, "state_size": 16, "vocab_size": 512},
 }
 SHARED = {"vocab_size": 50288, "state_size": 128, "head_dim": 64, "n_groups": 1, "tie_word_embeddings": True}

@@ -9,6 +9,7 @@ from typing import Any
 import layouts
 import pytest
 from huggingface_hub import ModelCard
+from hybrid_families import CASES, stock
 from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
@@ -74,6 +75,18 @@ class TestConvert:
             assert message in result.stderr
         assert not (tmp_path / "new").exists()
         assert run("convert", source, tmp_path / "out", "--overwrite").exit_code == 0
+
+    def test_a_hybrid_there_and_back_and_what_stands_in_the_way(self, tmp_path: Path) -> None:
+        stock(CASES["bamba"]).save_pretrained(tmp_path / "theirs")
+        result = run("convert", tmp_path / "theirs", tmp_path / "ours")
+        assert result.exit_code == 0, result.output
+        assert "bamba to mamba2_hybrid: " in result.stderr
+        assert run("convert", tmp_path / "ours", tmp_path / "back", "--to", "bamba").exit_code == 0
+        assert run("verify", tmp_path / "theirs", tmp_path / "back").stdout == "0\n"
+        refused = run("convert", tmp_path / "ours", tmp_path / "other", "--to", "nemotron_h")
+        assert refused.exit_code == 1
+        assert "layer_blocks[0] is 'ssd mlp': a layer of nemotron_h is one of" in refused.stderr
+        assert not (tmp_path / "other").exists()
 
     def test_a_wrong_call_exits_with_2(self, source: Path, tmp_path: Path) -> None:
         for arguments in (

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,10 @@ import pytest
 import torch
 import train_tiny
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
-from mamba2_hf import Mamba2ForCausalLM
+from mamba2_hf import Mamba2ForCausalLM, Mamba2HybridForCausalLM
 
 SCRIPT = Path(train_tiny.__file__)
 END = 0
@@ -51,9 +52,18 @@ def trained(data: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model() -> Mamba2ForCausalLM:
+def others(data: Path) -> list[Path]:
+    """Folders of a hybrid and a Transformer, trained for two steps."""
+    for kind in ("hybrid", "attention"):
+        options = ("--steps", 2, "--data", data, "--out", data.parent / kind, "--device", "cpu")
+        assert invoke("train", "--kind", kind, "--tiny", *options).startswith("0 ")
+    return [data.parent / "hybrid", data.parent / "attention"]
+
+
+@pytest.fixture(scope="module", params=train_tiny.NAMES)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     torch.manual_seed(0)
-    recipe = train_tiny.Recipe(hidden_size=16, layers=2, state_size=8, head_dim=8)
+    recipe = train_tiny.Recipe(request.param, hidden_size=16, layers=2, state_size=8, head_dim=8, intermediate_size=24)
     tokenizer = train_tiny.corpus.train_tokenizer(iter(["text"]), 258)
     return train_tiny.new_model(recipe, tokenizer).eval()
 
@@ -119,7 +129,7 @@ def test_too_few_tokens_for_a_batch_are_refused() -> None:
 # --- loss ---
 
 
-def test_documents_in_one_window_do_not_see_each_other(model: Mamba2ForCausalLM) -> None:
+def test_documents_in_one_window_do_not_see_each_other(model: PreTrainedModel) -> None:
     stream = torch.from_numpy(streams(9, 14, 5).astype(np.int64))
     with torch.no_grad():
         packed = train_tiny.token_losses(model, stream[None], END)[0]
@@ -131,7 +141,7 @@ def test_documents_in_one_window_do_not_see_each_other(model: Mamba2ForCausalLM)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_held_out_loss_is_the_documents_own_loss(model: Mamba2ForCausalLM, batch: int) -> None:
+def test_held_out_loss_is_the_documents_own_loss(model: PreTrainedModel, batch: int) -> None:
     stream = streams(9, 30, 5, 1, 17)
     with torch.no_grad():
         expected = sum(
@@ -143,6 +153,52 @@ def test_held_out_loss_is_the_documents_own_loss(model: Mamba2ForCausalLM, batch
     short = train_tiny.held_out_loss(model, stream, END, 8, batch)
     assert math.isclose(short, expected, rel_tol=0.02)
     assert short != expected
+
+
+# --- kinds ---
+
+
+def test_kinds_have_the_same_number_of_parameters() -> None:
+    tokenizer = train_tiny.corpus.train_tokenizer(iter(["text"]), 258)
+    with torch.device("meta"):
+        counts = [train_tiny.new_model(recipe, tokenizer).num_parameters() for recipe in train_tiny.RECIPES.values()]
+    assert max(counts) < 1.002 * min(counts)
+
+
+def test_a_hybrid_is_mostly_ssd_and_attention_alone_has_none() -> None:
+    tokenizer = train_tiny.corpus.train_tokenizer(iter(["text"]), 258)
+    kinds = {
+        kind: train_tiny.new_model(train_tiny.RECIPES[kind], tokenizer).config.layer_blocks
+        for kind in ("hybrid", "attention")
+    }
+    assert sorted(kinds["hybrid"]) == ["attention mlp", *["ssd"] * 5]
+    assert kinds["hybrid"][0] == kinds["hybrid"][-1] == "ssd"
+    assert set(kinds["attention"]) == {"attention mlp"}
+
+
+def test_cards_show_the_losses_of_all_kinds(trained: Path, others: list[Path], data: Path) -> None:
+    hybrid, attention = others
+    compare = ("--compare", trained, "--compare", attention)
+    assert invoke("evaluate", "--data", data, "--out", hybrid, "--device", "cpu", *compare).startswith("0 ")
+    card = (hybrid / "README.md").read_text()
+    for folder, name in ((trained, "Mamba-2"), (hybrid, "**hybrid** (this one)"), (attention, "attention")):
+        metrics = json.loads((folder / "metrics.json").read_text())
+        row = next(line for line in card.splitlines() if line.startswith(f"| {name} |"))
+        assert f"| {metrics['nats_per_token']:.3f} | {metrics['bits_per_byte']:.3f} |" in row
+    assert "# mamba2-hybrid-tiny-python" in card
+    assert "train --kind hybrid" in card
+    assert "$" not in re.sub(r"```.*?```", "", card, flags=re.DOTALL)
+    assert type(AutoModelForCausalLM.from_pretrained(hybrid)) is Mamba2HybridForCausalLM
+
+
+def test_a_loss_on_other_files_is_not_compared(trained: Path, others: list[Path], data: Path, tmp_path: Path) -> None:
+    for folder, message in ((data, "train that model first"), (tmp_path / "other", "trained on other files")):
+        if folder != data:
+            shutil.copytree(others[1], folder)
+            (folder / "manifest.tsv").write_text("another\n")
+        printed = invoke("evaluate", "--data", data, "--out", trained, "--compare", folder)
+        assert printed.startswith("2 ")
+        assert message in re.sub(r"[\s│]+", " ", printed)
 
 
 # --- schedule ---

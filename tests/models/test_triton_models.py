@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hybrids import make_hybrid
 from torch import Tensor
 
 from mamba2_hf.ops import dispatch, use_backend
@@ -86,6 +87,29 @@ def test_generation_steps_through_the_cache(tiny_model: Callable[..., Any], toke
     for expected, actual in zip(*on_both(run), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert set(served) == {"gated_rms_norm", "mamba2_inner", "mamba2_step"}
+
+
+@pytest.mark.parametrize("name", ["plain", "parallel", "sigmoid", "shared"])
+def test_hybrids(name: str, tokens: Tensor, served: list[str]) -> None:
+    """Padded and packed, then a step through the cache; the mixers' variants of gate, norm and multipliers included."""
+    model = make_hybrid(name, ssm_num_heads=4, ssm_head_dim=16, ssm_state_size=16).to(DEVICE)
+    inputs = {
+        "attention_mask": (torch.arange(13) >= torch.tensor([[4], [0]])).long().to(DEVICE),
+        "seq_idx": torch.arange(13).div(5, rounding_mode="floor").expand(2, 13).to(DEVICE),
+    }
+
+    def run() -> tuple[Tensor, ...]:
+        loss = model(tokens, labels=tokens, use_cache=False, **inputs).loss
+        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        with torch.no_grad():
+            out = model(tokens, **inputs)
+            step = model(tokens[:, :1], past_key_values=out.past_key_values).logits
+        return loss, step, *(gradient for gradient in gradients if gradient is not None)
+
+    for expected, actual in zip(*on_both(run), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    alone = {"causal_conv1d", "ssd_chunk_scan", "ssd_state_update"}  # without a norm the mixer is no single op
+    assert set(served) >= (alone if name == "parallel" else {"mamba2_inner", "mamba2_step"})
 
 
 @pytest.mark.slow

@@ -38,6 +38,8 @@ GENERATE_EXAMPLES = r"""[bold]Examples[/bold]
 
 [cyan]mamba2-hf generate "class Stack:" --temperature 0 -n 80[/cyan]
 
+[cyan]mamba2-hf generate "class Stack:" --model hybrid[/cyan]
+
 [cyan]head -n 20 module.py | mamba2-hf generate - --no-echo > rest.py[/cyan]
 
 [cyan]mamba2-hf generate "Once upon a time" --model ./my-mamba2 --device cuda[/cyan]
@@ -54,7 +56,8 @@ def generate(
             "--model",
             "-m",
             metavar="PATH",
-            help="A local directory or a Hub id. Without it: the tiny Python model inside the package.",
+            help="A local directory, a Hub id, or the name of a tiny Python model inside the package: mamba2 (the "
+            "default) or hybrid.",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -254,6 +257,8 @@ def _load(model: str | None, device: torch.device, dtype: DType) -> tuple[PreTra
     from .. import pretrained
 
     path = str(pretrained.shipped_model_path()) if model is None else str(Path(model).expanduser())
+    if model in pretrained.SHIPPED and not Path(path).exists():
+        path = str(pretrained.shipped_model_path(model))
     if model is None or Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
             fail(f"no config.json in {path}; give a directory that a model was saved to, or a Hub id")

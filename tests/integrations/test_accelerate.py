@@ -1,0 +1,108 @@
+"""``accelerate launch`` with two processes on the CPU, in bf16: FSDP2 as accelerate sets it up, and plain data parallel.
+
+The processes run ``accelerate_worker.py``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from mamba2_hf import Mamba2ForCausalLM
+
+WORKER = Path(__file__).with_name("accelerate_worker.py")
+FSDP2 = (
+    *("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
+    *("--fsdp_state_dict_type", "FULL_STATE_DICT"),
+)
+# Where only one process has the weights, accelerate hands on parameters and no buffers, which some routers have.
+FROM_EVERY_PROCESS = ("--fsdp_cpu_ram_efficient_loading", "false")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed"),
+]
+
+
+def launch(repository: Path, options: tuple[str, ...], *arguments: object) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folders = [repository / "src", WORKER.parent, repository / "examples"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--num_processes", "2", "--num_machines", "1", "--main_process_port", str(port)),
+            *("--mixed_precision", "bf16", "--dynamo_backend", "no", *options),
+            *(str(WORKER), *map(str, arguments)),
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize(("model", "more"), [("pure", ()), ("hybrid", FROM_EVERY_PROCESS)])
+def test_fsdp2_trains_as_one_process_does(model: str, more: tuple[str, ...], repository: Path, tmp_path: Path) -> None:
+    launch(repository, (*FSDP2, *more), tmp_path, "fsdp", model)
+    found = check(tmp_path)
+    for process in found:
+        assert process["kind"].endswith(".FSDP")
+        assert process["sharded"]
+        for name, dtype in process["dtypes"].items():
+            assert dtype == ("torch.float32" if name in process["fp32"] else "torch.bfloat16"), name
+
+
+def test_data_parallel_trains_as_one_process_does(repository: Path, tmp_path: Path) -> None:
+    """What accelerate makes of it on a CPU: autocast over fp32 weights."""
+    launch(repository, FSDP2, tmp_path, "ddp", "pure")
+    for process in check(tmp_path):
+        assert process["kind"].endswith(".MULTI_CPU")
+        assert set(process["dtypes"].values()) == {"torch.float32"}
+
+
+def check(folder: Path) -> list[dict[str, Any]]:
+    """Losses, step by step and in the end, and what holds for either kind."""
+    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    for process in found:
+        assert process["curve"] == pytest.approx(process["expected"], rel=0.01)
+        assert process["fp32"] == ["A_log", "D", "dt_bias"]
+        assert process["masters"] == ["torch.float32"]
+    # The gathered weights are those that were trained.
+    assert found[0]["final"] < 0.95 * found[0]["curve"][-1]
+    return found
+
+
+def test_the_pretraining_example_shards_and_goes_on(repository: Path, tmp_path: Path) -> None:
+    def run(out: Path, *more: str) -> list[float]:
+        sizes = ("--preset", "tiny", "--steps", 4, "--batch", 2, "--length", 64)
+        launch(repository, FSDP2, tmp_path, "fsdp", "pretrain", *sizes, "--out", out, *more)
+        with (out / "loss.csv").open(newline="") as file:
+            return [float(row["held_out"]) for row in csv.DictReader(file) if row["held_out"]]
+
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    losses = run(whole)
+    assert losses[-1] < losses[0]
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    assert run(resumed, "--resume") == pytest.approx(losses, rel=1e-4)
+    loaded, other = (Mamba2ForCausalLM.from_pretrained(out / "model") for out in (whole, resumed))
+    for (name, one), another in zip(loaded.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, another, atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+    saved = load_file(whole / "model" / "model.safetensors")
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, saved[name]), name
