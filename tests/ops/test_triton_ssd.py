@@ -223,7 +223,8 @@ def test_documents_and_segments_on_a_gpu(monkeypatch: pytest.MonkeyPatch, segmen
         monkeypatch.setattr(configs, "SEGMENT", 128)
         monkeypatch.setattr(configs, "CUT_COST", 0)
     ids = torch.tensor([[0] * 20 + [1] * 12 + [0] * 65 + [7] * 603, [3] * 700, list(range(100)) + [5] * 600])
-    compare(make(B=3, T=700, P=64, N=128, H=4, G=2, dtype=torch.bfloat16), torch.bfloat16, seq_idx=ids)
+    # Eight heads: dA has one number a head, a sum that may cancel, and of four of them one may be all that counts.
+    compare(make(B=3, T=700, P=64, N=128, H=8, G=2, dtype=torch.bfloat16), torch.bfloat16, seq_idx=ids)
     compare(make(B=1, T=3000, P=64, N=128, H=3, G=1, dtype=torch.bfloat16), torch.bfloat16)
 
 

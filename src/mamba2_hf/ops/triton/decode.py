@@ -11,13 +11,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..checks import SSDShape
 from .calls import call
 from .conv import DTYPES, MAX_TAPS, conv_forward, convolve, documents, load_taps
 from .conv import supports as supports_conv
 from .launch import cdiv, launch, power_of_two
+from .overlap import follow, overlap
 from .prep import clamp, softplus
 from .rows import channels_last
 
@@ -29,16 +29,6 @@ WIDE, NARROW = (64, 2), (16, 2)  # channels of a head and warps per program: to 
 WIDE_BLOCK, NARROW_BLOCK = (64, 8), (16, 4)  # for several tokens, which keep the taps in registers, too
 FEW_ROWS = 8  # batch up to which programs are narrow
 FINISH_BLOCK = 1024  # channels of a program of the fused step's second launch
-
-
-@triton.jit
-def follow(OVERLAP: tl.constexpr):
-    """Waits for the kernel before this one; what precedes runs beside it. Only then may the next kernel start, so that
-    whatever it does before its own wait, all but this one are over.
-    """
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit
@@ -239,9 +229,10 @@ def _shift(pid, u, conv, T, width, C, su_b, su_t, sc_b, sc_c, sc_l, L: tl.conste
 def finish_kernel(raw, squares, u, weight, y, conv, T, width, parts, eps, C, scales,
                   su_b, su_t, sc_b, sc_c, sc_l,
                   SIZE: tl.constexpr, GATE: tl.constexpr, PARTS: tl.constexpr, L: tl.constexpr,
-                  BLOCK: tl.constexpr):  # fmt: skip
+                  BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """What waits for all of ``step_kernel``: the first ``scales`` programs norm, the others move the conv state on."""
     pid = tl.program_id(0)
+    follow(OVERLAP)
     if pid < scales:
         if squares is not None:
             _scale(pid, raw, squares, u, weight, y, T, width, parts, eps, su_b, su_t, SIZE, GATE, PARTS, BLOCK)
@@ -431,7 +422,6 @@ def mixer_step(
         *(_dense(D), None, raw, squares, low, high, heads, tokens, conv_state.shape[2]),
         *(*u.stride()[:2], *conv_state.stride(), *ssm_state.stride()),
         LOG_RATES=log_rates,
-        OVERLAP=False,
         SILU=silu,
         D_RANK=0 if D is None else D.dim(),
         GATE=norm_weight is None or not norm_before_gate,
@@ -442,6 +432,7 @@ def mixer_step(
         BP=bp,
         BN=power_of_two(N),
         num_warps=warps,
+        **overlap(),
     )
     scales = 0 if squares is None else batch * tokens * (width // group_size) * cdiv(group_size, FINISH_BLOCK)
     parts = group_size // P * blocks
@@ -455,6 +446,7 @@ def mixer_step(
         PARTS=power_of_two(parts),
         L=conv_state.shape[2],
         BLOCK=FINISH_BLOCK,
+        **overlap(),
     )
     return y
 

@@ -4,8 +4,7 @@ With one row a layer is a matter of reading its weights once. Three launches do 
 row, so it may be multiplied to the sums of a projection whose inputs it belongs to. Every program of a projection sums
 the squares that it needs itself; nobody waits for a norm.
 
-From Hopper on the launches overlap: a kernel starts while the one before it ends, and reads what that one does not
-write, its weights above all, before it waits for it (``follow``).
+The launches overlap (``overlap.py``): before it waits for the one before, a kernel reads its weights.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import SSDShape
-from . import configs
 from .calls import call
 from .conv import MAX_TAPS
-from .decode import _dense, _shift, _silu, _tile, follow, step_kernel, supports_update
+from .decode import _dense, _shift, _silu, _tile, step_kernel, supports_update
 from .launch import cdiv, launch, power_of_two
+from .overlap import follow, overlap
 from .rows import channels_last
 
-ENTER, LEAVE = (4, 4), (4, 4)  # outputs and warps of a program of a projection
+OUTPUTS = 4  # of a program of a projection
 PER_THREAD = 8  # neighboring weights of an output that a thread reads: 16 bytes
 MOST_WEIGHTS = 160  # that a thread keeps
 SHIFT_BLOCK = 1024  # channels of a program that moves the convolution's state
@@ -195,11 +194,9 @@ def layer_step(
     channels, taps = conv_weight.shape
     width, entering = heads * P, in_weight.shape[0]
     stream = channels_last(stream)
-    chip = configs.current_chip()
-    overlap = chip.has_tma and not chip.interpreted
-    options = {"OVERLAP": overlap} | ({"launch_pdl": True} if overlap else {})
+    options = overlap()
     u = torch.empty(1, 1, entering, dtype=in_weight.dtype, device=stream.device)
-    outputs, inputs, warps = _projection(size, *ENTER)
+    outputs, inputs, warps = _projection(size)
     launch(
         enter_kernel,
         (cdiv(entering, outputs),),
@@ -236,7 +233,7 @@ def layer_step(
     )
 
     y = torch.empty(1, 1, size, dtype=stream.dtype, device=stream.device)
-    outputs, inputs, warps = _projection(width, *LEAVE)
+    outputs, inputs, warps = _projection(width)
     programs, parts = cdiv(size, outputs), group_size // P * blocks
     launch(
         leave_kernel,
@@ -258,14 +255,12 @@ def layer_step(
     return y
 
 
-def _projection(inputs: int, most_outputs: int, warps: int) -> tuple[int, int, int]:
+def _projection(inputs: int) -> tuple[int, int, int]:
     """Outputs of a program of a projection, inputs at a time, and warps.
 
     The threads lie side by side along the inputs, so that what a thread reads of these serves all of its outputs.
     """
+    warps = 2 if inputs < 2048 else 4
     tile = PER_THREAD * 32 * warps
-    steps = cdiv(inputs, tile)
-    outputs = most_outputs
-    while outputs > 1 and outputs * steps * PER_THREAD > MOST_WEIGHTS:
-        outputs //= 2
-    return outputs, tile, warps
+    kept = cdiv(inputs, tile) * PER_THREAD
+    return max(1, min(OUTPUTS, power_of_two(MOST_WEIGHTS // kept + 1) // 2)), tile, warps
