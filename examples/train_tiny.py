@@ -534,14 +534,19 @@ def evaluate(
         list[Path] | None, typer.Option(help="Folder of another trained model, for the card; as often as you like.")
     ] = None,
     device: DeviceOption = "auto",
+    card_only: Annotated[
+        bool, typer.Option("--card-only", help="Measure nothing: a new card from what was measured before.")
+    ] = False,
 ) -> None:
     """Measure a trained model on the test files, as it loads from its folder, and write its card."""
-    measure(data, out, device, compare or [])
+    if card_only:
+        write_card(data, out, compare or [])
+    else:
+        measure(data, out, device, compare or [])
 
 
 def measure(data: Path, out: Path, device: str, compare: Sequence[Path] = ()) -> None:
     summary, baselines, run = (json.loads(p.read_text()) for p in _records(data, out))
-    others = [rival(folder, summary) for folder in compare]
     tokenizer = AutoTokenizer.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(out).to(_device(device)).eval()
     recipe, test = run["recipe"], summary["splits"]["test"]
@@ -556,13 +561,22 @@ def measure(data: Path, out: Path, device: str, compare: Sequence[Path] = ()) ->
     }
     _write_json(out / "metrics.json", metrics)
     shutil.copy(data / "manifest.tsv", out)
-    (out / "README.md").write_text(card(model, summary, run, metrics, others), encoding="utf-8")
+    write_card(data, out, compare)
     console.print(
         f"test files: {metrics['nats_per_token']:.3f} nats per token, {metrics['bits_per_byte']:.3f} bits per byte"
     )
     worse = [name for name in ("ngram", "xz") if metrics["bits_per_byte"] >= baselines[name]]
     if worse:
         console.print(f"[yellow]the model does not beat {' and '.join(worse)} yet: train longer")
+
+
+def write_card(data: Path, out: Path, compare: Sequence[Path]) -> None:
+    summary, run, metrics = (
+        json.loads(path.read_text()) for path in (data / "corpus.json", out / "run.json", out / "metrics.json")
+    )
+    others = [rival(folder, summary) for folder in compare]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    (out / "README.md").write_text(card(model, summary, run, metrics, others), encoding="utf-8")
 
 
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
@@ -600,7 +614,10 @@ def comparison(mine: list[str], others: list[list[str]]) -> str:
     rows = [["", "parameters", "tokens seen", "nats per token", "bits per byte"], ["---"] * 5]
     rows += sorted([[f"**{mine[0]}** (this one)", *mine[1:]], *others], key=lambda row: float(row[3]))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"Models of other kinds, with the same tokenizer, files, order and number of tokens:\n\n{table}\n\n"
+    return (
+        "Models of other kinds, with the same tokenizer, files, order and number of tokens, by the same script "
+        "(`--kind`). One run\nof each: what another seed would change was not measured.\n\n" + table + "\n\n"
+    )
 
 
 def card(model: PreTrainedModel, summary: dict, run: dict, metrics: dict, others: list[list[str]]) -> str:
@@ -653,7 +670,7 @@ def card(model: PreTrainedModel, summary: dict, run: dict, metrics: dict, others
 
 
 _SHIPS = (
-    "It ships inside the package `mamba2-hf` so that everything there has a real model to run with; it is a "
+    "It ships inside the package `mamba2-hf` so that everything there has a real model to\nrun with; it is a "
     "demonstration, not an assistant."
 )
 _FORMAT = "bf16 weights with `A_log`, `D` and `dt_bias` in fp32. On disk it is the `{}` format of {}."

@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 from mamba2_hf.cli import app
 from mamba2_hf.cli.generate import _Printer
+from mamba2_hf.pretrained import shipped_model_path
 
 PROMPT = "def read_json(path):"
 
@@ -194,6 +195,19 @@ class TestShippedModel:
     def test_it_says_nothing_but_the_status(self, shipped):
         assert len(shipped.stderr.splitlines()) == 1, shipped.stderr
         assert " tokens in " in shipped.stderr
+
+
+class TestShippedByName:
+    def test_a_short_name_finds_it(self):
+        result = run("generate", PROMPT, "--model", "hybrid", "-n", "24", "-t", "0")
+        assert result.exit_code == 0, result.output
+        assert result.stdout == PROMPT + continuation(shipped_model_path("hybrid"), 24) + "\n"
+
+    def test_a_directory_of_that_name_comes_first(self, checkpoint, tmp_path, monkeypatch):
+        shutil.copytree(checkpoint, tmp_path / "hybrid")
+        monkeypatch.chdir(tmp_path)
+        result = run("generate", PROMPT, "--model", "hybrid", "-n", "4", "-t", "0")
+        assert result.stdout == PROMPT + continuation(checkpoint, 4) + "\n"
 
 
 class TestPrinter:

@@ -8,45 +8,70 @@ import lzma
 import math
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import mamba2_hf
-from mamba2_hf import Mamba2ForCausalLM
-from mamba2_hf.pretrained import shipped_model_path
+from mamba2_hf import Mamba2ForCausalLM, Mamba2HybridForCausalLM
+from mamba2_hf.pretrained import SHIPPED, shipped_model_path
+
+
+@pytest.fixture(scope="module", params=SHIPPED)
+def folder(request: pytest.FixtureRequest) -> Path:
+    return shipped_model_path(request.param)
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(shipped_model_path())
+def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
-def model() -> Mamba2ForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(shipped_model_path(), dtype=torch.float32).eval()
+def model(folder: Path) -> Mamba2ForCausalLM | Mamba2HybridForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def manifest() -> list[dict[str, str]]:
-    return list(csv.DictReader((shipped_model_path() / "manifest.tsv").read_text().splitlines(), delimiter="\t"))
+def manifest(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "manifest.tsv").read_text().splitlines(), delimiter="\t"))
 
 
-def test_one_call_gives_a_folder_that_the_auto_classes_load() -> None:
-    model = AutoModelForCausalLM.from_pretrained(shipped_model_path())
-    assert type(model) is Mamba2ForCausalLM
+@pytest.mark.parametrize(("name", "cls"), [("mamba2", Mamba2ForCausalLM), ("hybrid", Mamba2HybridForCausalLM)])
+def test_one_call_gives_a_folder_that_the_auto_classes_load(name: str, cls: type) -> None:
+    model = AutoModelForCausalLM.from_pretrained(shipped_model_path(name))
+    assert type(model) is cls
     assert model.lm_head.weight is model.backbone.embeddings.weight
+    assert shipped_model_path(SHIPPED[name]) == shipped_model_path(name)
+
+
+def test_the_default_is_the_pure_one_and_the_hybrid_has_attention_in_one_layer() -> None:
+    assert shipped_model_path() == shipped_model_path("mamba2")
+    config = AutoConfig.from_pretrained(shipped_model_path("hybrid"))
+    assert config.mixer_kinds.count("attention") == 1
+    assert config.mixer_kinds.count("ssd") == 5
 
 
 def test_another_name_is_refused_with_those_that_ship() -> None:
-    with pytest.raises(ValueError, match=r"no model named 'mamba2-huge'.*mamba2-tiny-python"):
+    with pytest.raises(
+        ValueError, match=r"no model named .mamba2-huge.*mamba2-tiny-python.*hybrid-tiny-python"
+    ):
         shipped_model_path("mamba2-huge")
 
 
-def test_weights_are_small_and_in_bf16_but_for_the_recurrence() -> None:
-    path = shipped_model_path() / "model.safetensors"
+def test_both_saw_the_same_files_as_the_same_tokens() -> None:
+    for name in ("manifest.tsv", "tokenizer.json", "tokenizer_config.json"):
+        assert len({(shipped_model_path(model) / name).read_bytes() for model in SHIPPED}) == 1
+    runs = [json.loads((shipped_model_path(model) / "run.json").read_text()) for model in SHIPPED]
+    assert runs[0]["tokens"] == runs[1]["tokens"]
+    assert all(runs[0]["recipe"][name] == runs[1]["recipe"][name] for name in ("window", "batch", "steps", "seed"))
+
+
+def test_weights_are_small_and_in_bf16_but_for_the_recurrence(folder: Path) -> None:
+    path = folder / "model.safetensors"
     assert path.stat().st_size <= 8_000_000
     for name, tensor in load_file(path).items():
         kept = name.rpartition(".")[2] in ("A_log", "D", "dt_bias")
@@ -62,15 +87,14 @@ def test_tokenizer_gives_back_source_exactly(tokenizer: PreTrainedTokenizerBase)
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_special_tokens_agree(tokenizer: PreTrainedTokenizerBase, model: Mamba2ForCausalLM) -> None:
+def test_special_tokens_agree(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
     for owner in (model.config, model.generation_config):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             assert getattr(owner, name) == getattr(tokenizer, name)
     assert len(tokenizer) == model.config.vocab_size
 
 
-def test_card_states_what_was_measured_and_it_beats_the_baselines() -> None:
-    folder = shipped_model_path()
+def test_card_states_what_was_measured_and_it_beats_the_baselines(folder: Path) -> None:
     card, metrics = (folder / "README.md").read_text(), json.loads((folder / "metrics.json").read_text())
     baselines = metrics["baselines"]
     assert metrics["bits_per_byte"] < min(baselines["ngram"], baselines["xz"])
@@ -78,15 +102,21 @@ def test_card_states_what_was_measured_and_it_beats_the_baselines() -> None:
         assert f"| {bits:.3f} |" in card
     assert hashlib.sha256((folder / "manifest.tsv").read_bytes()).hexdigest() in card
     assert (folder / "loss.png").exists()
+    rows = [line for line in card.splitlines() if line.count("|") == 6 and "million" in line]
+    side_by_side = {line.split()[1].strip("*"): line for line in rows}
+    assert side_by_side.keys() == {"Mamba-2", "hybrid", "attention"}
+    for model, kind in (("mamba2", "Mamba-2"), ("hybrid", "hybrid")):
+        measured = json.loads((shipped_model_path(model) / "metrics.json").read_text())
+        assert f"| {measured['nats_per_token']:.3f} | {measured['bits_per_byte']:.3f} |" in side_by_side[kind]
     assert "psf-2.0" in card
 
 
 def test_compresses_held_out_source_as_the_card_says(
-    tokenizer: PreTrainedTokenizerBase, model: Mamba2ForCausalLM
+    folder: Path, tokenizer: PreTrainedTokenizerBase, model: Any
 ) -> None:
     """On held-out modules of the running Python, whichever version that is."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    held_out = {row["path"] for row in manifest() if row["split"] == "test"}
+    held_out = {row["path"] for row in manifest(folder) if row["split"] == "test"}
     texts = [(library / name).read_text(encoding="utf-8") for name in ("sched.py", "copyreg.py") if name in held_out]
     assert texts
     bits = 0.0
@@ -96,12 +126,12 @@ def test_compresses_held_out_source_as_the_card_says(
             logits = model(ids[:, :-1]).logits[0]
         bits += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item() / math.log(2)
     data = "".join(texts).encode()
-    metrics = json.loads((shipped_model_path() / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
     assert bits / len(data) < metrics["baselines"]["xz"]
     assert bits < 8 * len(lzma.compress(data, preset=9))
 
 
-def test_most_continuations_are_code_that_parses(tokenizer: PreTrainedTokenizerBase, model: Mamba2ForCausalLM) -> None:
+def test_most_continuations_are_code_that_parses(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
     """As `generate` samples by default; the last lines may be cut off inside a string or a bracket."""
     torch.manual_seed(0)
     ids = tokenizer("class Stack:\n    def __init__(self", return_tensors="pt")
