@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -160,3 +161,9 @@ class TestFineTuning:
         result = self.run(tmp_path / "out", "--text", jsonl, "--qlora")
         assert result.exit_code == 2
         assert "GPU" in result.output
+
+    @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="has bitsandbytes")
+    def test_four_bits_without_bitsandbytes_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.raises(typer.BadParameter, match="pip install bitsandbytes"):
+            finetune_lora.load("", qlora=True)

@@ -194,6 +194,11 @@ class TestAutograd:
                 torch.testing.assert_close(a, b)
         assert len(graphs) == 1
 
+    def test_the_op_is_what_pytorch_takes_it_for(self) -> None:
+        given = leaves(*draw()[:2], dtype=torch.float32)
+        arguments = (*given, draw()[2].to(DEVICE), 0.5, -100, torch.float32, True, True, "torch")
+        torch.library.opcheck(torch.ops.mamba2_hf.linear_cross_entropy.default, arguments)
+
 
 class TestMemory:
     def test_no_tensor_is_larger_than_a_chunk_of_logits_or_an_input(self) -> None:

@@ -18,7 +18,7 @@ from . import dispatch
 from .reference import compute_dtype
 from .torch.modes import without_autocast
 
-CHUNK_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 23}  # logits of a chunk, at most: products that fill a GPU, or a cache
+CHUNK_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 25}  # logits of a chunk, at most, for large products
 _ALIGNED = 16  # elements: rows of logits start at multiples of it
 
 

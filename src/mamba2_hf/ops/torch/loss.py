@@ -29,8 +29,11 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor, scale: float, ignore_inde
     total = x.logsumexp(1, keepdim=True)
     losses = torch.where(counts, (total - x.gather(1, target))[:, 0], 0.0)
     if gradient:
-        p = torch.sub(x, total, out=None if x is logits else x).exp_()
-        p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
-        # Not a product with 0: what overflowed in a row that does not count is not its gradient.
-        logits.copy_(torch.where(counts[:, None], p.mul_(scale), 0.0))
+        x.sub_(total).exp_().scatter_add_(1, target, x.new_full((), -1.0).expand_as(target))
+        if scale != 1.0:
+            x.mul_(scale)
+        # Filled, not multiplied by zero: what overflowed in a row that does not count is not its gradient.
+        x.masked_fill_(~counts[:, None], 0.0)
+        if x is not logits:
+            logits.copy_(x)
     return losses
