@@ -117,6 +117,44 @@ class KeyValueState:
         self.keys = keys.new_zeros(*keys.shape[:2], length, keys.shape[3])
         self.values = values.new_zeros(*values.shape[:2], length, values.shape[3])
 
+    def own_keys(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``(B, H, S, D)``, each row's own at the right end: as many as the longest of ``lengths (B,)``
+        or, if there is a window, as it leaves of them.
+        """
+        assert self.keys is not None
+        assert self.values is not None
+        width = int(lengths.max())
+        if self.capacity is not None and self.limit is None:
+            columns = torch.arange(width, device=self.keys.device)[None]
+            index = (columns + lengths.to(self.keys.device)[:, None] - width).clamp(min=0)
+            return _keep(self.keys, width, index), _keep(self.values, width, index)
+        width = width if self.limit is None else min(width, self.limit)
+        return _keep(self.keys, width, None), _keep(self.values, width, None)
+
+    def restore(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
+        """Takes what :meth:`own_keys` gave, in whatever kind of buffers this state has."""
+        if self.capacity is None:
+            self.keys, self.values = keys.clone(), values.clone()
+        else:
+            self.allocate(keys, values)
+            self.write_rows(slice(None), keys, values, lengths)
+        self.started = True
+
+    def write_rows(self, rows: slice, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
+        """Writes what :meth:`own_keys` gave into ``rows`` of buffers with a capacity."""
+        assert self.keys is not None
+        assert self.values is not None
+        width = keys.shape[2]
+        if self.limit is None:
+            columns = torch.arange(width, device=keys.device)[None]
+            index = (columns + width - lengths.to(keys.device)[:, None]).clamp(max=width - 1)
+            self.keys[rows, :, :width] = _keep(keys, width, index)
+            self.values[rows, :, :width] = _keep(values, width, index)
+        elif width:
+            width = min(width, self.limit)
+            self.keys[rows, :, -width:] = keys[:, :, -width:]
+            self.values[rows, :, -width:] = values[:, :, -width:]
+
     def initial_conv(self, rows: int) -> Tensor | None:
         """What the convolution continues from, ``(B, C, K - 1)``; None before the first call. A copy where autograd
         may keep it for a backward that runs after the next call.

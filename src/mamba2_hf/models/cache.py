@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,10 +12,13 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..errors import CacheError
 from ..layers import KeyCounts, KeyValueState, Placement, SSDState
+from . import prompt_state
+from .prompt_state import TokenHashes
 
 if TYPE_CHECKING:
     from .configuration_mamba2 import Mamba2Config
     from .configuration_mamba2_hybrid import Mamba2HybridConfig
+    from .pretrained import SSDPreTrainedModel
 
     Config = Mamba2Config | Mamba2HybridConfig
 
@@ -61,9 +66,10 @@ class Mamba2Cache(Cache):
         self.key_counts = KeyCounts(capacity) if windows.keys() & set(kinds) else None
         if static and self.key_counts is not None and capacity is None:
             raise CacheError("static=True needs max_length, the tokens to make room for: this model has attention")
-        self.static = static
+        self.static, self.state_dtype = static, state_dtype
         self.seen_tokens = 0
         self.padding: Tensor | None = None  # (B,) how many of them did not count
+        self.token_hashes: TokenHashes | None = None  # of the first of them, once saved or loaded
 
     def count(
         self,
@@ -104,6 +110,66 @@ class Mamba2Cache(Cache):
                 "mask as it was, or start with an empty cache"
             )
 
+    def save(
+        self,
+        path: str | PathLike[str],
+        model: SSDPreTrainedModel,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> None:
+        """Writes the cache to a file, whole or not at all: :meth:`load` goes on from it another day, bit for bit.
+
+        Args:
+            path: of the safetensors file; its folder is made. Only another prompt state is replaced.
+            model: that the cache belongs to. Its fingerprint goes along (``prompt_state.fingerprint``), for which every
+                weight is read once.
+            input_ids: ``(B, T)`` the tokens that the cache has seen, or those since it was loaded. Their hash goes
+                along, so that ``generate`` refuses to go on behind other tokens.
+            attention_mask: ``(B, T)`` which of them were no padding.
+
+        Raises:
+            CacheError: the cache is empty, ``input_ids`` is not what it has seen, the file is something else, or the
+                model's weights cannot be read.
+        """
+        if input_ids is not None:
+            before = self.token_hashes
+            past = self.seen_tokens - input_ids.shape[1]
+            if past and (before is None or past != before.tokens):
+                raise CacheError(
+                    f"input_ids holds {input_ids.shape[1]} tokens and the cache has seen {self.seen_tokens}: pass the "
+                    "ids of all tokens that it has seen, and no others"
+                )
+            self.token_hashes = TokenHashes.of(input_ids, attention_mask, before if past else None)
+        prompt_state.save(self, Path(path), model)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | PathLike[str],
+        model: SSDPreTrainedModel,
+        *,
+        static: bool = False,
+        max_length: int | None = None,
+    ) -> Mamba2Cache:
+        """Reads a cache that :meth:`save` wrote, static or not, onto the model's device.
+
+        Args:
+            path: of the file.
+            model: to go on with; it has to be the one that the state is of, with the same weights.
+            static, max_length: as for a new cache; a file fits every kind.
+
+        Raises:
+            CacheError: the file is broken, or another model's.
+        """
+        return prompt_state.load(cls, Path(path), model, static, max_length)
+
+    def has_read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> bool:
+        """Whether ``input_ids (B, T)``, those that a mask ``(B, T)`` counts, are known to be all that the cache has seen.
+        It is known of files that were saved with their ids.
+        """
+        known = self.token_hashes
+        return known is not None and known.tokens == self.seen_tokens and known.fit(input_ids, attention_mask)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far, padding included; the same for every layer."""
         return self.seen_tokens
@@ -133,6 +199,8 @@ class Mamba2Cache(Cache):
             self.key_counts.select(indices)
         if self.padding is not None:
             self.padding = self.padding[indices.to(self.padding.device)]
+        if self.token_hashes is not None:
+            self.token_hashes = self.token_hashes.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence ``repeats`` times, next to itself."""
@@ -170,7 +238,7 @@ class Mamba2Cache(Cache):
         super().reset()
         if self.key_counts is not None:
             self.key_counts.reset()
-        self.seen_tokens, self.padding = 0, None
+        self.seen_tokens, self.padding, self.token_hashes = 0, None, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: a state cannot forget its last tokens.

@@ -11,7 +11,8 @@ from transformers import GenerationMixin
 
 from ..errors import ArgumentError, CacheError
 from ..layers import SequenceLayout, linear
-from .backbone import SSDBackbone
+from . import prefill
+from .backbone import SSDBackbone, batch_and_tokens
 from .cache import Mamba2Cache, as_mamba2_cache
 from .outputs import Mamba2CausalLMOutput, Mamba2Output
 from .pretrained import SSDPreTrainedModel
@@ -88,6 +89,28 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         """A loss beside that of the labels, weighed by ``config.router_aux_loss_coef``."""
         return None
 
+    @torch.no_grad()
+    def read(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Mamba2Cache | None = None
+    ) -> Mamba2Cache:
+        """The cache after a prompt, read in pieces that fit the memory (``models.prefill``): to be saved, or copied for
+        many continuations.
+
+        Args:
+            input_ids: ``(B, T)``, the tokens that the cache has not seen.
+            attention_mask: ``(B, seen + T)``, nonzero where a token counts.
+            past_key_values: to go on from, in place; None for a new one.
+
+        Raises:
+            ArgumentError: shapes do not fit.
+            CacheError: the cache is another model's, or full.
+        """
+        rows, tokens = batch_and_tokens(input_ids, None)
+        cache = as_mamba2_cache(past_key_values, None, self.config) or Mamba2Cache(self.config)
+        at_once = prefill.tokens_at_once(self, max(rows, 1), tokens, cache.seen_tokens)
+        prefill.read(self, input_ids, attention_mask, cache, at_once)
+        return cache
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -133,6 +156,8 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             )
         if cache is not None and past:
             cache.check_padding(input_ids.new_ones(len(input_ids), past) if mask is None else mask[:, :past])
+            if cache.token_hashes is not None and embeds is None and tokens == total:
+                cache.token_hashes.check(input_ids, mask)
         new = total - past if past else tokens
         if embeds is None:
             input_ids = input_ids[:, -new:]
@@ -152,17 +177,14 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                     moved = embeds[:, -new:].gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
                     model_kwargs["inputs_embeds"] = torch.cat([embeds[:, :-new], moved], 1)
         chunk = generation_config.prefill_chunk_size
-        if past and chunk is not None:
-            # Before transformers 5.21, generate reads the mask of a continuation's chunks from its first column on.
-            for start in range(0, new - chunk, chunk):
-                self(
-                    input_ids[:, start : start + chunk],
-                    attention_mask=None if mask is None else mask[:, : past + start + chunk],
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-            input_ids = input_ids[:, (new - 1) // chunk * chunk :]
+        if chunk is None and embeds is None and not generation_config.output_hidden_states:
+            chunk = prefill.tokens_at_once(self, len(input_ids), new, past)
+        if cache is not None and chunk is not None:
+            # Not left to generate: before transformers 5.21 it reads the mask of a continuation's chunks from its first
+            # column on.
+            before = (new - 1) // chunk * chunk
+            prefill.read(self, input_ids[:, :before], None if mask is None else mask[:, : past + before], cache, chunk)
+            input_ids = input_ids[:, before:]
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
