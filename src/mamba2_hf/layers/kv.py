@@ -16,6 +16,9 @@ class KeyValueState:
     first call and then written in place, filled from the left; those of a layer with a window stay aligned to the
     right. The state holds no autograd graph.
 
+    While it is recorded, a window and a convolution keep what they held before the recorded tokens, and all that came
+    since; :meth:`crop` puts together from them what they held after the tokens that stay.
+
     Args:
         window: how many keys a token sees, itself among them; None for all.
         capacity: tokens of a row to make buffers for; None to grow.
@@ -27,6 +30,61 @@ class KeyValueState:
         self.values: Tensor | None = None
         self.conv: Tensor | None = None
         self.started = False
+        self.record_past = False
+        self._forget()
+
+    def activate_past_recording(self) -> None:
+        """Records from here on, for :meth:`crop`."""
+        self.record_past = True
+        self._forget()
+
+    def stop_recording(self) -> None:
+        """Records no more, and forgets what was recorded."""
+        self.record_past = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.recorded_tokens = 0
+        self._was_started = False
+        self._past: dict[str, list[Tensor]] = {}  # before the recorded tokens, and then of every call, (B, ., S, .)
+
+    def _record(self, keys: Tensor, values: Tensor, placement: Placement) -> None:
+        if placement.fresh is not None or placement.starts is not None:
+            raise CacheError(
+                "the cache is recorded, to take tokens back, and padding or packed documents came: read those before "
+                "activate_past_recording()"
+            )
+        if not self.recorded_tokens:
+            self._was_started = self.started
+        self.recorded_tokens += keys.shape[2]
+        if self.window is not None:
+            for name, new in (("keys", keys), ("values", values)):
+                held = getattr(self, name)
+                if name not in self._past:
+                    self._past[name] = [held.clone()] if self.started and held is not None else []
+                self._past[name].append(new.detach())
+
+    def crop(self, tokens: int) -> None:
+        """Forgets the last ``tokens`` of those recorded, and settles the others: they cannot be removed later."""
+        if tokens and self.keys is not None and self.values is not None:
+            assert tokens <= self.recorded_tokens
+            self.started = self._was_started or tokens < self.recorded_tokens
+            if self.window is None and self.capacity is None:
+                self.keys, self.values = self.keys[:, :, :-tokens], self.values[:, :, :-tokens]
+            for name, parts in self._past.items():
+                if name == "conv":
+                    joined = torch.cat(parts, 2)
+                    self.update_conv(joined[:, :, : joined.shape[2] - tokens][:, :, -parts[0].shape[2] :])
+                    continue
+                held = torch.cat(parts, 2)
+                held = held[:, :, : held.shape[2] - tokens]
+                assert self.limit is not None
+                held = held[:, :, max(held.shape[2] - self.limit, 0) :]
+                if self.capacity is None:
+                    setattr(self, name, held.clone())
+                elif held.shape[2]:
+                    getattr(self, name)[:, :, -held.shape[2] :] = held
+        self._forget()
 
     @property
     def limit(self) -> int | None:
@@ -43,6 +101,8 @@ class KeyValueState:
         """
         self._check_rows(keys.shape[0])
         self._leave_inference_mode()
+        if self.record_past:
+            self._record(keys, values, placement)
         if self.capacity is None:
             return self._grow(keys, values, placement)
         if self.keys is None or self.values is None or (not self.started and self.keys.shape[0] != keys.shape[0]):
@@ -165,8 +225,13 @@ class KeyValueState:
         self._leave_inference_mode()
         return self.conv.clone() if torch.is_grad_enabled() else self.conv
 
-    def update_conv(self, conv: Tensor) -> None:
-        """Stores the last inputs of the convolution."""
+    def update_conv(self, conv: Tensor, inputs: Tensor | None = None) -> None:
+        """Stores the last inputs of the convolution; ``inputs (B, T, C)`` are all of this call, to be recorded."""
+        if self.record_past and inputs is not None:
+            if "conv" not in self._past:
+                known = self.started and self.conv is not None
+                self._past["conv"] = [self.conv.clone() if known else torch.zeros_like(conv)]  # type: ignore[union-attr]
+            self._past["conv"].append(inputs.detach().transpose(1, 2))  # (B, C, T)
         if self.conv is None or self.conv.shape != conv.shape:
             self.conv = conv.detach().clone(memory_format=torch.contiguous_format)
         else:
@@ -196,11 +261,13 @@ class KeyValueState:
     def reset(self) -> None:
         """Forgets everything, keeping buffers of a fixed size for the next call."""
         self.started = False
+        self._forget()
         if self.capacity is None:
             self.keys, self.values = None, None
 
     def select(self, indices: Tensor) -> None:
         """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
+        self._forget()
         for name in ("keys", "values", "conv"):
             buffer = getattr(self, name)
             if buffer is not None:
@@ -212,6 +279,7 @@ class KeyValueState:
             buffer = getattr(self, name)
             if buffer is not None:
                 setattr(self, name, buffer.to(device))
+        self._past = {name: [part.to(device) for part in parts] for name, parts in self._past.items()}
         return self
 
 

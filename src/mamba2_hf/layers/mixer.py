@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..errors import CacheError
 from .conv import causal_convolution
 from .fp32 import KeepsFp32
 from .norm import GatedRMSNorm
@@ -97,6 +98,20 @@ class Mamba2Mixer(KeepsFp32):
 
     def _inner(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         """What is between the projections: ``(B, T, 2 H P + 2 G N + H)`` to ``(B, T, H P)``."""
+        if state is not None and state.record_past:
+            if not layout.is_plain:
+                raise CacheError(
+                    "the cache is recorded, to take tokens back, and padding or packed documents came: read those "
+                    "before activate_past_recording()"
+                )
+            state.record(zxbcdt, self)
+        return self._advance(zxbcdt, layout, state)
+
+    def replay(self, projected: Tensor, state: SSDState) -> None:
+        """Brings ``state`` to where it is after what :meth:`SSDState.record` was given, ``(B, T, C)``."""
+        self._advance(projected, PLAIN, state)
+
+    def _advance(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         one_token = zxbcdt.shape[1] == 1 and layout.is_plain and not torch.is_grad_enabled()
         if state is not None and state.started and one_token:
             return self._step(zxbcdt, state)

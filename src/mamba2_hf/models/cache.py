@@ -164,8 +164,8 @@ class Mamba2Cache(Cache):
         return prompt_state.load(cls, Path(path), model, static, max_length)
 
     def has_read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> bool:
-        """Whether ``input_ids (B, T)``, those that a mask ``(B, T)`` counts, are known to be all that the cache has seen.
-        It is known of files that were saved with their ids.
+        """Whether ``input_ids (B, T)``, those that a mask ``(B, T)`` counts, are known to be what the cache has seen. A
+        file that was saved with its ids knows.
         """
         known = self.token_hashes
         return known is not None and known.tokens == self.seen_tokens and known.fit(input_ids, attention_mask)
@@ -229,9 +229,29 @@ class Mamba2Cache(Cache):
         return self.seen_tokens > 0
 
     @property
+    def recording(self) -> bool:
+        """Whether the tokens seen now can be removed again."""
+        return any(layer.record_past for layer in self.layers)
+
+    @property
     def is_croppable(self) -> bool:
-        """False: a state cannot forget its last tokens."""
-        return False
+        """As ``recording``: a state cannot forget what it did not expect to."""
+        return self.recording
+
+    def activate_past_recording(self) -> None:
+        """Makes the tokens that come now removable by :meth:`crop`: assisted decoding verifies several at once, and
+        keeps those up to the first that is wrong.
+
+        It costs one copy of the states, and what the mixers projected of the tokens until the next :meth:`crop`: record
+        short blocks, not prompts. Padding and packed documents cannot be recorded.
+        """
+        for layer in self.layers:
+            layer.activate_past_recording()
+
+    def stop_recording(self) -> None:
+        """Ends :meth:`activate_past_recording`."""
+        for layer in self.layers:
+            layer.stop_recording()
 
     def reset(self) -> None:
         """Forgets everything, keeping the buffers where they are."""
@@ -241,16 +261,31 @@ class Mamba2Cache(Cache):
         self.seen_tokens, self.padding, self.token_hashes = 0, None, None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: a state cannot forget its last tokens.
+        """Removes the last tokens, of those since :meth:`activate_past_recording` or the last ``crop``; the others stay
+        for good. The states are put back and run over the tokens that stay, without reading a weight matrix.
+
+        Args:
+            tokens_to_remove: a negative number, as in transformers; 0 removes none.
 
         Raises:
-            CacheError: always, unless nothing is to be removed.
+            CacheError: they were not recorded.
         """
-        if tokens_to_remove:
+        recorded = min((layer.recorded_tokens for layer in self.layers), default=0)
+        if tokens_to_remove > 0 or -tokens_to_remove > recorded:
             raise CacheError(
-                f"crop({tokens_to_remove}): an SSM state cannot forget tokens; copy the cache before the tokens that "
-                "may have to go (copy.deepcopy), and continue from the copy"
+                f"crop({tokens_to_remove}): {recorded} tokens were recorded, and a state cannot forget others; give a "
+                "negative number of at most those, and call activate_past_recording() before the tokens that may have "
+                "to go, or continue from a copy (copy.deepcopy)"
             )
+        for layer in self.layers:
+            layer.crop(-tokens_to_remove)
+        if not tokens_to_remove:
+            return
+        if self.key_counts is not None:
+            self.key_counts.crop(-tokens_to_remove)
+        self.seen_tokens += tokens_to_remove
+        if self.token_hashes is not None and self.token_hashes.tokens > self.seen_tokens:
+            self.token_hashes = None
 
     def to(self, device: torch.device | str) -> Mamba2Cache:
         """Moves every state to a device, in place."""

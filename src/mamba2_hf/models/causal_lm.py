@@ -123,6 +123,9 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """As in transformers, with a cache that counts its tokens and no positions."""
         given = kwargs.pop("cache_params", None)
+        if is_first_iteration and isinstance(past_key_values, Mamba2Cache) and past_key_values.recording:
+            # Assisted decoding, which has read the prompt up to its last token.
+            next_sequence_length = input_ids.shape[1] - past_key_values.seen_tokens
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -147,6 +150,12 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         total = getattr(generation_config, "_mask_length", tokens) if mask is None else mask.shape[1]
         past = 0 if cache is None else cache.get_seq_length()
         _refuse_packed(model_kwargs)
+        if cache is not None and cache.recording:
+            # An assistant that goes on: all that the target wrote counts. What generate makes of a mask that is missing
+            # takes every pad token that was written for padding.
+            new = tokens - past
+            model_kwargs = {**model_kwargs, "attention_mask": None}
+            return super()._prefill(input_ids[:, -new:], generation_config, model_kwargs, *args, **kwargs)
         if embeds is not None and generation_config.prefill_chunk_size is not None:
             raise ArgumentError("prefill_chunk_size cuts input_ids, not inputs_embeds: pass one or the other")
         if past and not (total > past and tokens in (total, total - past)):
@@ -179,15 +188,62 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         chunk = generation_config.prefill_chunk_size
         if chunk is None and embeds is None and not generation_config.output_hidden_states:
             chunk = prefill.tokens_at_once(self, len(input_ids), new, past)
+        assists = generation_config.is_assistant and cache is not None
         if cache is not None and chunk is not None:
             # Not left to generate: before transformers 5.21 it reads the mask of a continuation's chunks from its first
-            # column on.
-            before = (new - 1) // chunk * chunk
+            # column on. An assistant may have to take back its last token, and with it all that it proposes.
+            before = new - 1 if assists else (new - 1) // chunk * chunk
             prefill.read(self, input_ids[:, :before], None if mask is None else mask[:, : past + before], cache, chunk)
             input_ids = input_ids[:, before:]
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None
+        if assists and cache is not None:
+            cache.activate_past_recording()
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _assisted_decoding(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers: the prompt up to its last token is read first, so that only blocks of candidates have to
+        be recorded for taking them back.
+        """
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if mask is None:  # an assistant that gets none takes pad tokens for padding
+            mask = torch.ones_like(input_ids)
+            kwargs["attention_mask"] = mask
+        if generation_config.assistant_early_exit is not None:
+            raise ArgumentError("assistant_early_exit: a state belongs to all layers; pass an assistant_model instead")
+        if cache is not None and len(input_ids) == 1:
+            past, tokens = cache.seen_tokens, input_ids.shape[1]
+            if kwargs.get("inputs_embeds") is not None or not 0 <= past < tokens:
+                raise ArgumentError(
+                    f"assisted decoding needs the ids of the whole text, and got {tokens} where the cache has seen "
+                    f"{past}: pass those that it has seen, too, and no inputs_embeds"
+                )
+            if mask.shape[1] != tokens or not bool(mask[0, -1]):
+                raise ArgumentError(
+                    f"attention_mask has shape {tuple(mask.shape)} for {tokens} tokens and ends in "
+                    f"{int(mask[0, -1])}: assisted decoding needs one over all tokens, with padding on the left"
+                )
+            _refuse_packed(kwargs)
+            if past:
+                cache.check_padding(mask[:, :past])
+                if cache.token_hashes is not None:
+                    cache.token_hashes.check(input_ids, mask)
+            chunk = generation_config.prefill_chunk_size or prefill.tokens_at_once(self, 1, tokens - past, past)
+            prefill.read(self, input_ids[:, past:-1], mask[:, :-1], cache, chunk)
+        try:
+            return super()._assisted_decoding(
+                input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
+            )
+        finally:
+            if cache is not None:
+                cache.stop_recording()
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
@@ -206,8 +262,6 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         names = (model_kwargs.get("past_key_values"), model_kwargs.pop("cache_params", None))
         given = as_mamba2_cache(*names, self.config)
         kind, use_cache = generation_config.cache_implementation, generation_config.use_cache is not False
-        if generation_config.is_assistant:
-            raise ArgumentError("a Mamba-2 cannot be the assistant of another model: it cannot take tokens back")
         if use_cache and generation_config.output_attentions:
             raise ArgumentError(
                 "output_attentions=True: the matrix of earlier tokens cannot be known from a cached state; call "

@@ -23,7 +23,7 @@ class SSDPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = list(FP32_PARAMETERS)
     _skip_keys_device_placement = ["past_key_values", "cache_params"]
     _can_compile_fullgraph = True
-    _is_stateful = True
+    _is_stateful = False  # to transformers: states cannot be taken back. Those of a Mamba2Cache can.
     supports_gradient_checkpointing = True
     old_names: ClassVar[dict[str, str]] = {}
     """Patterns of names that checkpoints may have for tensors, and the names now."""
