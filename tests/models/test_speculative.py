@@ -277,6 +277,16 @@ def enumerate_(values: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(torch.tensor(index), value) for index, value in enumerate(values)]
 
 
+def test_returns_what_generate_returns(tiny_model: Callable[..., Any]) -> None:
+    model, ids = tiny_model(), prompt(1)
+    options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True, "output_hidden_states": True}
+    plain = model.generate(ids, **options)
+    guessed = model.generate(ids, assistant_model=tiny_model(seed=1), **options)
+    assert torch.equal(plain.sequences, guessed.sequences)
+    torch.testing.assert_close(torch.stack(guessed.logits), torch.stack(plain.logits), rtol=0, atol=1e-4)
+    assert guessed.past_key_values.seen_tokens == plain.past_key_values.seen_tokens
+
+
 def test_sampling_with_prompt_lookup_is_seeded(tiny_model: Callable[..., Any]) -> None:
     model, ids = tiny_model(), prompt(0)
     drawn = []

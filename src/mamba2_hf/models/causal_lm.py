@@ -150,6 +150,8 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         total = getattr(generation_config, "_mask_length", tokens) if mask is None else mask.shape[1]
         past = 0 if cache is None else cache.get_seq_length()
         _refuse_packed(model_kwargs)
+        if cache is not None and cache.recording and not generation_config.is_assistant:
+            cache.stop_recording()
         if cache is not None and cache.recording:
             # An assistant that goes on: all that the target wrote counts. What generate makes of a mask that is missing
             # takes every pad token that was written for padding.
@@ -186,9 +188,9 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                     moved = embeds[:, -new:].gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
                     model_kwargs["inputs_embeds"] = torch.cat([embeds[:, :-new], moved], 1)
         chunk = generation_config.prefill_chunk_size
-        if chunk is None and embeds is None and not generation_config.output_hidden_states:
-            chunk = prefill.tokens_at_once(self, len(input_ids), new, past)
         assists = generation_config.is_assistant and cache is not None
+        if chunk is None and embeds is None and (assists or not generation_config.output_hidden_states):
+            chunk = prefill.tokens_at_once(self, len(input_ids), new, past)
         if cache is not None and chunk is not None:
             # Not left to generate: before transformers 5.21 it reads the mask of a continuation's chunks from its first
             # column on. An assistant may have to take back its last token, and with it all that it proposes.
