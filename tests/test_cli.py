@@ -102,6 +102,31 @@ class TestGenerate:
         assert result.exit_code == 0, result.output
         assert "bfloat16 on cpu" in result.stderr
 
+    def test_a_text_is_read_once_and_continued_many_times(self, checkpoint, tmp_path):
+        """From its state, and from the state after a second text; only the new text is printed."""
+        options = ["--model", str(checkpoint), "-t", "0", "-n", "8"]
+        first, second = str(tmp_path / "first"), str(tmp_path / "second")
+        whole = run("generate", PROMPT + " # and", *options, "--no-echo").stdout
+        result = run("generate", PROMPT, "--model", str(checkpoint), "-n", "0", "--save-state", first)
+        assert (result.exit_code, result.stdout) == (0, "")
+        assert f"{len(PROMPT)} tokens read in" in result.stderr
+        assert run("generate", " # and", *options, "--state", first).stdout == " # and" + whole
+        result = run("generate", " #", *options, "--no-echo", "--state", first, "--save-state", second)
+        assert result.stdout == run("generate", PROMPT + " #", *options, "--no-echo").stdout
+        assert run("generate", " and", *options, "--no-echo", "--state", second).stdout == whole
+        result = run("generate", PROMPT, *options, "--save-state", second)
+        assert result.stdout == run("generate", PROMPT, *options).stdout
+        assert run("generate", " # and", *options, "--no-echo", "--state", second).stdout == whole
+
+    def test_a_state_that_does_not_fit_exits_with_1(self, checkpoint, tmp_path):
+        result = run("generate", "x", "--model", str(checkpoint), "--state", str(tmp_path / "none"))
+        assert result.exit_code == 1
+        assert "no such file" in result.stderr
+        run("generate", PROMPT, "--model", str(checkpoint), "-n", "0", "--save-state", str(tmp_path / "state"))
+        result = run("generate", "x", "--state", str(tmp_path / "state"))
+        assert result.exit_code == 1
+        assert "the state of another model" in result.stderr
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -1,4 +1,4 @@
-"""``accelerate launch`` with two processes on the CPU, in bf16: FSDP2 as accelerate sets it up, and data parallel.
+"""``accelerate launch`` with two processes on the CPU, in bf16: FSDP2 as accelerate sets it up, and data parallelism.
 
 The processes run ``accelerate_worker.py``.
 """

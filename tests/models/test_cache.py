@@ -206,15 +206,6 @@ def test_moves_between_devices(model: Any, ids: Tensor) -> None:
     assert {state.device.type for state in states(cache.to("meta"))} == {"meta"}
 
 
-def test_cannot_forget_tokens(model: Any, ids: Tensor) -> None:
-    _, cache = run(model, ids, [])
-    cache.crop(0)
-    assert not cache.is_croppable
-    for tokens in (-1, 3):
-        with pytest.raises(CacheError, match=r"cannot forget tokens.*copy"):
-            cache.crop(tokens)
-
-
 def test_refuses_another_batch_and_stays_usable(model: Any, ids: Tensor) -> None:
     _, cache = run(model, ids[:, :10], [])
     for segment in (ids[:2, 10:], ids[:1, 10:11]):

@@ -407,15 +407,6 @@ def test_refuses_packed_prompts(model: Any, ids: Tensor) -> None:
     assert torch.equal(model.generate(ids, position_ids=plain, **GREEDY), model.generate(ids, **GREEDY))
 
 
-def test_refuses_to_take_tokens_back(model: Any, ids: Tensor) -> None:
-    """Assisted decoding verifies several tokens at once and drops those that it rejects."""
-    for options in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": model}):
-        with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-            model.generate(ids[:1], **options, **GREEDY)
-    with pytest.raises(ArgumentError, match="cannot be the assistant"):
-        model.generate(ids[:1], is_assistant=True, **GREEDY)
-
-
 # Compiled decoding
 
 

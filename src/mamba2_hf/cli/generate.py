@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import time
@@ -43,6 +44,10 @@ GENERATE_EXAMPLES = r"""[bold]Examples[/bold]
 [cyan]head -n 20 module.py | mamba2-hf generate - --no-echo > rest.py[/cyan]
 
 [cyan]mamba2-hf generate "Once upon a time" --model ./my-mamba2 --device cuda[/cyan]
+
+[cyan]mamba2-hf generate - -n 0 --save-state book.state < book.txt[/cyan]
+
+[cyan]mamba2-hf generate "Who is the narrator?" --state book.state[/cyan]
 """
 
 
@@ -92,8 +97,8 @@ def generate(
             "--max-new-tokens",
             "-n",
             metavar="N",
-            min=1,
-            help="Stop after this many tokens, or at the end of the text.",
+            min=0,
+            help="Stop after this many tokens, or at the end of the text; 0 only reads, for --save-state.",
             rich_help_panel=HOW,
         ),
     ] = 200,
@@ -126,6 +131,22 @@ def generate(
             metavar="N", help="Of the sampling: the same seed gives the same text again.", rich_help_panel=HOW
         ),
     ] = 0,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Go on behind the text whose state is in this file, without reading it again; PROMPT is what follows.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    save_state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the state after the prompt to this file, before anything is generated.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     stream: Annotated[
         bool, typer.Option(help="Print each token as it comes, or all at the end.", rich_help_panel=SHOWN)
     ] = True,
@@ -146,6 +167,9 @@ def generate(
             "--temperature 0 is greedy and --top-p samples; give one of them", param_hint="--top-p"
         )
 
+    if max_new_tokens == 0 and save_state is None:
+        raise typer.BadParameter("0 tokens make sense with --save-state FILE only", param_hint="--max-new-tokens")
+
     import torch
 
     from ..errors import Mamba2HFError
@@ -153,26 +177,59 @@ def generate(
 
     where = _device(device)
     net, tokenizer = _load(model, where, dtype)
-    inputs = tokenizer(prompt, return_tensors="pt").to(where)
+    if state is not None or save_state is not None:
+        _check_keeps_states(net)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=state is None).to(where)
+    prompt_tokens = inputs["input_ids"].shape[1]
     sampling = _sampling(temperature, top_p)
     torch.manual_seed(seed)
+    echo = echo and max_new_tokens > 0
     if echo:
         out.print(Text(prompt, style="bold"), end="")
     printer = _Printer(tokenizer, write if stream else None)
     start = time.perf_counter()
     try:
         with use_backend(backend.value):
-            net.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=printer)
-    except Mamba2HFError as error:
+            if state is not None or save_state is not None:
+                _read(net, inputs, state, save_state)
+            if max_new_tokens:
+                net.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=printer)
+    except (Mamba2HFError, OSError) as error:
         write("\n" if echo else "")
         fail(str(error))
     seconds = time.perf_counter() - start
-    write("\n" if stream else printer.text + "\n")
+    if max_new_tokens:
+        write("\n" if stream else printer.text + "\n")
+        tokens, done = printer.tokens, ""
+    else:
+        tokens, done = prompt_tokens, " read"
     kind = str(next(net.parameters()).dtype).removeprefix("torch.")
     err.print(
-        f"{printer.tokens} tokens in {seconds:.1f} s ({printer.tokens / seconds:.0f} a second), {kind} on {where}",
+        f"{tokens} tokens{done} in {seconds:.1f} s ({tokens / seconds:.0f} a second), {kind} on {where}",
         style="dim",
     )
+
+
+def _check_keeps_states(net: Any) -> None:
+    if not hasattr(net, "read"):
+        fail(f"a {type(net).__name__} keeps no states in files: --state and --save-state are for this package's models")
+
+
+def _read(net: Any, inputs: Any, state: Path | None, save_state: Path | None) -> None:
+    """Lets ``inputs`` continue the state in a file, and writes the one after them; all but the last token is read."""
+    from ..models import Mamba2Cache
+
+    ids = inputs["input_ids"]
+    cache = Mamba2Cache(net.config) if state is None else Mamba2Cache.load(state, net)
+    inputs["attention_mask"] = ids.new_ones(1, cache.seen_tokens + ids.shape[1])
+    inputs["past_key_values"] = cache
+    if save_state is not None:
+        net.read(ids[:, :-1], past_key_values=cache)
+        after = copy.deepcopy(cache)
+        net.read(ids[:, -1:], past_key_values=after)
+        after.save(save_state, net, ids if state is None or cache.token_hashes is not None else None)
+        if state is not None:
+            inputs["input_ids"] = ids[:, -1:]
 
 
 class _Printer:

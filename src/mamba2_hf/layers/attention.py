@@ -155,11 +155,10 @@ class Attention(nn.Module):
     ) -> list[Tensor]:
         assert self.conv_kernel is not None
         initial = None if state is None else layout.spread_states(state.initial_conv(placement.rows))
-        joined, final = causal_convolution(
-            *(self.conv1d, self.conv_kernel, torch.cat(projected, -1), initial, layout, None)
-        )
+        inputs = torch.cat(projected, -1)
+        joined, final = causal_convolution(*(self.conv1d, self.conv_kernel, inputs, initial, layout, None))
         if state is not None:
-            state.update_conv(layout.gather_states(final))
+            state.update_conv(layout.gather_states(final), inputs)
         return list(joined.split(self.sizes, -1))
 
 

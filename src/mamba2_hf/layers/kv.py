@@ -18,6 +18,9 @@ class KeyValueState:
     first call and then written in place, filled from the left; those of a layer with a window stay aligned to the
     right. The state holds no autograd graph.
 
+    While it is recorded, a window and a convolution keep what they held before the recorded tokens, and all that came
+    since; :meth:`crop` puts together from them what they held after the tokens that stay.
+
     Args:
         window: how many keys a token sees, itself among them; None for all.
         capacity: tokens of a row to make buffers for; None to grow.
@@ -29,6 +32,61 @@ class KeyValueState:
         self.values: Tensor | None = None
         self.conv: Tensor | None = None
         self.started = False
+        self.record_past = False
+        self._forget()
+
+    def activate_past_recording(self) -> None:
+        """Records from here on, for :meth:`crop`."""
+        self.record_past = True
+        self._forget()
+
+    def stop_recording(self) -> None:
+        """Records no more, and forgets what was recorded."""
+        self.record_past = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.recorded_tokens = 0
+        self._was_started = False
+        self._past: dict[str, list[Tensor]] = {}  # before the recorded tokens, and then of every call, (B, ., S, .)
+
+    def _record(self, keys: Tensor, values: Tensor, placement: Placement) -> None:
+        if placement.fresh is not None or placement.starts is not None:
+            raise CacheError(
+                "the cache is recorded, to take tokens back, and padding or packed documents came: read those before "
+                "activate_past_recording()"
+            )
+        if not self.recorded_tokens:
+            self._was_started = self.started
+        self.recorded_tokens += keys.shape[2]
+        if self.window is not None:
+            for name, new in (("keys", keys), ("values", values)):
+                held = getattr(self, name)
+                if name not in self._past:
+                    self._past[name] = [held.clone()] if self.started and held is not None else []
+                self._past[name].append(new.detach())
+
+    def crop(self, tokens: int) -> None:
+        """Forgets the last ``tokens`` of those recorded, and settles the others: they cannot be removed later."""
+        if tokens and self.keys is not None and self.values is not None:
+            assert tokens <= self.recorded_tokens
+            self.started = self._was_started or tokens < self.recorded_tokens
+            if self.window is None and self.capacity is None:
+                self.keys, self.values = self.keys[:, :, :-tokens], self.values[:, :, :-tokens]
+            for name, parts in self._past.items():
+                if name == "conv":
+                    joined = torch.cat(parts, 2)
+                    self.update_conv(joined[:, :, : joined.shape[2] - tokens][:, :, -parts[0].shape[2] :])
+                    continue
+                held = torch.cat(parts, 2)
+                held = held[:, :, : held.shape[2] - tokens]
+                assert self.limit is not None
+                held = held[:, :, max(held.shape[2] - self.limit, 0) :]
+                if self.capacity is None:
+                    setattr(self, name, held.clone())
+                elif held.shape[2]:
+                    getattr(self, name)[:, :, -held.shape[2] :] = held
+        self._forget()
 
     @property
     def limit(self) -> int | None:
@@ -45,6 +103,8 @@ class KeyValueState:
         """
         self._check_rows(keys.shape[0])
         self._leave_inference_mode()
+        if self.record_past:
+            self._record(keys, values, placement)
         if self.capacity is None:
             return self._grow(keys, values, placement)
         if self.keys is None or self.values is None or (not self.started and self.keys.shape[0] != keys.shape[0]):
@@ -128,6 +188,44 @@ class KeyValueState:
         if self.keys is not None and self.values is not None and more:
             self.keys, self.values = F.pad(self.keys, places), F.pad(self.values, places)
 
+    def own_keys(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``(B, H, S, D)``, each row's own at the right end: as many as the longest of ``lengths (B,)``
+        or, if there is a window, as it leaves of them.
+        """
+        assert self.keys is not None
+        assert self.values is not None
+        width = int(lengths.max())
+        if self.capacity is not None and self.limit is None:
+            columns = torch.arange(width, device=self.keys.device)[None]
+            index = (columns + lengths.to(self.keys.device)[:, None] - width).clamp(min=0)
+            return _keep(self.keys, width, index), _keep(self.values, width, index)
+        width = width if self.limit is None else min(width, self.limit)
+        return _keep(self.keys, width, None), _keep(self.values, width, None)
+
+    def restore(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
+        """Takes what :meth:`own_keys` gave, in whatever kind of buffers this state has."""
+        if self.capacity is None:
+            self.keys, self.values = keys.clone(), values.clone()
+        else:
+            self.allocate(keys, values)
+            self.write_rows(slice(None), keys, values, lengths)
+        self.started = True
+
+    def write_rows(self, rows: slice, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
+        """Writes what :meth:`own_keys` gave into ``rows`` of buffers with a capacity."""
+        assert self.keys is not None
+        assert self.values is not None
+        width = keys.shape[2]
+        if self.limit is None:
+            columns = torch.arange(width, device=keys.device)[None]
+            index = (columns + width - lengths.to(keys.device)[:, None]).clamp(max=width - 1)
+            self.keys[rows, :, :width] = _keep(keys, width, index)
+            self.values[rows, :, :width] = _keep(values, width, index)
+        elif width:
+            width = min(width, self.limit)
+            self.keys[rows, :, -width:] = keys[:, :, -width:]
+            self.values[rows, :, -width:] = values[:, :, -width:]
+
     def initial_conv(self, rows: int) -> Tensor | None:
         """What the convolution continues from, ``(B, C, K - 1)``; None before the first call. A copy where autograd
         may keep it for a backward that runs after the next call.
@@ -138,8 +236,13 @@ class KeyValueState:
         self._leave_inference_mode()
         return self.conv.clone() if torch.is_grad_enabled() else self.conv
 
-    def update_conv(self, conv: Tensor) -> None:
-        """Stores the last inputs of the convolution."""
+    def update_conv(self, conv: Tensor, inputs: Tensor | None = None) -> None:
+        """Stores the last inputs of the convolution; ``inputs (B, T, C)`` are all of this call, to be recorded."""
+        if self.record_past and inputs is not None:
+            if "conv" not in self._past:
+                known = self.started and self.conv is not None
+                self._past["conv"] = [self.conv.clone() if known else torch.zeros_like(conv)]  # type: ignore[union-attr]
+            self._past["conv"].append(inputs.detach().transpose(1, 2))  # (B, C, T)
         if self.conv is None or self.conv.shape != conv.shape:
             self.conv = conv.detach().clone(memory_format=torch.contiguous_format)
         else:
@@ -169,11 +272,13 @@ class KeyValueState:
     def reset(self) -> None:
         """Forgets everything, keeping buffers of a fixed size for the next call."""
         self.started = False
+        self._forget()
         if self.capacity is None:
             self.keys, self.values = None, None
 
     def select(self, indices: Tensor) -> None:
         """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
+        self._forget()
         for name in ("keys", "values", "conv"):
             buffer = getattr(self, name)
             if buffer is not None:
@@ -185,6 +290,7 @@ class KeyValueState:
             buffer = getattr(self, name)
             if buffer is not None:
                 setattr(self, name, buffer.to(device))
+        self._past = {name: [part.to(device) for part in parts] for name, parts in self._past.items()}
         return self
 
 

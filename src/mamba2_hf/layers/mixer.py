@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..errors import CacheError
 from .conv import causal_convolution
 from .fp32 import KeepsFp32
 from .norm import GatedRMSNorm, RMSNorm
@@ -103,7 +104,9 @@ class Mamba2Mixer(KeepsFp32):
         """
         if not stream.is_cuda or stream.shape[:2] != (1, 1):
             return None
-        if state is None or not state.started or not layout.is_plain or torch.is_grad_enabled():
+        if state is None or not state.started or state.record_past:
+            return None
+        if not layout.is_plain or torch.is_grad_enabled():
             return None
         modules = (norm, self.in_proj, self.conv1d, self.norm, self.out_proj)
         before, entering, conv, inside, leaving = map(plain_weight, modules)
@@ -138,6 +141,20 @@ class Mamba2Mixer(KeepsFp32):
 
     def _inner(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         """What is between the projections: ``(B, T, 2 H P + 2 G N + H)`` to ``(B, T, H P)``."""
+        if state is not None and state.record_past:
+            if not layout.is_plain:
+                raise CacheError(
+                    "the cache is recorded, to take tokens back, and padding or packed documents came: read those "
+                    "before activate_past_recording()"
+                )
+            state.record(zxbcdt, self)
+        return self._advance(zxbcdt, layout, state)
+
+    def replay(self, projected: Tensor, state: SSDState) -> None:
+        """Brings ``state`` to where it is after what :meth:`SSDState.record` was given, ``(B, T, C)``."""
+        self._advance(projected, PLAIN, state)
+
+    def _advance(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         one_token = zxbcdt.shape[1] == 1 and layout.is_plain and not torch.is_grad_enabled()
         if state is not None and state.started and one_token:
             return self._step(zxbcdt, state)

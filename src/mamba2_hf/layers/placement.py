@@ -70,6 +70,14 @@ class KeyCounts:
         else:
             self.lengths.zero_()
 
+    def crop(self, tokens: int) -> None:
+        """Forgets the last ``tokens`` of every row."""
+        self.width -= tokens
+        if self.lengths is not None and self.capacity is not None:
+            self.lengths.sub_(tokens)
+        elif self.lengths is not None:
+            self.lengths = self.lengths - tokens
+
     def select(self, indices: Tensor) -> None:
         """Keeps the rows at ``indices``."""
         for name in ("lengths", "shift"):

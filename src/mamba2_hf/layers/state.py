@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -15,11 +18,22 @@ def pick(buffer: Tensor, indices: Tensor) -> Tensor:
     return buffer.copy_(picked) if picked.shape == buffer.shape and writable else picked
 
 
+class Replays(Protocol):
+    """A mixer that can run again on what it projected."""
+
+    def replay(self, projected: Tensor, state: SSDState) -> None:
+        """Brings ``state`` to where it is after ``projected (B, T, C)``."""
+
+
 class SSDState:
     """The convolution's last inputs ``(B, C, K - 1)`` and the SSM state ``(B, H, P, N)`` of one layer.
 
     Buffers are made by the first :meth:`update` and then written in place, so their addresses stay fixed for compiled
     and captured graphs. The state holds no autograd graph.
+
+    A state cannot be run backwards. While it is recorded, it keeps a copy from before the recorded tokens, and of every
+    token what the mixer projected; :meth:`crop` puts the copy back and runs the tokens that stay through convolution
+    and scan again, which reads no weight matrix.
 
     Args:
         ssm_dtype: of the SSM state; None for what the scan computes in, fp32 (fp64 in an fp64 model).
@@ -30,6 +44,52 @@ class SSDState:
         self.conv: Tensor | None = None
         self.ssm: Tensor | None = None
         self.started = False
+        self.record_past = False
+        self.recorded: list[Tensor] = []  # (B, T, C) of every call
+        self._before: tuple[Tensor, Tensor] | None = None
+        self._mixer: weakref.ref[Replays] | None = None  # a copy of the state should not copy the model
+
+    def activate_past_recording(self) -> None:
+        """Records from here on, for :meth:`crop`."""
+        self.record_past = True
+        self._forget()
+
+    def stop_recording(self) -> None:
+        """Records no more, and forgets what was recorded."""
+        self.record_past = False
+        self._forget()
+
+    def record(self, projected: Tensor, mixer: Replays) -> None:
+        """Notes what the mixer is about to run on, ``(B, T, C)``; B rows of a document each, without padding."""
+        if not self.recorded:
+            started = self.started and self.conv is not None and self.ssm is not None
+            self._before = (self.conv.clone(), self.ssm.clone()) if started else None  # type: ignore[union-attr]
+            self._mixer = weakref.ref(mixer)
+        self.recorded.append(projected.detach())
+
+    @property
+    def recorded_tokens(self) -> int:
+        """How many tokens :meth:`crop` can remove."""
+        return sum(projected.shape[1] for projected in self.recorded)
+
+    def crop(self, tokens: int) -> None:
+        """Forgets the last ``tokens`` of those recorded, and settles the others: they cannot be removed later."""
+        recorded, kept = self.recorded, self.recorded_tokens - tokens
+        mixer = None if self._mixer is None else self._mixer()
+        if tokens:
+            assert kept >= 0
+            assert mixer is not None
+            if self._before is None:
+                self.started = False
+            else:
+                self.update(*self._before)
+            if kept:
+                with torch.no_grad():
+                    mixer.replay(torch.cat(recorded, 1)[:, :kept], self)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.recorded, self._before, self._mixer = [], None, None
 
     def update(self, conv: Tensor, ssm: Tensor) -> None:
         """Stores the states after a block of tokens."""
@@ -79,9 +139,11 @@ class SSDState:
     def reset(self) -> None:
         """Forgets everything, keeping the buffers for the next update."""
         self.started = False
+        self._forget()
 
     def select(self, indices: Tensor) -> None:
         """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
+        self._forget()
         if self.conv is not None and self.ssm is not None:
             self.conv, self.ssm = pick(self.conv, indices), pick(self.ssm, indices)
 
@@ -89,4 +151,6 @@ class SSDState:
         """Moves the buffers, in place; returns itself, as hooks that move a module's inputs expect."""
         if self.conv is not None and self.ssm is not None:
             self.conv, self.ssm = self.conv.to(device), self.ssm.to(device)
+        if self._before is not None:
+            self._before = self._before[0].to(device), self._before[1].to(device)
         return self

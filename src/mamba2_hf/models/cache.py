@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,11 +12,14 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..errors import CacheError
 from ..layers import KeyCounts, KeyValueState, Placement, SSDState
+from . import prompt_state
 from .graphs import DecodeGraph
+from .prompt_state import TokenHashes
 
 if TYPE_CHECKING:
     from .configuration_mamba2 import Mamba2Config
     from .configuration_mamba2_hybrid import Mamba2HybridConfig
+    from .pretrained import SSDPreTrainedModel
 
     Config = Mamba2Config | Mamba2HybridConfig
 
@@ -68,10 +73,16 @@ class Mamba2Cache(Cache):
                 f"{'static' if static else 'captured'}=True needs max_length, the tokens to make room for: this "
                 "model has attention"
             )
-        self.static = static
+        self.static, self.captured, self.state_dtype = static, captured, state_dtype
         self.graph: DecodeGraph | None = DecodeGraph() if captured else None
         self.seen_tokens = 0
         self.padding: Tensor | None = None  # (B,) how many of them did not count
+        self.token_hashes: TokenHashes | None = None  # of the first of them, once saved or loaded
+
+    def _drop_graph(self) -> None:
+        """What was captured writes to buffers that are no longer the cache's."""
+        if self.graph is not None:
+            self.graph.drop()
 
     def advance(self, tokens: int) -> None:
         """Counts tokens, without padding, that a captured step has fed; its graph has counted them on the GPU."""
@@ -82,9 +93,9 @@ class Mamba2Cache(Cache):
     def reserve(self, tokens: int) -> None:
         """Makes room for that many tokens in a cache that is captured; any other has it already, or none to give."""
         capacity = self.get_max_length()
-        if self.graph is None or self.key_counts is None or capacity >= tokens:
+        if not self.captured or self.key_counts is None or capacity >= tokens:
             return
-        self.graph.drop()
+        self._drop_graph()
         self.key_counts.capacity = max(tokens, capacity * 3 // 2)
         for layer in self.layers:
             if isinstance(layer, KeyValueState):
@@ -129,6 +140,66 @@ class Mamba2Cache(Cache):
                 "mask as it was, or start with an empty cache"
             )
 
+    def save(
+        self,
+        path: str | PathLike[str],
+        model: SSDPreTrainedModel,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> None:
+        """Writes the cache to a file, whole or not at all: :meth:`load` goes on from it another day, bit for bit.
+
+        Args:
+            path: of the safetensors file; its folder is made. Only another prompt state is replaced.
+            model: that the cache belongs to. Its fingerprint goes along (``prompt_state.fingerprint``), for which every
+                weight is read once.
+            input_ids: ``(B, T)`` the tokens that the cache has seen, or those since it was loaded. Their hash goes
+                along, so that ``generate`` refuses to go on behind other tokens.
+            attention_mask: ``(B, T)`` which of them were no padding.
+
+        Raises:
+            CacheError: the cache is empty, ``input_ids`` is not what it has seen, the file is something else, or the
+                model's weights cannot be read.
+        """
+        if input_ids is not None:
+            before = self.token_hashes
+            past = self.seen_tokens - input_ids.shape[1]
+            if past and (before is None or past != before.tokens):
+                raise CacheError(
+                    f"input_ids holds {input_ids.shape[1]} tokens and the cache has seen {self.seen_tokens}: pass the "
+                    "ids of all tokens that it has seen, and no others"
+                )
+            self.token_hashes = TokenHashes.of(input_ids, attention_mask, before if past else None)
+        prompt_state.save(self, Path(path), model)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | PathLike[str],
+        model: SSDPreTrainedModel,
+        *,
+        static: bool = False,
+        max_length: int | None = None,
+    ) -> Mamba2Cache:
+        """Reads a cache that :meth:`save` wrote, static or not, onto the model's device.
+
+        Args:
+            path: of the file.
+            model: to go on with; it has to be the one that the state is of, with the same weights.
+            static, max_length: as for a new cache; a file fits every kind.
+
+        Raises:
+            CacheError: the file is broken, or another model's.
+        """
+        return prompt_state.load(cls, Path(path), model, static, max_length)
+
+    def has_read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> bool:
+        """Whether ``input_ids (B, T)``, those that a mask ``(B, T)`` counts, are known to be what the cache has seen. A
+        file that was saved with its ids knows.
+        """
+        known = self.token_hashes
+        return known is not None and known.tokens == self.seen_tokens and known.fit(input_ids, attention_mask)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far, padding included; the same for every layer."""
         return self.seen_tokens
@@ -152,14 +223,16 @@ class Mamba2Cache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
-        if self.graph is not None and len(indices) != self.batch_size:
-            self.graph.drop()
+        if len(indices) != self.batch_size:
+            self._drop_graph()
         for layer in self.layers:
             layer.select(indices)
         if self.key_counts is not None:
             self.key_counts.select(indices)
         if self.padding is not None:
             self.padding = self.padding[indices.to(self.padding.device)]
+        if self.token_hashes is not None:
+            self.token_hashes = self.token_hashes.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence ``repeats`` times, next to itself."""
@@ -188,35 +261,69 @@ class Mamba2Cache(Cache):
         return self.seen_tokens > 0
 
     @property
+    def recording(self) -> bool:
+        """Whether the tokens seen now can be removed again."""
+        return any(layer.record_past for layer in self.layers)
+
+    @property
     def is_croppable(self) -> bool:
-        """False: a state cannot forget its last tokens."""
-        return False
+        """As ``recording``: a state cannot forget what it did not expect to."""
+        return self.recording
+
+    def activate_past_recording(self) -> None:
+        """Makes the tokens that come now removable by :meth:`crop`: assisted decoding verifies several at once, and
+        keeps those up to the first that is wrong.
+
+        It costs one copy of the states, and what the mixers projected of the tokens until the next :meth:`crop`: record
+        short blocks, not prompts. Padding and packed documents cannot be recorded.
+        """
+        for layer in self.layers:
+            layer.activate_past_recording()
+
+    def stop_recording(self) -> None:
+        """Ends :meth:`activate_past_recording`."""
+        for layer in self.layers:
+            layer.stop_recording()
 
     def reset(self) -> None:
         """Forgets everything, keeping the buffers where they are."""
         super().reset()
-        if self.graph is not None:
-            self.graph.drop()
+        self._drop_graph()
         if self.key_counts is not None:
             self.key_counts.reset()
-        self.seen_tokens, self.padding = 0, None
+        self.seen_tokens, self.padding, self.token_hashes = 0, None, None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: a state cannot forget its last tokens.
+        """Removes the last tokens, of those since :meth:`activate_past_recording` or the last ``crop``; the others stay
+        for good. The states are put back and run over the tokens that stay, without reading a weight matrix.
+
+        Args:
+            tokens_to_remove: a negative number, as in transformers; 0 removes none.
 
         Raises:
-            CacheError: always, unless nothing is to be removed.
+            CacheError: they were not recorded.
         """
-        if tokens_to_remove:
+        recorded = min((layer.recorded_tokens for layer in self.layers), default=0)
+        if tokens_to_remove > 0 or -tokens_to_remove > recorded:
             raise CacheError(
-                f"crop({tokens_to_remove}): an SSM state cannot forget tokens; copy the cache before the tokens that "
-                "may have to go (copy.deepcopy), and continue from the copy"
+                f"crop({tokens_to_remove}): {recorded} tokens were recorded, and a state cannot forget others; give a "
+                "negative number of at most those, and call activate_past_recording() before the tokens that may have "
+                "to go, or continue from a copy (copy.deepcopy)"
             )
+        self._drop_graph()
+        for layer in self.layers:
+            layer.crop(-tokens_to_remove)
+        if not tokens_to_remove:
+            return
+        if self.key_counts is not None:
+            self.key_counts.crop(-tokens_to_remove)
+        self.seen_tokens += tokens_to_remove
+        if self.token_hashes is not None and self.token_hashes.tokens > self.seen_tokens:
+            self.token_hashes = None
 
     def to(self, device: torch.device | str) -> Mamba2Cache:
         """Moves every state to a device, in place."""
-        if self.graph is not None:
-            self.graph.drop()
+        self._drop_graph()
         for layer in self.layers:
             layer.to(device)
         return self

@@ -17,7 +17,8 @@ from ..errors import ArgumentError, CacheError
 from ..layers import SequenceLayout, linear, plain_weight
 from ..ops import linear_cross_entropy
 from ..ops.torch.modes import transformed
-from .backbone import SSDBackbone
+from . import prefill
+from .backbone import SSDBackbone, batch_and_tokens
 from .cache import Mamba2Cache, as_mamba2_cache
 from .graphs import DecodeGraph, why_not
 from .outputs import Mamba2CausalLMOutput, Mamba2Output
@@ -118,7 +119,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
     def _captured_cache(self, inputs: dict[str, Any], layout: SequenceLayout) -> Mamba2Cache | None:
         """The cache whose graph gives this forward, if it is a plain step of one token per sequence."""
         cache, ids = inputs["past_key_values"], inputs["input_ids"]
-        if not isinstance(cache, Mamba2Cache) or cache.graph is None or not cache.seen_tokens:
+        if not isinstance(cache, Mamba2Cache) or cache.graph is None or not cache.seen_tokens or cache.recording:
             return None
         if ids is None or ids.shape[1] != 1 or not layout.is_plain or inputs.get("position_ids") is not None:
             return None
@@ -170,6 +171,28 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         """A loss beside that of the labels, weighed by ``config.router_aux_loss_coef``."""
         return None
 
+    @torch.no_grad()
+    def read(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Mamba2Cache | None = None
+    ) -> Mamba2Cache:
+        """The cache after a prompt, read in pieces that fit the memory (``models.prefill``): to be saved, or copied for
+        many continuations.
+
+        Args:
+            input_ids: ``(B, T)``, the tokens that the cache has not seen.
+            attention_mask: ``(B, seen + T)``, nonzero where a token counts.
+            past_key_values: to go on from, in place; None for a new one.
+
+        Raises:
+            ArgumentError: shapes do not fit.
+            CacheError: the cache is another model's, or full.
+        """
+        rows, tokens = batch_and_tokens(input_ids, None)
+        cache = as_mamba2_cache(past_key_values, None, self.config) or Mamba2Cache(self.config)
+        at_once = prefill.tokens_at_once(self, max(rows, 1), tokens, cache.seen_tokens)
+        prefill.read(self, input_ids, attention_mask, cache, at_once)
+        return cache
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -182,6 +205,9 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """As in transformers, with a cache that counts its tokens and no positions."""
         given = kwargs.pop("cache_params", None)
+        if is_first_iteration and isinstance(past_key_values, Mamba2Cache) and past_key_values.recording:
+            # Assisted decoding, which has read the prompt up to its last token.
+            next_sequence_length = input_ids.shape[1] - past_key_values.seen_tokens
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -206,6 +232,14 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         total = getattr(generation_config, "_mask_length", tokens) if mask is None else mask.shape[1]
         past = 0 if cache is None else cache.get_seq_length()
         _refuse_packed(model_kwargs)
+        if cache is not None and cache.recording and not generation_config.is_assistant:
+            cache.stop_recording()
+        if cache is not None and cache.recording:
+            # An assistant that goes on: all that the target wrote counts. What generate makes of a mask that is missing
+            # takes every pad token that was written for padding.
+            new = tokens - past
+            model_kwargs = {**model_kwargs, "attention_mask": None}
+            return super()._prefill(input_ids[:, -new:], generation_config, model_kwargs, *args, **kwargs)
         if embeds is not None and generation_config.prefill_chunk_size is not None:
             raise ArgumentError("prefill_chunk_size cuts input_ids, not inputs_embeds: pass one or the other")
         if past and not (total > past and tokens in (total, total - past)):
@@ -215,6 +249,8 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             )
         if cache is not None and past:
             cache.check_padding(input_ids.new_ones(len(input_ids), past) if mask is None else mask[:, :past])
+            if cache.token_hashes is not None and embeds is None and tokens == total:
+                cache.token_hashes.check(input_ids, mask)
         new = total - past if past else tokens
         if embeds is None:
             input_ids = input_ids[:, -new:]
@@ -234,20 +270,64 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                     moved = embeds[:, -new:].gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
                     model_kwargs["inputs_embeds"] = torch.cat([embeds[:, :-new], moved], 1)
         chunk = generation_config.prefill_chunk_size
-        if past and chunk is not None:
-            # Before transformers 5.21, generate reads the mask of a continuation's chunks from its first column on.
-            for start in range(0, new - chunk, chunk):
-                self(
-                    input_ids[:, start : start + chunk],
-                    attention_mask=None if mask is None else mask[:, : past + start + chunk],
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-            input_ids = input_ids[:, (new - 1) // chunk * chunk :]
+        assists = generation_config.is_assistant and cache is not None
+        if chunk is None and embeds is None and (assists or not generation_config.output_hidden_states):
+            chunk = prefill.tokens_at_once(self, len(input_ids), new, past)
+        if cache is not None and chunk is not None:
+            # Not left to generate: before transformers 5.21 it reads the mask of a continuation's chunks from its first
+            # column on. An assistant may have to take back its last token, and with it all that it proposes.
+            before = new - 1 if assists else (new - 1) // chunk * chunk
+            prefill.read(self, input_ids[:, :before], None if mask is None else mask[:, : past + before], cache, chunk)
+            input_ids = input_ids[:, before:]
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None
+        if assists and cache is not None:
+            cache.activate_past_recording()
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _assisted_decoding(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers: the prompt up to its last token is read first, so that only blocks of candidates have to
+        be recorded for taking them back.
+        """
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if mask is None:  # an assistant that gets none takes pad tokens for padding
+            mask = torch.ones_like(input_ids)
+            kwargs["attention_mask"] = mask
+        if generation_config.assistant_early_exit is not None:
+            raise ArgumentError("assistant_early_exit: a state belongs to all layers; pass an assistant_model instead")
+        if cache is not None and len(input_ids) == 1:
+            past, tokens = cache.seen_tokens, input_ids.shape[1]
+            if kwargs.get("inputs_embeds") is not None or not 0 <= past < tokens:
+                raise ArgumentError(
+                    f"assisted decoding needs the ids of the whole text, and got {tokens} where the cache has seen "
+                    f"{past}: pass those that it has seen, too, and no inputs_embeds"
+                )
+            if mask.shape[1] != tokens or not bool(mask[0, -1]):
+                raise ArgumentError(
+                    f"attention_mask has shape {tuple(mask.shape)} for {tokens} tokens and ends in "
+                    f"{int(mask[0, -1])}: assisted decoding needs one over all tokens, with padding on the left"
+                )
+            _refuse_packed(kwargs)
+            if past:
+                cache.check_padding(mask[:, :past])
+                if cache.token_hashes is not None:
+                    cache.token_hashes.check(input_ids, mask)
+            chunk = generation_config.prefill_chunk_size or prefill.tokens_at_once(self, 1, tokens - past, past)
+            prefill.read(self, input_ids[:, past:-1], mask[:, :-1], cache, chunk)
+        try:
+            return super()._assisted_decoding(
+                input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
+            )
+        finally:
+            if cache is not None:
+                cache.stop_recording()
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
@@ -266,8 +346,6 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         names = (model_kwargs.get("past_key_values"), model_kwargs.pop("cache_params", None))
         given = as_mamba2_cache(*names, self.config)
         kind, use_cache = generation_config.cache_implementation, generation_config.use_cache is not False
-        if generation_config.is_assistant:
-            raise ArgumentError("a Mamba-2 cannot be the assistant of another model: it cannot take tokens back")
         if use_cache and generation_config.output_attentions:
             raise ArgumentError(
                 "output_attentions=True: the matrix of earlier tokens cannot be known from a cached state; call "
@@ -278,8 +356,8 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                 other = f"cache_implementation={kind!r}" if use_cache else "use_cache=False"
                 raise ArgumentError(f"{other} and a cache were both given: pass one")
             given._is_user_defined = True
-            if given.graph is not None:
-                given.graph = DecodeGraph()  # the model may have changed since
+            if given.captured:  # anew: the model may have changed since
+                given.graph = DecodeGraph() if self._may_capture(generation_config, generation_mode) else None
                 given.reserve(max_cache_length)
             model_kwargs["past_key_values"] = given
         elif use_cache:

@@ -23,7 +23,7 @@ class SSDPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = list(FP32_PARAMETERS)
     _skip_keys_device_placement = ["past_key_values", "cache_params"]
     _can_compile_fullgraph = True
-    _is_stateful = True
+    _is_stateful = False  # to transformers: states cannot be taken back. Those of a Mamba2Cache can.
     supports_gradient_checkpointing = True
     old_names: ClassVar[dict[str, str]] = {}
     """Patterns of names that checkpoints may have for tensors, and the names now."""
@@ -149,7 +149,7 @@ def _refuse_infinite(model: SSDPreTrainedModel, source: Any) -> None:
     """One NaN in a decay rate turns every state, and so every logit, into NaN."""
     for prefix, module in model.named_modules():
         for name in FP32_PARAMETERS if isinstance(module, Mamba2Mixer) else ():
-            value = _stored_value(module, name)
+            value = stored_value(module, name)
             if value is not None and not bool(torch.isfinite(value).all()):
                 raise CheckpointError(
                     f"{source}: {prefix}.{name} holds NaN or Inf. The file is damaged or was saved after training "
@@ -157,7 +157,7 @@ def _refuse_infinite(model: SSDPreTrainedModel, source: Any) -> None:
                 )
 
 
-def _stored_value(module: nn.Module, name: str) -> Tensor | None:
+def stored_value(module: nn.Module, name: str) -> Tensor | None:
     """A parameter, also where accelerate keeps its value on the CPU or on disk; None on the meta device alone."""
     parameter: Tensor = getattr(module, name)
     if not parameter.is_meta:

@@ -1,0 +1,319 @@
+"""Taking tokens back, and decoding that guesses ahead: the text is the same as without."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hybrids import ARCHITECTURES, make_hybrid
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mamba2_hf import Mamba2Cache
+from mamba2_hf.errors import ArgumentError, CacheError
+
+NEW = 16
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
+KINDS = ["pure", *ARCHITECTURES]
+
+
+def build(kind: str, tiny_model: Callable[..., Any], seed: int = 0) -> Any:
+    return tiny_model(seed=seed) if kind == "pure" else make_hybrid(kind, seed=seed)
+
+
+def prompt(seed: int, length: int = 16) -> Tensor:
+    """A text that repeats itself, so that there is something to look up."""
+    ids = torch.randint(3, 61, (1, length), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([ids, ids[:, : length // 2]], 1)
+
+
+# The cache
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_removed_tokens_leave_no_trace(data: st.DataObject, tiny_model: Callable[..., Any]) -> None:
+    """Whatever was seen before, however the recorded tokens came, and however many go: the rest goes on as if alone."""
+    model = build(data.draw(st.sampled_from(KINDS)), tiny_model)
+    static = data.draw(st.booleans())
+    rows, past = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 6))
+    ids = torch.randint(3, 61, (rows, 40), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
+    cache = Mamba2Cache(model.config, static=static, max_length=40 if static else None)
+    twin = copy.deepcopy(cache)
+    kept = []
+    with torch.no_grad():
+        if past:
+            mask = torch.ones(rows, past, dtype=torch.long)
+            mask[0, : data.draw(st.integers(0, past - 1))] = 0
+            for each in (cache, twin):
+                model(ids[:, :past], attention_mask=mask, past_key_values=each)
+        cache.activate_past_recording()
+        for _ in range(data.draw(st.integers(1, 2))):
+            blocks = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+            seen = cache.seen_tokens
+            for block in blocks:
+                model(ids[:, cache.seen_tokens : cache.seen_tokens + block], past_key_values=cache)
+            gone = data.draw(st.integers(0, sum(blocks)))
+            cache.crop(-gone)
+            kept.append((seen, cache.seen_tokens))
+            assert cache.seen_tokens == seen + sum(blocks) - gone
+        cache.stop_recording()
+        for start, stop in kept:
+            if stop > start:
+                model(ids[:, start:stop], past_key_values=twin)
+        assert cache.seen_tokens == twin.seen_tokens
+        for block in (1, 3, 1):
+            following = ids[:, 30 : 30 + block].flip(1)
+            ours, theirs = model(following, past_key_values=cache), model(following, past_key_values=twin)
+            torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=2e-5)
+
+
+def test_only_recorded_tokens_can_be_removed(tiny_model: Callable[..., Any]) -> None:
+    model, ids = tiny_model(), prompt(0)
+    with torch.no_grad():
+        cache = model(ids[:, :8]).past_key_values
+        with pytest.raises(CacheError, match=r"crop\(-1\): 0 tokens were recorded.*activate_past_recording"):
+            cache.crop(-1)
+        cache.activate_past_recording()
+        assert cache.is_croppable
+        model(ids[:, 8:12], past_key_values=cache)
+        for tokens in (-5, 1):
+            with pytest.raises(CacheError, match="4 tokens were recorded"):
+                cache.crop(tokens)
+        cache.crop(-1)
+        with pytest.raises(CacheError, match="0 tokens were recorded"):  # what stayed is settled
+            cache.crop(-1)
+        for duplicate in (copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))):
+            model(ids[:, 11:12], past_key_values=cache)
+            cache.crop(0)
+            assert duplicate(cache).seen_tokens == cache.seen_tokens
+        with pytest.raises(CacheError, match="padding or packed documents"):
+            model(ids[:, :4], attention_mask=torch.tensor([[0, 1, 1, 1]]), past_key_values=cache)
+    cache.stop_recording()
+    assert not cache.is_croppable
+
+
+def test_recording_keeps_little(tiny_model: Callable[..., Any]) -> None:
+    """Of a block of tokens, what the mixers projected; the states once; and nothing after it is settled."""
+    model = tiny_model()
+    with torch.no_grad():
+        cache = model(prompt(0)).past_key_values
+        cache.activate_past_recording()
+        for _ in range(3):
+            model(prompt(1)[:, :2], past_key_values=cache)
+        layer = cache.layers[0]
+        assert [tuple(block.shape[:2]) for block in layer.recorded] == [(1, 2)] * 3
+        cache.crop(-2)
+    assert layer.recorded == []
+    assert layer._before is None
+
+
+# Greedy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompt_lookup_writes_the_greedy_text(kind: str, tiny_model: Callable[..., Any]) -> None:
+    for seed in range(3):
+        model, ids = build(kind, tiny_model, seed), prompt(seed)
+        expected = model.generate(ids, **GREEDY)
+        assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=4, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("helper", ["itself", "another", "hybrid", "llama"])
+@pytest.mark.parametrize("kind", ["pure", "sliding", "rotary"])
+def test_an_assistant_writes_the_greedy_text(kind: str, helper: str, tiny_model: Callable[..., Any]) -> None:
+    for seed in range(2 if helper == "another" else 1):
+        model, ids = build(kind, tiny_model, seed), prompt(seed)
+        assistant = {
+            "itself": lambda model=model: model,
+            "another": lambda seed=seed: tiny_model(seed=seed + 5),
+            "hybrid": lambda seed=seed: make_hybrid("parallel", seed=seed + 5),
+            "llama": lambda: llama(),
+        }[helper]()
+        expected = model.generate(ids, **GREEDY)
+        assert torch.equal(model.generate(ids, assistant_model=assistant, **GREEDY), expected)
+        if helper == "another":
+            close = copy.deepcopy(model)  # right most of the time, so that part of a block stays
+            with torch.no_grad():
+                close.lm_head.weight.add_(torch.randn_like(close.lm_head.weight), alpha=0.05)
+            assert torch.equal(model.generate(ids, assistant_model=close, **GREEDY), expected)
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **{"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1},
+            **{"num_attention_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        )
+    ).eval()
+
+
+def test_assists_models_of_other_families(tiny_model: Callable[..., Any]) -> None:
+    target, ids = llama(), prompt(0)
+    expected = target.generate(ids, **GREEDY)
+    for kind in ("pure", "sliding"):
+        assert torch.equal(target.generate(ids, assistant_model=build(kind, tiny_model), **GREEDY), expected)
+
+
+def test_fewer_calls_where_the_guesses_are_right(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    ids = torch.cat([prompt(0)] * 2, 1)
+    text = model.generate(ids, **{**GREEDY, "max_new_tokens": 60})
+    sizes: list[int] = []
+    forward = type(model).forward
+
+    def counted(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        sizes.append(input_ids.shape[1])
+        return forward(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    again = model.generate(text, prompt_lookup_num_tokens=8, **GREEDY)
+    assert sizes[0] == text.shape[1] - 1  # the prompt, and then blocks
+    assert max(sizes[1:]) == 9
+    assert len(sizes) < NEW
+    monkeypatch.undo()
+    assert torch.equal(again, model.generate(text, **GREEDY))
+
+
+@pytest.mark.parametrize(
+    "options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": None}], ids=["lookup", "model"]
+)
+@pytest.mark.parametrize("kind", ["pure", "sliding"])
+def test_padding_chunks_and_given_caches(kind: str, options: dict[str, Any], tiny_model: Callable[..., Any]) -> None:
+    model, ids = build(kind, tiny_model), prompt(3)
+    if "assistant_model" in options:
+        options = {"assistant_model": build(kind, tiny_model, seed=7)}
+    expected = model.generate(ids, **GREEDY)[:, ids.shape[1] :]
+    for pads in (1, 5):
+        tokens = torch.cat([torch.zeros(1, pads, dtype=torch.long), ids], 1)
+        mask = (torch.arange(tokens.shape[1]) >= pads).long()[None]
+        out = model.generate(tokens, attention_mask=mask, **options, **GREEDY)
+        assert torch.equal(out[:, tokens.shape[1] :], expected)
+    out = model.generate(ids, prefill_chunk_size=5, **options, **GREEDY)
+    assert torch.equal(out[:, ids.shape[1] :], expected)
+    cache = model.read(ids[:, :9])
+    out = model.generate(ids, past_key_values=cache, **options, **GREEDY, return_dict_in_generate=True)
+    assert torch.equal(out.sequences[:, ids.shape[1] :], expected)
+    assert out.past_key_values is cache
+    assert not cache.recording
+    # What comes back goes on as any cache does.
+    longer = torch.cat([out.sequences, ids[:, :3]], 1)
+    assert torch.equal(model.generate(longer, past_key_values=cache, **GREEDY), model.generate(longer, **GREEDY))
+    one = torch.tensor([[0, 0, 7]])
+    out = model.generate(one, attention_mask=torch.tensor([[0, 0, 1]]), **options, **GREEDY)
+    assert torch.equal(out[:, 3:], model.generate(one[:, 2:], **GREEDY)[:, 1:])
+
+
+def test_stops_at_the_end_of_the_text(tiny_model: Callable[..., Any]) -> None:
+    model, ids = tiny_model(), prompt(2)
+    end = int(model.generate(ids, **GREEDY)[0, ids.shape[1] + 7])
+    options = {**GREEDY, "eos_token_id": end}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, assistant_model=model, **options), expected)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=5, **options), expected)
+
+
+def test_in_bf16_only_near_ties_are_decided_otherwise(tiny_model: Callable[..., Any]) -> None:
+    """Blocks and steps round differently. Where the texts part, the two best logits are closer than that difference."""
+    parted = 0
+    for seed in range(6):
+        model, ids = tiny_model(seed=seed).bfloat16(), prompt(seed)
+        plain = model.generate(ids, **GREEDY)
+        guessed = model.generate(ids, assistant_model=tiny_model(seed=seed), **GREEDY)
+        if torch.equal(plain, guessed):
+            continue
+        parted += 1
+        at = int((plain != guessed).nonzero()[0, 1])
+        with torch.no_grad():
+            cache, steps = None, []
+            for token in plain[0, :at]:
+                out = model(token.view(1, 1), past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                steps.append(out.logits[:, 0])
+            blocks = torch.cat([model(plain[:, :at]).logits[0]])
+        error = (torch.cat(steps) - blocks).abs().max()
+        best = blocks[-1].topk(2)
+        assert best.values[0] - best.values[1] <= 2 * error
+        assert {int(plain[0, at]), int(guessed[0, at])} == set(best.indices.tolist())
+    assert parted < 6
+
+
+# Sampling
+
+
+def test_samples_by_the_models_own_distribution(tiny_model: Callable[..., Any]) -> None:
+    """The first two tokens of many samples, with a bad assistant, against their exact probabilities."""
+    model = tiny_model(seed=3, vocab_size=5, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    assistant = tiny_model(seed=4, vocab_size=5)
+    ids = torch.tensor([[3, 4, 1]])
+    options = {"do_sample": True, "max_new_tokens": 2, "eos_token_id": None, "pad_token_id": 0, "top_k": 0}
+    options["temperature"] = 3.0
+    torch.manual_seed(0)
+    draws = 250
+    counts = torch.zeros(5, 5)
+    for _ in range(draws):
+        out = model.generate(ids, assistant_model=assistant, **options)
+        counts[out[0, 3], out[0, 4]] += 1
+    with torch.no_grad():
+        first = (model(ids).logits[0, -1] / 3).softmax(-1)
+        both = torch.stack(
+            [p * (model(torch.cat([ids, t.view(1, 1)], 1)).logits[0, -1] / 3).softmax(-1) for t, p in enumerate_(first)]
+        )
+    expected = both * draws
+    chi2 = float(((counts - expected) ** 2 / expected).sum())
+    assert chi2 < 52  # 24 degrees of freedom: one run in a thousand is above
+
+
+def enumerate_(values: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.tensor(index), value) for index, value in enumerate(values)]
+
+
+def test_returns_what_generate_returns(tiny_model: Callable[..., Any]) -> None:
+    model, ids = tiny_model(), prompt(1)
+    options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True, "output_hidden_states": True}
+    plain = model.generate(ids, **options)
+    guessed = model.generate(ids, assistant_model=tiny_model(seed=1), **options)
+    assert torch.equal(plain.sequences, guessed.sequences)
+    torch.testing.assert_close(torch.stack(guessed.logits), torch.stack(plain.logits), rtol=0, atol=1e-4)
+    assert guessed.past_key_values.seen_tokens == plain.past_key_values.seen_tokens
+
+
+def test_sampling_with_prompt_lookup_is_seeded(tiny_model: Callable[..., Any]) -> None:
+    model, ids = tiny_model(), prompt(0)
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        drawn.append(model.generate(ids, prompt_lookup_num_tokens=3, **{**GREEDY, "do_sample": True}))
+    assert torch.equal(*drawn)
+
+
+# What is refused
+
+
+def test_refuses_what_cannot_be_taken_back(tiny_model: Callable[..., Any]) -> None:
+    model, ids = tiny_model(), prompt(0)
+    look = {"prompt_lookup_num_tokens": 2, **GREEDY}
+    cache = model.read(ids[:, :9])
+    with pytest.raises(ArgumentError, match="needs the ids of the whole text, and got 5 where the cache has seen 9"):
+        model.generate(ids[:, 9:14], attention_mask=torch.ones(1, 14), past_key_values=cache, **look)
+    with pytest.raises(ArgumentError, match="no inputs_embeds"):
+        model.generate(inputs_embeds=model.get_input_embeddings()(ids), **look)
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    with pytest.raises(ArgumentError, match="with padding on the left"):
+        model.generate(ids, attention_mask=mask, **look)
+    with pytest.raises(ArgumentError, match="assistant_early_exit"):
+        model.generate(ids, assistant_early_exit=1, **GREEDY)
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        model.generate(ids.expand(2, -1), **look)
+    with pytest.raises(ValueError, match="use_cache=True"):
+        model.generate(ids, use_cache=False, **look)
