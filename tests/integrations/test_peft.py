@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 
 from mamba2_hf import Mamba2ForCausalLM, Mamba2ForSequenceClassification
 
@@ -161,3 +162,34 @@ class TestConv1d:
             cache = adapted(input_ids[:, :9], use_cache=True).past_key_values
             steps = [adapted(input_ids[:, t : t + 1], past_key_values=cache).logits for t in range(9, 17)]
         torch.testing.assert_close(torch.cat(steps, 1), logits[:, 9:], atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_over_4_bit_weights(make_model: Callable[..., Any], input_ids: Tensor, tmp_path: Path) -> None:
+    """QLoRA; bitsandbytes' CPU kernels serve training mode."""
+    pytest.importorskip("bitsandbytes")
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    make_model(hidden_size=64, num_heads=16).save_pretrained(tmp_path / "base")
+
+    def load() -> Any:
+        options = {"quantization_config": four_bits, "dtype": torch.bfloat16}
+        return Mamba2ForCausalLM.from_pretrained(tmp_path / "base", **options)
+
+    plain = Mamba2ForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).train()
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, target_modules="all-linear")
+    adapted = get_peft_model(load(), config).train()
+    mixer = adapted.base_model.model.backbone.layers[0].mixer
+    assert "4bit" in type(mixer.in_proj.base_layer).__name__
+    assert mixer.A_log.dtype == torch.float32
+    out = adapted(input_ids, labels=input_ids)
+    assert out.logits is None
+    assert out.loss.item() == pytest.approx(plain(input_ids, labels=input_ids).loss.item(), rel=0.05)
+    optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=0.02)
+    for _ in range(5):
+        adapted(input_ids, labels=input_ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = adapted(input_ids, labels=input_ids).loss
+    assert trained < 0.95 * out.loss
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(), tmp_path / "adapter").train()
+    torch.testing.assert_close(again(input_ids, labels=input_ids).loss, trained)
