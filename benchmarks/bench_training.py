@@ -277,14 +277,14 @@ def versions() -> str:
     )
 
 
-def rows(cases: list[Case], device: str) -> Iterator[dict[str, Any]]:
+def rows(cases: list[Case], device: str, impls: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     rate = product_rate(device)
     where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     print(f"{where}: {rate / 1e12:.2f} TFLOP/s in a large product", flush=True)
     for case in cases:
         check_agreement(case, device)
         release(device)
-        for impl in (OURS, STOCK):
+        for impl in impls:
             for checkpointing in (False, True):
                 label = impl + (CHECKPOINTING if checkpointing else "")
                 found = fitting(case, impl, device, checkpointing)
@@ -309,6 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="", help="part of the names of the cases to time")
     parser.add_argument("--out", type=Path, help="CSV to write")
+    parser.add_argument("--no-peer", action="store_true", help="check against transformers' model, but do not time it")
     parser.add_argument("--tiny", action="store_true", help="toy sizes")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -317,7 +318,8 @@ def main() -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
     done: list[dict[str, Any]] = []
-    for row in rows([case for case in (TINY if options.tiny else CASES) if options.cases in case.name], device):
+    impls = (OURS,) if options.no_peer else (OURS, STOCK)
+    for row in rows([case for case in (TINY if options.tiny else CASES) if options.cases in case.name], device, impls):
         done.append(row)
         print(" ".join(f"{value}" for value in list(row.values())[:11]), flush=True)
         if options.out:  # whatever happens next, this is kept

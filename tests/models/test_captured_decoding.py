@@ -96,6 +96,18 @@ class TestOnAGPU:
         going_on = model.generate(more, past_key_values=first.past_key_values, **LENGTHS)
         assert torch.equal(going_on, model.generate(more, **LENGTHS, disable_compile=True))
 
+    def test_any_cache_of_a_pure_model_will_do(self) -> None:
+        model = pure().cuda()
+        cache = Mamba2Cache(model.config)
+        out = model.generate(**prompts(2, "cuda"), **LENGTHS, past_key_values=cache)
+        assert cache.graph.is_captured
+        assert torch.equal(out, model.generate(**prompts(2, "cuda"), **LENGTHS, disable_compile=True))
+
+    def test_speculation_goes_without(self) -> None:
+        model = pure().cuda()
+        given = {**prompts(1, "cuda"), **LENGTHS}
+        assert torch.equal(model.generate(**given, prompt_lookup_num_tokens=3), model.generate(**given))
+
     def test_a_copied_cache_goes_its_own_way(self) -> None:
         model = pure().cuda()
         first = model.generate(**prompts(1, "cuda"), **LENGTHS, return_dict_in_generate=True)

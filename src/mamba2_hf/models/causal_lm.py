@@ -356,7 +356,9 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                 other = f"cache_implementation={kind!r}" if use_cache else "use_cache=False"
                 raise ArgumentError(f"{other} and a cache were both given: pass one")
             given._is_user_defined = True
-            if given.captured:  # anew: the model may have changed since
+            if given.captured or (given.key_counts is None and not given.static):  # SSD states have fixed places anyway
+                given.captured = True
+                # Anew, as the model may have changed since.
                 given.graph = DecodeGraph() if self._may_capture(generation_config, generation_mode) else None
                 given.reserve(max_cache_length)
             model_kwargs["past_key_values"] = given
