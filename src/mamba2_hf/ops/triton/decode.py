@@ -17,7 +17,7 @@ from .calls import call
 from .conv import DTYPES, MAX_TAPS, conv_forward, convolve, documents, load_taps
 from .conv import supports as supports_conv
 from .launch import cdiv, launch, power_of_two
-from .overlap import follow, overlap
+from .overlap import follow
 from .prep import clamp, softplus
 from .rows import channels_last
 
@@ -229,10 +229,9 @@ def _shift(pid, u, conv, T, width, C, su_b, su_t, sc_b, sc_c, sc_l, L: tl.conste
 def finish_kernel(raw, squares, u, weight, y, conv, T, width, parts, eps, C, scales,
                   su_b, su_t, sc_b, sc_c, sc_l,
                   SIZE: tl.constexpr, GATE: tl.constexpr, PARTS: tl.constexpr, L: tl.constexpr,
-                  BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                  BLOCK: tl.constexpr):  # fmt: skip
     """What waits for all of ``step_kernel``: the first ``scales`` programs norm, the others move the conv state on."""
     pid = tl.program_id(0)
-    follow(OVERLAP)
     if pid < scales:
         if squares is not None:
             _scale(pid, raw, squares, u, weight, y, T, width, parts, eps, su_b, su_t, SIZE, GATE, PARTS, BLOCK)
@@ -431,8 +430,8 @@ def mixer_step(
         K=taps,
         BP=bp,
         BN=power_of_two(N),
+        OVERLAP=False,
         num_warps=warps,
-        **overlap(),
     )
     scales = 0 if squares is None else batch * tokens * (width // group_size) * cdiv(group_size, FINISH_BLOCK)
     parts = group_size // P * blocks
@@ -446,7 +445,6 @@ def mixer_step(
         PARTS=power_of_two(parts),
         L=conv_state.shape[2],
         BLOCK=FINISH_BLOCK,
-        **overlap(),
     )
     return y
 

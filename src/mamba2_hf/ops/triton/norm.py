@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .calls import call
 from .launch import cdiv, launch, power_of_two
-from .overlap import follow, overlap
 from .rows import channels_last, vector_strides
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -46,9 +45,8 @@ def _silu(z):
 @triton.jit
 def norm_forward_kernel(x, z, weight, y, M, eps, sx, sz, sy,
                         SIZE: tl.constexpr, GATE_LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
-                        BLOCK: tl.constexpr, CHUNKS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                        BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
     """One group of ``ROWS`` rows."""
-    follow(OVERLAP)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * SIZE
     values, gates = (), ()
@@ -230,7 +228,6 @@ def norm_forward(
         BLOCK=tile.block,
         CHUNKS=tile.chunks,
         num_warps=tile.warps,
-        **overlap(),
     )
     return y
 
