@@ -56,9 +56,7 @@ def test_the_default_is_the_pure_one_and_the_hybrid_has_attention_in_one_layer()
 
 
 def test_another_name_is_refused_with_those_that_ship() -> None:
-    with pytest.raises(
-        ValueError, match=r"no model named .mamba2-huge.*mamba2-tiny-python.*hybrid-tiny-python"
-    ):
+    with pytest.raises(ValueError, match=r"no model named .mamba2-huge.*mamba2-tiny-python.*hybrid-tiny-python"):
         shipped_model_path("mamba2-huge")
 
 
