@@ -541,6 +541,8 @@ class TestMegatron:
         changes = {"hybrid_override_pattern": "MMM", "num_layers": 3}
         state = self.folder(tmp_path / "theirs", split=split, **changes)
         assert detect(tmp_path / "theirs").name == "megatron_mamba2"
+        with pytest.raises(CheckpointError, match="a Mamba-2, and no hybrid; convert it first: mamba2-hf convert"):
+            Mamba2HybridForCausalLM.from_pretrained(tmp_path / "theirs")
         convert(tmp_path / "theirs", tmp_path / "ours")
         model = Mamba2ForCausalLM.from_pretrained(tmp_path / "ours")
         torch.testing.assert_close(model(IDS).logits[0], self.oracle(state, "MMM", "").float(), **FP32)
