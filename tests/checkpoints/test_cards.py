@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import layouts
@@ -12,6 +13,8 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from hybrid_families import CASES, stock
+from hybrids import make_hybrid
 
 from mamba2_hf.checkpoints import FORMATS, convert, open_checkpoint
 from mamba2_hf.checkpoints.cards import families, family_of, read_evals, render_card
@@ -63,8 +66,17 @@ def test_metadata_is_what_the_hub_reads(tmp_path: Path) -> None:
     assert again.data.eval_results == card.data.eval_results
 
 
-def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layouts.stock(tmp_path / "tiny")
+def bamba(folder: Path) -> None:
+    stock(CASES["bamba"]).save_pretrained(folder)
+
+
+def hybrid(folder: Path) -> None:
+    make_hybrid("rotary").save_pretrained(folder)
+
+
+@pytest.mark.parametrize("write", [layouts.stock, layouts.state_spaces, bamba, hybrid])
+def test_its_code_runs(write: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "tiny")
     layouts.add_companions(tmp_path / "tiny")
     card = render_card(open_checkpoint(tmp_path / "tiny"))
     code = card.content.split("```python\n")[1].split("```")[0]

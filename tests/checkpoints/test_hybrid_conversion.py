@@ -249,6 +249,15 @@ class TestOtherFamilies:
             convert(tmp_path / "hybrid", tmp_path / "out", with_code=True)
         assert not (tmp_path / "out").exists()
 
+    def test_two_lists_of_layers_have_to_agree(self, tmp_path: Path) -> None:
+        stock(CASES["nemotron"]).save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        layouts.write_json(tmp_path / "config.json", {**config, "hybrid_override_pattern": "M-*M-"})
+        open_checkpoint(tmp_path)
+        layouts.write_json(tmp_path / "config.json", {**config, "hybrid_override_pattern": "M-*MM"})
+        with pytest.raises(ConfigurationError, match="hybrid_override_pattern is 'M-.MM' and layers_block_type lists"):
+            open_checkpoint(tmp_path)
+
     def test_a_part_that_is_missing_or_too_many_is_named(self, tmp_path: Path) -> None:
         stock(CASES["nemotron-experts"]).save_pretrained(tmp_path)
         path = tmp_path / "model.safetensors"
@@ -541,6 +550,8 @@ class TestMegatron:
         changes = {"hybrid_override_pattern": "MMM", "num_layers": 3}
         state = self.folder(tmp_path / "theirs", split=split, **changes)
         assert detect(tmp_path / "theirs").name == "megatron_mamba2"
+        with pytest.raises(CheckpointError, match="a Mamba-2, and no hybrid; convert it first: mamba2-hf convert"):
+            Mamba2HybridForCausalLM.from_pretrained(tmp_path / "theirs")
         convert(tmp_path / "theirs", tmp_path / "ours")
         model = Mamba2ForCausalLM.from_pretrained(tmp_path / "ours")
         torch.testing.assert_close(model(IDS).logits[0], self.oracle(state, "MMM", "").float(), **FP32)

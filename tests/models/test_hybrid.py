@@ -575,12 +575,18 @@ def _fresh_compiler() -> Iterator[None]:
 compiled_ones = pytest.mark.parametrize("name", ["sliding", "sigmoid", "shared"])
 
 
+def to_compile(name: str) -> Any:
+    """As small as can be, so that tracing is quick: two layers share one block."""
+    few = {"layer_blocks": ["shared>ssd", "shared>ssd"], "num_shared_blocks": 1}
+    return make_hybrid(name, **(few if name == "shared" else {}))
+
+
 @pytest.mark.usefixtures("_fresh_compiler")
 class TestCompiled:
     @compiled_ones
     @torch.no_grad()
     def test_prefill(self, name: str) -> None:
-        model, graphs, ids, mask = make_hybrid(name), Graphs(), tokens(), ragged()
+        model, graphs, ids, mask = to_compile(name), Graphs(), tokens(), ragged()
         compiled = torch.compile(model, fullgraph=True, backend=graphs)
         ours, theirs = (run(ids, attention_mask=mask) for run in (compiled, model))
         torch.testing.assert_close(ours.logits, theirs.logits, **CLOSE)
@@ -594,7 +600,7 @@ class TestCompiled:
     @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
     @torch.no_grad()
     def test_decode_compiles_twice_at_most(self, name: str, static: bool) -> None:
-        model, graphs, ids = make_hybrid(name), Graphs(), tokens()
+        model, graphs, ids = to_compile(name), Graphs(), tokens()
         step = torch.compile(model, fullgraph=True, backend=graphs)
         expected = model(ids, use_cache=False).logits
         cache = Mamba2Cache(model.config, static=static, max_length=TOKENS)
@@ -609,7 +615,7 @@ class TestCompiled:
 
     @compiled_ones
     def test_training(self, name: str) -> None:
-        model, ids, mask = make_hybrid(name).train(), tokens(), ragged()
+        model, ids, mask = to_compile(name).train(), tokens(), ragged()
         results = []
         for run in (torch.compile(model, fullgraph=True, backend="aot_eager"), model):
             model.zero_grad()
@@ -622,7 +628,7 @@ class TestCompiled:
     @compiled_ones
     @torch.no_grad()
     def test_export(self, name: str) -> None:
-        model = make_hybrid(name)
+        model = to_compile(name)
         shapes = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, "use_cache": None}
         program = torch.export.export(
             model, (), {"input_ids": tokens(2, 20), "use_cache": False}, dynamic_shapes=shapes, strict=False

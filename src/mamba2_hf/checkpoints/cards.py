@@ -110,6 +110,7 @@ def render_card(
         template_path=str(cards_folder() / "template.md"),
         summary=f"A {'hybrid of Mamba-2 and attention' if hybrid else 'Mamba-2 language model'} of "
         f"{_count(parameters)} parameters.",
+        loader=_LOADERS.get(checkpoint.format.name),
         needs=_NEEDS.get(checkpoint.format.name, "transformers' own class reads the same files without it"),
         facts=[
             ("parameters", f"{parameters:,}"),
@@ -133,6 +134,12 @@ _NEEDS = {
     "mamba2_hybrid": "the model's classes",
 }
 """What the import of this package is there for, by format."""
+_LOADERS = {
+    "mamba_ssm": "Mamba2ForCausalLM",
+    "mamba2attn": "Mamba2HybridForCausalLM",
+    "megatron": "Mamba2HybridForCausalLM",
+}
+"""What reads formats whose files name no class, so that the Auto classes cannot."""
 
 
 def _pure_facts(config: Any) -> list[tuple[str, Any]]:

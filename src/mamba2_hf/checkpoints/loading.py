@@ -51,9 +51,9 @@ def read_foreign(
         return None
     checkpoint = open_checkpoint(local_folder(source, revision))
     if checkpoint.format.family is not HYBRID:
-        raise CheckpointError(
-            f"{source}: a {checkpoint.format.family.title}, and no hybrid; load it with Mamba2ForCausalLM"
-        )
+        direct = checkpoint.format.name in ("mamba2", "mamba_ssm")
+        remedy = "load it with Mamba2ForCausalLM" if direct else "convert it first: mamba2-hf convert"
+        raise CheckpointError(f"{source}: a {checkpoint.format.family.title}, and no hybrid; {remedy}")
     kind = checkpoint.dtype if dtype in (None, "auto") else dtype
     kind = getattr(torch, kind) if isinstance(kind, str) else kind
     assert isinstance(kind, torch.dtype)

@@ -46,6 +46,13 @@ def read_config(raw: Mapping[str, Any]) -> dict[str, Any]:
             f"mlp_hidden_act is {stock.mlp_hidden_act!r}: known here are {', '.join(map(repr, _ACTIVATIONS))}"
         )
     kinds = {theirs: ours for ours, theirs in _LAYERS.items()}
+    pattern = raw.get("hybrid_override_pattern")
+    if pattern and raw.get("layers_block_type"):
+        spelled = stock_config(NAME, {name: value for name, value in raw.items() if name != "layers_block_type"})
+        if spelled.layers_block_type != stock.layers_block_type:
+            raise ConfigurationError(
+                f"hybrid_override_pattern is {pattern!r} and layers_block_type lists other layers: keep the right one"
+            )
     fields = {
         **common_fields(stock, raw),
         "num_hidden_layers": len(stock.layers_block_type),
