@@ -20,7 +20,7 @@ import transformers
 import typer
 from peft import LoraConfig, PeftModel
 from rich.console import Console
-from text_data import plot_losses, read_texts, show_progress
+from text_data import plot_losses, read_texts, shared_arguments, show_progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
@@ -54,35 +54,17 @@ def main(
     if tiny:
         steps, batch, length, learning_rate = 20, 2, 256, 2e-3
     source = model or str(shipped_model_path())
-    gpu = torch.cuda.is_available()
     tokenizer = AutoTokenizer.from_pretrained(source)
     train, held_out = read_texts(text, tokenizer)
     console.print(f"{len(train)} documents to train on, {len(held_out)} held out")
 
     config = SFTConfig(
-        output_dir=str(out),
+        **shared_arguments(out, steps, batch, learning_rate),
         packing=True,  # documents share rows, and stay apart: their states do not mix
         packing_strategy="bfd_split",  # those longer than a row go into several
         padding_free=True,
         max_length=length,
-        per_device_train_batch_size=batch,
-        per_device_eval_batch_size=batch,
-        max_steps=steps,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=steps // 20,
-        logging_steps=max(1, steps // 50),
-        eval_strategy="steps",
-        eval_steps=max(1, steps // 4),
-        save_strategy="steps",
-        save_steps=max(1, steps // 4),
-        save_total_limit=2,
-        bf16=gpu,
-        use_cpu=not gpu,
         gradient_checkpointing=checkpointing,
-        dataloader_pin_memory=gpu,
-        report_to="none",
-        disable_tqdm=True,  # the bar below shows the loss too
     )
     trainer = SFTTrainer(
         model=load(source, qlora),

@@ -22,7 +22,7 @@ import transformers
 import typer
 from datasets import Dataset, IterableDataset
 from rich.console import Console
-from text_data import packed_rows, plot_losses, show_progress
+from text_data import packed_rows, plot_losses, shared_arguments, show_progress
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -65,7 +65,6 @@ def main(
         preset, steps, batch, length = "tiny", 30, 8, 128
     if preset not in PRESETS:
         raise typer.BadParameter(f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    gpu = torch.cuda.is_available()
     words = AutoTokenizer.from_pretrained(tokenizer or str(shipped_model_path()))
     torch.manual_seed(0)
     model = new_model(preset, hybrid, words)
@@ -76,37 +75,21 @@ def main(
 
     train = IterableDataset.from_generator(packed_rows, gen_kwargs=rows(False)).shuffle(seed=0, buffer_size=1000)
     held_out = [row for row, _ in zip(packed_rows(**rows(True)), range(EVALUATED_ROWS), strict=False)]
+    if not held_out:
+        raise typer.BadParameter(f"{text} holds too little text: no row of {length} tokens can be held out")
     arguments = TrainingArguments(
-        output_dir=str(out),
-        per_device_train_batch_size=batch,
-        per_device_eval_batch_size=batch,
+        **shared_arguments(out, steps, batch, PRESETS[preset][2]),
         gradient_accumulation_steps=accumulate,
-        max_steps=steps,
-        learning_rate=PRESETS[preset][2],
-        lr_scheduler_type="cosine",
-        warmup_steps=steps // 20,
         weight_decay=0.1,  # Trainer keeps it off A_log, D, dt_bias and the norms
         adam_beta2=0.95,
-        max_grad_norm=1.0,
-        logging_steps=max(1, steps // 100),
-        eval_strategy="steps" if held_out else "no",
-        eval_steps=max(1, steps // 10),
-        save_strategy="steps",
-        save_steps=max(1, steps // 10),
-        save_total_limit=2,
         prediction_loss_only=True,
-        bf16=gpu,
-        use_cpu=not gpu,
         gradient_checkpointing=checkpointing,
-        dataloader_pin_memory=gpu,
-        report_to="none",
-        disable_tqdm=True,  # the bar below shows the loss too
     )
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=train,
-        eval_dataset=Dataset.from_list(held_out) if held_out else None,
+        eval_dataset=Dataset.from_list(held_out),
         processing_class=words,
     )
     show_progress(trainer, console)

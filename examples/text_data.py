@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import stdlib_corpus
+import torch
 import typer
 from datasets import Dataset
 from rich.console import Console
@@ -72,6 +73,32 @@ def packed_rows(source: Path | None, tokenizer: Any, length: int, held_out: bool
         while len(ids) >= length:
             yield {"input_ids": ids[:length], "position_ids": positions[:length], "labels": ids[:length]}
             ids, positions = ids[length:], positions[length:]
+
+
+def shared_arguments(out: Path, steps: int, batch: int, learning_rate: float) -> dict[str, Any]:
+    """Arguments of any Trainer: a cosine with a warm-up, ten looks at the held-out text and as many checkpoints."""
+    gpu = torch.cuda.is_available()
+    tenth = max(1, steps // 10)
+    return {
+        "output_dir": str(out),
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": batch,
+        "max_steps": steps,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": steps // 20,
+        "logging_steps": max(1, steps // 100),
+        "eval_strategy": "steps",
+        "eval_steps": tenth,
+        "save_strategy": "steps",
+        "save_steps": tenth,
+        "save_total_limit": 2,
+        "bf16": gpu,
+        "use_cpu": not gpu,
+        "dataloader_pin_memory": gpu,
+        "report_to": "none",
+        "disable_tqdm": True,  # the bar below shows the loss too
+    }
 
 
 def show_progress(trainer: Trainer, console: Console) -> None:

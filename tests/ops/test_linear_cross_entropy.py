@@ -64,7 +64,7 @@ SERVED = [("torch", dtype) for dtype in TOLERANCE] + [("triton", dtype) for dtyp
 
 class TestValues:
     @pytest.mark.parametrize(("backend", "dtype"), SERVED, indirect=["backend"])
-    @pytest.mark.parametrize("scale", [1.0, 0.3])
+    @pytest.mark.parametrize("scale", [1.0, 0.3, -2.0])
     def test_loss_and_gradients_are_those_of_logits(self, backend: str, dtype: torch.dtype, scale: float) -> None:
         hidden, weight, labels = draw()
         given = leaves(hidden, weight, dtype=dtype)
@@ -97,10 +97,11 @@ class TestValues:
 
     @pytest.mark.parametrize("vocab", [1, 64, 4096, 5003])
     def test_kernel_over_blocks(self, backend: str, vocab: int) -> None:
+        """And with labels in 32 bits."""
         hidden, weight, labels = draw(5, vocab)
         one, other = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.float32)
         labels = labels.to(DEVICE)
-        expected, actual = plain(*one, labels), linear_cross_entropy(*other, labels)
+        expected, actual = plain(*one, labels), linear_cross_entropy(*other, labels.int())
         torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
         for a, b in zip(torch.autograd.grad(actual, other), torch.autograd.grad(expected, one), strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)

@@ -37,8 +37,8 @@ class Mamba2Output(ModelOutput):
 
 @dataclass
 class Mamba2CausalLMOutput(ModelOutput):
-    """Output of a language model: :class:`Mamba2Output` with ``loss ()`` and ``logits (B, T, vocab)``, and ``aux_loss
-    ()`` where router logits were asked for.
+    """Output of a language model: :class:`Mamba2Output` with ``loss ()``, ``logits (B, T, vocab)`` unless they were
+    left out (``return_logits``), and ``aux_loss ()`` where router logits were asked for.
     """
 
     loss: Tensor | None = None

@@ -25,7 +25,7 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor, scale: float, ignore_inde
     if scale != 1.0:
         x = x * scale
     counts = labels != ignore_index
-    target = torch.where(counts, labels, 0)[:, None]
+    target = torch.where(counts, labels, 0).long()[:, None]
     total = x.logsumexp(1, keepdim=True)
     losses = torch.where(counts, (total - x.gather(1, target))[:, 0], 0.0)
     if gradient:

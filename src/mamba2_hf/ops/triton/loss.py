@@ -37,8 +37,8 @@ def cross_entropy_kernel(logits, labels, losses, stride, scale, ignore_index,
         totals = tl.zeros([BLOCK], tl.float32)
         for start in range(0, VOCAB, BLOCK):
             column = start + columns
-            x = tl.load(base + column, mask=column < VOCAB, other=float("-inf"), eviction_policy="evict_last")
-            x = x.to(tl.float32) * scale
+            x = tl.load(base + column, mask=column < VOCAB, other=0.0, eviction_policy="evict_last")
+            x = tl.where(column < VOCAB, x.to(tl.float32) * scale, float("-inf"))
             higher = tl.maximum(peak, tl.max(x, 0))
             shift = tl.where(higher == float("-inf"), 0.0, higher)  # no difference of infinities
             totals = totals * tl.exp(peak - shift) + tl.exp(x - shift)
