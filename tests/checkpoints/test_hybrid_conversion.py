@@ -255,7 +255,7 @@ class TestOtherFamilies:
         layouts.write_json(tmp_path / "config.json", {**config, "hybrid_override_pattern": "M-*M-"})
         open_checkpoint(tmp_path)
         layouts.write_json(tmp_path / "config.json", {**config, "hybrid_override_pattern": "M-*MM"})
-        with pytest.raises(ConfigurationError, match="hybrid_override_pattern is 'M-.MM' and layers_block_type lists"):
+        with pytest.raises(ConfigurationError, match=r"hybrid_override_pattern is 'M-.MM' and layers_block"):
             open_checkpoint(tmp_path)
 
     def test_a_part_that_is_missing_or_too_many_is_named(self, tmp_path: Path) -> None:
