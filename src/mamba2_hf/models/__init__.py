@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .batching import Completion, ContinuousBatch, Request, generate_batch
 from .cache import Mamba2Cache
 from .configuration_mamba2 import Mamba2Config
 from .configuration_mamba2_hybrid import Mamba2HybridConfig, spread_layers
@@ -20,6 +21,8 @@ from .modeling_mamba2_hybrid import (
 from .pretrained import SSDPreTrainedModel
 
 __all__ = [
+    "Completion",
+    "ContinuousBatch",
     "Mamba2Cache",
     "Mamba2Config",
     "Mamba2ForCausalLM",
@@ -31,6 +34,8 @@ __all__ = [
     "Mamba2HybridPreTrainedModel",
     "Mamba2Model",
     "Mamba2PreTrainedModel",
+    "Request",
     "SSDPreTrainedModel",
+    "generate_batch",
     "spread_layers",
 ]
