@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from . import errors, ops
 from .models import (
+    Completion,
+    ContinuousBatch,
     Mamba2Cache,
     Mamba2Config,
     Mamba2ForCausalLM,
@@ -20,12 +22,16 @@ from .models import (
     Mamba2HybridPreTrainedModel,
     Mamba2Model,
     Mamba2PreTrainedModel,
+    Request,
+    generate_batch,
     spread_layers,
 )
 from .registration import register
 from .training import parameter_groups
 
 __all__ = [
+    "Completion",
+    "ContinuousBatch",
     "Mamba2Cache",
     "Mamba2Config",
     "Mamba2ForCausalLM",
@@ -37,7 +43,9 @@ __all__ = [
     "Mamba2HybridPreTrainedModel",
     "Mamba2Model",
     "Mamba2PreTrainedModel",
+    "Request",
     "errors",
+    "generate_batch",
     "ops",
     "parameter_groups",
     "register",

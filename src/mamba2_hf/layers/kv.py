@@ -226,6 +226,17 @@ class KeyValueState:
             self.keys[rows, :, -width:] = keys[:, :, -width:]
             self.values[rows, :, -width:] = values[:, :, -width:]
 
+    def put(self, row: int, other: KeyValueState | None, lengths: Tensor) -> None:
+        """Replaces a sequence by the only one of another state, with as many keys as ``lengths (1,)`` says, or by none,
+        in place.
+        """
+        self._leave_inference_mode()
+        if other is not None:
+            self.write_rows(slice(row, row + 1), *other.own_keys(lengths), lengths)
+        if self.conv is not None:
+            known = None if other is None else other.conv
+            self.conv[row] = 0 if known is None else known[0]
+
     def initial_conv(self, rows: int) -> Tensor | None:
         """What the convolution continues from, ``(B, C, K - 1)``; None before the first call. A copy where autograd
         may keep it for a backward that runs after the next call.

@@ -141,6 +141,16 @@ class SSDState:
         self.started = False
         self._forget()
 
+    def put(self, row: int, other: SSDState | None) -> None:
+        """Replaces a sequence by the only one of another state, or by none, in place."""
+        self._leave_inference_mode()
+        for name in ("conv", "ssm"):
+            buffer = getattr(self, name)[row]
+            if other is None:
+                buffer.zero_()
+            else:
+                buffer.copy_(getattr(other, name)[0])
+
     def select(self, indices: Tensor) -> None:
         """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
         self._forget()

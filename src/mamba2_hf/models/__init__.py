@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .batching import Completion, ContinuousBatch, Request, generate_batch
 from .cache import Mamba2Cache
 from .causal_lm import SSDForCausalLM
 from .configuration_mamba2 import Mamba2Config
@@ -21,6 +22,8 @@ from .modeling_mamba2_hybrid import (
 from .pretrained import SSDPreTrainedModel
 
 __all__ = [
+    "Completion",
+    "ContinuousBatch",
     "Mamba2Cache",
     "Mamba2Config",
     "Mamba2ForCausalLM",
@@ -32,7 +35,9 @@ __all__ = [
     "Mamba2HybridPreTrainedModel",
     "Mamba2Model",
     "Mamba2PreTrainedModel",
+    "Request",
     "SSDForCausalLM",
     "SSDPreTrainedModel",
+    "generate_batch",
     "spread_layers",
 ]

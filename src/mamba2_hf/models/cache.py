@@ -217,6 +217,42 @@ class Mamba2Cache(Cache):
         capacity = None if self.key_counts is None else self.key_counts.capacity
         return -1 if capacity is None else capacity
 
+    def put(self, row: int, single: Mamba2Cache | None) -> None:
+        """Replaces a sequence of a static cache by the only one of another cache, or by one that has seen nothing. The
+        buffers stay where they are.
+
+        Raises:
+            CacheError: this cache is not static or has no such row, or the other does not fit.
+        """
+        if not self.static or not 0 <= row < self.batch_size:
+            raise CacheError(f"put({row}) needs a static cache that holds such a row, and this one is {self!r}")
+        lengths = torch.zeros(1, dtype=torch.long)
+        if single is not None:
+            if single.batch_size != 1 or len(single) != len(self):
+                raise CacheError(f"{single!r} does not hold one sequence of the same model")
+            if single.key_counts is not None:
+                lengths[0] = single.key_counts.width if single.key_counts.lengths is None else single.key_counts.lengths
+        if self.key_counts is not None and int(lengths) > self.get_max_length():
+            raise CacheError(f"{single!r} holds {int(lengths)} keys, more than the {self.get_max_length()} of {self!r}")
+        for index, layer in enumerate(self.layers):
+            other = None if single is None else single.layers[index]
+            if isinstance(layer, SSDState):
+                layer.put(row, other)
+            else:
+                layer.put(row, other, lengths)
+        if self.key_counts is not None and self.key_counts.lengths is not None:
+            self.key_counts.lengths[row : row + 1] = lengths.to(self.key_counts.lengths.device)
+            self.key_counts.width = max(int(self.key_counts.lengths.max()), 1)
+        self.padding = self.token_hashes = None
+
+    def set_lengths(self, lengths: list[int]) -> None:
+        """Says how many keys each row of a static cache holds, for rows that :meth:`put` filled at different times and
+        that have stepped together since; what is beyond is forgotten. It does nothing in a model without attention.
+        """
+        if self.key_counts is not None and self.key_counts.lengths is not None:
+            self.key_counts.lengths.copy_(torch.tensor(lengths))
+            self.key_counts.width = max(*lengths, 1)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follows a beam search: sequence ``i`` becomes the former ``beam_idx[i]``."""
         self.batch_select_indices(beam_idx)

@@ -329,6 +329,17 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             if cache is not None:
                 cache.stop_recording()
 
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Refused: transformers keeps what it batches continuously in pages of keys and values.
+
+        Raises:
+            ArgumentError: always.
+        """
+        raise ArgumentError(
+            "transformers' continuous batching has no place for SSM states: use mamba2_hf.generate_batch(model, "
+            "requests) or mamba2_hf.ContinuousBatch"
+        )
+
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
         """The mask as it is: an SSD layer needs no matrix of pairs, also where ``generate`` compiles the model."""

@@ -1,0 +1,339 @@
+"""Continuous batching: requests of different lengths join a running batch, and leave it when they are done.
+
+A batch is a static :class:`Mamba2Cache` with a row for each of its slots. A request is read alone, in pieces; its state
+is then copied into a free row, and all rows take a token in one call. Buffers keep their addresses and the call its
+shape, however many rows are taken, so that one compiled or captured step serves the whole life of a batch.
+
+The continuous batching of transformers keeps keys and values in pages, and has no place for SSM states.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import GenerationMode, LogitsProcessorList
+
+from ..errors import ArgumentError
+from .cache import Mamba2Cache
+from .causal_lm import SSDForCausalLM
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_return_sequences": (None, 1),
+    "guidance_scale": (None, 1, 1.0),
+    "stop_strings": (None,),
+    "max_time": (None,),
+    "token_healing": (None, False),
+    "cache_implementation": (None,),
+    "use_cache": (None, True),
+    "output_scores": (None, False),
+    "output_logits": (None, False),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+}
+"""Settings that a row of a batch cannot have, and the values that ask for nothing."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to be continued.
+
+    Args:
+        input_ids: ``(T,)`` its tokens, at least one.
+        settings: any that ``generate`` takes for one sequence, greedy or sampled: ``max_new_tokens`` (needed, unless
+            the model's generation config has it), ``do_sample``, ``temperature``, ``top_p``, ``eos_token_id``, ... The
+            others are the model's.
+        seed: of its own random numbers; None draws one from PyTorch's.
+        on_token: is called with every new token, as soon as it is there.
+    """
+
+    input_ids: Tensor | Sequence[int]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    on_token: Callable[[int], None] | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """How a request ended.
+
+    Attributes:
+        request: the number that :meth:`ContinuousBatch.add` gave it.
+        tokens: the new ones, with the one that ended the text.
+        reason: ``"eos"``, ``"length"`` or ``"cancelled"``.
+    """
+
+    request: int
+    tokens: list[int]
+    reason: str
+
+
+@dataclass
+class _Running:
+    """A request that was accepted."""
+
+    number: int
+    ids: list[int]
+    most: int
+    ends: frozenset[int]
+    samples: bool
+    processors: LogitsProcessorList
+    generator: torch.Generator
+    on_token: Callable[[int], None] | None
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def seen(self) -> int:
+        """Tokens that the cache holds before the next step."""
+        return len(self.ids) + len(self.tokens) - 1
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The next token ``(1,)``, by logits ``(1, V)``, as ``generate`` would."""
+        ids = torch.tensor([self.ids + self.tokens], device=logits.device)
+        scores = self.processors(ids, logits)
+        if not self.samples:
+            return scores.argmax(-1)
+        return torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[:, 0]
+
+
+class ContinuousBatch:
+    """A batch that requests join and leave while it runs: :meth:`add` some, and call :meth:`step` until it is idle.
+
+    What a request gets is what ``generate`` gives for it alone, up to the rounding of larger matrix products. Reading a
+    new prompt holds the others up. Of a model with attention all rows have the keys of ``max_length`` tokens.
+
+    Args:
+        model: to generate with, in eval mode.
+        slots: how many requests run at once.
+        max_length: tokens of a request, new ones among them; a model without attention needs none.
+        state_dtype: of the SSM states; see :class:`Mamba2Cache`.
+
+    Raises:
+        ArgumentError: an argument is out of range.
+        CacheError: ``max_length`` is missing.
+    """
+
+    def __init__(
+        self,
+        model: SSDForCausalLM,
+        *,
+        slots: int = 8,
+        max_length: int | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(model, SSDForCausalLM):
+            raise ArgumentError(f"model is a {type(model).__name__}, expected a language model of this package")
+        if slots < 1:
+            raise ArgumentError(f"slots is {slots}: at least 1 request has to run at once")
+        self.model, self.max_length, self._state_dtype = model, max_length, state_dtype
+        room = None if max_length is None else max(max_length, 2)
+        self.cache = Mamba2Cache(model.config, static=True, max_length=room, state_dtype=state_dtype)
+        self._rows: list[_Running | None] = [None] * slots
+        self._waiting: deque[_Running] = deque()
+        self._ended: list[Completion] = []
+        self._count = 0
+        self._allocate()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _allocate(self) -> None:
+        """Makes the buffers, on whatever devices the layers are, by a step that is forgotten."""
+        self.model(
+            torch.zeros(len(self._rows), 1, dtype=torch.long, device=self.model.device), past_key_values=self.cache
+        )
+        for row in range(len(self._rows)):
+            self.cache.put(row, None)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that have one."""
+        return sum(running is not None for running in self._rows)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do, and nothing to fetch."""
+        return not (self.waiting or self.running or self._ended)
+
+    def add(self, request: Request) -> int:
+        """Queues a request, to join at the next step that has a slot for it.
+
+        Returns:
+            its number, counted from 0.
+
+        Raises:
+            ArgumentError: it has no tokens, is too long, or asks for what a row of a batch cannot have.
+        """
+        ids = torch.as_tensor(request.input_ids)
+        vocabulary = self.model.config.vocab_size
+        if ids.dim() != 1 or not len(ids) or ids.is_floating_point():
+            raise ArgumentError(
+                f"input_ids has shape {tuple(ids.shape)} of {ids.dtype}, expected (T,) token ids, T >= 1"
+            )
+        if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+            raise ArgumentError(
+                f"input_ids is between {int(ids.min())} and {int(ids.max())}, expected 0 to {vocabulary - 1}"
+            )
+        config = self._settings(request.settings, len(ids))
+        if self.max_length is not None and len(ids) + config.max_new_tokens > self.max_length:
+            raise ArgumentError(
+                f"{len(ids)} tokens and max_new_tokens={config.max_new_tokens} are more than max_length="
+                f"{self.max_length}: make a batch with a larger one, or ask for less"
+            )
+        device = self.model.device
+        processors = self.model._get_logits_processor(
+            generation_config=config, input_ids_seq_length=len(ids), device=device, model_kwargs={}
+        )
+        seed = int(torch.randint(2**62, ())) if request.seed is None else request.seed
+        ends = config.eos_token_id
+        self._waiting.append(
+            _Running(
+                number=self._count,
+                ids=ids.tolist(),
+                most=config.max_new_tokens,
+                ends=frozenset(() if ends is None else [ends] if isinstance(ends, int) else ends),
+                samples=config.do_sample,
+                processors=processors,
+                generator=torch.Generator(device).manual_seed(seed),
+                on_token=request.on_token,
+            )
+        )
+        self._count += 1
+        return self._count - 1
+
+    def _settings(self, settings: Mapping[str, Any], tokens: int) -> GenerationConfig:
+        config, unknown = self.model._prepare_generation_config(None, **settings)
+        if unknown:
+            raise ArgumentError(
+                f"{next(iter(unknown))} is no setting of a request: it takes those of a GenerationConfig"
+            )
+        mode = config.get_generation_mode()
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise ArgumentError(
+                f"the settings ask for {mode.value}: a row of a batch is greedy or sampled; call generate"
+            )
+        for name, neutral in _NEUTRAL.items():
+            if (value := getattr(config, name, None)) not in neutral:
+                raise ArgumentError(f"{name}={value!r}: a row of a batch cannot have that; call generate")
+        if config.max_new_tokens is None:
+            raise ArgumentError("max_new_tokens is missing: say how many tokens to write at most")
+        config.max_length = tokens + config.max_new_tokens
+        self.model._prepare_special_tokens(config, True, device=self.model.device)
+        return config
+
+    def cancel(self, request: int) -> bool:
+        """Ends a request; the next step returns what it has. Returns whether it was there to be ended."""
+        for row, running in enumerate(self._rows):
+            if running is not None and running.number == request:
+                self._rows[row] = None
+                self._ended.append(Completion(request, running.tokens, "cancelled"))
+                return True
+        for waiting in self._waiting:
+            if waiting.number == request:
+                self._waiting.remove(waiting)
+                self._ended.append(Completion(request, [], "cancelled"))
+                return True
+        return False
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def step(self) -> list[Completion]:
+        """Lets waiting requests join, and every running one write a token.
+
+        Returns:
+            the requests that have ended since the last step.
+        """
+        for row, running in enumerate(self._rows):
+            if running is None and self._waiting:
+                self._join(row, self._waiting[0])
+                self._waiting.popleft()
+        callbacks = self._advance() if self.running else []
+        for callback, token in callbacks:  # at the end, when the batch is ready to go on whatever they do
+            callback(token)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _join(self, row: int, running: _Running) -> None:
+        """Reads a prompt but for its last token, which the next step takes."""
+        state = None
+        if len(running.ids) > 1:
+            ids = torch.tensor([running.ids[:-1]], device=self.model.device)
+            state = self.model.read(ids, past_key_values=Mamba2Cache(self.model.config, state_dtype=self._state_dtype))
+        self.cache.put(row, state)
+        self._rows[row] = running
+
+    def _advance(self) -> list[tuple[Callable[[int], None], int]]:
+        last = [[0] if running is None else [(running.ids + running.tokens)[-1]] for running in self._rows]
+        self.cache.set_lengths([0 if running is None else running.seen for running in self._rows])
+        ids = torch.tensor(last, device=self.model.device)  # (slots, 1)
+        logits = self.model(ids, past_key_values=self.cache, use_cache=True).logits[:, -1].float()  # (slots, V)
+        chosen = logits.argmax(-1)  # (slots,)
+        for row, running in enumerate(self._rows):
+            if running is not None and (running.samples or len(running.processors)):
+                chosen[row : row + 1] = running.choose(logits[row : row + 1])
+        callbacks = []
+        for row, token in enumerate(chosen.tolist()):
+            running = self._rows[row]
+            if running is None:
+                continue
+            running.tokens.append(token)
+            if running.on_token is not None:
+                callbacks.append((running.on_token, token))
+            reason = "eos" if token in running.ends else "length" if len(running.tokens) == running.most else None
+            if reason is not None:
+                self._rows[row] = None
+                self._ended.append(Completion(running.number, running.tokens, reason))
+        return callbacks
+
+
+def generate_batch(
+    model: SSDForCausalLM,
+    requests: Iterable[Request],
+    *,
+    slots: int = 8,
+    max_length: int | None = None,
+    state_dtype: torch.dtype | None = None,
+) -> list[Completion]:
+    """Continues many texts of different lengths, ``slots`` at a time; a text that ends makes room for the next.
+
+    Args:
+        model: to generate with.
+        requests: the texts. Those of a list are all looked at before the first is read; those of another iterable are
+            taken when there is a slot for them.
+        slots, max_length, state_dtype: of the :class:`ContinuousBatch`. A model with attention that gets no
+            ``max_length`` makes a list of the requests, and room for the longest.
+
+    Returns:
+        how each request ended, in their order.
+
+    Raises:
+        ArgumentError: a request or an argument cannot be honored.
+    """
+    if max_length is None and set(model.config.mixer_kinds) - {"ssd"}:
+        requests = list(requests)
+        default = model.generation_config.max_new_tokens or 0
+        lengths = [len(each.input_ids) + (each.settings.get("max_new_tokens") or default) for each in requests]
+        max_length = max(lengths, default=1)
+    batch = ContinuousBatch(model, slots=slots, max_length=max_length, state_dtype=state_dtype)
+    if isinstance(requests, Sequence):
+        for request in requests:
+            batch.add(request)
+        requests = ()
+    coming, ended = iter(requests), []
+    while True:
+        for request in islice(coming, max(slots - batch.running - batch.waiting, 0)):
+            batch.add(request)
+        if batch.idle:
+            break
+        ended += batch.step()
+    return sorted(ended, key=lambda completion: completion.request)
