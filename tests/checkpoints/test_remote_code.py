@@ -137,7 +137,7 @@ def test_it_imports_only_what_transformers_brings() -> None:
             else []
         )
     }
-    assert imported - set(sys.stdlib_module_names) == {"torch", "transformers", "huggingface_hub"}
+    assert imported - set(sys.stdlib_module_names) == {"torch", "transformers", "huggingface_hub", "safetensors"}
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
 
 

@@ -188,8 +188,9 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             CacheError: the cache is another model's, or full.
         """
         rows, tokens = batch_and_tokens(input_ids, None)
-        cache = as_mamba2_cache(past_key_values, None, self.config) or Mamba2Cache(self.config)
-        at_once = prefill.tokens_at_once(self, max(rows, 1), tokens, cache.seen_tokens)
+        given = as_mamba2_cache(past_key_values, None, self.config)
+        cache = Mamba2Cache(self.config) if given is None else given
+        at_once = prefill.tokens_at_once(self, rows, tokens, cache.seen_tokens)
         prefill.read(self, input_ids, attention_mask, cache, at_once)
         return cache
 

@@ -34,6 +34,7 @@ def tokens_at_once(model: SSDForCausalLM, rows: int, tokens: int, past: int) -> 
         tokens: of each row, to be read.
         past: tokens that a cache has seen.
     """
+    rows = max(rows, 1)
     limit = TOKENS_AT_ONCE // rows
     if model.device.type == "cuda":
         limit = _free(model.device, model, rows, tokens) // (2 * rows * _bytes_per_token(model, past + tokens))
