@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ..errors import CacheError
 from .placement import Placement
-from .state import pick
+from .state import Recorder, pick
 
 
-class KeyValueState:
+class KeyValueState(Recorder):
     """Keys and values ``(B, H, S, D)`` of one layer, and the last inputs of its convolution ``(B, C, K - 1)``.
 
     Without a capacity they grow with the tokens, each row's own at the right end. With one, buffers are made by the
@@ -32,17 +32,6 @@ class KeyValueState:
         self.values: Tensor | None = None
         self.conv: Tensor | None = None
         self.started = False
-        self.record_past = False
-        self._forget()
-
-    def activate_past_recording(self) -> None:
-        """Records from here on, for :meth:`crop`."""
-        self.record_past = True
-        self._forget()
-
-    def stop_recording(self) -> None:
-        """Records no more, and forgets what was recorded."""
-        self.record_past = False
         self._forget()
 
     def _forget(self) -> None:

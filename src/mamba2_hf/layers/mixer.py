@@ -104,40 +104,44 @@ class Mamba2Mixer(KeepsFp32):
         """
         if not stream.is_cuda or stream.shape[:2] != (1, 1):
             return None
-        if state is None or not state.started or state.record_past:
+        if state is None or not state.started or state.record_past or not layout.is_plain:
             return None
-        if not layout.is_plain or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or not is_unhooked(self):
             return None
-        modules = (norm, self.in_proj, self.conv1d, self.norm, self.out_proj)
-        before, entering, conv, inside, leaving = map(plain_weight, modules)
-        if before is None or entering is None or conv is None or inside is None or leaving is None:
-            return None
-        if torch.is_autocast_enabled("cuda") or not is_unhooked(self):
-            return None
-        conv_state, ssm_state = state.initial(stream.shape[0])
-        assert conv_state is not None  # the state has started
-        assert ssm_state is not None
-        return ops.mamba2_layer_step(
-            *(stream, conv_state, ssm_state),
-            norm_weight=before,
-            in_weight=entering,
-            in_bias=self.in_proj.bias,
-            conv_weight=conv.squeeze(1),
-            conv_bias=self.conv1d.bias,
-            dt_bias=self.dt_bias,
-            A_log=self.A_log,
-            D=self.D,
-            gated_norm_weight=inside,
-            out_weight=leaving,
-            out_bias=self.out_proj.bias,
-            n_groups=self.n_groups,
-            activation=self.activation,
-            norm_eps=norm.eps,
-            gated_norm_eps=self.norm.eps,
-            group_size=self.norm.group_size,
-            norm_before_gate=self.norm.norm_before_gate,
-            dt_limit=self.dt_limit,
-        )
+        before, entering, conv = plain_weight(norm), plain_weight(self.in_proj), plain_weight(self.conv1d)
+        inside, leaving = plain_weight(self.norm), plain_weight(self.out_proj)
+        if (
+            before is not None
+            and entering is not None
+            and conv is not None
+            and inside is not None
+            and leaving is not None
+        ):
+            conv_state, ssm_state = state.initial(stream.shape[0])
+            assert conv_state is not None  # the state has started
+            assert ssm_state is not None
+            return ops.mamba2_layer_step(
+                *(stream, conv_state, ssm_state),
+                norm_weight=before,
+                in_weight=entering,
+                in_bias=self.in_proj.bias,
+                conv_weight=conv.squeeze(1),
+                conv_bias=self.conv1d.bias,
+                dt_bias=self.dt_bias,
+                A_log=self.A_log,
+                D=self.D,
+                gated_norm_weight=inside,
+                out_weight=leaving,
+                out_bias=self.out_proj.bias,
+                n_groups=self.n_groups,
+                activation=self.activation,
+                norm_eps=norm.eps,
+                gated_norm_eps=self.norm.eps,
+                group_size=self.norm.group_size,
+                norm_before_gate=self.norm.norm_before_gate,
+                dt_limit=self.dt_limit,
+            )
+        return None
 
     def _inner(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         """What is between the projections: ``(B, T, 2 H P + 2 G N + H)`` to ``(B, T, H P)``."""

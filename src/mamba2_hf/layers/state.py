@@ -25,7 +25,26 @@ class Replays(Protocol):
         """Brings ``state`` to where it is after ``projected (B, T, C)``."""
 
 
-class SSDState:
+class Recorder:
+    """A state that can take back the tokens since it was told to record."""
+
+    record_past = False
+
+    def activate_past_recording(self) -> None:
+        """Records from here on, for :meth:`crop`."""
+        self.record_past = True
+        self._forget()
+
+    def stop_recording(self) -> None:
+        """Records no more, and forgets what was recorded."""
+        self.record_past = False
+        self._forget()
+
+    def _forget(self) -> None:
+        raise NotImplementedError
+
+
+class SSDState(Recorder):
     """The convolution's last inputs ``(B, C, K - 1)`` and the SSM state ``(B, H, P, N)`` of one layer.
 
     Buffers are made by the first :meth:`update` and then written in place, so their addresses stay fixed for compiled
@@ -44,20 +63,9 @@ class SSDState:
         self.conv: Tensor | None = None
         self.ssm: Tensor | None = None
         self.started = False
-        self.record_past = False
         self.recorded: list[Tensor] = []  # (B, T, C) of every call
         self._before: tuple[Tensor, Tensor] | None = None
         self._mixer: weakref.ref[Replays] | None = None  # a copy of the state should not copy the model
-
-    def activate_past_recording(self) -> None:
-        """Records from here on, for :meth:`crop`."""
-        self.record_past = True
-        self._forget()
-
-    def stop_recording(self) -> None:
-        """Records no more, and forgets what was recorded."""
-        self.record_past = False
-        self._forget()
 
     def record(self, projected: Tensor, mixer: Replays) -> None:
         """Notes what the mixer is about to run on, ``(B, T, C)``; B rows of a document each, without padding."""
