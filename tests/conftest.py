@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 
 # Set before torch and the Hub client are imported. The suite runs one process per core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +24,10 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Without a GPU, Triton kernels run in its interpreter; Triton reads this when the kernels are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell that starts the suite in the background has it ignore Ctrl-C; tests of what that does send it on purpose.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
