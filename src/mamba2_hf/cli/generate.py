@@ -218,11 +218,12 @@ def _check_keeps_states(net: Any) -> None:
 def _read(net: Any, inputs: Any, state: Path | None, save_state: Path | None) -> None:
     """Lets ``inputs`` continue the state in a file, and writes the one after them; all but the last token is read."""
     from ..models import Mamba2Cache
+    from ..models.outputs import CACHE
 
     ids = inputs["input_ids"]
     cache = Mamba2Cache(net.config) if state is None else Mamba2Cache.load(state, net)
     inputs["attention_mask"] = ids.new_ones(1, cache.seen_tokens + ids.shape[1])
-    inputs["past_key_values"] = cache
+    inputs[CACHE] = cache
     if save_state is not None:
         net.read(ids[:, :-1], past_key_values=cache)
         after = copy.deepcopy(cache)

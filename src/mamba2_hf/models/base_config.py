@@ -28,7 +28,7 @@ _UNDECLARED = {
 class SSDConfig(PreTrainedConfig):
     """Construction, reading and judging of a configuration. A model adds fields, and ``validate_architecture``."""
 
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]  # Trainer gathers the other outputs
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]  # Trainer gathers the other outputs
 
     def __post_init__(self, **kwargs: Any) -> None:
         inert = kwargs.pop("_inert", {})

@@ -21,7 +21,7 @@ from . import prefill
 from .backbone import SSDBackbone, batch_and_tokens
 from .cache import Mamba2Cache, as_mamba2_cache
 from .graphs import DecodeGraph, why_not
-from .outputs import Mamba2CausalLMOutput, Mamba2Output
+from .outputs import CACHE, Mamba2CausalLMOutput, Mamba2Output
 from .pretrained import SSDPreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -103,7 +103,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         output = Mamba2CausalLMOutput(
             loss=loss,
             logits=None if return_logits is False else logits,
-            past_key_values=outputs.past_key_values,
+            past_key_values=getattr(outputs, CACHE),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             aux_loss=aux_loss,
@@ -206,13 +206,14 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """As in transformers, with a cache that counts its tokens and no positions."""
         given = kwargs.pop("cache_params", None)
+        past_key_values = kwargs.pop("cache", past_key_values)
         if is_first_iteration and isinstance(past_key_values, Mamba2Cache) and past_key_values.recording:
             # Assisted decoding, which has read the prompt up to its last token.
             next_sequence_length = input_ids.shape[1] - past_key_values.seen_tokens
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=given if past_key_values is None else past_key_values,
+            **{CACHE: given if past_key_values is None else past_key_values},
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
@@ -227,7 +228,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Feeds what the cache has not seen, with its padding moved to the front, so that each row ends in a token."""
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
         embeds = model_kwargs.get("inputs_embeds")
         tokens = input_ids.shape[1] if embeds is None else embeds.shape[1]
         total = getattr(generation_config, "_mask_length", tokens) if mask is None else mask.shape[1]
@@ -297,7 +298,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         """As in transformers: the prompt up to its last token is read first, so that only blocks of candidates have to
         be recorded for taking them back.
         """
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         if mask is None:  # an assistant that gets none takes pad tokens for padding
             mask = torch.ones_like(input_ids)
             kwargs["attention_mask"] = mask
@@ -355,7 +356,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """Installs a :class:`Mamba2Cache` as ``past_key_values``, whatever name the caller used."""
-        names = (model_kwargs.get("past_key_values"), model_kwargs.pop("cache_params", None))
+        names = (model_kwargs.get(CACHE), model_kwargs.pop("cache_params", None))
         given = as_mamba2_cache(*names, self.config)
         kind, use_cache = generation_config.cache_implementation, generation_config.use_cache is not False
         if use_cache and generation_config.output_attentions:
@@ -373,7 +374,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                 # Anew, as the model may have changed since.
                 given.graph = DecodeGraph() if self._may_capture(generation_config, generation_mode) else None
                 given.reserve(max_cache_length)
-            model_kwargs["past_key_values"] = given
+            model_kwargs[CACHE] = given
         elif use_cache:
             if kind not in (None, "dynamic", "static"):
                 raise ArgumentError(
@@ -381,7 +382,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                     "little to offload, quantize or slide; use 'dynamic' (the default) or 'static'"
                 )
             length = max(max_cache_length, generation_config.max_cache_len or 0, 1)
-            model_kwargs["past_key_values"] = Mamba2Cache(
+            model_kwargs[CACHE] = Mamba2Cache(
                 self.config,
                 static=kind == "static",
                 max_length=length,

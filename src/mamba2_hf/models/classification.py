@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .backbone import SSDBackbone
 from .cache import Mamba2Cache
-from .outputs import Mamba2SequenceClassifierOutput
+from .outputs import CACHE, Mamba2SequenceClassifierOutput
 from .pretrained import SSDPreTrainedModel
 
 
@@ -42,6 +42,7 @@ class SSDForSequenceClassification(SSDPreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         cache_params: Mamba2Cache | None = None,
+        cache: Mamba2Cache | None = None,
         token_type_ids: Tensor | None = None,
     ) -> tuple[Any, ...] | Mamba2SequenceClassifierOutput:
         """:meth:`Mamba2Model.forward` and the head.
@@ -59,7 +60,7 @@ class SSDForSequenceClassification(SSDPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            cache_params=cache_params,
+            cache_params=cache_params if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -84,7 +85,7 @@ class SSDForSequenceClassification(SSDPreTrainedModel):
         output = Mamba2SequenceClassifierOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            past_key_values=getattr(outputs, CACHE),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

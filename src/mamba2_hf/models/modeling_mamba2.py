@@ -115,6 +115,7 @@ class Mamba2Model(SSDBackbone, Mamba2PreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         cache_params: Mamba2Cache | None = None,
+        cache: Mamba2Cache | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
@@ -130,7 +131,7 @@ class Mamba2Model(SSDBackbone, Mamba2PreTrainedModel):
             attention_mask: ``(B, T)`` (or wider, with the cached tokens first), nonzero where a token counts. Padding
                 may be anywhere, and then comes out as zeros.
             position_ids: ``(B, T)``; only read for where documents start (position 0).
-            past_key_values, cache_params: two names for the cache to continue from; it is updated in place.
+            past_key_values, cache_params, cache: names for the cache to continue from; it is updated in place.
             use_cache: whether to return a cache; by default in eval mode, where the config says so.
             output_hidden_states, output_attentions: see :class:`Mamba2Output`. Attention matrices need the whole
                 sequence in one call and at most ``ATTENTION_BYTES_LIMIT`` bytes.
@@ -154,7 +155,7 @@ class Mamba2Model(SSDBackbone, Mamba2PreTrainedModel):
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            cache_params=cache_params,
+            cache_params=cache_params if cache is None else cache,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
@@ -211,6 +212,7 @@ class Mamba2ForCausalLM(SSDForCausalLM, Mamba2PreTrainedModel):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache_params: Mamba2Cache | None = None,
+        cache: Mamba2Cache | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
@@ -241,7 +243,7 @@ class Mamba2ForCausalLM(SSDForCausalLM, Mamba2PreTrainedModel):
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            cache_params=cache_params,
+            cache_params=cache_params if cache is None else cache,
             labels=labels,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,

@@ -362,7 +362,7 @@ class Mamba2HybridPreTrainedModel(SSDPreTrainedModel):
     config_class = Mamba2HybridConfig
     _no_split_modules = ["Mamba2HybridLayer", "SharedBlock"]
     _keep_in_fp32_modules_strict = [*FP32_PARAMETERS, "e_score_correction_bias"]
-    _skip_keys_device_placement = ["past_key_values", "cache_params", "shared_blocks"]
+    _skip_keys_device_placement = ["past_key_values", "cache_params", "cache", "shared_blocks"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -482,6 +482,7 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
         cache_params: Mamba2Cache | None = None,
+        cache: Mamba2Cache | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
@@ -513,7 +514,7 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            cache_params=cache_params,
+            cache_params=cache_params if cache is None else cache,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
@@ -584,6 +585,7 @@ class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache_params: Mamba2Cache | None = None,
+        cache: Mamba2Cache | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
@@ -614,7 +616,7 @@ class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            cache_params=cache_params,
+            cache_params=cache_params if cache is None else cache,
             labels=labels,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,

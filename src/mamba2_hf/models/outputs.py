@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+from transformers.generation import utils as generation
 from transformers.utils import ModelOutput
 
 from .cache import Mamba2Cache
 
+CACHE = "cache" if "cache" in generation.ALL_CACHE_NAMES else "past_key_values"
+"""What transformers calls a cache among arguments and outputs: ``cache`` from 5.24 on."""
 
-@dataclass
+
+def _named(cls: type) -> type:
+    """A dataclass whose field ``past_key_values`` has the name that transformers looks for. Read by the former it is
+    there in either case.
+    """
+    if CACHE != "past_key_values":
+        cls.__annotations__ = {CACHE if k == "past_key_values" else k: v for k, v in cls.__annotations__.items()}
+        delattr(cls, "past_key_values")
+        setattr(cls, CACHE, None)
+    return dataclass(cls)
+
+
+if TYPE_CHECKING:
+    _output = dataclass
+else:
+    _output = _named
+
+
+@_output
 class Mamba2Output(ModelOutput):
     """Output of a backbone.
 
@@ -32,10 +54,10 @@ class Mamba2Output(ModelOutput):
     @property
     def cache_params(self) -> Mamba2Cache | None:
         """``past_key_values`` under the name that transformers' Mamba models use."""
-        return self.past_key_values
+        return getattr(self, CACHE)  # type: ignore[no-any-return]
 
 
-@dataclass
+@_output
 class Mamba2CausalLMOutput(ModelOutput):
     """Output of a language model: :class:`Mamba2Output` with ``loss ()``, ``logits (B, T, vocab)`` unless they were
     left out (``return_logits``), and ``aux_loss ()`` where router logits were asked for.
@@ -52,10 +74,10 @@ class Mamba2CausalLMOutput(ModelOutput):
     @property
     def cache_params(self) -> Mamba2Cache | None:
         """``past_key_values`` under the name that transformers' Mamba models use."""
-        return self.past_key_values
+        return getattr(self, CACHE)  # type: ignore[no-any-return]
 
 
-@dataclass
+@_output
 class Mamba2SequenceClassifierOutput(ModelOutput):
     """Output of a classifier: ``loss ()`` and ``logits (B, num_labels)``."""
 

@@ -21,7 +21,7 @@ class SSDPreTrainedModel(PreTrainedModel):
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
     _keep_in_fp32_modules_strict = list(FP32_PARAMETERS)
-    _skip_keys_device_placement = ["past_key_values", "cache_params"]
+    _skip_keys_device_placement = ["past_key_values", "cache_params", "cache"]
     _can_compile_fullgraph = True
     _is_stateful = False  # to transformers: states cannot be taken back. Those of a Mamba2Cache can.
     supports_gradient_checkpointing = True
