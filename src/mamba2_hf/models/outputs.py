@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from torch import Tensor
 from transformers.generation import utils as generation
@@ -11,28 +11,29 @@ from transformers.utils import ModelOutput
 
 from .cache import Mamba2Cache
 
+_Output = TypeVar("_Output")
+
 CACHE = "cache" if "cache" in generation.ALL_CACHE_NAMES else "past_key_values"
 """What transformers calls a cache among arguments and outputs: ``cache`` from 5.24 on."""
 
+_GENERATED = {"__init__", "__repr__", "__eq__", "__match_args__"}
 
-def _named(cls: type) -> type:
-    """A dataclass whose field ``past_key_values`` has the name that transformers looks for. Read by the former it is
+
+def _named(cls: type[_Output]) -> type[_Output]:
+    """Gives the field ``past_key_values`` of a dataclass the name that transformers looks for. Read by the former it is
     there in either case.
     """
-    if CACHE != "past_key_values":
-        cls.__annotations__ = {CACHE if k == "past_key_values" else k: v for k, v in cls.__annotations__.items()}
-        delattr(cls, "past_key_values")
-        setattr(cls, CACHE, None)
+    if CACHE == "past_key_values":
+        return cls
+    cls.__annotations__ = {CACHE if k == "past_key_values" else k: v for k, v in cls.__annotations__.items()}
+    for name in ("past_key_values", *_GENERATED & vars(cls).keys()):  # dataclass leaves alone what is there
+        delattr(cls, name)
+    setattr(cls, CACHE, None)
     return dataclass(cls)
 
 
-if TYPE_CHECKING:
-    _output = dataclass
-else:
-    _output = _named
-
-
-@_output
+@_named
+@dataclass
 class Mamba2Output(ModelOutput):
     """Output of a backbone.
 
@@ -57,7 +58,8 @@ class Mamba2Output(ModelOutput):
         return getattr(self, CACHE)  # type: ignore[no-any-return]
 
 
-@_output
+@_named
+@dataclass
 class Mamba2CausalLMOutput(ModelOutput):
     """Output of a language model: :class:`Mamba2Output` with ``loss ()``, ``logits (B, T, vocab)`` unless they were
     left out (``return_logits``), and ``aux_loss ()`` where router logits were asked for.
@@ -77,7 +79,8 @@ class Mamba2CausalLMOutput(ModelOutput):
         return getattr(self, CACHE)  # type: ignore[no-any-return]
 
 
-@_output
+@_named
+@dataclass
 class Mamba2SequenceClassifierOutput(ModelOutput):
     """Output of a classifier: ``loss ()`` and ``logits (B, num_labels)``."""
 
