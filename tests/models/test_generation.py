@@ -389,7 +389,7 @@ def test_refuses_contradictions(model: Any, ids: Tensor) -> None:
     embeds = model.get_input_embeddings()(ids)
     with pytest.raises(ArgumentError, match="prefill_chunk_size cuts input_ids, not inputs_embeds"):
         model.generate(inputs_embeds=embeds, prefill_chunk_size=3, **GREEDY)
-    refused = "two different caches|Both .cache_params. and .cache. are set"  # by transformers itself from 5.24 on
+    refused = r"two different caches|Both .cache_params. and .cache. are set"  # by transformers itself from 5.24 on
     with pytest.raises((CacheError, FutureWarning), match=refused):
         model.generate(ids, past_key_values=cache, cache_params=Mamba2Cache(model.config), **GREEDY)
     with pytest.raises(CacheError, match="the cache is a tuple"):

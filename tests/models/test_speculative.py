@@ -327,5 +327,5 @@ def test_refuses_what_cannot_be_taken_back(tiny_model: Callable[..., Any]) -> No
         model.generate(ids, assistant_early_exit=1, **GREEDY)
     with pytest.raises(ValueError, match="batch_size = 1"):
         model.generate(ids.expand(2, -1), **look)
-    with pytest.raises((ValueError, RuntimeError), match="use_cache=True|requires a cache"):
+    with pytest.raises((ValueError, RuntimeError), match=r"use_cache=True|requires a cache"):
         model.generate(ids, use_cache=False, **look)
