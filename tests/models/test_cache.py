@@ -125,6 +125,8 @@ def test_both_names_go_in_and_come_out(model: Any, ids: Tensor) -> None:
     torch.testing.assert_close(first.logits, second.logits, rtol=0, atol=0)
     with pytest.raises(CacheError, match="two different caches"):
         model(ids, past_key_values=Mamba2Cache(model.config), cache_params=Mamba2Cache(model.config))
+    with pytest.raises(CacheError, match="two different caches"):
+        model(ids, cache_params=Mamba2Cache(model.config), cache=Mamba2Cache(model.config))
 
 
 def test_a_cache_is_made_when_asked_for(model: Any, ids: Tensor, tiny_model: Callable[..., Any]) -> None:

@@ -233,6 +233,18 @@ class TestAnywhere:
             model.eval()
         assert steps() == 0  # gradients may be wanted
 
+    @pytest.mark.parametrize("make", [pure, hybrid])
+    @pytest.mark.parametrize("name", ["past_key_values", "cache_params", "cache"])
+    def test_by_whatever_name_a_cache_comes(self, name: str, make: Any) -> None:
+        """transformers passes it as ``cache`` from 5.24 on."""
+        model, ids = make(), prompts(2, "cpu")["input_ids"]
+        cache = Mamba2Cache(model.config, captured=True, max_length=20)
+        cache.graph = graph = Recorder()
+        with torch.no_grad():
+            model(ids, **{name: cache})
+            model(ids[:, :1], **{name: cache})
+        assert graph.steps == 1
+
     def test_a_reason_is_given(self) -> None:
         model = pure()
         assert why_not(model) == "the model is on cpu, not on one GPU"

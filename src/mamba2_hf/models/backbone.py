@@ -38,7 +38,6 @@ class SSDBackbone(SSDPreTrainedModel):
         inputs_embeds: Tensor | None,
         position_ids: Tensor | None,
         past_key_values: Mamba2Cache | None,
-        cache_params: Mamba2Cache | None,
         use_cache: bool | None,
         output_hidden_states: bool | None,
         output_attentions: bool | None,
@@ -48,7 +47,7 @@ class SSDBackbone(SSDPreTrainedModel):
     ) -> tuple[Any, ...] | Mamba2Output:
         """The forward of every backbone; its arguments are those of :meth:`Mamba2Model.forward`."""
         batch, tokens = batch_and_tokens(input_ids, inputs_embeds)
-        cache = as_mamba2_cache(past_key_values, cache_params, self.config)
+        cache = as_mamba2_cache(past_key_values, self.config)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training and (use_cache or cache is not None):

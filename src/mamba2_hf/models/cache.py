@@ -368,16 +368,27 @@ class Mamba2Cache(Cache):
         return f"{type(self).__name__}(layers={len(self.layers)}, batch={self.batch_size}, tokens={self.seen_tokens})"
 
 
-def as_mamba2_cache(past_key_values: Any, cache_params: Any, config: Config) -> Mamba2Cache | None:
-    """The cache given under either of its names. An empty ``DynamicCache`` or ``StaticCache``, which generic code
-    makes for any model, becomes a :class:`Mamba2Cache`.
+def one_cache(*named: Any) -> Any:
+    """The cache given under one or more of its names, ``past_key_values``, ``cache_params`` and ``cache``; or None.
 
     Raises:
-        CacheError: two different caches were given, or one of another kind.
+        CacheError: two different caches were given.
     """
-    cache = past_key_values if past_key_values is not None else cache_params
-    if cache_params is not None and cache is not cache_params:
-        raise CacheError("past_key_values and cache_params are two different caches: pass one")
+    given = [cache for cache in named if cache is not None]
+    if any(cache is not given[0] for cache in given):
+        raise CacheError(
+            "past_key_values, cache_params and cache are names of one cache, and two different caches came: pass one"
+        )
+    return given[0] if given else None
+
+
+def as_mamba2_cache(cache: Any, config: Config) -> Mamba2Cache | None:
+    """A cache for a model of this configuration. An empty ``DynamicCache`` or ``StaticCache``, which generic code makes
+    for any model, becomes a :class:`Mamba2Cache`.
+
+    Raises:
+        CacheError: it is of another kind, or another model's.
+    """
     if cache is None:
         return cache
     if isinstance(cache, Mamba2Cache):

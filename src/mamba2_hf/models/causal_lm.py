@@ -19,7 +19,7 @@ from ..ops import linear_cross_entropy
 from ..ops.torch.modes import transformed
 from . import prefill
 from .backbone import SSDBackbone, batch_and_tokens
-from .cache import Mamba2Cache, as_mamba2_cache
+from .cache import Mamba2Cache, as_mamba2_cache, one_cache
 from .graphs import DecodeGraph, why_not
 from .outputs import CACHE, Mamba2CausalLMOutput, Mamba2Output
 from .pretrained import SSDPreTrainedModel
@@ -188,7 +188,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             CacheError: the cache is another model's, or full.
         """
         rows, tokens = batch_and_tokens(input_ids, None)
-        given = as_mamba2_cache(past_key_values, None, self.config)
+        given = as_mamba2_cache(past_key_values, self.config)
         cache = Mamba2Cache(self.config) if given is None else given
         at_once = prefill.tokens_at_once(self, rows, tokens, cache.seen_tokens)
         prefill.read(self, input_ids, attention_mask, cache, at_once)
@@ -356,8 +356,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """Installs a :class:`Mamba2Cache` as ``past_key_values``, whatever name the caller used."""
-        names = (model_kwargs.get(CACHE), model_kwargs.pop("cache_params", None))
-        given = as_mamba2_cache(*names, self.config)
+        given = as_mamba2_cache(one_cache(model_kwargs.get(CACHE), model_kwargs.pop("cache_params", None)), self.config)
         kind, use_cache = generation_config.cache_implementation, generation_config.use_cache is not False
         if use_cache and generation_config.output_attentions:
             raise ArgumentError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import SSDBackbone
-from .cache import Mamba2Cache
+from .cache import Mamba2Cache, one_cache
 from .outputs import CACHE, Mamba2SequenceClassifierOutput
 from .pretrained import SSDPreTrainedModel
 
@@ -59,8 +59,7 @@ class SSDForSequenceClassification(SSDPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            cache_params=cache_params if cache is None else cache,
+            past_key_values=one_cache(past_key_values, cache_params, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,

@@ -12,7 +12,7 @@ from ..errors import ArgumentError
 from ..layers import Mamba2Mixer, RMSNorm, SequenceLayout
 from ..layers.sequence import PLAIN
 from .backbone import SSDBackbone, batch_and_tokens, read_layout
-from .cache import Mamba2Cache
+from .cache import Mamba2Cache, one_cache
 from .causal_lm import SSDForCausalLM
 from .classification import SSDForSequenceClassification
 from .configuration_mamba2 import Mamba2Config
@@ -154,8 +154,7 @@ class Mamba2Model(SSDBackbone, Mamba2PreTrainedModel):
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            cache_params=cache_params if cache is None else cache,
+            past_key_values=one_cache(past_key_values, cache_params, cache),
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
@@ -242,8 +241,7 @@ class Mamba2ForCausalLM(SSDForCausalLM, Mamba2PreTrainedModel):
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            cache_params=cache_params if cache is None else cache,
+            past_key_values=one_cache(past_key_values, cache_params, cache),
             labels=labels,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,

@@ -29,7 +29,7 @@ from ..layers import (
 from ..layers.mixer import FP32_PARAMETERS
 from ..layers.sequence import PLAIN
 from .backbone import SSDBackbone, batch_and_tokens, read_layout
-from .cache import Mamba2Cache
+from .cache import Mamba2Cache, one_cache
 from .causal_lm import SSDForCausalLM
 from .classification import SSDForSequenceClassification
 from .configuration_mamba2_hybrid import ATTENTION, KINDS, MOE, SHARED, SLIDING, SSD, Mamba2HybridConfig
@@ -513,8 +513,7 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            cache_params=cache_params if cache is None else cache,
+            past_key_values=one_cache(past_key_values, cache_params, cache),
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
@@ -615,8 +614,7 @@ class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            cache_params=cache_params if cache is None else cache,
+            past_key_values=one_cache(past_key_values, cache_params, cache),
             labels=labels,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ..checks import SSDShape
 from .calls import call
-from .conv import MAX_TAPS
-from .decode import _dense, _shift, _silu, _tile, step_kernel, supports_update
+from .decode import _dense, _shift, _silu, _tile, step_kernel, supports_step
 from .launch import cdiv, launch, power_of_two
 from .overlap import follow, overlap
 from .rows import channels_last
@@ -124,11 +123,7 @@ def supports_layer_step(
     """Whether a layer's step can be served, and why (not)."""
     if shape.batch * shape.tokens != 1:
         return False, f"{shape.batch} rows of {shape.tokens} tokens are more than one token"
-    if taps > MAX_TAPS:
-        return False, f"{taps} taps are more than {MAX_TAPS}"
-    if group_size % shape.head_dim:
-        return False, f"group_size {group_size} is no multiple of head_dim {shape.head_dim}"
-    return supports_update(shape=shape, dtype=dtype, differentiable=differentiable)
+    return supports_step(shape=shape, dtype=dtype, taps=taps, group_size=group_size, differentiable=differentiable)
 
 
 def mamba2_layer_step(
