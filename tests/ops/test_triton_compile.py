@@ -46,6 +46,7 @@ MIXER_KERNELS = {
     "step_kernel",
     "finish_kernel",
     "enter_kernel",
+    "enter_step_kernel",
     "leave_kernel",
     "cross_entropy_kernel",
 }
@@ -144,13 +145,13 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
                 *(zeros(batch, 1 + batch % 2, rows.shape[-1]), zeros(batch, channels, K - 1), ssm_state),
                 *(weight, bias, per_head, per_head, per_head, norm_weight, 1, True, 1e-5, inner, False, *limits, False),
             )
-        width, entering = inner // 2, rows.shape[-1]
-        for group_size in (inner, inner // 8):
+        entering = rows.shape[-1]
+        for width, group_size in ((inner // 2, inner), (inner // 2, inner // 8), (768, inner)):
             layer_step.layer_step(
                 *(zeros(1, 1, width, dtype=torch.float32), zeros(1, channels, K - 1)),
                 *(zeros(1, H, P, N, dtype=torch.float32), zeros(width), zeros(entering, width), None),
                 *(weight, bias, per_head, per_head, per_head, norm_weight, zeros(width, inner), None),
-                *(1, True, 1e-5, 1e-5, group_size, False, *limits),
+                *(1, True, 1e-5, 1e-5, group_size, width < 1000, *limits, None),
             )
         for gradient in (False, True):
             loss.rows(zeros(4, 50288), torch.zeros(4, dtype=torch.long), 1.0, -100, gradient)

@@ -12,6 +12,7 @@ from mamba2_hf.errors import ArgumentError
 from mamba2_hf.ops import mamba2_inner, mamba2_layer_step
 from mamba2_hf.ops.checks import SSDShape
 from mamba2_hf.ops.dispatch import backend_module
+from mamba2_hf.ops.triton import layer_step
 
 pytestmark = pytest.mark.usefixtures("poison")
 torch_backend, triton_backend = backend_module("torch"), backend_module("triton")
@@ -167,9 +168,13 @@ LAYERS: list[tuple[tuple[int, ...], int, dict[str, object]]] = [  # B, H, P, G, 
 ]
 
 
+@pytest.mark.parametrize("narrow", [True, False], ids=["two launches", "three launches"])
 @pytest.mark.parametrize(("sizes", "width", "options"), LAYERS)
-def test_layer_step(sizes: tuple[int, ...], width: int, options: dict[str, object]) -> None:
-    """The three launches are norm, projection, step, norm, projection and sum, with both states."""
+def test_layer_step(
+    sizes: tuple[int, ...], width: int, options: dict[str, object], narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launches are norm, projection, step, norm, projection and sum, with both states, token after token."""
+    monkeypatch.setattr(layer_step, "NARROW", width if narrow else 0)
     B, H, P, G, N = sizes
     source = generator()
     channels, inner = H * P + 2 * G * N, H * P
@@ -200,8 +205,13 @@ def test_layer_step(sizes: tuple[int, ...], width: int, options: dict[str, objec
     for backend, device, kind in ((torch_backend, "cpu", torch.float64), (triton_backend, DEVICE, torch.float32)):
         given = [t.to(device, kind, copy=True) for t in positional]
         weights = {k: None if t is None else t.to(device, kind) for k, t in named.items()}
-        y = backend.mamba2_layer_step(*given, **weights, **(defaults | options))
-        results.append((y, given[1], given[2]))
+        ready = torch.zeros(1, dtype=torch.int32, device=device)
+        outputs = [
+            backend.mamba2_layer_step(*given, **weights, **(defaults | options), ready=counter)
+            for counter in (ready, None, ready)
+        ]
+        assert ready.item() == 0
+        results.append((*outputs, given[1], given[2]))
     for expected, actual in zip(*results, strict=True):
         close(actual, expected)
 

@@ -140,6 +140,7 @@ class Mamba2Mixer(KeepsFp32):
                 group_size=self.norm.group_size,
                 norm_before_gate=self.norm.norm_before_gate,
                 dt_limit=self.dt_limit,
+                ready=state.ready,
             )
         return None
 

@@ -62,6 +62,7 @@ class SSDState(Recorder):
         self.ssm_dtype = ssm_dtype
         self.conv: Tensor | None = None
         self.ssm: Tensor | None = None
+        self.ready: Tensor | None = None  # (1,) int32, zero between steps: for ops.mamba2_layer_step
         self.started = False
         self.recorded: list[Tensor] = []  # (B, T, C) of every call
         self._before: tuple[Tensor, Tensor] | None = None
@@ -114,6 +115,7 @@ class SSDState(Recorder):
         """Makes the buffers, holding copies of these states."""
         self.conv = conv.clone(memory_format=torch.contiguous_format)
         self.ssm = ssm.to(self.ssm_dtype or ssm.dtype, copy=True, memory_format=torch.contiguous_format)
+        self.ready = torch.zeros(1, dtype=torch.int32, device=conv.device)
 
     def initial(self, batch: int) -> tuple[Tensor | None, Tensor | None]:
         """The states to continue from, or a pair of None before the first update: the buffers themselves, but copies
@@ -138,6 +140,7 @@ class SSDState(Recorder):
             return
         if self.conv is not None and self.ssm is not None and self.conv.is_inference():
             self.conv, self.ssm = self.conv.clone(), self.ssm.clone()
+            self.ready = None if self.ready is None else self.ready.clone()
 
     @property
     def batch_size(self) -> int:
@@ -169,6 +172,8 @@ class SSDState(Recorder):
         """Moves the buffers, in place; returns itself, as hooks that move a module's inputs expect."""
         if self.conv is not None and self.ssm is not None:
             self.conv, self.ssm = self.conv.to(device), self.ssm.to(device)
+        if self.ready is not None:
+            self.ready = self.ready.to(device)
         if self._before is not None:
             self._before = self._before[0].to(device), self._before[1].to(device)
         return self

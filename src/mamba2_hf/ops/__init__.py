@@ -490,6 +490,7 @@ def mamba2_layer_step(
     group_size: int | None = None,
     norm_before_gate: bool = False,
     dt_limit: tuple[float, float] = (0.0, INF),
+    ready: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """A layer for one token of each sequence: ``stream + out_proj(mamba2_step(in_proj(norm(stream))))``.
@@ -503,6 +504,8 @@ def mamba2_layer_step(
         gated_norm_weight: ``(H P,)``. gated_norm_eps: of that norm.
         conv_weight, conv_bias, dt_bias, D, n_groups, activation, group_size, norm_before_gate, dt_limit, backend: see
             :func:`mamba2_step`.
+        ready: ``(1,)``, int32, zero: what programs on a GPU count in, and leave at zero. Calls that may run at the same
+            time need one each. None makes one, which is a launch more.
 
     Returns:
         ``(B, 1, d)`` in the dtype of ``stream``.
@@ -512,7 +515,7 @@ def mamba2_layer_step(
     """
     shape, size = checks.check_layer_step(
         *(stream, conv_state, ssm_state, norm_weight, in_weight, in_bias, conv_weight, conv_bias, dt_bias, A_log, D),
-        *(gated_norm_weight, out_weight, out_bias, n_groups, activation, gated_norm_eps, group_size, dt_limit),
+        *(gated_norm_weight, out_weight, out_bias, n_groups, activation, gated_norm_eps, group_size, dt_limit, ready),
     )
     choice = dispatch.choose(
         "mamba2_layer_step",
@@ -544,4 +547,5 @@ def mamba2_layer_step(
         group_size=size,
         norm_before_gate=norm_before_gate,
         dt_limit=dt_limit,
+        ready=ready,
     )

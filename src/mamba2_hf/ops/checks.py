@@ -307,6 +307,7 @@ def check_layer_step(
     gated_norm_eps: float,
     group_size: int | None,
     dt_limit: tuple[float, float],
+    ready: Tensor | None,
 ) -> tuple[SSDShape, int]:
     """Contract of ``mamba2_layer_step``; returns the sizes and the gated norm's, raises :class:`ArgumentError`."""
     _rank("stream", stream, 3, "(B, 1, d)")
@@ -328,7 +329,11 @@ def check_layer_step(
     _shape("out_weight", out_weight, (size, width), "(d, H P)")
     if out_bias is not None:
         _shape("out_bias", out_bias, (size,), "(d,)")
-    _same_device(stream.device, in_weight=in_weight, out_weight=out_weight, norm_weight=norm_weight)
+    if ready is not None:
+        _shape("ready", ready, (1,), "(1,)")
+        if ready.dtype != torch.int32:
+            _fail(f"ready has dtype {ready.dtype}, expected torch.int32")
+    _same_device(stream.device, in_weight=in_weight, out_weight=out_weight, norm_weight=norm_weight, ready=ready)
     return shape, check_norm(zxbcdt[..., :width], None, gated_norm_weight, gated_norm_eps, group_size)
 
 

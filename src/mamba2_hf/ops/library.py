@@ -235,7 +235,8 @@ _register(
     "mamba2_layer_step(Tensor stream, Tensor(a!) conv_state, Tensor(b!) ssm_state, Tensor norm_weight, "
     "Tensor in_weight, Tensor? in_bias, Tensor conv_weight, Tensor? conv_bias, Tensor? dt_bias, Tensor A_log, "
     "Tensor? D, Tensor gated_norm_weight, Tensor out_weight, Tensor? out_bias, int n_groups, bool silu, "
-    "float norm_eps, float gated_norm_eps, int group_size, bool norm_before_gate, float low, float high) -> Tensor",
+    "float norm_eps, float gated_norm_eps, int group_size, bool norm_before_gate, float low, float high, "
+    "Tensor(c!)? ready) -> Tensor",
     layer_step.layer_step,
     lambda stream, *rest: stream.new_empty(stream.shape),
 )

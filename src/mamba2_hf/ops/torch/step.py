@@ -83,6 +83,7 @@ def mamba2_layer_step(
     group_size: int,
     norm_before_gate: bool,
     dt_limit: tuple[float, float],
+    ready: Tensor | None,
 ) -> Tensor:
     """See :func:`mamba2_hf.ops.mamba2_layer_step`."""
     normed = gated_rms_norm(

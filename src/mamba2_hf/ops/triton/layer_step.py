@@ -1,10 +1,15 @@
 """Decoding a whole layer for one sequence: norm and in_proj, the mixer's step, gated norm, out_proj and residual.
 
-With one row a layer is a matter of reading its weights once. Three launches do it: a norm's scale is one number per
-row, so it may be multiplied to the sums of a projection whose inputs it belongs to. Every program of a projection sums
-the squares that it needs itself; nobody waits for a norm.
+With one row a layer is a matter of reading its weights once. A norm's scale is one number per row, so it may be
+multiplied to the sums of a projection whose inputs it belongs to: every program of a projection sums the squares that
+it needs itself, and nobody waits for a norm.
 
-The launches overlap (``overlap.py``): before it waits for the one before, a kernel reads its weights.
+A wide layer takes three launches. A narrow one, whose launches are short, takes two: programs of a head project its
+channels and move its states on. B and C belong to many heads; the programs with the lowest numbers, which a GPU starts
+first, project and convolve them, and the others wait for those when they need them. Where programs take several turns,
+that wait and the longer way from weights to results cost more than the launch.
+
+Launches overlap (``overlap.py``): before it waits for the one before, a kernel reads its weights.
 """
 
 from __future__ import annotations
@@ -16,11 +21,14 @@ from torch import Tensor
 
 from ..checks import SSDShape
 from .calls import call
-from .decode import _dense, _shift, _silu, _tile, step_kernel, supports_step
+from .conv import convolve, load_taps
+from .decode import _dense, _shift, _silu, _step_size, _tile, step_kernel, supports_step
 from .launch import cdiv, launch, power_of_two
 from .overlap import follow, overlap
 from .rows import channels_last
 
+NARROW = 1536  # widest residual stream whose layers take two launches
+CHANNELS, NARROW_WARPS = 4, 2  # of a program of a head, in those
 OUTPUTS = 4  # of a program of a projection
 PER_THREAD = 8  # neighboring weights of an output that a thread reads: 16 bytes
 MOST_WEIGHTS = 160  # that a thread keeps
@@ -61,58 +69,197 @@ def enter_kernel(x, norm_weight, weight, bias, y, outputs, eps,
 
 
 @triton.jit
-def _leave(pid, raw, squares, u, weight, bias, x, y, outputs, eps,
-           WIDTH: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, GATE: tl.constexpr,
-           BN: tl.constexpr, BK: tl.constexpr, PADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def _normed_tiles(x, norm_weight, eps, WIDTH: tl.constexpr, BK: tl.constexpr):
+    """``x (WIDTH,)`` times the norm's weight, in tiles of ``BK``, and the norm's scale."""
+    tiles = ()
+    squares = tl.zeros([BK], tl.float32)
+    for i in tl.static_range((WIDTH + BK - 1) // BK):
+        k = i * BK + tl.arange(0, BK)
+        value = tl.load(x + k, mask=k < WIDTH, other=0.0).to(tl.float32)
+        squares += value * value
+        tiles = tiles + (value * tl.load(norm_weight + k, mask=k < WIDTH, other=0.0).to(tl.float32),)
+    return tiles, tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)
+
+
+@triton.jit
+def _project(weights, inputs, scale, bias, n, mask_n, dtype, WIDTH: tl.constexpr, BK: tl.constexpr):
+    """Outputs ``n`` of the projection, rounded to ``dtype``, fp32."""
+    sums = weights[0].to(tl.float32) * inputs[0][None, :]
+    for i in tl.static_range(1, (WIDTH + BK - 1) // BK):
+        sums += weights[i].to(tl.float32) * inputs[i][None, :]
+    out = tl.sum(sums, 1) * scale
+    if bias is not None:
+        out += tl.load(bias + n, mask=mask_n, other=0.0).to(tl.float32)
+    return out.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _columns(conv, channel, mask, sc_c, sc_l, L: tl.constexpr):
+    """The convolution's last ``L`` inputs, oldest first."""
+    columns = ()
+    for i in tl.static_range(L):
+        columns = columns + (tl.load(conv + channel * sc_c + i * sc_l, mask=mask, other=0.0),)
+    return columns
+
+
+@triton.jit
+def _convolve(columns, new, taps, offset, dtype, SILU: tl.constexpr, L: tl.constexpr, K: tl.constexpr):
+    """The convolution's output for the input ``new``."""
+    window = ()
+    for i in tl.static_range(K - 1):
+        window = window + (columns[L - (K - 1) + i].to(dtype).to(tl.float32),)
+    out = convolve(window, new, taps, offset, K)
+    if SILU:
+        out = _silu(out)
+    return out
+
+
+@triton.jit
+def _move(conv, columns, new, channel, mask, sc_c, sc_l, L: tl.constexpr):
+    """Moves the convolution's state on; all of the program has read it before."""
+    for i in tl.static_range(L):
+        value = new if i == L - 1 else columns[i + 1]
+        tl.store(conv + channel * sc_c + i * sc_l, value.to(conv.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _enter_maps(pid, x, norm_weight, weight, bias, conv, taps, offset, maps, ready, inner, count, eps, sc_c, sc_l,
+                SILU: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, L: tl.constexpr, BO: tl.constexpr,
+                BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """``BO`` of the ``count`` channels of B and C, convolved, to ``maps (count,)``."""
+    j = pid * BO + tl.arange(0, BO)
+    mask, channel = j < count, inner + j
+    weights = _weight_tiles(weight, inner + channel, mask, WIDTH, BK)
+    columns = _columns(conv, channel, mask, sc_c, sc_l, L)
+    taps, offset = load_taps(taps, offset, channel, mask, K)
+    follow(OVERLAP)
+    inputs, scale = _normed_tiles(x, norm_weight, eps, WIDTH, BK)
+    dtype: tl.constexpr = weight.dtype.element_ty
+    new = _project(weights, inputs, scale, bias, inner + channel, mask, dtype, WIDTH, BK)
+    tl.store(maps + j, _convolve(columns, new, taps, offset, dtype, SILU, L, K), mask=mask)
+    tl.debug_barrier()
+    tl.atomic_add(ready, 1, sem="release")
+    _move(conv, columns, new, channel, mask, sc_c, sc_l, L)
+
+
+@triton.jit
+def enter_step_kernel(x, norm_weight, weight, bias, conv, state, taps, offset, dt_bias, A, D, scale, maps, ready, gate,
+                      raw, squares, eps, low, high, H, shared, sc_c, sc_l, ss_h, ss_p, ss_n,
+                      SILU: tl.constexpr, D_RANK: tl.constexpr, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr,
+                      P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, L: tl.constexpr, BP: tl.constexpr,
+                      BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """From the residual stream ``x (WIDTH,)`` to the mixer's output before its norm.
+
+    The first ``shared`` programs make B and C, each of the others ``BP`` channels of a head: ``raw (H P,)`` times the
+    norm's weight ``scale``, the parts ``squares (H, blocks)`` of the sums of squares, and ``gate (H P,)`` where that
+    comes after the norm. ``ready`` counts the programs that are done with B and C; it begins at zero.
+    """
+    pid = tl.program_id(0)
+    inner, groups = H * P, H // PER_GROUP
+    if pid < shared:
+        _enter_maps(pid, x, norm_weight, weight, bias, conv, taps, offset, maps, ready, inner, 2 * groups * N, eps,
+                    sc_c, sc_l, SILU, WIDTH, K, L, BO, BK, OVERLAP)  # fmt: skip
+        return
+    blocks: tl.constexpr = (P + BP - 1) // BP
+    head, block = (pid - shared) // blocks, (pid - shared) % blocks
+    p, n = block * BP + tl.arange(0, BP), tl.arange(0, BN)
+    mask_p, mask_n = p < P, n < N
+    channel, of_dt = head * P + p, 2 * inner + 2 * groups * N + head + tl.arange(0, 1)
+    always = of_dt >= 0
+    weights_x = _weight_tiles(weight, inner + channel, mask_p, WIDTH, BK)
+    weights_z = _weight_tiles(weight, channel, mask_p, WIDTH, BK)
+    weights_dt = _weight_tiles(weight, of_dt, always, WIDTH, BK)
+    at = state + head.to(tl.int64) * ss_h + p[:, None] * ss_p + n[None, :] * ss_n
+    mask = mask_p[:, None] & mask_n[None, :]
+    s = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    columns = _columns(conv, channel, mask_p, sc_c, sc_l, L)
+    taps, offset = load_taps(taps, offset, channel, mask_p, K)
+    rate = -tl.exp(tl.load(A + head).to(tl.float32))
+    dt_offset = 0.0 if dt_bias is None else tl.load(dt_bias + head).to(tl.float32)
+    if D_RANK > 0:
+        skip = tl.load(D + (channel if D_RANK == 2 else head + p * 0), mask=mask_p, other=0.0).to(tl.float32)
+    weight_of_norm = tl.load(scale + channel, mask=mask_p, other=0.0).to(tl.float32)
+
+    follow(OVERLAP)
+    inputs, normed = _normed_tiles(x, norm_weight, eps, WIDTH, BK)
+    dtype: tl.constexpr = weight.dtype.element_ty
+    new = _project(weights_x, inputs, normed, bias, inner + channel, mask_p, dtype, WIDTH, BK)
+    z = _project(weights_z, inputs, normed, bias, channel, mask_p, dtype, WIDTH, BK)
+    dt = tl.sum(_project(weights_dt, inputs, normed, bias, of_dt, always, dtype, WIDTH, BK), 0)
+    value = _convolve(columns, new, taps, offset, dtype, SILU, L, K)
+    step = _step_size(dt, dt_offset, low, high, True)
+    seen = tl.atomic_add(ready, 0, sem="acquire")
+    while seen < shared:
+        seen = tl.atomic_add(ready, 0, sem="acquire")
+    of_b = head // PER_GROUP * N + n
+    b = tl.load(maps + of_b, mask=mask_n, other=0.0, cache_modifier=".cg")
+    c = tl.load(maps + groups * N + of_b, mask=mask_n, other=0.0, cache_modifier=".cg")
+    s = s * tl.exp(step * rate) + (value * step)[:, None] * b[None, :]
+    out = tl.sum(s * c[None, :], 1)
+    if D_RANK > 0:
+        out += value * skip
+    if gate is None:
+        out *= _silu(z)
+    else:
+        tl.store(gate + channel, z.to(dtype), mask=mask_p)
+    tl.store(squares + head * blocks + block, tl.sum(tl.where(mask_p, out * out, 0.0), 0))
+    tl.store(raw + channel, (out * weight_of_norm).to(raw.dtype.element_ty), mask=mask_p)
+    tl.store(at, s.to(state.dtype.element_ty), mask=mask)
+    tl.debug_barrier()
+    _move(conv, columns, new, channel, mask_p, sc_c, sc_l, L)
+
+
+@triton.jit
+def _leave(pid, raw, squares, gate, weight, bias, x, y, ready, outputs, eps,
+           WIDTH: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, GATE: tl.constexpr, BN: tl.constexpr,
+           BK: tl.constexpr, PADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     n = pid * BN + tl.arange(0, BN)
     mask_n = n < outputs
-    tiles = _weight_tiles(weight, n, mask_n, WIDTH, BK)
+    weights = _weight_tiles(weight, n, mask_n, WIDTH, BK)
     offset = 0.0 if bias is None else tl.load(bias + n, mask=mask_n, other=0.0).to(tl.float32)
     offset += tl.load(x + n, mask=mask_n, other=0.0).to(tl.float32)
     follow(OVERLAP)
+    if ready is not None and pid == 0:
+        tl.store(ready, 0)
     groups: tl.constexpr = WIDTH // SIZE
+    part = tl.arange(0, PADDED)
+    scales = ()
+    for group in tl.static_range(groups):
+        found = tl.load(squares + group * PARTS + part, mask=part < PARTS, other=0.0)
+        scales = scales + (tl.rsqrt(tl.sum(found, 0) / SIZE + eps),)
     sums = tl.zeros([BN, BK], tl.float32)
     for i in tl.static_range((WIDTH + BK - 1) // BK):
         k = i * BK + tl.arange(0, BK)
         value = tl.load(raw + k, mask=k < WIDTH, other=0.0).to(tl.float32)
         if GATE:
-            value *= _silu(tl.load(u + k, mask=k < WIDTH, other=0.0).to(tl.float32))
+            value *= _silu(tl.load(gate + k, mask=k < WIDTH, other=0.0).to(tl.float32))
         if groups > 1:
-            value *= _group_scales(squares, k // SIZE, k < WIDTH, eps, SIZE, PARTS)
-        sums += tiles[i].to(tl.float32) * value[None, :]
+            for group in tl.static_range(groups):
+                value *= tl.where(k // SIZE == group, scales[group], 1.0)
+        sums += weights[i].to(tl.float32) * value[None, :]
     out = tl.sum(sums, 1)
     if groups == 1:
-        part = tl.arange(0, PADDED)
-        found = tl.load(squares + part, mask=part < PARTS, other=0.0)
-        out *= tl.rsqrt(tl.sum(found, 0) / SIZE + eps)
+        out *= scales[0]
     tl.store(y + n, (out + offset).to(y.dtype.element_ty), mask=mask_n)
 
 
 @triton.jit
-def _group_scales(squares, group, mask, eps, SIZE: tl.constexpr, PARTS: tl.constexpr):
-    """The norm's scale of each channel, given the parts of its group's sum of squares."""
-    total = tl.zeros(group.shape, tl.float32)
-    for part in tl.static_range(PARTS):
-        total += tl.load(squares + group * PARTS + part, mask=mask, other=0.0)
-    return tl.rsqrt(total / SIZE + eps)
-
-
-@triton.jit
-def leave_kernel(raw, squares, u, weight, bias, x, y, conv, outputs, programs, channels, eps, sc_b, sc_c, sc_l,
+def leave_kernel(raw, squares, u, weight, bias, x, y, conv, ready, outputs, programs, channels, eps,
+                 sc_b, sc_c, sc_l,
                  WIDTH: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, GATE: tl.constexpr,
                  BN: tl.constexpr, BK: tl.constexpr, PADDED: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
                  OVERLAP: tl.constexpr):  # fmt: skip
-    """What waits for all of ``step_kernel``: the first ``programs`` give ``BN`` outputs each of ``x`` plus the
-    projection of ``raw (WIDTH,)`` times the scales of its norm, the others move the convolution's state on.
+    """What waits for all of the mixer's step: the first ``programs`` give ``BN`` outputs each of ``x`` plus the
+    projection of ``raw (WIDTH,)`` times the scales of its norm, others move the convolution's state on.
 
-    ``squares (groups, PARTS)`` are the parts of the sums of squares that the scales come from; ``u`` begins with the
-    gate.
+    ``squares (groups, PARTS)`` are the parts of the sums of squares that the scales come from, ``u`` begins with
+    the gate, where that comes after the norm. ``ready``, if given, goes back to zero.
     """
     pid = tl.program_id(0)
     if pid < programs:
-        _leave(pid, raw, squares, u, weight, bias, x, y, outputs, eps,
+        _leave(pid, raw, squares, u, weight, bias, x, y, ready, outputs, eps,
                WIDTH, SIZE, PARTS, GATE, BN, BK, PADDED, OVERLAP)  # fmt: skip
-    else:
+    elif ready is None:
         follow(OVERLAP)
         _shift(pid - programs, u, conv, 1, WIDTH, channels, 0, 0, sc_b, sc_c, sc_l, L, BLOCK)
 
@@ -149,13 +296,14 @@ def mamba2_layer_step(
     group_size: int,
     norm_before_gate: bool,
     dt_limit: tuple[float, float],
+    ready: Tensor | None,
 ) -> Tensor:
     """See :func:`mamba2_hf.ops.mamba2_layer_step`."""
     return call(
         "mamba2_layer_step",
         *(stream, conv_state, ssm_state, norm_weight, in_weight, in_bias, conv_weight, conv_bias, dt_bias, A_log, D),
         *(gated_norm_weight, out_weight, out_bias, shape.groups, activation is not None, norm_eps, gated_norm_eps),
-        *(group_size, norm_before_gate, *map(float, dt_limit)),
+        *(group_size, norm_before_gate, *map(float, dt_limit), ready),
     )
 
 
@@ -182,58 +330,81 @@ def layer_step(
     norm_before_gate: bool,
     low: float,
     high: float,
+    ready: Tensor | None,
 ) -> Tensor:
     """Launches the layer for ``stream (1, 1, d)``; both states are updated in place."""
     size = stream.shape[2]
     heads, P, N = ssm_state.shape[1:]
     channels, taps = conv_weight.shape
-    width, entering = heads * P, in_weight.shape[0]
-    stream = channels_last(stream)
-    options = overlap()
-    u = torch.empty(1, 1, entering, dtype=in_weight.dtype, device=stream.device)
-    outputs, inputs, warps = _projection(size)
-    launch(
-        enter_kernel,
-        (cdiv(entering, outputs),),
-        *(stream, norm_weight.contiguous(), in_weight.contiguous(), _dense(in_bias), u, entering, norm_eps),
-        D=size,
-        BN=outputs,
-        BK=inputs,
-        num_warps=warps,
-        **options,
-    )
-
-    bp, warps = _tile(1, P)
+    width, entering, dtype, device = heads * P, in_weight.shape[0], in_weight.dtype, stream.device
+    stream, options, narrow = channels_last(stream), overlap(), size <= NARROW
+    bp, warps = (min(CHANNELS, power_of_two(P)), NARROW_WARPS) if narrow else _tile(1, P)
     blocks = cdiv(P, bp)
-    raw = torch.empty(width, dtype=in_weight.dtype, device=stream.device)
-    squares = torch.empty(heads * blocks, dtype=torch.float32, device=stream.device)
-    launch(
-        step_kernel,
-        (heads * blocks,),
-        *(u, conv_state, ssm_state, conv_weight.contiguous(), _dense(conv_bias), _dense(dt_bias), A_log.contiguous()),
-        *(_dense(D), gated_norm_weight.contiguous(), raw, squares, low, high, heads, 1, conv_state.shape[2]),
-        *(*u.stride()[:2], *conv_state.stride(), *ssm_state.stride()),
-        LOG_RATES=True,
-        SILU=silu,
-        D_RANK=0 if D is None else D.dim(),
-        GATE=not norm_before_gate,
-        PER_GROUP=heads // n_groups,
-        P=P,
-        N=N,
-        K=taps,
-        BP=bp,
-        BN=power_of_two(N),
-        num_warps=warps,
-        **options,
-    )
+    raw = torch.empty(width, dtype=dtype, device=device)
+    squares = torch.empty(heads * blocks, dtype=torch.float32, device=device)
+    before = (stream, norm_weight.contiguous(), in_weight.contiguous(), _dense(in_bias))
+    conv = (conv_weight.contiguous(), _dense(conv_bias))
+    per_head = (_dense(dt_bias), A_log.contiguous(), _dense(D))
+    mixer = {
+        "SILU": silu,
+        "D_RANK": 0 if D is None else D.dim(),
+        "PER_GROUP": heads // n_groups,
+        "P": P,
+        "N": N,
+        "K": taps,
+        "BP": bp,
+        "BN": power_of_two(N),
+        "num_warps": warps,
+    }
+    if narrow:
+        ready = torch.zeros(1, dtype=torch.int32, device=device) if ready is None else ready
+        shared = cdiv(2 * n_groups * N, OUTPUTS)
+        maps = torch.empty(2 * n_groups * N, dtype=torch.float32, device=device)
+        u = torch.empty(width, dtype=dtype, device=device) if norm_before_gate else None
+        launch(
+            enter_step_kernel,
+            (shared + heads * blocks,),
+            *(*before, conv_state, ssm_state, *conv, *per_head, gated_norm_weight.contiguous(), maps, ready, u),
+            *(raw, squares, norm_eps, low, high, heads, shared, *conv_state.stride()[1:], *ssm_state.stride()[1:]),
+            WIDTH=size,
+            L=conv_state.shape[2],
+            BO=OUTPUTS,
+            BK=_narrow_tile(size),
+            **mixer,
+            **options,
+        )
+    else:
+        ready = None
+        u = torch.empty(1, 1, entering, dtype=dtype, device=device)
+        outputs, inputs, warps = _projection(size)
+        launch(
+            enter_kernel,
+            (cdiv(entering, outputs),),
+            *(*before, u, entering, norm_eps),
+            D=size,
+            BN=outputs,
+            BK=inputs,
+            num_warps=warps,
+            **options,
+        )
+        launch(
+            step_kernel,
+            (heads * blocks,),
+            *(u, conv_state, ssm_state, *conv, *per_head, gated_norm_weight.contiguous(), raw, squares),
+            *(low, high, heads, 1, conv_state.shape[2], *u.stride()[:2], *conv_state.stride(), *ssm_state.stride()),
+            LOG_RATES=True,
+            GATE=not norm_before_gate,
+            **mixer,
+            **options,
+        )
 
-    y = torch.empty(1, 1, size, dtype=stream.dtype, device=stream.device)
+    y = torch.empty(1, 1, size, dtype=stream.dtype, device=device)
     outputs, inputs, warps = _projection(width)
     programs, parts = cdiv(size, outputs), group_size // P * blocks
     launch(
         leave_kernel,
-        (programs + cdiv(channels, SHIFT_BLOCK),),
-        *(raw, squares, u, out_weight.contiguous(), _dense(out_bias), stream, y, conv_state),
+        (programs + (0 if narrow else cdiv(channels, SHIFT_BLOCK)),),
+        *(raw, squares, u, out_weight.contiguous(), _dense(out_bias), stream, y, conv_state, ready),
         *(size, programs, channels, gated_norm_eps, *conv_state.stride()),
         WIDTH=width,
         SIZE=group_size,
@@ -248,6 +419,12 @@ def layer_step(
         **options,
     )
     return y
+
+
+def _narrow_tile(inputs: int) -> int:
+    """Inputs at a time of a narrow layer's first launch, where few threads would have none."""
+    tile = PER_THREAD * 32 * NARROW_WARPS
+    return tile if cdiv(inputs, tile) * tile <= 1.1 * inputs else tile // 2
 
 
 def _projection(inputs: int) -> tuple[int, int, int]:
