@@ -37,6 +37,11 @@ class DecodeGraph:
         """Whether steps are replayed."""
         return self._graph is not None
 
+    def fits(self, input_ids: Tensor) -> bool:
+        """Whether a step with these ids is replayed as it is."""
+        ids = self._ids
+        return ids is not None and ids.shape == input_ids.shape and ids.device == input_ids.device
+
     def drop(self) -> None:
         """Forgets what was captured, as the cache's buffers are no longer where they were; the next step captures."""
         self._graph = self._ids = self._logits = None
