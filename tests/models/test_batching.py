@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from devices import on_each_device
 from hybrids import ARCHITECTURES, make_hybrid
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
 from mamba2_hf import Completion, ContinuousBatch, Mamba2Cache, Request, generate_batch
 from mamba2_hf.errors import ArgumentError, CacheError
+from mamba2_hf.models.graphs import ModelWatch
 
 BASE: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 LENGTHS = (5, 1, 17, 9, 2, 12, 1)
@@ -31,14 +36,23 @@ def alone(model: Any, request: Request) -> list[int]:
     """What ``generate`` writes."""
     if request.seed is not None:
         torch.manual_seed(request.seed)
-    ids = torch.as_tensor(request.input_ids)[None]
+    ids = torch.as_tensor(request.input_ids)[None].to(model.device)
     return model.generate(ids, **request.settings)[0, ids.shape[1] :].tolist()
 
 
+def run(batch: ContinuousBatch) -> list[Completion]:
+    """Steps until it is idle; what has ended, by number."""
+    ended = []
+    while not batch.idle:
+        ended += batch.step()
+    return sorted(ended, key=lambda each: each.request)
+
+
+@on_each_device
 @pytest.mark.parametrize("kind", ["pure", *ARCHITECTURES])
-def test_each_gets_what_it_gets_alone(kind: str, tiny_model: Callable[..., Any]) -> None:
+def test_each_gets_what_it_gets_alone(kind: str, device: str, tiny_model: Callable[..., Any]) -> None:
     """More requests than slots, of all lengths, greedy and sampled, so that rows are filled again and again."""
-    model = build(kind, tiny_model)
+    model = build(kind, tiny_model).to(device)
     requests = []
     for number, length in enumerate(LENGTHS):
         own: dict[str, Any] = {"max_new_tokens": 3 + number}
@@ -51,6 +65,37 @@ def test_each_gets_what_it_gets_alone(kind: str, tiny_model: Callable[..., Any])
     assert [each.request for each in ended] == list(range(len(LENGTHS)))
     assert {each.reason for each in ended} == {"length"}
     assert [each.tokens for each in ended] == [alone(model, request) for request in requests]
+
+
+@on_each_device
+def test_those_who_choose_alike_choose_together(device: str, tiny_model: Callable[..., Any]) -> None:
+    """By one call for all of them, and with the random numbers of each."""
+    model = tiny_model().to(device)
+    ways: list[dict[str, Any]] = [
+        {"temperature": 1.7, "top_k": 20, "top_p": 0.8},
+        {"temperature": 1.7, "top_k": 20, "top_p": 0.8},
+        {"min_p": 0.05},
+        {"typical_p": 0.9, "repetition_penalty": 1.5},
+        {"temperature": 1.7, "top_k": 20, "top_p": 0.8},
+        {"do_sample": False, "no_repeat_ngram_size": 2},
+    ]
+    requests = [
+        Request(prompt(5 + number), {**BASE, "do_sample": True, **own}, seed=number) for number, own in enumerate(ways)
+    ]
+    ended = generate_batch(model, requests, slots=len(ways))
+    assert [each.tokens for each in ended] == [alone(model, request) for request in requests]
+
+
+@on_each_device
+def test_a_row_without_numbers_ends_and_the_others_go_on(device: str, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model(tie_word_embeddings=False).to(device)
+    with torch.no_grad():
+        model.backbone.embeddings.weight[60] = float("nan")
+    sampled = {**BASE, "do_sample": True}
+    fine = Request(prompt(5), sampled, seed=3)
+    ended = generate_batch(model, [Request([5, 60, 7], sampled), fine, Request([60], sampled)], slots=2)
+    assert [(each.reason, len(each.tokens)) for each in ended] == [("nan", 0), ("length", 8), ("nan", 0)]
+    assert ended[1].tokens == alone(model, fine)
 
 
 @settings(max_examples=15)
@@ -79,10 +124,11 @@ def test_whenever_they_join_and_leave(data: st.DataObject, tiny_model: Callable[
             assert each.tokens == expected
 
 
-def test_buffers_stay_where_they_are(tiny_model: Callable[..., Any]) -> None:
+@on_each_device
+def test_buffers_stay_where_they_are(device: str, tiny_model: Callable[..., Any]) -> None:
     """So that a captured step can be replayed for the life of a batch."""
     for model in (tiny_model(), make_hybrid("rotary"), make_hybrid("sliding")):
-        batch = ContinuousBatch(model, slots=2, max_length=32)
+        batch = ContinuousBatch(model.to(device), slots=2, max_length=32)
         layers = batch.cache.layers
 
         def addresses(layers: Any = layers, cache: Any = batch.cache) -> list[int]:
@@ -164,15 +210,15 @@ def test_seeds(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model()
     sampled = {**BASE, "do_sample": True, "temperature": 2.0}
 
-    def run(*seeds: int | None) -> list[list[int]]:
+    def drawn_with(*seeds: int | None) -> list[list[int]]:
         return [each.tokens for each in generate_batch(model, [Request(prompt(5), sampled, seed=s) for s in seeds])]
 
-    first, second, again = run(1, 2, 1)
+    first, second, again = drawn_with(1, 2, 1)
     assert first == again != second
     torch.manual_seed(0)
-    drawn = run(None, None)
+    drawn = drawn_with(None, None)
     torch.manual_seed(0)
-    assert drawn == run(None, None)
+    assert drawn == drawn_with(None, None)
     assert drawn[0] != drawn[1]
 
 
@@ -186,6 +232,229 @@ def test_a_bf16_state_and_any_mode(tiny_model: Callable[..., Any]) -> None:
     while not batch.idle:
         (*_, last) = batch.step() or [None]
     assert len(last.tokens) == 8
+
+
+# What is captured
+
+
+def adapted(model: Any) -> Any:
+    torch.manual_seed(1)
+    config = LoraConfig(target_modules=["in_proj", "out_proj"], init_lora_weights=False)
+    return inject_adapter_in_model(config, model, "first").eval()
+
+
+def switch(model: Any, on: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(on)
+
+
+def rescale(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.scaling["first"] *= 2
+
+
+def flip(model: Any) -> None:
+    """Other weights where the former were."""
+    with torch.no_grad():
+        model.backbone.embeddings.weight.copy_(model.backbone.embeddings.weight.flip(0))
+
+
+def replace(model: Any) -> None:
+    """Other weights somewhere else."""
+    model.backbone.embeddings.weight.data = model.backbone.embeddings.weight.data.flip(0)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "weights moved": replace,
+    "another dtype": lambda model: model.to(torch.bfloat16),
+    "an adapter": adapted,
+    "an adapter off": lambda model: switch(adapted(model), False),
+    "an adapter scaled": lambda model: rescale(adapted(model)),
+    "a hook": lambda model: model.backbone.layers[1].register_forward_hook(lambda *_: None),
+    "a forward": lambda model: setattr(model.backbone.norm_f, "forward", lambda x: x),
+    "a part": lambda model: setattr(model, "lm_head", nn.Linear(32, 61, bias=False).to(model.device)),
+    "a setting": lambda model: setattr(model.backbone.norm_f, "eps", 0.5),
+    "training": lambda model: model.train(),
+}
+
+
+class TestModelWatch:
+    def test_a_model_in_use_does_not_change(self, tiny_model: Callable[..., Any]) -> None:
+        model = adapted(tiny_model())
+        watch = ModelWatch(model)
+        assert watch.changed()
+        model.generate(prompt(4)[None], **BASE)
+        flip(model)
+        with torch.no_grad():
+            next(p for name, p in model.named_parameters() if "lora_A" in name).mul_(2)
+        assert not watch.moved()
+        assert not watch.changed()
+
+    @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+    def test_sees_what_a_graph_would_miss(self, change: Any, tiny_model: Callable[..., Any]) -> None:
+        model = tiny_model()
+        watch = ModelWatch(model)
+        watch.changed()
+        change(model)
+        assert watch.changed()
+        assert not watch.changed()
+
+    def test_sees_what_adapters_are_set_to(self, tiny_model: Callable[..., Any]) -> None:
+        model = adapted(tiny_model())
+        watch = ModelWatch(model)
+        watch.changed()
+        for change in (lambda: switch(model, False), lambda: switch(model, True), lambda: rescale(model)):
+            change()
+            assert watch.changed()
+            assert not watch.changed()
+
+    def test_sees_at_once_that_weights_moved(self, tiny_model: Callable[..., Any]) -> None:
+        model = tiny_model()
+        watch = ModelWatch(model)
+        watch.changed()
+        replace(model)
+        assert watch.moved()
+
+
+def test_says_why_it_goes_without(tiny_model: Callable[..., Any]) -> None:
+    def reason(model: Any, **options: Any) -> str | None:
+        batch = ContinuousBatch(model, **options)
+        assert batch.why_not_captured == ("it was asked for" if options else None)
+        batch.add(Request(prompt(3), BASE))
+        assert len(run(batch)) == 1
+        return batch.why_not_captured
+
+    assert reason(tiny_model()) == "the model is on cpu, not on one GPU"
+    assert reason(tiny_model(), captured=False) == "it was asked for"
+
+
+class TestOnAGPU:
+    pytestmark = pytest.mark.gpu
+
+    @pytest.mark.parametrize("kind", ["pure", *ARCHITECTURES])
+    def test_free_rows_those_that_leave_and_those_that_join(self, kind: str, tiny_model: Callable[..., Any]) -> None:
+        model = build(kind, tiny_model).cuda()
+        batch = ContinuousBatch(model, slots=4, max_length=64)
+        requests = {}
+        for length, most in ((3, 40), (9, 5)):  # two rows stay free
+            request = Request(prompt(length), {**BASE, "max_new_tokens": most})
+            requests[batch.add(request)] = request
+        ended = [each for _ in range(12) for each in batch.step()]
+        assert batch.cache.graph.is_captured
+        graph = batch.cache.graph._graph
+        for length in (17, 1, 20, 4, 2):
+            request = Request(prompt(length), BASE)
+            requests[batch.add(request)] = request
+        batch.step()
+        assert batch.cancel(3)
+        ended += run(batch)
+        assert batch.cache.graph._graph is graph
+        assert batch.why_not_captured is None
+        assert sorted(each.request for each in ended) == list(range(7))
+        for each in ended:
+            expected = alone(model, requests[each.request])
+            assert each.tokens == expected[: len(each.tokens)]
+            assert (each.request, each.reason) in ((3, "cancelled"), (each.request, "length"))
+
+    @pytest.mark.parametrize("kind", ["pure", "sliding"])
+    def test_a_bf16_state(self, kind: str, tiny_model: Callable[..., Any]) -> None:
+        """Its rounding hides no other: the same as without a graph, bit for bit."""
+        found = []
+        for captured in (True, False):
+            model = build(kind, tiny_model).cuda()
+            batch = ContinuousBatch(model, slots=2, max_length=64, state_dtype=torch.bfloat16, captured=captured)
+            for length in LENGTHS:
+                batch.add(Request(prompt(length), BASE))
+            found.append(run(batch))
+            assert (batch.cache.graph is not None and batch.cache.graph.is_captured) == captured
+        assert found[0] == found[1]
+
+    @pytest.mark.parametrize("change", [flip, *CHANGES.values()], ids=["other weights", *CHANGES])
+    def test_the_model_changes_between_requests(self, change: Any, tiny_model: Callable[..., Any]) -> None:
+        found = []
+        for captured in (True, False):
+            model = tiny_model().cuda()
+            batch = ContinuousBatch(model, slots=2, captured=captured)
+            for length in (4, 6, 5):
+                batch.add(Request(prompt(length), BASE))
+            before, graph = run(batch), batch.cache.graph
+            torch.manual_seed(2)
+            change(model)
+            for length in (4, 6, 5):
+                batch.add(Request(prompt(length), BASE))
+            found.append([before, run(batch)])
+            if captured:
+                assert graph.is_captured
+                assert (batch.cache.graph is graph) == (change is flip)
+                hooked = change in (CHANGES["a hook"], CHANGES["training"], CHANGES["a forward"])
+                assert (batch.why_not_captured is not None) == hooked
+                assert hooked or batch.cache.graph.is_captured
+        assert found[0] == found[1]
+
+    def test_weights_that_move_between_two_steps_are_found(self, tiny_model: Callable[..., Any]) -> None:
+        found = []
+        for captured in (True, False):
+            model = tiny_model().cuda()
+            batch = ContinuousBatch(model, slots=2, captured=captured)
+            batch.add(Request(prompt(4), {**BASE, "max_new_tokens": 24}))
+            for step in range(12):
+                batch.step()
+                if step == 5:
+                    model.lm_head.weight.data = model.lm_head.weight.data.flip(0)
+            found.append(run(batch)[0].tokens)
+            assert (batch.cache.graph is not None) == captured
+        assert found[0] == found[1]
+
+    def test_goes_through_a_graph_again_once_a_hook_is_gone(self, tiny_model: Callable[..., Any]) -> None:
+        model, calls = tiny_model().cuda(), []
+        batch = ContinuousBatch(model, slots=2)
+        handle = model.backbone.layers[1].register_forward_hook(lambda *_: calls.append(1))
+        batch.add(Request(prompt(1), BASE))
+        run(batch)
+        assert len(calls) == 8
+        assert batch.why_not_captured == "backbone.layers.1 is hooked, which a graph would skip"
+        handle.remove()
+        batch.add(Request(prompt(1), BASE))
+        run(batch)
+        assert len(calls) == 8
+        assert batch.cache.graph.is_captured
+
+    def test_a_model_that_trains_between_steps(self, tiny_model: Callable[..., Any]) -> None:
+        """As a policy does between rollouts: its weights change in place, and steps in training mode go one by one."""
+        model = tiny_model().cuda()
+        batch = ContinuousBatch(model, slots=2)
+        batch.add(Request(prompt(4), {**BASE, "max_new_tokens": 30}))
+        for _ in range(4):
+            batch.step()
+        graph = batch.cache.graph._graph
+        assert graph is not None
+        model.train()
+        batch.step()
+        model.eval()
+        (ended,) = run(batch)
+        assert batch.cache.graph._graph is graph
+        assert ended.tokens == alone(model, Request(prompt(4), {**BASE, "max_new_tokens": 30}))
+
+    def test_waits_once_a_step_however_many_rows_sample(self, tiny_model: Callable[..., Any]) -> None:
+        model = tiny_model().cuda()
+        own = ({"temperature": 2.0, "top_p": 0.9}, {"top_k": 9}, {"repetition_penalty": 1.2}, {"min_p": 0.1})
+
+        def waits(rows: int) -> int:
+            batch = ContinuousBatch(model, slots=4)
+            for settings_of_one in own[:rows]:
+                batch.add(Request(prompt(4), {**BASE, "do_sample": True, **settings_of_one, "max_new_tokens": 20}))
+            for _ in range(4):
+                batch.step()
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                batch.step()
+                torch.cuda.set_sync_debug_mode("default")
+            return sum("called a synchronizing" in str(warning.message) for warning in found)
+
+        assert waits(4) == waits(1) > 0
 
 
 # What is refused

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mamba2_hf import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, Mamba2HybridConfig, Mamba2HybridForCausalLM
 from mamba2_hf.models.graphs import DecodeGraph, why_not
+from mamba2_hf.models.outputs import Mamba2CausalLMOutput, step_output
 
 LENGTHS = {"max_new_tokens": 12, "min_new_tokens": 12}
 WAYS: dict[str, dict[str, Any]] = {
@@ -173,6 +174,9 @@ class Recorder(DecodeGraph):
         self.steps += 1
         return run(input_ids)
 
+    def fits(self, input_ids: Tensor) -> bool:
+        return self.steps > 0
+
     def drop(self) -> None:
         self.drops += 1
 
@@ -207,6 +211,50 @@ class TestAnywhere:
         torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
         assert graph.steps == 4
         assert graph.drops == (0 if make is pure else 2)
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+    def test_the_loop_around_it_changes_nothing(self, make: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of ``generate`` with its shorter ways, for rows with padding."""
+        model, options = make(), {**WAYS[way], **LENGTHS, "return_dict_in_generate": True}
+        torch.manual_seed(1)
+        expected = model.generate(**prompts(3, "cpu"), **options)
+        monkeypatch.setattr("mamba2_hf.models.cache.DecodeGraph", Recorder)
+        monkeypatch.setattr(type(model), "_may_capture", lambda *_: True)
+        torch.manual_seed(1)
+        out = model.generate(**prompts(3, "cpu"), **options)
+        assert torch.equal(out.sequences, expected.sequences)
+        assert out.past_key_values.graph.steps == 11
+
+    def test_inputs_of_a_step_are_those_of_any_other(self) -> None:
+        model, ids = pure(), prompts(2, "cpu")["input_ids"]
+        cache = Mamba2Cache(model.config, captured=True)
+        cache.graph = graph = Recorder()
+        given: dict[str, Any] = {
+            "past_key_values": cache,
+            "next_sequence_length": 1,
+            "attention_mask": torch.ones_like(ids),
+            "position_ids": torch.arange(9).expand_as(ids),
+            "logits_to_keep": 1,
+            "use_cache": True,
+        }
+        for more in ({}, {"output_hidden_states": True}, {"token_type_ids": ids}, {"return_logits": None}):
+            graph.steps = 0
+            expected = model.prepare_inputs_for_generation(ids, **given, **more)
+            graph.steps = 1
+            found = model.prepare_inputs_for_generation(ids, **given, **more)
+            assert found.keys() == expected.keys()
+            tensors = [name for name, value in expected.items() if isinstance(value, Tensor)]
+            assert all(torch.equal(found.pop(name), expected.pop(name)) for name in tensors)
+            assert found == expected
+
+    def test_an_output_made_in_haste_is_an_output(self) -> None:
+        cache, logits = Mamba2Cache(pure().config), torch.ones(1, 1, 97)
+        made, expected = step_output(logits, cache), Mamba2CausalLMOutput(logits=logits, past_key_values=cache)
+        assert type(made) is type(expected)
+        assert vars(made) == vars(expected)
+        assert list(made.items()) == list(expected.items())
+        assert made.to_tuple() == expected.to_tuple()
 
     def test_only_plain_steps_are_captured(self) -> None:
         model = pure()

@@ -639,6 +639,50 @@ class TestCompiled:
             torch.testing.assert_close(logits, model(ids, use_cache=False).logits, **CLOSE)
 
 
+class TestOnAGPU:
+    """The same as on a CPU, with kernels and implementations that are others, for a padded and packed batch."""
+
+    pytestmark = pytest.mark.gpu
+
+    @every
+    def test_logits_losses_and_gradients(self, name: str) -> None:
+        """As far from fp64 as fp32 is on a CPU, and not much further."""
+        results = {}
+        for device, dtype in (("cpu", torch.float64), ("cpu", torch.float32), ("cuda", torch.float32)):
+            model = make_hybrid(name).to(device, dtype).train()
+            ids, mask = tokens().to(device), ragged().to(device)
+            names = (torch.arange(TOKENS, device=device) // 5).expand_as(ids)
+            out = model(ids, attention_mask=mask, seq_idx=names, labels=ids, return_logits=True)
+            out.loss.backward()
+            grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            results[device, dtype] = [each.detach().cpu().double() for each in (out.logits, out.loss, torch.cat(grads))]
+        expected, on_cpu, on_gpu = results.values()
+        for exactly, there, here in zip(expected, on_cpu, on_gpu, strict=True):
+            error, usual = ((found - exactly).norm() / exactly.norm() for found in (here, there))
+            assert error <= 4 * usual + 1e-6, f"{error:.1e} and {usual:.1e} on a CPU"
+
+    @every
+    def test_captured_steps_write_the_same_text(self, name: str) -> None:
+        mask = torch.ones(ROWS, 9, dtype=torch.long)
+        mask[0, :4] = 0
+        given = {"input_ids": tokens(count=9), "attention_mask": mask}
+        options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+        expected = make_hybrid(name).generate(**given, **options).sequences
+        out = make_hybrid(name).cuda().generate(**{k: v.cuda() for k, v in given.items()}, **options)
+        assert out.past_key_values.graph.is_captured
+        assert torch.equal(out.sequences.cpu(), expected)
+
+    @every
+    @torch.no_grad()
+    def test_any_split_of_the_tokens(self, name: str) -> None:
+        model, ids = make_hybrid(name).cuda(), tokens().cuda()
+        expected = model(ids, use_cache=False).logits
+        for static in (False, True):
+            cache = Mamba2Cache(model.config, static=static, max_length=TOKENS if static else None)
+            logits = [model(part, past_key_values=cache).logits for part in ids.split([5, 1, 1, 4, 2], 1)]
+            torch.testing.assert_close(torch.cat(logits, 1), expected, **CLOSE)
+
+
 @every
 def test_gradient_checkpointing(name: str) -> None:
     model, ids, mask = make_hybrid(name).train(), tokens(), ragged()

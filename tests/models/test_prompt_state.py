@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import on_each_device
 from hybrids import ARCHITECTURES, make_hybrid
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,25 +40,29 @@ def model(tiny_model: Callable[..., Any]) -> Any:
 @torch.no_grad()
 def read(model: Any, cache: Mamba2Cache | None = None, mask: Tensor | None = None, ids: Tensor = IDS) -> Mamba2Cache:
     """A cache that has seen the first tokens."""
-    mask = None if mask is None else mask[:, :SEEN]
-    return model(ids[:, :SEEN], attention_mask=mask, past_key_values=cache, use_cache=True).past_key_values
+    mask = None if mask is None else mask[:, :SEEN].to(model.device)
+    return model(
+        ids[:, :SEEN].to(model.device), attention_mask=mask, past_key_values=cache, use_cache=True
+    ).past_key_values
 
 
 @torch.no_grad()
 def go_on(model: Any, cache: Mamba2Cache) -> Tensor:
     """Logits of a block and of single tokens behind it."""
-    logits = [model(IDS[:, SEEN : SEEN + 4], past_key_values=cache).logits]
-    logits += [model(IDS[:, at : at + 1], past_key_values=cache).logits for at in range(SEEN + 4, IDS.shape[1])]
+    ids = IDS.to(model.device)
+    logits = [model(ids[:, SEEN : SEEN + 4], past_key_values=cache).logits]
+    logits += [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(SEEN + 4, IDS.shape[1])]
     return torch.cat(logits, 1)
 
 
+@on_each_device
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 @pytest.mark.parametrize("kind", ["pure", *ARCHITECTURES])
 def test_a_loaded_state_goes_on_bit_for_bit(
-    kind: str, static: bool, padded: bool, tiny_model: Callable[..., Any], tmp_path: Path
+    kind: str, static: bool, padded: bool, device: str, tiny_model: Callable[..., Any], tmp_path: Path
 ) -> None:
-    model, mask = build(kind, tiny_model), torch.ones_like(IDS)
+    model, mask = build(kind, tiny_model).to(device), torch.ones_like(IDS)
     if padded:
         mask[0, :3] = 0
         mask[1, 6:8] = 0
@@ -74,12 +79,13 @@ def test_a_loaded_state_goes_on_bit_for_bit(
     torch.testing.assert_close(changed, expected, rtol=0, atol=1e-5)
 
 
+@on_each_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16, torch.float64])
 def test_every_dtype_of_model_and_state(
-    tiny_model: Callable[..., Any], tmp_path: Path, dtype: torch.dtype, state_dtype: torch.dtype | None
+    tiny_model: Callable[..., Any], tmp_path: Path, dtype: torch.dtype, state_dtype: torch.dtype | None, device: str
 ) -> None:
-    model = tiny_model().to(dtype)
+    model = tiny_model().to(device, dtype)
     cache = read(model, Mamba2Cache(model.config, state_dtype=state_dtype))
     cache.save(tmp_path / "state", model)
     loaded = Mamba2Cache.load(tmp_path / "state", model)
@@ -89,11 +95,13 @@ def test_every_dtype_of_model_and_state(
     assert read(model, loaded, ids=IDS[:1]).layers[0].ssm.dtype == cache.layers[0].ssm.dtype
 
 
-def test_many_questions_about_one_document(model: Any, tmp_path: Path) -> None:
+@on_each_device
+def test_many_questions_about_one_document(device: str, tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     """With all ids, with the new ones alone, and in turns that are saved again."""
-    document, path = IDS[:1, :SEEN], tmp_path / "document"
-    read(model, ids=IDS[:1]).save(path, model, document)
-    for question in (IDS[1:, :3], IDS[1:, 3:8]):
+    model, ids = tiny_model().to(device), IDS.to(device)
+    document, path = ids[:1, :SEEN], tmp_path / "document"
+    read(model, ids=ids[:1]).save(path, model, document)
+    for question in (ids[1:, :3], ids[1:, 3:8]):
         everything = torch.cat([document, question], 1)
         expected = model.generate(everything, **GREEDY)
         cache = Mamba2Cache.load(path, model)
@@ -106,7 +114,7 @@ def test_many_questions_about_one_document(model: Any, tmp_path: Path) -> None:
         model(question, past_key_values=cache)
     cache.save(path, model, question)  # only what is new since it was loaded
     cache = Mamba2Cache.load(path, model)
-    longer = torch.cat([everything, IDS[:1, :2]], 1)
+    longer = torch.cat([everything, ids[:1, :2]], 1)
     assert torch.equal(model.generate(longer, past_key_values=cache, **GREEDY), model.generate(longer, **GREEDY))
 
 

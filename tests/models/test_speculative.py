@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import on_each_device
 from hybrids import ARCHITECTURES, make_hybrid
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -118,25 +119,29 @@ def test_recording_keeps_little(tiny_model: Callable[..., Any]) -> None:
 # Greedy
 
 
+@on_each_device
 @pytest.mark.parametrize("kind", KINDS)
-def test_prompt_lookup_writes_the_greedy_text(kind: str, tiny_model: Callable[..., Any]) -> None:
+def test_prompt_lookup_writes_the_greedy_text(kind: str, device: str, tiny_model: Callable[..., Any]) -> None:
     for seed in range(3):
-        model, ids = build(kind, tiny_model, seed), prompt(seed)
+        model, ids = build(kind, tiny_model, seed).to(device), prompt(seed).to(device)
         expected = model.generate(ids, **GREEDY)
         assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=4, **GREEDY), expected)
 
 
+@on_each_device
 @pytest.mark.parametrize("helper", ["itself", "another", "hybrid", "llama"])
 @pytest.mark.parametrize("kind", ["pure", "sliding", "rotary"])
-def test_an_assistant_writes_the_greedy_text(kind: str, helper: str, tiny_model: Callable[..., Any]) -> None:
+def test_an_assistant_writes_the_greedy_text(
+    kind: str, helper: str, device: str, tiny_model: Callable[..., Any]
+) -> None:
     for seed in range(2 if helper == "another" else 1):
-        model, ids = build(kind, tiny_model, seed), prompt(seed)
+        model, ids = build(kind, tiny_model, seed).to(device), prompt(seed).to(device)
         assistant = {
             "itself": lambda model=model: model,
             "another": lambda seed=seed: tiny_model(seed=seed + 5),
             "hybrid": lambda seed=seed: make_hybrid("parallel", seed=seed + 5),
             "llama": lambda: llama(),
-        }[helper]()
+        }[helper]().to(device)
         expected = model.generate(ids, **GREEDY)
         assert torch.equal(model.generate(ids, assistant_model=assistant, **GREEDY), expected)
         if helper == "another":

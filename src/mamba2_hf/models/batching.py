@@ -9,6 +9,7 @@ The continuous batching of transformers keeps keys and values in pages, and has 
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +19,32 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import GenerationMode, LogitsProcessorList
+from transformers.generation import (
+    GenerationMode,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.utils import logging
 
 from ..errors import ArgumentError
 from .cache import Mamba2Cache
 from .causal_lm import SSDForCausalLM
+from .graphs import DecodeGraph, ModelWatch, why_not
+
+logger = logging.get_logger(__name__)
+
+_BY_SCORES = {
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+}
+"""Processors that look at the scores of a row and at nothing else, so that rows with equal ones go through together."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_return_sequences": (None, 1),
@@ -66,7 +88,7 @@ class Completion:
     Attributes:
         request: the number that :meth:`ContinuousBatch.add` gave it.
         tokens: the new ones, with the one that ended the text.
-        reason: ``"eos"``, ``"length"`` or ``"cancelled"``.
+        reason: ``"eos"``, ``"length"``, ``"cancelled"``, or ``"nan"`` where the model left nothing to draw from.
     """
 
     request: int
@@ -84,22 +106,48 @@ class _Running:
     ends: frozenset[int]
     samples: bool
     processors: LogitsProcessorList
+    company: Any
     generator: torch.Generator
     on_token: Callable[[int], None] | None
     tokens: list[int] = field(default_factory=list)
+    text: Tensor | None = None  # (1, T) on the device, where processors may look at it
 
     @property
     def seen(self) -> int:
         """Tokens that the cache holds before the next step."""
         return len(self.ids) + len(self.tokens) - 1
 
-    def choose(self, logits: Tensor) -> Tensor:
-        """The next token ``(1,)``, by logits ``(1, V)``, as ``generate`` would."""
-        ids = torch.tensor([self.ids + self.tokens], device=logits.device)
-        scores = self.processors(ids, logits)
-        if not self.samples:
-            return scores.argmax(-1)
-        return torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[:, 0]
+    @property
+    def last(self) -> int:
+        """The token that the next step feeds."""
+        return (self.tokens or self.ids)[-1]
+
+
+def _company(config: GenerationConfig, processors: LogitsProcessorList) -> Any:
+    """What requests have in common that may choose their tokens together; None for one that has to choose alone."""
+    if not config.do_sample or any(type(each) not in _BY_SCORES for each in processors):
+        return None
+    return tuple((type(each), *sorted(vars(each).items())) for each in processors)
+
+
+def _choose(logits: Tensor, requests: Sequence[_Running]) -> Tensor:
+    """The next tokens ``(n,)`` of one request, or of several in the same company, by logits ``(n, V)``, as ``generate``
+    would; -1 where those are no numbers.
+    """
+    first = requests[0]
+    scores = first.processors(first.text, logits)
+    if first.samples:
+        # As torch.multinomial, which takes one generator for all rows, and a dozen launches for one.
+        probabilities = scores.softmax(-1)
+        noise = torch.empty_like(probabilities)
+        for row, request in zip(noise, requests, strict=True):
+            row.exponential_(1, generator=request.generator)
+        chosen = torch.where(probabilities.sum(-1) > 0, (probabilities / noise).argmax(-1), -1)
+    else:
+        chosen = scores.argmax(-1)
+    if first.text is not None:
+        first.text = torch.cat([first.text, chosen[:, None]], 1)
+    return chosen
 
 
 class ContinuousBatch:
@@ -108,11 +156,17 @@ class ContinuousBatch:
     What a request gets is what ``generate`` gives for it alone, up to the rounding of larger matrix products. Reading a
     new prompt holds the others up. Of a model with attention all rows have the keys of ``max_length`` tokens.
 
+    On a GPU the step is captured into a CUDA graph, where ``generate`` would do that, and replayed while the model is
+    the same: weights that were moved are noticed before the next step; modules, hooks, and adapters with their settings
+    when the next request joins. The step is then captured anew, or goes without, and ``why_not_captured`` says why.
+    What the weights hold may change at any time.
+
     Args:
         model: to generate with, in eval mode.
         slots: how many requests run at once.
         max_length: tokens of a request, new ones among them; a model without attention needs none.
         state_dtype: of the SSM states; see :class:`Mamba2Cache`.
+        captured: whether the step may be captured; the model's generation config may say ``disable_compile``, too.
 
     Raises:
         ArgumentError: an argument is out of range.
@@ -126,6 +180,7 @@ class ContinuousBatch:
         slots: int = 8,
         max_length: int | None = None,
         state_dtype: torch.dtype | None = None,
+        captured: bool = True,
     ) -> None:
         if not isinstance(model, SSDForCausalLM):
             raise ArgumentError(f"model is a {type(model).__name__}, expected a language model of this package")
@@ -138,6 +193,9 @@ class ContinuousBatch:
         self._waiting: deque[_Running] = deque()
         self._ended: list[Completion] = []
         self._count = 0
+        self._watch = ModelWatch(model)
+        self._captured = captured and not model.generation_config.disable_compile
+        self._reason: str | None = None if self._captured else "it was asked for"
         self._allocate()
 
     @torch.inference_mode(False)
@@ -149,6 +207,11 @@ class ContinuousBatch:
         )
         for row in range(len(self._rows)):
             self.cache.put(row, None)
+
+    @property
+    def why_not_captured(self) -> str | None:
+        """Why steps go without a CUDA graph; None if they do not, or none has been made yet."""
+        return self._reason if self.cache.graph is None else self.cache.graph.reason
 
     @property
     def waiting(self) -> int:
@@ -204,6 +267,7 @@ class ContinuousBatch:
                 ends=frozenset(() if ends is None else [ends] if isinstance(ends, int) else ends),
                 samples=config.do_sample,
                 processors=processors,
+                company=_company(config, processors),
                 generator=torch.Generator(device).manual_seed(seed),
                 on_token=request.on_token,
             )
@@ -253,10 +317,14 @@ class ContinuousBatch:
         Returns:
             the requests that have ended since the last step.
         """
+        joined = False
         for row, running in enumerate(self._rows):
             if running is None and self._waiting:
                 self._join(row, self._waiting[0])
                 self._waiting.popleft()
+                joined = True
+        if self._captured and (joined or (self.cache.graph is not None and self._watch.moved())):
+            self._look_at_model()
         callbacks = self._advance() if self.running else []
         for callback, token in callbacks:  # at the end, when the batch is ready to go on whatever they do
             callback(token)
@@ -266,30 +334,65 @@ class ContinuousBatch:
     def _join(self, row: int, running: _Running) -> None:
         """Reads a prompt but for its last token, which the next step takes."""
         state = None
+        ids = torch.tensor([running.ids], device=self.model.device)  # (1, T)
         if len(running.ids) > 1:
-            ids = torch.tensor([running.ids[:-1]], device=self.model.device)
-            state = self.model.read(ids, past_key_values=Mamba2Cache(self.model.config, state_dtype=self._state_dtype))
+            cache = Mamba2Cache(self.model.config, state_dtype=self._state_dtype)
+            state = self.model.read(ids[:, :-1], past_key_values=cache)
         self.cache.put(row, state)
+        running.text = ids if running.processors and running.company is None else None
         self._rows[row] = running
 
-    def _advance(self) -> list[tuple[Callable[[int], None], int]]:
-        last = [[0] if running is None else [(running.ids + running.tokens)[-1]] for running in self._rows]
+    def _look_at_model(self) -> None:
+        """Keeps what was captured only of a model that has not changed since."""
+        if not self._watch.changed():
+            return
+        self._reason = why_not(self.model)
+        self.cache.graph = DecodeGraph() if self._reason is None else None
+        if self._reason is not None:
+            logger.info(f"a batch goes without a CUDA graph: {self._reason}")
+
+    def _logits(self) -> Tensor:
+        """Feeds every row its last token: logits ``(slots, V)`` in fp32, to be read before the next step."""
         self.cache.set_lengths([0 if running is None else running.seen for running in self._rows])
+        last = [[0] if running is None else [running.last] for running in self._rows]
         ids = torch.tensor(last, device=self.model.device)  # (slots, 1)
-        logits = self.model(ids, past_key_values=self.cache, use_cache=True).logits[:, -1].float()  # (slots, V)
-        chosen = logits.argmax(-1)  # (slots,)
+        graph = self.cache.graph
+        replays = graph is not None and graph.fits(ids)
+        # generate runs experts in another way in steps than in prompts, on a GPU.
+        with contextlib.nullcontext() if replays else self.model._optimize_model_for_decode():
+            return self.model(ids, past_key_values=self.cache, use_cache=True).logits[:, -1].float()
+
+    def _tokens(self, logits: Tensor) -> list[int]:
+        """The next token of every row, by logits ``(slots, V)``; those of rows that are free mean nothing."""
+        together: dict[Any, list[int]] = {}
         for row, running in enumerate(self._rows):
-            if running is not None and (running.samples or len(running.processors)):
-                chosen[row : row + 1] = running.choose(logits[row : row + 1])
+            if running is not None and (running.samples or running.processors):
+                alone = running.company is None
+                together.setdefault(running.number if alone else running.company, []).append(row)
+        picked = [logits.argmax(-1)]
+        for rows in together.values():
+            requests = [running for row in rows if (running := self._rows[row]) is not None]
+            picked.append(_choose(torch.cat([logits[row : row + 1] for row in rows]), requests))
+        tokens: list[int] = torch.cat(picked).tolist()  # the one time that a step waits for what it computes
+        chosen = tokens[len(self._rows) :]
+        for row, token in zip((row for rows in together.values() for row in rows), chosen, strict=True):
+            tokens[row] = token
+        return tokens[: len(self._rows)]
+
+    def _advance(self) -> list[tuple[Callable[[int], None], int]]:
+        """Lets every running request write a token. Returns whom to tell of which."""
         callbacks = []
-        for row, token in enumerate(chosen.tolist()):
+        for row, token in enumerate(self._tokens(self._logits())):
             running = self._rows[row]
             if running is None:
                 continue
-            running.tokens.append(token)
-            if running.on_token is not None:
-                callbacks.append((running.on_token, token))
-            reason = "eos" if token in running.ends else "length" if len(running.tokens) == running.most else None
+            reason = "nan" if token < 0 else "eos" if token in running.ends else None
+            if token >= 0:
+                running.tokens.append(token)
+                if running.on_token is not None:
+                    callbacks.append((running.on_token, token))
+            if reason is None and len(running.tokens) == running.most:
+                reason = "length"
             if reason is not None:
                 self._rows[row] = None
                 self._ended.append(Completion(running.number, running.tokens, reason))
@@ -303,6 +406,7 @@ def generate_batch(
     slots: int = 8,
     max_length: int | None = None,
     state_dtype: torch.dtype | None = None,
+    captured: bool = True,
 ) -> list[Completion]:
     """Continues many texts of different lengths, ``slots`` at a time; a text that ends makes room for the next.
 
@@ -310,7 +414,7 @@ def generate_batch(
         model: to generate with.
         requests: the texts. Those of a list are all looked at before the first is read; those of another iterable are
             taken when there is a slot for them.
-        slots, max_length, state_dtype: of the :class:`ContinuousBatch`. A model with attention that gets no
+        slots, max_length, state_dtype, captured: of the :class:`ContinuousBatch`. A model with attention that gets no
             ``max_length`` makes a list of the requests, and room for the longest.
 
     Returns:
@@ -324,7 +428,7 @@ def generate_batch(
         default = model.generation_config.max_new_tokens or 0
         lengths = [len(each.input_ids) + (each.settings.get("max_new_tokens") or default) for each in requests]
         max_length = max(lengths, default=1)
-    batch = ContinuousBatch(model, slots=slots, max_length=max_length, state_dtype=state_dtype)
+    batch = ContinuousBatch(model, slots=slots, max_length=max_length, state_dtype=state_dtype, captured=captured)
     if isinstance(requests, Sequence):
         for request in requests:
             batch.add(request)

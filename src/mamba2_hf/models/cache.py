@@ -299,7 +299,7 @@ class Mamba2Cache(Cache):
     @property
     def recording(self) -> bool:
         """Whether the tokens seen now can be removed again."""
-        return any(layer.record_past for layer in self.layers)
+        return bool(self.layers) and self.layers[0].record_past  # all of them, or none
 
     @property
     def is_croppable(self) -> bool:

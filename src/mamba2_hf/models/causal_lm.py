@@ -21,7 +21,7 @@ from . import prefill
 from .backbone import SSDBackbone, batch_and_tokens
 from .cache import Mamba2Cache, as_mamba2_cache, one_cache
 from .graphs import DecodeGraph, why_not
-from .outputs import CACHE, Mamba2CausalLMOutput, Mamba2Output
+from .outputs import CACHE, Mamba2CausalLMOutput, Mamba2Output, step_output
 from .pretrained import SSDPreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -33,6 +33,12 @@ _ONE_BY_ONE = (
     GenerationMode.BEAM_SAMPLE,
 )
 """Ways of generating that feed one token of each sequence at a time."""
+
+_WHOLE_FORWARD = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""What a captured step does not give, among arguments of a forward and in the config."""
+
+_OF_A_STEP = {"use_cache", "logits_to_keep", "position_ids", *_WHOLE_FORWARD}
+"""What ``generate`` passes at every step of its own; anything else is the caller's."""
 
 
 class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
@@ -67,8 +73,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         """The forward of every language model; ``inputs`` are for the backbone."""
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if labels is None and (cache := self._captured_cache(inputs, layout)) is not None:
-            stepped = self._captured_step(inputs["input_ids"], cache, layout)
-            output = Mamba2CausalLMOutput(logits=stepped, past_key_values=cache)
+            output = step_output(self._captured_step(inputs["input_ids"], cache, layout), cache)
             return output if return_dict else output.to_tuple()
         some = isinstance(logits_to_keep, Tensor) or logits_to_keep != 0
         if return_logits is False and (labels is None or some):
@@ -123,8 +128,8 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             return None
         if ids is None or ids.shape[1] != 1 or not layout.is_plain or inputs.get("position_ids") is not None:
             return None
-        wanted = ("output_hidden_states", "output_attentions", "output_router_logits")
-        if inputs["use_cache"] is False or any(inputs.get(name) or getattr(self.config, name, 0) for name in wanted):
+        wanted = [name for name in _WHOLE_FORWARD if name in inputs]
+        if inputs["use_cache"] is False or any(inputs[name] or getattr(self.config, name) for name in wanted):
             return None
         refused = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         return None if refused or torch.is_autocast_enabled(ids.device.type) else cache
@@ -207,6 +212,12 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         """As in transformers, with a cache that counts its tokens and no positions."""
         given = kwargs.pop("cache_params", None)
         past_key_values = kwargs.pop("cache", past_key_values)
+        cache, ids = past_key_values, input_ids[:, -1:]
+        one_more = next_sequence_length == 1 and not is_first_iteration and kwargs.keys() <= _OF_A_STEP
+        if one_more and isinstance(cache, Mamba2Cache) and cache.graph is not None and cache.graph.fits(ids):
+            # What is below comes to the same, in the time of a small model's step.
+            kwargs.pop("position_ids", None)
+            return {"input_ids": ids, CACHE: cache, "attention_mask": None, **kwargs}
         if is_first_iteration and isinstance(past_key_values, Mamba2Cache) and past_key_values.recording:
             # Assisted decoding, which has read the prompt up to its last token.
             next_sequence_length = input_ids.shape[1] - past_key_values.seen_tokens
@@ -223,6 +234,13 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         if next_sequence_length == 1 and not is_first_iteration:  # every token that generate adds counts
             inputs["attention_mask"] = None
         return inputs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in transformers, but for positions, which cost four launches a token and which nothing reads."""
+        model_kwargs.pop("position_ids", None)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

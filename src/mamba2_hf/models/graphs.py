@@ -21,8 +21,9 @@ class DecodeGraph:
     """A forward of one token per sequence over one cache: run as it is the first time, which compiles kernels, then
     captured, and replayed from then on.
 
-    ``generate`` makes one for every call, so that nothing of the model can change behind it. A capture runs nothing
-    and takes about as long as a step. Where it fails, steps go on without, and ``reason`` says why.
+    ``generate`` makes one for every call, so that nothing of the model can change behind it; who keeps one for longer
+    needs a :class:`ModelWatch`. A capture runs nothing and takes about as long as a step. Where it fails, steps go on
+    without, and ``reason`` says why.
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,11 @@ class DecodeGraph:
     def is_captured(self) -> bool:
         """Whether steps are replayed."""
         return self._graph is not None
+
+    def fits(self, input_ids: Tensor) -> bool:
+        """Whether a step with these ids is replayed as it is."""
+        ids = self._ids
+        return ids is not None and ids.shape == input_ids.shape and ids.device == input_ids.device
 
     def drop(self) -> None:
         """Forgets what was captured, as the cache's buffers are no longer where they were; the next step captures."""
@@ -66,7 +72,7 @@ class DecodeGraph:
                 logits = run(ids)
         except RuntimeError as error:
             self.reason = f"its step cannot be captured: {str(error).splitlines()[0]}"
-            logger.warning_once(f"generate goes on without a CUDA graph: {self.reason}")
+            logger.warning_once(f"decoding goes on without a CUDA graph: {self.reason}")
         else:
             self._graph, self._ids, self._logits = graph, ids, logits
         cache.advance(counted - cache.seen_tokens)  # a capture counts, but runs nothing
@@ -92,3 +98,55 @@ def why_not(model: nn.Module) -> str | None:
         if type(parameter) not in (nn.Parameter, Tensor):
             return f"{name} is a {type(parameter).__name__}"
     return None
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class ModelWatch:
+    """Tells whether a model is still what was captured of it. What its tensors hold is no part of that: a replay reads
+    them where they lie.
+
+    Args:
+        model: to look at; the first :meth:`changed` says yes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._tensors: list[Tensor] = []
+        self._places: list[int] = []
+        self._modules: list[Any] = []
+
+    def moved(self) -> bool:
+        """Whether a tensor lies elsewhere than when :meth:`changed` last looked, which takes a tenth of a microsecond
+        for each: a replay would read memory that may be another's by now.
+        """
+        return [tensor.data_ptr() for tensor in self._tensors] != self._places
+
+    def changed(self) -> bool:
+        """Whether anything is different from when this was last asked: tensors, modules, their hooks, or what they hold
+        of numbers, strings and containers of these, which is where adapters keep which of them is active and how much
+        it counts. Takes milliseconds.
+        """
+        before = self._places, self._modules
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        # Tensors of other types, which are not captured, need not lie anywhere.
+        self._tensors = [tensor for tensor in tensors if type(tensor) in (nn.Parameter, Tensor)]
+        self._places = [tensor.data_ptr() for tensor in self._tensors]
+        self._modules = [*map(id, tensors), *_modules(self._model)]
+        return (self._places, self._modules) != before
+
+
+def _modules(model: nn.Module) -> list[Any]:
+    found: list[Any] = []
+    for module in model.modules():
+        found += (id(module), type(module), is_unhooked(module))
+        for value in vars(module).values():
+            kind = type(value)
+            if kind in _PLAIN:
+                found.append(value)
+            elif kind is dict:
+                found += [item for item in value.items() if type(item[1]) in _PLAIN]
+            elif kind in (list, tuple):
+                found += [item for item in value if type(item) in _PLAIN]
+    return found

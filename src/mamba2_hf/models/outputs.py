@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, fields
 from typing import TypeVar
 
 from torch import Tensor
@@ -77,6 +78,21 @@ class Mamba2CausalLMOutput(ModelOutput):
     def cache_params(self) -> Mamba2Cache | None:
         """``past_key_values`` under the name that transformers' Mamba models use."""
         return getattr(self, CACHE)  # type: ignore[no-any-return]
+
+
+_NOTHING: dict[str, None] = dict.fromkeys(field.name for field in fields(Mamba2CausalLMOutput))
+
+
+def step_output(logits: Tensor, cache: Mamba2Cache) -> Mamba2CausalLMOutput:
+    """``Mamba2CausalLMOutput(logits=logits, past_key_values=cache)``, without the checks of its fields by which a
+    ``ModelOutput`` takes longer to make than all else that Python does for a captured step.
+    """
+    output = Mamba2CausalLMOutput.__new__(Mamba2CausalLMOutput)
+    given = {"logits": logits, CACHE: cache}
+    output.__dict__.update(_NOTHING, **given)
+    for name, value in given.items():
+        OrderedDict.__setitem__(output, name, value)
+    return output
 
 
 @_named

@@ -226,7 +226,8 @@ def _leave(pid, raw, squares, gate, weight, bias, x, y, ready, outputs, eps,
     scales = ()
     for group in tl.static_range(groups):
         found = tl.load(squares + group * PARTS + part, mask=part < PARTS, other=0.0)
-        scales = scales + (tl.rsqrt(tl.sum(found, 0) / SIZE + eps),)
+        scale = tl.rsqrt(tl.sum(found, 0) / SIZE + eps)
+        scales = scales + (scale,)
     sums = tl.zeros([BN, BK], tl.float32)
     for i in tl.static_range((WIDTH + BK - 1) // BK):
         k = i * BK + tl.arange(0, BK)
@@ -239,7 +240,7 @@ def _leave(pid, raw, squares, gate, weight, bias, x, y, ready, outputs, eps,
         sums += weights[i].to(tl.float32) * value[None, :]
     out = tl.sum(sums, 1)
     if groups == 1:
-        out *= scales[0]
+        out *= scale
     tl.store(y + n, (out + offset).to(y.dtype.element_ty), mask=mask_n)
 
 

@@ -1,0 +1,146 @@
+"""Continuous batching on a GPU: many requests of mixed lengths through one captured step, through the same step called
+from Python, and through ``generate`` one after the other.
+
+    python benchmarks/bench_batching.py --out benchmarks/results/batching.csv
+
+Random weights, bf16, 16 slots. Before a time is printed, a batch of fp32 weights has to write the tokens that
+``generate`` writes for each request alone, and captured and uncaptured batches the same in bf16. ``tokens_per_s``
+counts new tokens over the whole time, reading the prompts and capturing included; ``step_ms`` is the median of a step
+while all slots are taken and nobody joins. ``generate`` gets a part of the requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from mamba2_hf import ContinuousBatch, Mamba2Config, Mamba2ForCausalLM, Request
+
+FIELDS = ["case", "impl", "requests", "tokens_per_s", "step_ms", "over_generate", "device", "versions"]
+SHAPES = {"130m": (768, 24, 24), "2.7b": (2560, 64, 80)}  # width, layers, heads
+SLOTS = 16
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "temperature": 0.9, "top_k": 50, "top_p": 0.95},
+}
+CASES = [("130m", "greedy", 48), ("130m", "sampled", 48), ("2.7b", "greedy", 48), ("2.7b", "sampled", 48)]
+
+
+def new_model(shape: str, dtype: torch.dtype) -> Mamba2ForCausalLM:
+    width, layers, heads = SHAPES[shape]
+    config = Mamba2Config(
+        hidden_size=width, num_hidden_layers=layers, num_heads=heads, n_groups=1, vocab_size=50288,
+        tie_word_embeddings=True, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return Mamba2ForCausalLM(config).to(dtype).eval()
+
+
+def requests_of(count: int, way: str, most: int = 160) -> list[Request]:
+    """Prompts of 8 to 512 tokens, and about as much spread in what is asked for."""
+    draw = torch.Generator().manual_seed(1)
+    found = []
+    for number in range(count):
+        length = int(2 ** (3 + 6 * torch.rand((), generator=draw)))
+        new = int(most * (0.25 + 0.75 * torch.rand((), generator=draw)))
+        ids = torch.randint(1, 50288, (length,), generator=draw)
+        found.append(Request(ids, {**WAYS[way], "max_new_tokens": new}, seed=number))
+    return found
+
+
+def alone(model: Mamba2ForCausalLM, request: Request) -> list[int]:
+    torch.manual_seed(request.seed or 0)
+    ids = torch.as_tensor(request.input_ids)[None].cuda()
+    return model.generate(ids, **request.settings)[0, ids.shape[1] :].tolist()
+
+
+def run(model: Mamba2ForCausalLM, requests: list[Request], captured: bool) -> tuple[list[list[int]], float, float]:
+    """What each got, seconds for all, and median milliseconds of a step of full rows that nobody joins."""
+    batch, steps = ContinuousBatch(model, slots=SLOTS, captured=captured), []
+    for request in requests:
+        batch.add(request)
+    ended, start = [], time.perf_counter()
+    while not batch.idle:
+        plain, before = batch.running == SLOTS, time.perf_counter()
+        ended += batch.step()
+        if plain:
+            steps.append(time.perf_counter() - before)
+    taken = time.perf_counter() - start
+    if captured and batch.why_not_captured is not None:
+        raise RuntimeError(f"not captured: {batch.why_not_captured}")
+    tokens = [each.tokens for each in sorted(ended, key=lambda each: each.request)]
+    return tokens, taken, statistics.median(steps[4:] or steps) * 1e3
+
+
+def check(shape: str, way: str) -> None:
+    """fp32 weights, in which few logits are so close that another order of the sums decides."""
+    model, requests = new_model(shape, torch.float32), requests_of(SLOTS + 2, way, most=24)
+    found = run(model, requests, True)[0]
+    wrong = [number for number, request in enumerate(requests) if found[number] != alone(model, request)]
+    if wrong:
+        raise ArithmeticError(f"{shape}, {way}: requests {wrong} got other tokens than alone")
+
+
+def measure(shape: str, way: str, count: int) -> Iterator[dict[str, Any]]:
+    """Rows of one case."""
+    model, requests = new_model(shape, torch.bfloat16), requests_of(count, way)
+    run(model, requests_of(SLOTS, way, most=8), True)  # compiles
+    part = requests[:: max(count // 8, 1)]
+    alone(model, part[0])
+    start = time.perf_counter()
+    new = sum(len(alone(model, request)) for request in part)
+    single = new / (time.perf_counter() - start)
+    row: dict[str, Any] = {"case": f"{shape}_{way}_{SLOTS}_slots"}
+    yield row | {"impl": "generate", "requests": len(part), "tokens_per_s": single, "over_generate": 1.0}
+    texts = []
+    for impl, captured, given in (("captured", True, requests), ("uncaptured", False, requests[: count // 2])):
+        found, taken, step = run(model, given, captured)
+        texts.append(found)
+        rate = sum(map(len, found)) / taken
+        row |= {"impl": impl, "requests": len(given), "tokens_per_s": rate, "step_ms": step}
+        yield row | {"over_generate": rate / single}
+    if texts[0][: len(texts[1])] != texts[1]:
+        raise ArithmeticError(f"{shape}, {way}: a captured batch writes other tokens")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="", help="part of the names of the cases to time")
+    parser.add_argument("--out", type=Path, help="CSV to write")
+    options = parser.parse_args()
+    about = {
+        "device": torch.cuda.get_device_name(),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+    rows = []
+    for shape, way, count in CASES:
+        if options.cases not in f"{shape}_{way}":
+            continue
+        check(shape, way)
+        gc.collect()
+        torch.cuda.empty_cache()
+        for row in measure(shape, way, count):
+            rows.append(row | about)
+            print(*(rows[-1].get(field) for field in FIELDS[:6]), flush=True)
+            if options.out:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                with options.out.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, FIELDS)
+                    writer.writeheader()
+                    writer.writerows(rows)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
