@@ -5,6 +5,7 @@
 Random weights, bf16. Before a time is printed, logits of the timed path have to agree with one forward of the whole
 sequence. Columns: ``replay`` is the captured step alone, ``generate`` a token of ``model.generate`` (from two lengths,
 so that the prompt does not count), ``loop`` the same with steps that do nothing, ``prefill`` a forward of the prompt.
+Stock models take their fast path where mamba_ssm and causal_conv1d are importable: then the last column names them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -196,7 +198,8 @@ def main() -> None:
     bandwidth = measure_bandwidth()
     about = {
         "device": torch.cuda.get_device_name(),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}"
+        + "".join(f", {name}" for name in ("mamba_ssm", "causal_conv1d") if importlib.util.find_spec(name)),
     }
     print(f"copy {bandwidth / 1e12:.2f} TB/s; {about}", flush=True)
     jobs = [(case.name, lambda case=case: decode(case, bandwidth, not options.no_peer)) for case in CASES]

@@ -74,11 +74,12 @@ TINY = [Case("tiny", 2, 64), Case("tiny", 2, 64, lora=True)]
 # --- models and inputs ----------------------------------------------------------------------------------------------
 
 
-def build(impl: str, size: str) -> Any:
-    """A model with the weights that our initialization draws from one seed, fp32, on the CPU."""
+def build(impl: str, size: str, device: str) -> Any:
+    """A model with the weights that our initialization draws from one seed, fp32."""
     sizes = SHARED | SIZES[size]
     torch.manual_seed(0)
-    ours = Mamba2ForCausalLM(Mamba2Config(**sizes))
+    with torch.device(device):
+        ours = Mamba2ForCausalLM(Mamba2Config(**sizes))
     if impl == OURS:
         return ours
     with torch.device("meta"):
@@ -138,7 +139,7 @@ def checked(what: str, found: float, expected: float, tolerance: float) -> None:
 
 def exact_results(impl: str, case: Case, device: str) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one short row in fp32."""
-    model = build(impl, case.size).to(device).train()
+    model = build(impl, case.size, device).train()
     ids = tokens(case, 1, device)[:, :CHECKED_TOKENS]
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
@@ -161,7 +162,7 @@ def check_agreement(case: Case, device: str) -> None:
 @torch.no_grad()
 def loss_of_ours(case: Case, batch: int, device: str) -> float:
     """In bf16, row by row."""
-    model = build(OURS, case.size).to(device, torch.bfloat16).eval()
+    model = build(OURS, case.size, device).to(torch.bfloat16).eval()
     ids = tokens(case, batch, device)
     return statistics.mean(model(row, labels=row, use_cache=False).loss.item() for row in ids.split(1))
 
@@ -212,7 +213,7 @@ def timed(call: Callable[[], Any], device: str, steps: int, warmup: int) -> tupl
 
 
 def measure(case: Case, impl: str, batch: int, device: str, checkpointing: bool) -> Measured:
-    model = build(impl, case.size).to(device, torch.bfloat16)
+    model = build(impl, case.size, device).to(torch.bfloat16)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if case.lora:
