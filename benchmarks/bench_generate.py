@@ -43,7 +43,8 @@ class Case(NamedTuple):
         return f"decode_{self.shape}_b{self.batch}" + ("" if self.state == torch.float32 else "_bf16_state")
 
 
-CASES = [Case("130m", 1), Case("2.7b", 1), Case("2.7b", 64), Case("2.7b", 64, torch.bfloat16), Case("780m", 1)]
+CASES = [Case("130m", 1), Case("2.7b", 1), Case("2.7b", 4), Case("2.7b", 16), Case("2.7b", 64)]
+CASES += [Case("2.7b", 64, torch.bfloat16), Case("780m", 1)]
 
 
 def new_model(shape: str) -> Mamba2ForCausalLM:

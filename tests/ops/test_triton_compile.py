@@ -48,6 +48,11 @@ MIXER_KERNELS = {
     "enter_kernel",
     "enter_step_kernel",
     "leave_kernel",
+    "norm_rows_kernel",
+    "enter_rows_kernel",
+    "convolve_rows_kernel",
+    "advance_rows_kernel",
+    "leave_rows_kernel",
     "cross_entropy_kernel",
 }
 CAPABILITIES = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
@@ -146,10 +151,12 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
                 *(weight, bias, per_head, per_head, per_head, norm_weight, 1, True, 1e-5, inner, False, *limits, False),
             )
         entering = rows.shape[-1]
-        for width, group_size in ((inner // 2, inner), (inner // 2, inner // 8), (768, inner)):
+        one = [(1, inner // 2, inner), (1, inner // 2, inner // 8), (1, 768, inner)]
+        several = [(16, inner // 2, inner), (64, inner // 2, inner), (64, inner // 2, inner // 8)]
+        for batch, width, group_size in one + several:
             layer_step.layer_step(
-                *(zeros(1, 1, width, dtype=torch.float32), zeros(1, channels, K - 1)),
-                *(zeros(1, H, P, N, dtype=torch.float32), zeros(width), zeros(entering, width), None),
+                *(zeros(batch, 1, width, dtype=torch.float32), zeros(batch, channels, K - 1)),
+                *(zeros(batch, H, P, N, dtype=torch.float32), zeros(width), zeros(entering, width), None),
                 *(weight, bias, per_head, per_head, per_head, norm_weight, zeros(width, inner), None),
                 *(1, True, 1e-5, 1e-5, group_size, width < 1000, *limits, None),
             )

@@ -166,24 +166,28 @@ LAYERS: list[tuple[tuple[int, ...], int, dict[str, object]]] = [  # B, H, P, G, 
     ((1, 2, 20, 2, 24), 1300, {"group_size": 20, "norm_eps": 1e-2, "gated_norm_eps": 1e-3, "activation": None}),
     ((1, 20, 32, 1, 16), 9, {"bare": True}),
 ]
+SEVERAL: list[tuple[tuple[int, ...], int, dict[str, object]]] = [
+    ((2, 4, 8, 2, 16), 24, {"columns": 4}),
+    ((3, 3, 16, 1, 7), 17, {"norm_before_gate": True, "dt_limit": (0.1, 0.5)}),
+    ((2, 2, 20, 2, 24), 1300, {"group_size": 20, "norm_eps": 1e-2, "gated_norm_eps": 1e-3, "activation": None}),
+    ((5, 40, 32, 1, 16), 72, {"bare": True}),
+    ((17, 16, 16, 2, 16), 136, {"norm_before_gate": True}),
+    ((65, 2, 8, 1, 16), 24, {}),
+]
 
 
-@pytest.mark.parametrize("narrow", [True, False], ids=["two launches", "three launches"])
-@pytest.mark.parametrize(("sizes", "width", "options"), LAYERS)
-def test_layer_step(
-    sizes: tuple[int, ...], width: int, options: dict[str, object], narrow: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The launches are norm, projection, step, norm, projection and sum, with both states, token after token."""
-    monkeypatch.setattr(layer_step, "NARROW", width if narrow else 0)
+def layer_inputs(
+    sizes: tuple[int, ...], width: int, *, bare: bool = False, columns: int = 3
+) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+    """Stream and states, and the weights by name."""
     B, H, P, G, N = sizes
     source = generator()
     channels, inner = H * P + 2 * G * N, H * P
-    bare = bool((options := dict(options)).pop("bare", False))
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=source, dtype=torch.float64)
 
-    positional = [draw(B, 2, width)[:, 1:], draw(B, channels, 3), draw(B, H, P, N)]
+    positional = [draw(B, 2, width)[:, 1:], draw(B, channels, columns), draw(B, H, P, N)]
     named: dict[str, Tensor | None] = {
         "norm_weight": draw(width),
         "in_weight": draw(inner + channels + H, width) / width**0.5,
@@ -199,21 +203,81 @@ def test_layer_step(
     }
     if bare:
         named.update(in_bias=None, conv_bias=None, dt_bias=None, D=None, out_bias=None)
+    return positional, named
+
+
+def run_layer(
+    backend: object,
+    positional: list[Tensor],
+    named: dict[str, Tensor | None],
+    sizes: tuple[int, ...],
+    **options: object,
+) -> Tensor:
+    """A layer's step; states are updated in place."""
+    B, H, P, G, N = sizes
+    defaults = {"activation": "silu", "norm_eps": 1e-5, "gated_norm_eps": 1e-5, "group_size": H * P // G}
+    defaults |= {
+        "norm_before_gate": False,
+        "ready": None,
+        "dt_limit": (0.0, math.inf),
+        "shape": SSDShape(B, 1, H, P, G, N, B),
+    }
+    return backend.mamba2_layer_step(*positional, **named, **(defaults | options))
+
+
+def check_layer(sizes: tuple[int, ...], width: int, options: dict[str, object], tokens: int) -> None:
+    """The launches are norm, projection, step, norm, projection and sum, with both states, token after token."""
+    given = {key: options[key] for key in ("bare", "columns") if key in options}
+    options = {key: value for key, value in options.items() if key not in given}
+    positional, named = layer_inputs(sizes, width, **given)
     results = []
-    defaults = {"activation": "silu", "norm_eps": 1e-5, "gated_norm_eps": 1e-5, "group_size": inner // G}
-    defaults |= {"norm_before_gate": False, "dt_limit": (0.0, math.inf), "shape": SSDShape(B, 1, H, P, G, N, B)}
     for backend, device, kind in ((torch_backend, "cpu", torch.float64), (triton_backend, DEVICE, torch.float32)):
-        given = [t.to(device, kind, copy=True) for t in positional]
+        tensors = [t.to(device, kind, copy=True) for t in positional]
         weights = {k: None if t is None else t.to(device, kind) for k, t in named.items()}
         ready = torch.zeros(1, dtype=torch.int32, device=device)
         outputs = [
-            backend.mamba2_layer_step(*given, **weights, **(defaults | options), ready=counter)
-            for counter in (ready, None, ready)
+            run_layer(backend, tensors, weights, sizes, **options, ready=counter)
+            for counter in (ready, None, ready)[:tokens]
         ]
         assert ready.item() == 0
-        results.append((*outputs, given[1], given[2]))
+        results.append((*outputs, tensors[1], tensors[2]))
     for expected, actual in zip(*results, strict=True):
         close(actual, expected)
+
+
+@pytest.mark.parametrize("narrow", [True, False], ids=["two launches", "three launches"])
+@pytest.mark.parametrize(("sizes", "width", "options"), LAYERS)
+def test_layer_step(
+    sizes: tuple[int, ...], width: int, options: dict[str, object], narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_step, "NARROW", width if narrow else 0)
+    check_layer(sizes, width, options, tokens=3)
+
+
+@pytest.mark.parametrize(("sizes", "width", "options"), SEVERAL)
+def test_layer_step_of_several_sequences(sizes: tuple[int, ...], width: int, options: dict[str, object]) -> None:
+    check_layer(sizes, width, options, tokens=1)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_layer_step_in_16_bits_with_states_that_are_views(rows: int) -> None:
+    """Of weights and states in fp16 beside a stream in fp32, twice with the same bits."""
+    sizes = (rows, 8, 32, 2, 16)
+    positional, named = layer_inputs(sizes, 40)
+    fp32 = ("dt_bias", "A_log", "D")
+    rounded = {k: t if t is None else t.to(torch.float32 if k in fp32 else torch.float16) for k, t in named.items()}
+    stream, conv, state = positional[0].float(), positional[1].half(), positional[2].half()
+    exact = [stream.double(), conv.double(), state.double()]
+    expected = run_layer(torch_backend, exact, {k: t if t is None else t.double() for k, t in rounded.items()}, sizes)
+    results = []
+    for _ in range(2):
+        views = [torch.cat([stream, stream], 1).to(DEVICE)[:, 1:], conv.to(DEVICE).mT.contiguous().mT]
+        views.append(torch.stack([state, state], -1).to(DEVICE)[..., 0])
+        y = run_layer(triton_backend, views, {k: t if t is None else t.to(DEVICE) for k, t in rounded.items()}, sizes)
+        results.append((y, views[1], views[2]))
+    for first, second, wanted in zip(*results, (expected, exact[1], exact[2]), strict=True):
+        assert torch.equal(first, second)
+        close(first, wanted, 1e-3)
 
 
 def test_layer_step_names_what_does_not_fit() -> None:

@@ -104,6 +104,40 @@ def maps_backward(chip: Chip, dtype: torch.dtype, P: int, N: int, Q: int) -> Con
     return Config(Q=Q, BP=tile(P, 64), BN=tile(N, 128), warps=8, stages=_stages(chip, 3 if P <= 64 else 1), heads=40)
 
 
+class Projection(NamedTuple):
+    """Launch parameters of a projection of a few rows."""
+
+    BM: int  # rows of a program
+    BN: int  # outputs
+    BK: int  # inputs at a time
+    split: int  # programs that share the inputs of an output
+    warps: int
+    stages: int  # of the software pipeline
+    ahead: int = 256  # inputs whose weights the L2 cache is asked for before the kernel may begin
+
+
+MOST_SPLIT = 8  # programs that share the inputs of an output: the last one adds up what all have found
+
+
+def enter(chip: Chip, dtype: torch.dtype, rows: int) -> Projection:
+    """``enter_rows_kernel``: rows are read again for every tile of outputs, so that many rows want wide tiles."""
+    bm = tile(rows, 64)
+    if dtype == torch.float32:
+        return Projection(bm, BN=64, BK=64, split=1, warps=4, stages=_stages(chip, 3))
+    if bm < 64:
+        return Projection(bm, BN=64, BK=128, split=1, warps=4, stages=_stages(chip, 4))
+    return Projection(bm, BN=128, BK=128, split=1, warps=8, stages=_stages(chip, 4 if chip.is_hopper else 3))
+
+
+def leave(chip: Chip, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> Projection:
+    """``leave_rows_kernel``: as many programs as two a processor, or, with many rows, what the L2 cache can feed."""
+    bm, bn, bk = tile(rows, 64), 64, 64 if dtype == torch.float32 else 128
+    programs = chip.processors * 9 // (7 if bm == 64 else 5)
+    split = round(programs / (-(-outputs // bn) * -(-rows // bm)))
+    split = max(1, min(split, MOST_SPLIT, inputs // (2 * bk)))
+    return Projection(bm, bn, bk, split, warps=4, stages=_stages(chip, 3 if bm == 64 or dtype == torch.float32 else 4))
+
+
 def _stages(chip: Chip, stages: int) -> int:
     """Several tiles in flight on A100 and Hopper only.
 

@@ -9,7 +9,8 @@ channels and move its states on. B and C belong to many heads; the programs with
 first, project and convolve them, and the others wait for those when they need them. Where programs take several turns,
 that wait and the longer way from weights to results cost more than the launch.
 
-Launches overlap (``overlap.py``): before it waits for the one before, a kernel reads its weights.
+Launches overlap (``overlap.py``): before it waits for the one before, a kernel reads its weights. Several sequences are
+for ``rows_step.py``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .decode import _dense, _shift, _silu, _step_size, _tile, step_kernel, suppo
 from .launch import cdiv, launch, power_of_two
 from .overlap import follow, overlap
 from .rows import channels_last
+from .rows_step import rows_step
 
 NARROW = 1536  # widest residual stream whose layers take two launches
 CHANNELS, NARROW_WARPS = 4, 2  # of a program of a head, in those
@@ -269,8 +271,8 @@ def supports_layer_step(
     *, shape: SSDShape, dtype: torch.dtype, taps: int, group_size: int, differentiable: bool = False
 ) -> tuple[bool, str]:
     """Whether a layer's step can be served, and why (not)."""
-    if shape.batch * shape.tokens != 1:
-        return False, f"{shape.batch} rows of {shape.tokens} tokens are more than one token"
+    if shape.tokens != 1:
+        return False, f"{shape.tokens} tokens of a sequence are more than one"
     return supports_step(shape=shape, dtype=dtype, taps=taps, group_size=group_size, differentiable=differentiable)
 
 
@@ -333,7 +335,13 @@ def layer_step(
     high: float,
     ready: Tensor | None,
 ) -> Tensor:
-    """Launches the layer for ``stream (1, 1, d)``; both states are updated in place."""
+    """Launches the layer for ``stream (B, 1, d)``; both states are updated in place."""
+    if stream.shape[0] > 1:
+        return rows_step(
+            *(stream, conv_state, ssm_state, norm_weight, in_weight, in_bias, conv_weight, conv_bias, dt_bias, A_log),
+            *(D, gated_norm_weight, out_weight, out_bias, n_groups, silu, norm_eps, gated_norm_eps, group_size),
+            *(norm_before_gate, low, high),
+        )
     size = stream.shape[2]
     heads, P, N = ssm_state.shape[1:]
     channels, taps = conv_weight.shape
