@@ -20,6 +20,7 @@ from ..torch.packing import document_ids
 from .calls import call
 from .launch import cdiv, launch, power_of_two
 from .rows import channels_last, vector_strides
+from .sums import sum_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TAPS = 8  # the taps are unrolled
@@ -30,7 +31,7 @@ BY_INDEX = tl.constexpr(1)
 BY_BOUNDS = tl.constexpr(2)
 
 CHANNELS, WARPS = 128, 1  # of a program: 8 bytes per thread and load in half precision
-FORWARD_CHANNELS = 256  # the forward has registers for 16
+FORWARD_CHANNELS, FORWARD_WARPS = 256, 2
 STEPS, FORWARD_STEPS = 8, 4  # tokens loaded together
 PROGRAMS = 8192  # aimed at, to choose how many tokens a program walks
 
@@ -396,7 +397,7 @@ def conv_forward(
     vector, strides = vector_strides(x, y)
     run = _run_length(batch, tokens, channels, FORWARD_CHANNELS)
     blocks = cdiv(channels, FORWARD_CHANNELS)
-    common = dict(MODE=packing.mode, VEC=vector, K=weight.shape[1], BLOCK=FORWARD_CHANNELS, num_warps=WARPS)
+    common = dict(MODE=packing.mode, VEC=vector, K=weight.shape[1], BLOCK=FORWARD_CHANNELS, num_warps=FORWARD_WARPS)
     launch(
         conv_forward_kernel,
         (batch * cdiv(tokens, run) * blocks,),
@@ -471,7 +472,9 @@ def conv_backward(
                 *(*inputs, dinitial, tokens, channels, packing.states, *strides[:4]),
                 **common,
             )
-    total = partial.sum(0)  # (K + 1, C)
+    total = sum_rows(
+        partial, weight.dtype if bias is None or bias.dtype == weight.dtype else torch.float32
+    )  # (K + 1, C)
     dweight = total[:taps].T.to(weight.dtype).contiguous()
     return ConvGradients(dx, dweight, None if bias is None else total[taps].to(bias.dtype), dinitial)
 

@@ -17,13 +17,14 @@ from torch import Tensor
 from .calls import call
 from .launch import cdiv, launch, power_of_two
 from .rows import channels_last, vector_strides
+from .sums import sum_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_GROUP = 16384  # a group stays in registers
 CHUNK = 1024  # channels of a chunk, at most
 FORWARD_TILE, BACKWARD_TILE = 2048, 1024  # elements of a program, where groups are small
 FORWARD_PER_WARP, BACKWARD_PER_WARP = 1536, 768
-BACKWARD_PROGRAMS = 512
+BACKWARD_PROGRAMS = 1056
 
 
 @triton.jit
@@ -50,7 +51,7 @@ def norm_forward_kernel(x, z, weight, y, M, eps, sx, sz, sy,
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * SIZE
     values, gates = (), ()
-    squares = tl.zeros([ROWS], tl.float32)
+    squares = tl.zeros([ROWS, BLOCK], tl.float32)
     for k in tl.static_range(CHUNKS):
         column = k * BLOCK + tl.arange(0, BLOCK)
         mask = (row < M)[:, None] & (column < SIZE)[None, :]
@@ -60,9 +61,9 @@ def norm_forward_kernel(x, z, weight, y, M, eps, sx, sz, sy,
             if not GATE_LAST:
                 value *= gate
             gates = gates + (gate,)
-        squares += tl.sum(value * value, 1)
+        squares += value * value
         values = values + (value,)
-    scale = tl.rsqrt(squares / SIZE + eps)[:, None]
+    scale = tl.rsqrt(tl.sum(squares, 1) / SIZE + eps)[:, None]
     for k in tl.static_range(CHUNKS):
         column = k * BLOCK + tl.arange(0, BLOCK)
         w = tl.load(weight + first + column, mask=column < SIZE, other=0.0).to(tl.float32)
@@ -73,10 +74,10 @@ def norm_forward_kernel(x, z, weight, y, M, eps, sx, sz, sy,
 
 
 @triton.jit
-def _load_row(x, z, dy, row, first, end, sx, sz, sdy,
+def _load_row(x, z, dy, more, row, first, end, sx, sz, sdy, smore,
               SIZE: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
-    """What the backward reads of some rows, in chunks: x, dy and z."""
-    values, gradients, gates = (), (), ()
+    """What the backward reads of some rows, in chunks: x, dy, z and more of dx."""
+    values, gradients, gates, others = (), (), (), ()
     for k in tl.static_range(CHUNKS):
         column = k * BLOCK + tl.arange(0, BLOCK)
         mask = (row < end)[:, None] & (column < SIZE)[None, :]
@@ -84,17 +85,19 @@ def _load_row(x, z, dy, row, first, end, sx, sz, sdy,
         gradients = gradients + (_load(dy, row, sdy, first + column, mask, UNIT),)
         if z is not None:
             gates = gates + (_load(z, row, sz, first + column, mask, UNIT),)
-    return values, gradients, gates
+        if more is not None:
+            others = others + (_load(more, row, smore, first + column, mask, UNIT),)
+    return values, gradients, gates, others
 
 
 @triton.jit
-def norm_backward_kernel(x, z, weight, dy, dx, dz, partial, M, RUN, eps, sx, sz, sdy, sdx, sdz,
+def norm_backward_kernel(x, z, weight, dy, more, dx, dz, y, partial, M, RUN, eps, sx, sz, sdy, smore, sdx, sdz, sy,
                          SIZE: tl.constexpr, GATE_LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
                          BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
-    """Dx and dz of one group in ``RUN`` rows, and their share of dweight.
+    """Dx and dz of one group in ``RUN`` rows, and their share of dweight; where it has a place, the forward's y again.
 
-    With ``u`` the normed input, ``n = u r`` and ``e`` the gradient of ``n``: ``du = r (e - n mean(e n))``. The rows
-    after the current ones are under way while it is computed.
+    With ``u`` the normed input, ``n = u r`` and ``e`` the gradient of ``n``: ``du = r (e - n mean(e n))``. ``more``, if
+    any, is added to dx. The rows after the current ones are under way while it is computed.
     """
     first = tl.program_id(1) * SIZE
     r0 = tl.program_id(0) * RUN
@@ -105,25 +108,34 @@ def norm_backward_kernel(x, z, weight, dy, dx, dz, partial, M, RUN, eps, sx, sz,
         sums = sums + (tl.zeros([ROWS, BLOCK], tl.float32),)
         weights = weights + (tl.load(weight + first + column, mask=column < SIZE, other=0.0),)
     row = r0 + tl.arange(0, ROWS)
-    values, gradients, gates = _load_row(x, z, dy, row, first, end, sx, sz, sdy, SIZE, UNIT, BLOCK, CHUNKS)
+    values, gradients, gates, others = _load_row(
+        x, z, dy, more, row, first, end, sx, sz, sdy, smore, SIZE, UNIT, BLOCK, CHUNKS
+    )
     for step in range(0, RUN, ROWS):
         row = r0 + step + tl.arange(0, ROWS)
-        xs, dys, zs = values, gradients, gates
-        values, gradients, gates = _load_row(x, z, dy, row + ROWS, first, end, sx, sz, sdy, SIZE, UNIT, BLOCK, CHUNKS)
-        squares, projection = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+        xs, dys, zs, rest = values, gradients, gates, others
+        values, gradients, gates, others = _load_row(
+            x, z, dy, more, row + ROWS, first, end, sx, sz, sdy, smore, SIZE, UNIT, BLOCK, CHUNKS
+        )
+        # Sums over threads cost more than sums in them: one of each, after the chunks.
+        squares, projection = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
+        sigmoids = ()
         for k in tl.static_range(CHUNKS):
             u, e = xs[k].to(tl.float32), dys[k].to(tl.float32)
             e *= weights[k].to(tl.float32)[None, :]
             if z is not None:
-                gate = _silu(zs[k].to(tl.float32))
+                raw = zs[k].to(tl.float32)
+                sigmoid = tl.sigmoid(raw)
+                sigmoids = sigmoids + (sigmoid,)
                 if GATE_LAST:
-                    e *= gate
+                    e *= raw * sigmoid
                 else:
-                    u *= gate
-            squares += tl.sum(u * u, 1)
-            projection += tl.sum(u * e, 1)
-        scale = tl.rsqrt(squares / SIZE + eps)[:, None]
-        mean = (projection / SIZE)[:, None] * scale * scale * scale  # so that du = r e - u * mean
+                    u *= raw * sigmoid
+            squares += u * u
+            projection += u * e
+        scale = tl.rsqrt(tl.sum(squares, 1) / SIZE + eps)
+        mean = (tl.sum(projection, 1) / SIZE * scale * scale * scale)[:, None]  # so that du = r e - u * mean
+        scale = scale[:, None]
         added = ()
         for k in tl.static_range(CHUNKS):
             column = k * BLOCK + tl.arange(0, BLOCK)
@@ -132,26 +144,32 @@ def norm_backward_kernel(x, z, weight, dy, dx, dz, partial, M, RUN, eps, sx, sz,
             w = weights[k].to(tl.float32)[None, :]
             if z is not None:
                 raw = zs[k].to(tl.float32)
-                sigmoid = tl.sigmoid(raw)
-                gate = raw * sigmoid
-                slope = sigmoid * (1.0 + raw - gate)
+                gate = raw * sigmoids[k]
+                slope = sigmoids[k] * (1.0 + raw - gate)
                 if GATE_LAST:
-                    dgate = gradient * w * value * scale
+                    normed = value * scale
+                    result = normed * w * gate
+                    dgate = gradient * w * normed
                     gradient *= gate
-                    du = gradient * w * scale - value * mean
-                    share = gradient * value * scale
-                    dvalue = du
+                    dvalue = gradient * w * scale - value * mean
                 else:
                     u = value * gate
+                    normed = u * scale
+                    result = normed * w
                     du = gradient * w * scale - u * mean
-                    share = gradient * u * scale
                     dgate = du * value
                     dvalue = du * gate
                 _store(dz, row, sdz, first + column, dgate * slope, mask, UNIT)
             else:
+                normed = value * scale
+                result = normed * w
                 dvalue = gradient * w * scale - value * mean
-                share = gradient * value * scale
+            if y is not None:
+                _store(y, row, sy, first + column, result, mask, UNIT)
+            if more is not None:
+                dvalue += rest[k].to(tl.float32)
             _store(dx, row, sdx, first + column, dvalue, mask, UNIT)
+            share = gradient * normed
             added = added + (sums[k] + share,)
         sums = added
     width = tl.num_programs(1) * SIZE
@@ -249,26 +267,34 @@ def norm_backward(
     group_size: int,
     norm_before_gate: bool,
     *,
+    more: Tensor | None = None,
     dz: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> NormGradients:
-    """Launches the backward; ``dz`` may name the (strided) tensor that receives the gate's gradient."""
+    """Launches the backward.
+
+    Args:
+        dy, x, z, weight, eps, group_size, norm_before_gate: the gradient, and the forward's arguments.
+        more: what else the gradient of ``x`` is to contain, shaped as ``x``.
+        dz: the (strided) tensor that receives the gate's gradient; a new one if None.
+        y: where the forward's result goes once more, contiguous; nowhere if None.
+    """
     width = x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if z is not None and dz is None:
         dz = torch.empty(z.shape, dtype=z.dtype, device=x.device)
-    rows = _as_rows(x)
-    to = dz if dz is None else dz.view(-1, width)
-    tensors = (rows, _as_rows(z), _as_rows(dy), dx.view(-1, width), to)
-    unit, strides = vector_strides(*tensors)
+    read = [_as_rows(t) for t in (x, z, dy, more)]
+    written = [None if t is None else t.view(-1, width) for t in (dx, dz, y)]
+    unit, strides = vector_strides(*read, *written)
     tile = _tile(group_size, BACKWARD_TILE, BACKWARD_PER_WARP)
-    groups = width // group_size
-    run = cdiv(cdiv(rows.shape[0] * groups, BACKWARD_PROGRAMS), tile.rows) * tile.rows
-    programs = cdiv(rows.shape[0], run)
+    rows, groups = read[0].shape[0], width // group_size
+    run = cdiv(cdiv(rows * groups, BACKWARD_PROGRAMS), tile.rows) * tile.rows
+    programs = cdiv(rows, run)
     partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     launch(
         norm_backward_kernel,
         (programs, groups),
-        *(tensors[0], tensors[1], weight.contiguous(), *tensors[2:], partial, rows.shape[0], run, eps, *strides),
+        *(*read[:2], weight.contiguous(), *read[2:], *written, partial, rows, run, eps, *strides),
         SIZE=group_size,
         GATE_LAST=norm_before_gate,
         UNIT=unit,
@@ -277,7 +303,7 @@ def norm_backward(
         CHUNKS=tile.chunks,
         num_warps=tile.warps,
     )
-    return NormGradients(dx, dz, partial.sum(0).to(weight.dtype))
+    return NormGradients(dx, dz, sum_rows(partial, weight.dtype))
 
 
 def _as_rows(x: Tensor | None) -> Any:

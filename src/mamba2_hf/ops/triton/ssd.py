@@ -19,6 +19,7 @@ from .launch import cdiv, launch
 from .prep import prep_backward_kernel
 from .problem import PREP_HEADS, Arguments, Call, Into, cut, fits_tma, last_contiguous, prepare
 from .ssd_forward import link_kernel
+from .sums import sum_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 256
@@ -124,7 +125,7 @@ class Scan:
             **call.prep_flags(pieces.Q),
             DOTS=found.dots.shape[2],
         )
-        share = shares.sum(0)  # of A, dt_bias and D
+        share = sum_rows(shares, torch.float32)  # of A, dt_bias and D
         dx, dB, dC, dD, dz = found.dx, found.dB, found.dC, found.dD, found.dz
         if into is None:
             dx, dB, dC = (t.to(given.x.dtype) for t in (dx, dB, dC))
