@@ -28,6 +28,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "gated_rms_norm": lambda **o: ops.gated_rms_norm(X, None, X[0, 0], **o),
     "linear_cross_entropy": lambda **o: ops.linear_cross_entropy(X[0], WEIGHT, torch.zeros(3).long(), **o),
     "mamba2_inner": lambda **o: ops.mamba2_inner(**inner_arguments(0, 5), **o),
+    "mamba2_layer": lambda **o: ops.mamba2_layer(**training_arguments(), **o),
     "mamba2_layer_step": lambda **o: ops.mamba2_layer_step(**layer_arguments(), **o),
     "mamba2_step": lambda **o: ops.mamba2_step(**step_arguments(0), **o),
 }
@@ -39,6 +40,12 @@ def layer_arguments() -> dict[str, Any]:
     arguments |= {"stream": inside.new_ones(2, 1, 3), "norm_weight": inside.new_ones(3), "in_bias": None}
     arguments |= {"in_weight": inside.new_ones(inside.shape[2], 3), "out_weight": inside.new_ones(3, len(norm_weight))}
     return arguments | {"gated_norm_weight": norm_weight, "A_log": arguments.pop("A"), "out_bias": None}
+
+
+def training_arguments() -> dict[str, Any]:
+    arguments = layer_arguments()
+    arguments["A"] = arguments.pop("A_log")
+    return {name: value for name, value in arguments.items() if name not in ("conv_state", "ssm_state")}
 
 
 @pytest.fixture

@@ -133,9 +133,9 @@ class MixerBlock(nn.Module):
 
     def forward(self, stream: Tensor, call: _Call) -> Tensor:
         """``(B, T, d)`` to ``(B, T, d)``."""
-        stepped = self._step(stream, call) if self.is_plain_ssd and not call.output_attentions else None
-        if stepped is not None:
-            return stepped
+        after = self._whole(stream, call) if self.is_plain_ssd and not call.output_attentions else None
+        if after is not None:
+            return after
         normed = self.norm(stream)
         parts = [self._mix(normed, call)] if SSD in self.state_index else []
         if self.attention_kind is not None:
@@ -147,8 +147,10 @@ class MixerBlock(nn.Module):
         """Whether the block is ``stream + mixer(norm(stream))`` and nothing else."""
         return (self.attention_kind, self.scale, self.ssm_scales) == (None, 1, (1, 1))
 
-    def _step(self, stream: Tensor, call: _Call) -> Tensor | None:
-        return self.mixer.step_layer(stream, self.norm, call.layout, call.state(self.state_index[SSD]))
+    def _whole(self, stream: Tensor, call: _Call) -> Tensor | None:
+        given = stream, self.norm, call.layout, call.state(self.state_index[SSD])
+        stepped = self.mixer.step_layer(*given)
+        return self.mixer.train_layer(*given) if stepped is None else stepped
 
     def _mix(self, normed: Tensor, call: _Call) -> Tensor:
         before, after = self.ssm_scales

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch import dtype as Dtype  # `torch` is the name of a backend here
 
 from . import checks, dispatch
-from .checks import SSDShape
 from .dispatch import use_backend
 from .loss import product_dtype, sum_of_losses
 from .reference import ssd_attention_matrix
@@ -25,6 +24,7 @@ __all__ = [
     "gated_rms_norm",
     "linear_cross_entropy",
     "mamba2_inner",
+    "mamba2_layer",
     "mamba2_layer_step",
     "mamba2_step",
     "ssd_attention_matrix",
@@ -321,20 +321,11 @@ def mamba2_inner(
     Raises:
         ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
     """
-    checks._rank("zxbcdt", zxbcdt, 3, "(B, T, 2 H P + 2 G N + H)")
-    batch, tokens, width = zxbcdt.shape
-    heads = A.shape[0]
-    inner, state = checks.split_widths(width, heads, head_dim, n_groups)
-    checks.check_dt_limit(dt_limit)
-    xbc = zxbcdt[..., inner : width - heads]
-    states = checks.check_conv(xbc, conv_weight, conv_bias, activation, conv_initial_states, seq_idx, cu_seqlens)
-    checks._check_heads(heads, head_dim, n_groups, A, D, dt_bias)
-    if ssm_initial_states is not None:
-        expected = (states, heads, head_dim, state)
-        checks._shape("ssm_initial_states", ssm_initial_states, expected, "(B or S, H, P, N)")
-    if norm_weight is not None:
-        group_size = checks.check_norm(zxbcdt[..., :inner], None, norm_weight, eps, group_size)
-    shape = SSDShape(batch, tokens, heads, head_dim, n_groups, state, states)
+    shape, size = checks.check_inner(
+        *(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight),
+        *(head_dim, n_groups, activation, eps, group_size, dt_limit),
+        *(conv_initial_states, ssm_initial_states, seq_idx, cu_seqlens),
+    )
     choice = dispatch.choose(
         "mamba2_inner",
         zxbcdt.device,
@@ -342,7 +333,7 @@ def mamba2_inner(
         shape=shape,
         dtype=zxbcdt.dtype,
         taps=conv_weight.shape[1],
-        group_size=group_size or inner,
+        group_size=size,
     )
     y, conv_state, ssm_state = dispatch.backend_module(choice.name).mamba2_inner(
         *(zxbcdt, conv_weight, conv_bias, dt_bias, A, D),
@@ -350,7 +341,7 @@ def mamba2_inner(
         shape=shape,
         activation=activation,
         eps=eps,
-        group_size=group_size or inner,
+        group_size=size,
         norm_before_gate=norm_before_gate,
         dt_limit=dt_limit,
         chunk_size=chunk_size,
@@ -361,6 +352,96 @@ def mamba2_inner(
         return_final_states=return_final_states,
     )
     return (y, conv_state, ssm_state) if return_final_states else y
+
+
+def mamba2_layer(
+    stream: Tensor,
+    *,
+    norm_weight: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    gated_norm_weight: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    n_groups: int,
+    activation: str | None = "silu",
+    norm_eps: float = 1e-5,
+    gated_norm_eps: float = 1e-5,
+    group_size: int | None = None,
+    norm_before_gate: bool = False,
+    dt_limit: tuple[float, float] = (0.0, INF),
+    chunk_size: int | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A layer for training: ``stream + out_proj(mamba2_inner(in_proj(norm(stream))))``, differentiable in all of them.
+
+    On Triton the stream, the output of in_proj and that of the scan are kept, and the scan runs once; on PyTorch what
+    the parts keep. Under autocast the projections' products are taken in its dtype.
+
+    Args:
+        stream: ``(B, T, d)``, the residual stream, in the weights' dtype or fp32.
+        norm_weight: ``(d,)``. norm_eps: of that norm.
+        in_weight: ``(2 H P + 2 G N + H, d)``. out_weight: ``(d, H P)``. in_bias, out_bias: theirs, or None.
+        gated_norm_weight: ``(H P,)``. gated_norm_eps: of that norm.
+        conv_weight, conv_bias, dt_bias, A, D, n_groups, activation, group_size, norm_before_gate, dt_limit, chunk_size,
+            seq_idx, cu_seqlens, backend: see :func:`mamba2_inner`.
+
+    Returns:
+        ``(B, T, d)`` in the dtype of ``stream``.
+
+    Raises:
+        ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
+    """
+    zxbcdt = checks.check_layer(stream, norm_weight, in_weight, in_bias, out_weight, out_bias, norm_eps)
+    shape, size = checks.check_inner(
+        *(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, gated_norm_weight),
+        *(out_weight.shape[1] // A.shape[0], n_groups, activation, gated_norm_eps, group_size, dt_limit),
+        *(None, None, seq_idx, cu_seqlens),
+    )
+    dtype = product_dtype(in_weight, out_weight)
+    choice = dispatch.choose(
+        "mamba2_layer",
+        stream.device,
+        backend,
+        shape=shape,
+        dtype=dtype,
+        stream=stream.dtype,
+        width=stream.shape[2],
+        taps=conv_weight.shape[1],
+        group_size=size,
+    )
+    return dispatch.backend_module(choice.name).mamba2_layer(
+        stream,
+        norm_weight=norm_weight,
+        in_weight=in_weight,
+        in_bias=in_bias,
+        conv_weight=conv_weight,
+        conv_bias=conv_bias,
+        dt_bias=dt_bias,
+        A=A,
+        D=D,
+        gated_norm_weight=gated_norm_weight,
+        out_weight=out_weight,
+        out_bias=out_bias,
+        shape=shape,
+        dtype=dtype,
+        activation=activation,
+        norm_eps=norm_eps,
+        gated_norm_eps=gated_norm_eps,
+        group_size=size,
+        norm_before_gate=norm_before_gate,
+        dt_limit=dt_limit,
+        chunk_size=chunk_size,
+        seq_idx=seq_idx,
+        cu_seqlens=cu_seqlens,
+    )
 
 
 def linear_cross_entropy(

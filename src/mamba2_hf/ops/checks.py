@@ -287,6 +287,72 @@ def check_step(
     return SSDShape(batch, tokens, heads, head_dim, n_groups, state, batch)
 
 
+def check_inner(
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    norm_weight: Tensor | None,
+    head_dim: int,
+    n_groups: int,
+    activation: str | None,
+    eps: float,
+    group_size: int | None,
+    dt_limit: tuple[float, float],
+    conv_initial_states: Tensor | None,
+    ssm_initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[SSDShape, int]:
+    """Contract of ``mamba2_inner``; returns the sizes and the norm's group, raises :class:`ArgumentError`."""
+    _rank("zxbcdt", zxbcdt, 3, "(B, T, 2 H P + 2 G N + H)")
+    batch, tokens, width = zxbcdt.shape
+    heads = A.shape[0]
+    inner, state = split_widths(width, heads, head_dim, n_groups)
+    check_dt_limit(dt_limit)
+    xbc = zxbcdt[..., inner : width - heads]
+    states = check_conv(xbc, conv_weight, conv_bias, activation, conv_initial_states, seq_idx, cu_seqlens)
+    _check_heads(heads, head_dim, n_groups, A, D, dt_bias)
+    if ssm_initial_states is not None:
+        expected = (states, heads, head_dim, state)
+        _shape("ssm_initial_states", ssm_initial_states, expected, "(B or S, H, P, N)")
+    if norm_weight is not None:
+        group_size = check_norm(zxbcdt[..., :inner], None, norm_weight, eps, group_size)
+    return SSDShape(batch, tokens, heads, head_dim, n_groups, state, states), group_size or inner
+
+
+def check_layer(
+    stream: Tensor,
+    norm_weight: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    norm_eps: float,
+) -> Tensor:
+    """Contract of what ``mamba2_layer`` has around ``mamba2_inner``; returns something shaped as the output of in_proj,
+    raises :class:`ArgumentError`.
+    """
+    _rank("stream", stream, 3, "(B, T, d)")
+    _rank("in_weight", in_weight, 2, "(2 H P + 2 G N + H, d)")
+    _rank("out_weight", out_weight, 2, "(d, H P)")
+    batch, tokens, size = stream.shape
+    entering, inner = in_weight.shape[0], out_weight.shape[1]
+    _shape("in_weight", in_weight, (entering, size), "(2 H P + 2 G N + H, d)")
+    _shape("out_weight", out_weight, (size, inner), "(d, H P)")
+    if in_bias is not None:
+        _shape("in_bias", in_bias, (entering,), "(2 H P + 2 G N + H,)")
+    if out_bias is not None:
+        _shape("out_bias", out_bias, (size,), "(d,)")
+    if in_weight.dtype != out_weight.dtype:
+        _fail(f"in_weight has dtype {in_weight.dtype}, out_weight {out_weight.dtype}: convert one of them")
+    check_norm(stream, None, norm_weight, norm_eps, None)
+    _same_device(stream.device, in_weight=in_weight, out_weight=out_weight)
+    return in_weight[:, 0].expand(batch, tokens, entering)
+
+
 def check_layer_step(
     stream: Tensor,
     conv_state: Tensor,

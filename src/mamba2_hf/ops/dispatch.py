@@ -31,6 +31,7 @@ OPS = (
     "gated_rms_norm",
     "linear_cross_entropy",
     "mamba2_inner",
+    "mamba2_layer",
     "mamba2_layer_step",
     "mamba2_step",
 )

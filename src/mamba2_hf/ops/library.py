@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton import conv, decode, inner, layer_step, loss, norm, ssd
+from .triton import conv, decode, inner, layer, layer_step, loss, norm, ssd
 from .triton.calls import NAMESPACE, autograd_parts, on_its_device, set_differentiable, set_direct
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -30,26 +30,35 @@ def _register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any])
 
 
 def _differentiate(
-    name: str, launch: Callable[..., Any], backward: Callable[..., Any], tensors: int, saved: int, options: int = 0
+    name: str,
+    launch: Callable[..., Any],
+    backward: Callable[..., Any],
+    tensors: int,
+    saved: int,
+    *,
+    options: int = 0,
+    kept: int = 0,
 ) -> None:
     """Registers the autograd of an op whose backward is the op ``name_backward``.
 
     Args:
         name: of the op.
         launch: runs it. backward: runs its backward; takes the gradients of the results (the first one is always
-            there), then the arguments, without the last ``options`` of them; returns ``tensors`` gradients or Nones.
+            there), then ``kept`` results, then the arguments, without the last ``options`` of them; returns ``tensors``
+            gradients or Nones.
         tensors: how many arguments, the first ones, are differentiable.
         saved: how many, the first ones, are tensors that the backward needs.
         options: how many arguments, the last ones, the backward does not take.
+        kept: how many results, the last ones, are for the backward only.
     """
     op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward")
 
     def cut(run: Callable[..., Any]) -> Callable[..., Any]:
         return (lambda *args: run(*args[:-options])) if options else run
 
-    setup_context, run = autograd_parts(name, cut(op), tensors, saved)
+    setup_context, run = autograd_parts(name, cut(op), tensors, saved, kept)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", run, setup_context=setup_context, lib=_LIBRARY)
-    set_differentiable(name, launch, cut(backward), tensors, saved)
+    set_differentiable(name, launch, cut(backward), tensors, saved, kept)
 
 
 def _filled(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor, ...]]:
@@ -204,6 +213,41 @@ _register(
     _inner_backward_fake,
 )
 _differentiate("mamba2_inner", inner.inner_forward, inner.inner_backward, 9, 11)
+
+
+# A whole layer for training
+
+
+def _layer_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = layer.Arguments(*args)
+    rows, heads = call.stream.shape[:2], call.A.shape[0]
+    products = call.stream.new_empty(0, dtype=call.dtype)
+    return (
+        call.stream.new_empty(call.stream.shape),
+        products.new_empty(*rows, call.in_weight.shape[0]),
+        products.new_empty(*rows, heads * call.head_dim),
+    )
+
+
+def _layer_backward_fake(dstream: Tensor, zxbcdt: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    call = layer.Arguments(*args)
+    weights = () if call.trains else (call.in_weight, call.out_weight)
+    return tuple(_like(None if any(t is w for w in weights) else t, dstream) for t in args[:12])
+
+
+_LAYER = (
+    "Tensor stream, Tensor norm_weight, Tensor in_weight, Tensor? in_bias, Tensor conv_weight, Tensor? conv_bias, "
+    "Tensor? dt_bias, Tensor A, Tensor? D, Tensor gated_norm_weight, Tensor out_weight, Tensor? out_bias, "
+    "Tensor? seq_idx, Tensor? cu_seqlens, int head_dim, int n_groups, bool silu, float norm_eps, float gated_norm_eps, "
+    "int group_size, bool norm_before_gate, float low, float high, ScalarType dtype, bool trains"
+)
+_register(f"mamba2_layer({_LAYER}) -> (Tensor, Tensor, Tensor)", layer.layer_forward, _layer_fake)
+_register(
+    f"mamba2_layer_backward(Tensor dstream, Tensor zxbcdt, Tensor y, {_LAYER}) -> ({', '.join(['Tensor'] * 12)})",
+    _filled(layer.layer_backward),
+    _layer_backward_fake,
+)
+_differentiate("mamba2_layer", layer.layer_forward, layer.layer_backward, 12, 14, kept=2)
 
 
 # Decoding: states are updated in place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .conv import causal_conv1d, causal_conv1d_update
 from .inner import mamba2_inner
+from .layer import mamba2_layer
 from .loss import cross_entropy_rows
 from .norm import gated_rms_norm
 from .ssd import ssd_chunk_scan, ssd_state_update
@@ -15,6 +16,7 @@ __all__ = [
     "cross_entropy_rows",
     "gated_rms_norm",
     "mamba2_inner",
+    "mamba2_layer",
     "mamba2_layer_step",
     "mamba2_step",
     "ssd_chunk_scan",

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import library as library
-from . import conv, decode, inner, layer_step, loss, norm, ssd
+from . import conv, decode, inner, layer, layer_step, loss, norm, ssd
 from .conv import causal_conv1d
 from .decode import causal_conv1d_update, mamba2_step, ssd_state_update
 from .inner import mamba2_inner
+from .layer import mamba2_layer
 from .layer_step import mamba2_layer_step
 from .loss import cross_entropy_rows
 from .norm import gated_rms_norm
@@ -21,6 +22,7 @@ __all__ = [
     "cross_entropy_rows",
     "gated_rms_norm",
     "mamba2_inner",
+    "mamba2_layer",
     "mamba2_layer_step",
     "mamba2_step",
     "ssd_chunk_scan",
@@ -42,6 +44,7 @@ SUPPORTS: dict[str, tuple[Callable[..., tuple[bool, str]], str]] = {
     "gated_rms_norm": (norm.supports, _NORM),
     "linear_cross_entropy": (loss.supports, "any vocabulary"),
     "mamba2_inner": (inner.supports, f"{_SCAN}, {_CONV}, {_NORM}"),
+    "mamba2_layer": (layer.supports, f"{_SCAN}, {_CONV}, {_NORM}"),
     "mamba2_layer_step": (layer_step.supports_layer_step, f"one token, {_CONV}, {_STEP}"),
     "mamba2_step": (decode.supports_step, f"{_CONV}, {_STEP}"),
 }

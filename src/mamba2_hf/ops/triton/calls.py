@@ -43,11 +43,11 @@ def set_direct(name: str, launch: Callable[..., Any]) -> None:
 
 
 def set_differentiable(
-    name: str, launch: Callable[..., Any], backward: Callable[..., Any], tensors: int, saved: int
+    name: str, launch: Callable[..., Any], backward: Callable[..., Any], tensors: int, saved: int, kept: int
 ) -> None:
     """Makes an op callable in eager mode; see ``library._differentiate`` for the arguments."""
     forward, backward = on_its_device(launch), on_its_device(backward)
-    keep, run = autograd_parts(name, backward, tensors, saved)
+    keep, run = autograd_parts(name, backward, tensors, saved, kept)
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -71,15 +71,16 @@ def set_differentiable(
 
 
 def autograd_parts(
-    name: str, backward: Callable[..., Any], tensors: int, saved: int
+    name: str, backward: Callable[..., Any], tensors: int, saved: int, kept: int
 ) -> tuple[Callable[..., None], Callable[..., tuple[Tensor | None, ...]]]:
     """What an op's autograd keeps, and its backward, as ``torch.library.register_autograd`` takes them."""
     from ...errors import BackendError
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        y = output if isinstance(output, Tensor) else output[0]
+        outputs = (output,) if isinstance(output, Tensor) else output
+        y = outputs[0]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:saved])
+        ctx.save_for_backward(*outputs[len(outputs) - kept :], *inputs[:saved])
         ctx.options = inputs[saved:]
         ctx.like = y.shape, y.dtype, y.device
 
@@ -91,11 +92,10 @@ def autograd_parts(
         if first is None:  # only the states were used
             shape, dtype, device = ctx.like
             first = torch.zeros(shape, dtype=dtype, device=device)
-        arguments = (*ctx.saved_tensors, *ctx.options)
-        found = backward(first, *rest, *arguments)
+        found = backward(first, *rest[: len(rest) - kept], *ctx.saved_tensors, *ctx.options)
         wanted = ctx.needs_input_grad
         result = [g if needed else None for g, needed in zip(found, wanted, strict=False)]
-        return *result, *(None,) * (len(arguments) - tensors)
+        return *result, *(None,) * (saved + len(ctx.options) - tensors)
 
     return setup_context, run
 

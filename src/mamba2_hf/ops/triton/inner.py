@@ -116,17 +116,78 @@ def mamba2_inner(
     return y, conv_state, ssm_state
 
 
+class Mixer:
+    """One call: what its forward and its backward have in common is computed once.
+
+    Args:
+        call: the arguments.
+    """
+
+    def __init__(self, call: Arguments) -> None:
+        self.call = call
+        inner, _, heads = call.widths
+        self.z, self.xbc = call.zxbcdt[..., :inner], call.zxbcdt[..., inner:-heads]
+        self.packing = documents(call.zxbcdt, call.seq_idx, call.cu_seqlens)
+        self.convolved, self.conv_state = conv_forward(
+            *(self.xbc, call.conv_weight, call.conv_bias, call.conv_initial_states, self.packing, call.silu),
+            states=call.states,
+        )
+        self.scan = Scan(*call.scan(self.convolved, self.packing))
+
+    def scanned(self) -> tuple[Tensor, Tensor]:
+        """The scan's output ``(B, T, H P)`` and final states."""
+        y, states = self.scan.forward()
+        return y.flatten(-2), states
+
+    def normed(self, y: Tensor, weight: Tensor) -> Tensor:
+        """The gated norm of the scan's output."""
+        call = self.call
+        return norm_forward(y, self.z, weight, call.eps, call.group_size, call.norm_before_gate, y.dtype)
+
+    def norm_backward(
+        self, dy: Tensor, y: Tensor, weight: Tensor, du: Tensor, again: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """From the gradient of :meth:`normed` to those of ``y`` and the weight; that of z goes to its place in ``du``,
+        what the forward returned to ``again``.
+        """
+        call = self.call
+        dz = du[..., : self.z.shape[-1]]
+        options = call.eps, call.group_size, call.norm_before_gate
+        found = norm_backward(dy, y, self.z, weight, *options, dz=dz, y=again)
+        return found.x, found.weight
+
+    def backward(
+        self, dy: Tensor, dconv_state: Tensor | None, dssm_state: Tensor | None, du: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """From the gradient of the scan's output to those of conv_weight, conv_bias, dt_bias, A, D and both initial
+        states. That of ``zxbcdt`` goes to ``du``, but for z's where there is a norm. Called once.
+        """
+        call = self.call
+        inner, maps, heads = call.widths
+        dconvolved = torch.empty_like(self.convolved)
+        dx, dB, dC = dconvolved.split([inner, maps, maps], -1)
+        into = Into(*call.heads_and_groups(dx, dB, dC), du[..., -heads:])
+        found: tuple[Any, ...] = self.scan.backward(dy.unflatten(-1, (heads, -1)), dssm_state, into)
+        _, _, dA, _, _, dD, dz, dbias, dssm = found
+        del self.convolved, self.scan, found  # what follows wants their memory
+        if dz is not None:
+            du[..., :inner] = dz.flatten(-2)
+        _, dweight, dconv_bias, dconv = conv_backward(
+            *(dconvolved, dconv_state, self.xbc, call.conv_weight, call.conv_bias, call.conv_initial_states),
+            *(self.packing, call.silu),
+            dx=du[..., inner:-heads],
+        )
+        return dweight, dconv_bias, dbias, dA, dD, dconv, dssm
+
+
 def inner_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``y (B, T, H P)`` and both final states (empty unless wanted), given the fields of :class:`Arguments`."""
     call = Arguments(*args)
-    packing = documents(call.zxbcdt, call.seq_idx, call.cu_seqlens)
-    convolved, conv_state = _convolve(call, packing)
-    y, ssm_state = Scan(*call.scan(convolved, packing)).forward()
-    y = y.flatten(-2)
+    mixer = Mixer(call)
+    y, ssm_state = mixer.scanned()
     if call.norm_weight is not None:
-        z = call.zxbcdt[..., : y.shape[-1]]
-        y = norm_forward(y, z, call.norm_weight, call.eps, call.group_size, call.norm_before_gate, y.dtype)
-    return y, conv_state, ssm_state if call.states else y.new_empty(0)
+        y = mixer.normed(y, call.norm_weight)
+    return y, mixer.conv_state, ssm_state if call.states else y.new_empty(0)
 
 
 def inner_backward(
@@ -134,39 +195,11 @@ def inner_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the nine tensors that open :class:`Arguments`, given those of what :func:`inner_forward` returns."""
     call = Arguments(*args)
-    inner, maps, heads = call.widths
     u = call.zxbcdt
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    packing = documents(u, call.seq_idx, call.cu_seqlens)
-    convolved, _ = _convolve(call, packing)
-    scan = Scan(*call.scan(convolved, packing))
+    mixer = Mixer(call)
     dnorm = None
     if call.norm_weight is not None:
-        y = scan.forward()[0].flatten(-2)
-        dy, _, dnorm = norm_backward(
-            *(dy, y, u[..., :inner], call.norm_weight, call.eps, call.group_size, call.norm_before_gate),
-            dz=du[..., :inner],
-        )
-        del y
-    dconvolved = torch.empty_like(convolved)
-    dx, dB, dC = dconvolved.split([inner, maps, maps], -1)
-    into = Into(*call.heads_and_groups(dx, dB, dC), du[..., -heads:])
-    found: tuple[Any, ...] = scan.backward(dy.unflatten(-1, (heads, -1)), dssm_state, into)
-    *_, dA, _, _, dD, dz, dbias, dssm = found
-    del convolved, scan, found
-    if dz is not None:
-        du[..., :inner] = dz.flatten(-2)
-    _, dweight, dconv_bias, dconv = conv_backward(
-        *(dconvolved, dconv_state, u[..., inner:-heads], call.conv_weight, call.conv_bias, call.conv_initial_states),
-        *(packing, call.silu),
-        dx=du[..., inner:-heads],
-    )
+        dy, dnorm = mixer.norm_backward(dy, mixer.scanned()[0], call.norm_weight, du)
+    dweight, dconv_bias, dbias, dA, dD, dconv, dssm = mixer.backward(dy, dconv_state, dssm_state, du)
     return du, dweight, dconv_bias, dbias, dA, dD, dnorm, dconv, dssm
-
-
-def _convolve(call: Arguments, packing: Documents) -> tuple[Tensor, Tensor]:
-    inner, _, heads = call.widths
-    xbc = call.zxbcdt[..., inner:-heads]
-    return conv_forward(
-        *(xbc, call.conv_weight, call.conv_bias, call.conv_initial_states, packing, call.silu), states=call.states
-    )
