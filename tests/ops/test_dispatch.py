@@ -43,9 +43,7 @@ def layer_arguments() -> dict[str, Any]:
 
 
 def training_arguments() -> dict[str, Any]:
-    arguments = layer_arguments()
-    arguments["A"] = arguments.pop("A_log")
-    return {name: value for name, value in arguments.items() if name not in ("conv_state", "ssm_state")}
+    return {name: value for name, value in layer_arguments().items() if name not in ("conv_state", "ssm_state")}
 
 
 @pytest.fixture

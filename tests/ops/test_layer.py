@@ -16,7 +16,7 @@ from mamba2_hf.ops import dispatch, gated_rms_norm, mamba2_inner, mamba2_layer
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 d, H, P, G, N, K, T = 12, 4, 8, 2, 16, 4, 37
 INNER, C = H * P, H * P + 2 * G * N
-FP32 = ("stream", "dt_bias", "A", "D")  # whatever the weights are
+FP32 = ("stream", "dt_bias", "A_log", "D")  # whatever the weights are
 BIASES = ("in_bias", "out_bias", "conv_bias", "dt_bias", "D")
 PACKING = {
     "rows": {},
@@ -46,10 +46,10 @@ def inputs(batch: int = 2) -> dict[str, Tensor]:
         "norm_weight": draw(d),
         "in_weight": draw(INNER + C + H, d, scale=d**-0.5),
         "in_bias": draw(INNER + C + H),
-        "conv_weight": draw(C, K),
+        "conv_weight": draw(C, K, scale=0.5),
         "conv_bias": draw(C),
         "dt_bias": draw(H),
-        "A": -draw(H).abs(),
+        "A_log": draw(H, scale=0.5),
         "D": draw(H),
         "gated_norm_weight": draw(INNER),
         "out_weight": draw(d, INNER, scale=INNER**-0.5),
@@ -63,7 +63,7 @@ def parts(given: dict[str, Tensor], **packing: Any) -> Tensor:
     normed = gated_rms_norm(given["stream"], None, given["norm_weight"], backend="torch")
     y = mamba2_inner(
         F.linear(normed, given["in_weight"], get("in_bias")),
-        *(given["conv_weight"], get("conv_bias"), get("dt_bias"), given["A"], get("D")),
+        *(given["conv_weight"], get("conv_bias"), get("dt_bias"), -given["A_log"].exp(), get("D")),
         norm_weight=given["gated_norm_weight"],
         head_dim=P,
         n_groups=G,
@@ -103,7 +103,7 @@ def test_is_its_parts(packing: str, absent: tuple[str, ...], backend: str) -> No
     options = {name: t.to(DEVICE) for name, t in PACKING[packing].items()}
     expected = results(lambda given: parts(given, **options), cast(tensors, torch.float64))
     actual = results(lambda given: whole(given, backend, **options), cast(tensors, torch.float32))
-    close(actual, expected, 2e-5)
+    close(actual, expected, 5e-5)  # dt_bias: sums that cancel, 2e-5 off in PyTorch too
 
 
 def test_a_stream_in_fp32_beside_half_precision(backend: str) -> None:

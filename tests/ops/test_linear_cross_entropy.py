@@ -114,7 +114,7 @@ class TestValues:
         assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
         assert all(g.isfinite().all() for g in torch.autograd.grad(actual, other))
 
-    @pytest.mark.filterwarnings("ignore:(invalid value|All-NaN slice) encountered:RuntimeWarning")  # interpreted
+    @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # from Triton's interpreter
     def test_infinities_and_nans_stay_in_their_rows(self, backend: str) -> None:
         hidden, weight, labels = draw()
         hidden[3, 0], hidden[4, 0], hidden[5, 0] = float("nan"), float("inf"), float("nan")

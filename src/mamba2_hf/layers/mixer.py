@@ -168,7 +168,7 @@ class Mamba2Mixer(KeepsFp32):
             conv_weight=conv.squeeze(1),
             conv_bias=self.conv1d.bias,
             dt_bias=self.dt_bias,
-            A=self.A,
+            A_log=self.A_log,
             D=self.D,
             gated_norm_weight=inside,
             out_weight=leaving,

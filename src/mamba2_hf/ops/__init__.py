@@ -363,7 +363,7 @@ def mamba2_layer(
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     dt_bias: Tensor | None,
-    A: Tensor,
+    A_log: Tensor,
     D: Tensor | None,
     gated_norm_weight: Tensor,
     out_weight: Tensor,
@@ -389,8 +389,9 @@ def mamba2_layer(
         stream: ``(B, T, d)``, the residual stream, in the weights' dtype or fp32.
         norm_weight: ``(d,)``. norm_eps: of that norm.
         in_weight: ``(2 H P + 2 G N + H, d)``. out_weight: ``(d, H P)``. in_bias, out_bias: theirs, or None.
+        A_log: ``(H,)``, logarithms of the negative decay rates.
         gated_norm_weight: ``(H P,)``. gated_norm_eps: of that norm.
-        conv_weight, conv_bias, dt_bias, A, D, n_groups, activation, group_size, norm_before_gate, dt_limit, chunk_size,
+        conv_weight, conv_bias, dt_bias, D, n_groups, activation, group_size, norm_before_gate, dt_limit, chunk_size,
             seq_idx, cu_seqlens, backend: see :func:`mamba2_inner`.
 
     Returns:
@@ -401,8 +402,8 @@ def mamba2_layer(
     """
     zxbcdt = checks.check_layer(stream, norm_weight, in_weight, in_bias, out_weight, out_bias, norm_eps)
     shape, size = checks.check_inner(
-        *(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, gated_norm_weight),
-        *(out_weight.shape[1] // A.shape[0], n_groups, activation, gated_norm_eps, group_size, dt_limit),
+        *(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, gated_norm_weight),
+        *(out_weight.shape[1] // A_log.shape[0], n_groups, activation, gated_norm_eps, group_size, dt_limit),
         *(None, None, seq_idx, cu_seqlens),
     )
     dtype = product_dtype(in_weight, out_weight)
@@ -425,7 +426,7 @@ def mamba2_layer(
         conv_weight=conv_weight,
         conv_bias=conv_bias,
         dt_bias=dt_bias,
-        A=A,
+        A_log=A_log,
         D=D,
         gated_norm_weight=gated_norm_weight,
         out_weight=out_weight,

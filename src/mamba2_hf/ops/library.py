@@ -220,7 +220,7 @@ _differentiate("mamba2_inner", inner.inner_forward, inner.inner_backward, 9, 11)
 
 def _layer_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = layer.Arguments(*args)
-    rows, heads = call.stream.shape[:2], call.A.shape[0]
+    rows, heads = call.stream.shape[:2], call.A_log.shape[0]
     products = call.stream.new_empty(0, dtype=call.dtype)
     return (
         call.stream.new_empty(call.stream.shape),
@@ -237,7 +237,7 @@ def _layer_backward_fake(dstream: Tensor, zxbcdt: Tensor, y: Tensor, *args: Any)
 
 _LAYER = (
     "Tensor stream, Tensor norm_weight, Tensor in_weight, Tensor? in_bias, Tensor conv_weight, Tensor? conv_bias, "
-    "Tensor? dt_bias, Tensor A, Tensor? D, Tensor gated_norm_weight, Tensor out_weight, Tensor? out_bias, "
+    "Tensor? dt_bias, Tensor A_log, Tensor? D, Tensor gated_norm_weight, Tensor out_weight, Tensor? out_bias, "
     "Tensor? seq_idx, Tensor? cu_seqlens, int head_dim, int n_groups, bool silu, float norm_eps, float gated_norm_eps, "
     "int group_size, bool norm_before_gate, float low, float high, ScalarType dtype, bool trains"
 )

@@ -20,7 +20,7 @@ def mamba2_layer(
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     dt_bias: Tensor | None,
-    A: Tensor,
+    A_log: Tensor,
     D: Tensor | None,
     gated_norm_weight: Tensor,
     out_weight: Tensor,
@@ -41,6 +41,7 @@ def mamba2_layer(
     normed = gated_rms_norm(
         stream, None, norm_weight, eps=norm_eps, group_size=stream.shape[2], norm_before_gate=False, dtype=dtype
     )
+    A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
     y, _, _ = mamba2_inner(
         *(F.linear(normed, in_weight, in_bias), conv_weight, conv_bias, dt_bias, A, D),
         norm_weight=gated_norm_weight,

@@ -198,6 +198,16 @@ def _document_of(t, row, ids, bounds, documents, T, MODE: tl.constexpr):
     return document, start, end
 
 
+@triton.jit
+def _load_steps(row, t, end, stride, channel, inside, VEC: tl.constexpr, STEPS: tl.constexpr):
+    """``STEPS`` tokens from ``t`` on, zeros from ``end`` on."""
+    values = ()
+    for u in tl.static_range(STEPS):
+        at = row + (t + u).to(tl.int64) * stride * VEC + channel
+        values = values + (tl.load(at, mask=_when(t + u < end, inside), other=0.0),)
+    return values
+
+
 @triton.jit(do_not_specialize=["T", "RUN", "documents"])
 def conv_forward_kernel(x, weight, bias, initial, ids, bounds, y, T, C, RUN, documents, sx_b, sx_t, sy_b, sy_t,
                         SILU: tl.constexpr, MODE: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr,
@@ -211,12 +221,12 @@ def conv_forward_kernel(x, weight, bias, initial, ids, bounds, y, T, C, RUN, doc
     taps, offset = load_taps(weight, bias, channel, inside, K)
     document, start, _stop = _document_of(t0, row, ids, bounds, documents, T, MODE)
     window = _window_before(t0, x_row, sx_t, ids, initial, document, start, channel, inside, T, C, MODE, VEC, K)
-    for step in range(0, tl.minimum(RUN, T - t0), STEPS):
+    end = tl.minimum(t0 + RUN, T)
+    following = _load_steps(x_row, t0, end, sx_t, channel, inside, VEC, STEPS)
+    for step in range(0, end - t0, STEPS):
         t = t0 + step
-        values = ()
-        for u in tl.static_range(STEPS):
-            at = x_row + (t + u).to(tl.int64) * sx_t * VEC + channel
-            values = values + (tl.load(at, mask=_when(t + u < T, inside), other=0.0),)
+        values = following
+        following = _load_steps(x_row, t + STEPS, end, sx_t, channel, inside, VEC, STEPS)
         for u in tl.static_range(STEPS):
             if MODE != NO_PACKING:
                 window, _fresh = _enter(t + u, window, ids, documents, initial, channel, inside, T, C, MODE, K)
@@ -254,6 +264,14 @@ def conv_state_kernel(x, initial, ids, bounds, final, T, C, sx_b, sx_t,
 
 
 @triton.jit
+def _zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(COUNT):
+        zeros = zeros + (tl.zeros([BLOCK], tl.float32),)
+    return zeros
+
+
+@triton.jit
 def _final_state_gradient(t, dfinal, row, ids, bounds, documents, channel, inside, T, C,
                           MODE: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """What token ``t``'s input receives from the gradient of the final states: zero but for a document's last K - 1."""
@@ -284,21 +302,17 @@ def conv_backward_kernel(x, weight, bias, initial, ids, bounds, dy, dfinal, dx, 
     document, start, _stop = _document_of(t0, row, ids, bounds, documents, T, MODE)
     window = _window_before(t0, x_row, sx_t, ids, initial, document, start, channel, inside, T, C, MODE, VEC, K)
     zero = tl.zeros([BLOCK], tl.float32)
-    pending, sums = (), (zero,)
-    for _ in tl.static_range(K):
-        sums = sums + (zero,)
-    for _ in tl.static_range(K - 1):
-        pending = pending + (zero,)
+    pending, sums = _zeros(K - 1, BLOCK), _zeros(K + 1, BLOCK)
     end = tl.minimum(t0 + RUN, T)
+    stop = tl.minimum(end + K - 1, T)
     age = t0 * 0 + K  # tokens since the document's start, as far as this run has seen one
+    following = _load_steps(x_row, t0, stop, sx_t, channel, inside, VEC, STEPS)
+    arriving = _load_steps(dy_row, t0, stop, sdy_t, channel, inside, VEC, STEPS)
     for step in range(0, end - t0 + K - 1, STEPS):
         t = t0 + step
-        values, gradients = (), ()
-        for u in tl.static_range(STEPS):
-            mask = _when(t + u < T, inside)
-            token = (t + u).to(tl.int64)
-            values = values + (tl.load(x_row + token * sx_t * VEC + channel, mask=mask, other=0.0),)
-            gradients = gradients + (tl.load(dy_row + token * sdy_t * VEC + channel, mask=mask, other=0.0),)
+        values, gradients = following, arriving
+        following = _load_steps(x_row, t + STEPS, stop, sx_t, channel, inside, VEC, STEPS)
+        arriving = _load_steps(dy_row, t + STEPS, stop, sdy_t, channel, inside, VEC, STEPS)
         for u in tl.static_range(STEPS):
             value, gradient = values[u].to(tl.float32), gradients[u].to(tl.float32)
             if MODE != NO_PACKING:

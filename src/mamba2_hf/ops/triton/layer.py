@@ -46,7 +46,7 @@ class Arguments(NamedTuple):
     conv_weight: Tensor
     conv_bias: Tensor | None
     dt_bias: Tensor | None
-    A: Tensor
+    A_log: Tensor
     D: Tensor | None
     gated_norm_weight: Tensor
     out_weight: Tensor
@@ -65,11 +65,15 @@ class Arguments(NamedTuple):
     dtype: torch.dtype  # of the products
     trains: bool  # whether gradients of the projections' weights are wanted
 
-    def mixer(self, zxbcdt: Tensor) -> Mixer:
+    def rates(self) -> Tensor:
+        """A, ``(H,)``, fp32."""
+        return -torch.exp(self.A_log.float())
+
+    def mixer(self, zxbcdt: Tensor, A: Tensor) -> Mixer:
         """What is between the projections."""
         return Mixer(
             inner.Arguments(
-                *(zxbcdt, self.conv_weight, self.conv_bias, self.dt_bias, self.A, self.D, self.gated_norm_weight),
+                *(zxbcdt, self.conv_weight, self.conv_bias, self.dt_bias, A, self.D, self.gated_norm_weight),
                 *(None, None, self.seq_idx, self.cu_seqlens, self.head_dim, self.n_groups, self.silu),
                 *(self.gated_norm_eps, self.group_size, self.norm_before_gate, False, self.low, self.high),
             )
@@ -100,7 +104,7 @@ def mamba2_layer(
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     dt_bias: Tensor | None,
-    A: Tensor,
+    A_log: Tensor,
     D: Tensor | None,
     gated_norm_weight: Tensor,
     out_weight: Tensor,
@@ -120,7 +124,7 @@ def mamba2_layer(
     """See :func:`mamba2_hf.ops.mamba2_layer`."""
     out: Tensor = call(
         "mamba2_layer",
-        *(stream, norm_weight, in_weight, in_bias, conv_weight, conv_bias, dt_bias, A, D, gated_norm_weight),
+        *(stream, norm_weight, in_weight, in_bias, conv_weight, conv_bias, dt_bias, A_log, D, gated_norm_weight),
         *(out_weight, out_bias, seq_idx, cu_seqlens, shape.head_dim, shape.groups, activation is not None),
         *(norm_eps, gated_norm_eps, group_size, norm_before_gate, *map(float, dt_limit), dtype),
         in_weight.requires_grad or out_weight.requires_grad,
@@ -136,7 +140,7 @@ def layer_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         normed = norm_forward(call.stream, None, call.norm_weight, call.norm_eps, width, False, call.dtype)
         zxbcdt = F.linear(normed, call.cast(call.in_weight), call.cast(call.in_bias))
         del normed
-        mixer = call.mixer(zxbcdt)
+        mixer = call.mixer(zxbcdt, call.rates())
         y, _ = mixer.scanned()
         mixed = F.linear(mixer.normed(y, call.gated_norm_weight), call.cast(call.out_weight), call.cast(call.out_bias))
         return _add(call.stream, mixed), zxbcdt, y
@@ -150,7 +154,8 @@ def layer_backward(dstream: Tensor, zxbcdt: Tensor, y: Tensor, *args: Any) -> tu
     with without_autocast(dstream.device):
         dstream = dstream.contiguous()
         dmixed = dstream.to(call.dtype).flatten(0, 1)
-        mixer = call.mixer(zxbcdt)
+        A = call.rates()
+        mixer = call.mixer(zxbcdt, A)
         du = _new(zxbcdt)
         dnormed = torch.mm(dmixed, call.cast(call.out_weight)).view_as(y)
         normed = _new(y) if call.trains else None
@@ -158,6 +163,8 @@ def layer_backward(dstream: Tensor, zxbcdt: Tensor, y: Tensor, *args: Any) -> tu
         dout = _weight_gradients(dmixed, normed, call.out_weight, call.out_bias)
         del dmixed, dnormed, normed
         dconv, dconv_bias, dbias, dA, dD, _, _ = mixer.backward(dy, None, None, du)
+        assert dA is not None  # it always trains
+        dA_log = (dA * A).to(call.A_log.dtype)
         del mixer, dy
         flat = du.flatten(0, 1)
         dnormed = torch.mm(flat, call.cast(call.in_weight)).view_as(dstream)
@@ -168,7 +175,7 @@ def layer_backward(dstream: Tensor, zxbcdt: Tensor, y: Tensor, *args: Any) -> tu
             y=normed,
         )
         din = _weight_gradients(flat, normed, call.in_weight, call.in_bias)
-        return dx, dnorm, *din, dconv, dconv_bias, dbias, dA, dD, dgated_norm, *dout
+        return dx, dnorm, *din, dconv, dconv_bias, dbias, dA_log, dD, dgated_norm, *dout
 
 
 def _add(stream: Tensor, mixed: Tensor) -> Tensor:

@@ -8,54 +8,48 @@ import triton.language as tl
 from torch import Tensor
 
 from .calls import call
-from .launch import cdiv, launch, power_of_two
+from .launch import launch, power_of_two
 from .rows import vector_strides
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LANES, RUN = 1024, 8  # logits at a time: 16 bytes a thread in half precision
+BLOCK = 8192  # logits at a time
 WARPS = 8
 
 
 @triton.jit
 def cross_entropy_kernel(logits, labels, losses, stride, scale, ignore_index,
                          VOCAB: tl.constexpr, UNIT: tl.constexpr, GRADIENT: tl.constexpr,
-                         LANES: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
-    """One row: the largest logit and the sum of exponentials, then the gradient over the logits.
-
-    ``LANES`` runs of ``RUN`` neighbors are read at a time; each run of threads keeps its own peak and sum, so that
-    threads meet only at the row's end.
-    """
+                         BLOCK: tl.constexpr):  # fmt: skip
+    """One row: the largest logit and the sum of exponentials, then the gradient over the logits."""
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * stride * UNIT
     label = tl.load(labels + row)
-    columns = tl.arange(0, LANES)[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    columns = tl.arange(0, BLOCK)
     if label == ignore_index:
         tl.store(losses + row, 0.0)
         if GRADIENT:
-            for start in range(0, VOCAB, LANES * RUN):
+            for start in range(0, VOCAB, BLOCK):
                 column = start + columns
-                zeros = tl.zeros([LANES, RUN], base.dtype.element_ty)
+                zeros = tl.zeros([BLOCK], base.dtype.element_ty)
                 tl.store(base + column, zeros, mask=column < VOCAB)
     else:
-        peaks = tl.full([LANES], float("-inf"), tl.float32)
-        totals = tl.zeros([LANES], tl.float32)
-        for start in range(0, VOCAB, LANES * RUN):
+        peak = tl.full([], float("-inf"), tl.float32)
+        totals = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, VOCAB, BLOCK):
             column = start + columns
             x = tl.load(base + column, mask=column < VOCAB, other=0.0, eviction_policy="evict_last")
             x = tl.where(column < VOCAB, x.to(tl.float32) * scale, float("-inf"))
-            higher = tl.maximum(peaks, tl.max(x, 1))
+            higher = tl.maximum(peak, tl.max(x, 0))
             shift = tl.where(higher == float("-inf"), 0.0, higher)  # no difference of infinities
-            totals = totals * tl.exp(peaks - shift) + tl.sum(tl.exp(x - shift[:, None]), 1)
-            peaks = higher
-        peak = tl.max(peaks, 0)
-        shift = tl.where(peak == float("-inf"), 0.0, peak)
-        normalizer = peak + tl.log(tl.sum(totals * tl.exp(peaks - shift), 0))
+            totals = totals * tl.exp(peak - shift) + tl.exp(x - shift)
+            peak = higher
+        normalizer = peak + tl.log(tl.sum(totals, 0))
         known = (label >= 0) & (label < VOCAB)
         target = tl.load(base + label, mask=known, other=float("nan")).to(tl.float32) * scale
         tl.store(losses + row, normalizer - target)
         if GRADIENT:
             tl.debug_barrier()  # the target's logit is read before any warp overwrites it
-            for start in range(0, VOCAB, LANES * RUN):
+            for start in range(0, VOCAB, BLOCK):
                 column = start + columns
                 x = tl.load(base + column, mask=column < VOCAB, other=0.0, eviction_policy="evict_first")
                 p = tl.exp(x.to(tl.float32) * scale - normalizer)
@@ -87,8 +81,7 @@ def rows(logits: Tensor, labels: Tensor, scale: float, ignore_index: int, gradie
         VOCAB=vocab,
         UNIT=unit,
         GRADIENT=gradient,
-        LANES=min(LANES, power_of_two(cdiv(vocab, RUN))),
-        RUN=RUN,
+        BLOCK=min(BLOCK, power_of_two(vocab)),
         num_warps=WARPS,
     )
     return losses

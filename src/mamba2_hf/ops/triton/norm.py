@@ -24,7 +24,7 @@ LARGEST_GROUP = 16384  # a group stays in registers
 CHUNK = 1024  # channels of a chunk, at most
 FORWARD_TILE, BACKWARD_TILE = 2048, 1024  # elements of a program, where groups are small
 FORWARD_PER_WARP, BACKWARD_PER_WARP = 1536, 768
-BACKWARD_PROGRAMS = 1056
+BACKWARD_WARPS = 1056  # of all programs: as many as Hopper has room for
 
 
 @triton.jit
@@ -288,7 +288,7 @@ def norm_backward(
     unit, strides = vector_strides(*read, *written)
     tile = _tile(group_size, BACKWARD_TILE, BACKWARD_PER_WARP)
     rows, groups = read[0].shape[0], width // group_size
-    run = cdiv(cdiv(rows * groups, BACKWARD_PROGRAMS), tile.rows) * tile.rows
+    run = cdiv(cdiv(rows * groups * tile.warps, BACKWARD_WARPS), tile.rows) * tile.rows
     programs = cdiv(rows, run)
     partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     launch(
