@@ -54,6 +54,8 @@ MIXER_KERNELS = {
     "advance_rows_kernel",
     "leave_rows_kernel",
     "cross_entropy_kernel",
+    "add_kernel",
+    "sum_rows_kernel",
 }
 CAPABILITIES = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB that a program may have
@@ -114,7 +116,7 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
     import torch
     from compiling import compile_only
 
-    from mamba2_hf.ops.triton import conv, decode, layer_step, loss, norm
+    from mamba2_hf.ops.triton import conv, decode, layer, layer_step, loss, norm
 
     _set_chip(target)
     H, P, N, K, T = 80, 64, 128, 4, 16
@@ -140,6 +142,9 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
             norm.norm_backward(y, y, z, norm_weight, 1e-5, group_size, norm_before_gate)
         norm.norm_forward(y.float(), None, norm_weight, 1e-5, inner, False, y.dtype)
         norm.norm_backward(y, y.float(), None, norm_weight, 1e-5, inner, False)
+        norm.norm_backward(y, y.float(), None, norm_weight, 1e-5, inner, False, more=y.float(), y=y)
+        norm.norm_backward(y, y, z, norm_weight, 1e-5, inner, False, y=y)
+        layer.add(y.float(), y)
         limits = (0.0, math.inf)
         for batch in (1, 64):
             ssm_state = zeros(batch, H, P, N, dtype=torch.float32)

@@ -171,6 +171,11 @@ def test_registrations_hold() -> None:
         ops.causal_conv1d: (x, weight, bias, conv_state, None, None, True),
         ops.rms_norm: (x[..., : H * P], u[..., : H * P], norm_weight, 1e-5, P, False, torch.float16),
         ops.causal_conv1d_update: (x.detach(), conv_state, weight, bias, True),
+        ops.mamba2_layer: (
+            *(x[..., :7].contiguous(), x[0, 0, :7], u[0, 0, :, None].expand(-1, 7).contiguous(), None, weight, bias),
+            *(x[0, 0, :H], x[0, 1, :H], None, norm_weight, norm_weight.expand(7, -1).contiguous(), None, None, None),
+            *(P, G, True, 1e-5, 1e-5, H * P, False, 0.0, math.inf, torch.float32, True),
+        ),
     }
     for op, given_arguments in arguments.items():
         torch.library.opcheck(op.default, given_arguments, test_utils=tests)

@@ -155,35 +155,39 @@ class Mamba2Mixer(KeepsFp32):
             return None
         before, entering, conv = plain_weight(norm), plain_weight(self.in_proj), plain_weight(self.conv1d)
         inside, leaving = plain_weight(self.norm), plain_weight(self.out_proj)
-        if before is None or entering is None or conv is None or inside is None or leaving is None:
-            return None
-        autocast = torch.is_autocast_enabled(stream.device.type)
-        if not autocast and not before.dtype == entering.dtype == leaving.dtype:
-            return None
-        return ops.mamba2_layer(
-            stream,
-            norm_weight=before,
-            in_weight=entering,
-            in_bias=self.in_proj.bias,
-            conv_weight=conv.squeeze(1),
-            conv_bias=self.conv1d.bias,
-            dt_bias=self.dt_bias,
-            A_log=self.A_log,
-            D=self.D,
-            gated_norm_weight=inside,
-            out_weight=leaving,
-            out_bias=self.out_proj.bias,
-            n_groups=self.n_groups,
-            activation=self.activation,
-            norm_eps=norm.eps,
-            gated_norm_eps=self.norm.eps,
-            group_size=self.norm.group_size,
-            norm_before_gate=self.norm.norm_before_gate,
-            dt_limit=self.dt_limit,
-            chunk_size=self.chunk_size,
-            seq_idx=layout.seq_idx,
-            cu_seqlens=layout.cu_seqlens,
-        )
+        if (
+            before is not None
+            and entering is not None
+            and conv is not None
+            and inside is not None
+            and leaving is not None
+            and (torch.is_autocast_enabled(stream.device.type) or before.dtype == entering.dtype == leaving.dtype)
+        ):
+            return ops.mamba2_layer(
+                stream,
+                norm_weight=before,
+                in_weight=entering,
+                in_bias=self.in_proj.bias,
+                conv_weight=conv.squeeze(1),
+                conv_bias=self.conv1d.bias,
+                dt_bias=self.dt_bias,
+                A_log=self.A_log,
+                D=self.D,
+                gated_norm_weight=inside,
+                out_weight=leaving,
+                out_bias=self.out_proj.bias,
+                n_groups=self.n_groups,
+                activation=self.activation,
+                norm_eps=norm.eps,
+                gated_norm_eps=self.norm.eps,
+                group_size=self.norm.group_size,
+                norm_before_gate=self.norm.norm_before_gate,
+                dt_limit=self.dt_limit,
+                chunk_size=self.chunk_size,
+                seq_idx=layout.seq_idx,
+                cu_seqlens=layout.cu_seqlens,
+            )
+        return None
 
     def _inner(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         """What is between the projections: ``(B, T, 2 H P + 2 G N + H)`` to ``(B, T, H P)``."""

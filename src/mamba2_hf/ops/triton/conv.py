@@ -32,7 +32,8 @@ BY_BOUNDS = tl.constexpr(2)
 
 CHANNELS, WARPS = 128, 1  # of a program: 8 bytes per thread and load in half precision
 FORWARD_CHANNELS, FORWARD_WARPS = 256, 2
-STEPS, FORWARD_STEPS = 8, 4  # tokens loaded together
+# Tokens loaded together. The forward loads the next ones before it computes; the backward needs its registers.
+STEPS, FORWARD_STEPS = 8, 4
 PROGRAMS = 8192  # aimed at, to choose how many tokens a program walks
 
 
@@ -304,15 +305,11 @@ def conv_backward_kernel(x, weight, bias, initial, ids, bounds, dy, dfinal, dx, 
     zero = tl.zeros([BLOCK], tl.float32)
     pending, sums = _zeros(K - 1, BLOCK), _zeros(K + 1, BLOCK)
     end = tl.minimum(t0 + RUN, T)
-    stop = tl.minimum(end + K - 1, T)
     age = t0 * 0 + K  # tokens since the document's start, as far as this run has seen one
-    following = _load_steps(x_row, t0, stop, sx_t, channel, inside, VEC, STEPS)
-    arriving = _load_steps(dy_row, t0, stop, sdy_t, channel, inside, VEC, STEPS)
     for step in range(0, end - t0 + K - 1, STEPS):
         t = t0 + step
-        values, gradients = following, arriving
-        following = _load_steps(x_row, t + STEPS, stop, sx_t, channel, inside, VEC, STEPS)
-        arriving = _load_steps(dy_row, t + STEPS, stop, sdy_t, channel, inside, VEC, STEPS)
+        values = _load_steps(x_row, t, T, sx_t, channel, inside, VEC, STEPS)
+        gradients = _load_steps(dy_row, t, T, sdy_t, channel, inside, VEC, STEPS)
         for u in tl.static_range(STEPS):
             value, gradient = values[u].to(tl.float32), gradients[u].to(tl.float32)
             if MODE != NO_PACKING:
@@ -486,9 +483,8 @@ def conv_backward(
                 *(*inputs, dinitial, tokens, channels, packing.states, *strides[:4]),
                 **common,
             )
-    total = sum_rows(
-        partial, weight.dtype if bias is None or bias.dtype == weight.dtype else torch.float32
-    )  # (K + 1, C)
+    several = bias is not None and bias.dtype != weight.dtype
+    total = sum_rows(partial, torch.float32 if several else weight.dtype)  # (K + 1, C)
     dweight = total[:taps].T.to(weight.dtype).contiguous()
     return ConvGradients(dx, dweight, None if bias is None else total[taps].to(bias.dtype), dinitial)
 

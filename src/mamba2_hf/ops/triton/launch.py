@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 REMEMBERED = 4096  # launches, before all are forgotten
 
@@ -25,8 +26,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         args: in order, everything but the kernel's ``constexpr`` parameters: tensors, tile descriptors, numbers, None.
         constants: the ``constexpr`` parameters and compiler options.
     """
-    key = (id(kernel), torch.cuda.current_device() if torch.cuda.is_initialized() else -1)
-    key = (*key, *[_kind(arg) for arg in args], *constants.items())
+    kinds: list[Any] = [id(kernel), torch.cuda.current_device() if torch.cuda.is_initialized() else -1]
+    for arg in args:  # what of an argument the compiled code depends on
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            kinds += arg.dtype, arg.data_ptr() % 16 == 0
+        elif kind is int:
+            kinds.append(1 if arg == 1 else (arg % 16 == 0, -(2**31) <= arg < 2**31))
+        elif arg is None or kind is float:
+            kinds.append(kind)
+        elif isinstance(arg, Tensor):
+            kinds += arg.dtype, arg.data_ptr() % 16 == 0
+        else:
+            kinds.append((arg.base.dtype, *arg.block_shape))
+    key = (*kinds, *constants.items())
     found = _compiled.get(key)
     if found is not None:
         compiled, tail = found
@@ -49,14 +62,3 @@ def cdiv(a: int, b: int) -> int:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least ``n``."""
     return 1 << (n - 1).bit_length() if n > 1 else 1
-
-
-def _kind(arg: Any) -> Any:
-    """What of an argument the compiled code depends on."""
-    if type(arg) is int:
-        return 1 if arg == 1 else (arg % 16 == 0, -(2**31) <= arg < 2**31)
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
-    if arg is None or type(arg) is float:
-        return type(arg)
-    return arg.base.dtype, *arg.block_shape

@@ -143,7 +143,7 @@ def layer_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         mixer = call.mixer(zxbcdt, call.rates())
         y, _ = mixer.scanned()
         mixed = F.linear(mixer.normed(y, call.gated_norm_weight), call.cast(call.out_weight), call.cast(call.out_bias))
-        return _add(call.stream, mixed), zxbcdt, y
+        return add(call.stream, mixed), zxbcdt, y
 
 
 def layer_backward(dstream: Tensor, zxbcdt: Tensor, y: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
@@ -178,7 +178,7 @@ def layer_backward(dstream: Tensor, zxbcdt: Tensor, y: Tensor, *args: Any) -> tu
         return dx, dnorm, *din, dconv, dconv_bias, dbias, dA_log, dD, dgated_norm, *dout
 
 
-def _add(stream: Tensor, mixed: Tensor) -> Tensor:
+def add(stream: Tensor, mixed: Tensor) -> Tensor:
     """``stream + mixed`` in the dtype of the stream; PyTorch is slow where that is not the other's."""
     stream, total = stream.contiguous(), _new(stream)
     size = stream.numel()

@@ -7,6 +7,7 @@ of rows, so that the weight's gradient is summed in registers, then over program
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -209,6 +210,7 @@ class _Tile(NamedTuple):
     warps: int
 
 
+@functools.cache
 def _tile(size: int, elements: int, per_warp: int) -> _Tile:
     """How a program holds groups of ``size`` channels."""
     block, exact = min(power_of_two(size), CHUNK), size & -size
