@@ -162,7 +162,7 @@ def test_checkpointed_layers_are_the_same(backend: str) -> None:
 
 
 def test_what_is_kept(backend: str) -> None:
-    """On Triton: beside the weights, the stream, and the outputs of in_proj and of the scan."""
+    """On Triton: beside the weights, the stream, the outputs of in_proj and of the scan, and A."""
     given = cast({name: t for name, t in inputs().items() if name not in BIASES}, torch.float32)
     held: dict[int, int] = {}
 
@@ -175,7 +175,7 @@ def test_what_is_kept(backend: str) -> None:
     weights = {t.data_ptr() for name, t in given.items() if name != "stream"}
     kept = sum(numel for at, numel in held.items() if at not in weights)
     if backend == "triton":
-        assert kept == 2 * T * (d + (INNER + C + H) + INNER)
+        assert kept == 2 * T * (d + (INNER + C + H) + INNER) + H
 
 
 def test_contradictions_are_refused(backend: str) -> None:

@@ -218,7 +218,7 @@ _differentiate("mamba2_inner", inner.inner_forward, inner.inner_backward, 9, 11)
 # A whole layer for training
 
 
-def _layer_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _layer_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = layer.Arguments(*args)
     rows, heads = call.stream.shape[:2], call.A_log.shape[0]
     products = call.stream.new_empty(0, dtype=call.dtype)
@@ -226,10 +226,11 @@ def _layer_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         call.stream.new_empty(call.stream.shape),
         products.new_empty(*rows, call.in_weight.shape[0]),
         products.new_empty(*rows, heads * call.head_dim),
+        products.new_empty(heads, dtype=torch.float32),
     )
 
 
-def _layer_backward_fake(dstream: Tensor, zxbcdt: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _layer_backward_fake(dstream: Tensor, zxbcdt: Tensor, y: Tensor, A: Tensor, *args: Any) -> tuple[Tensor, ...]:
     call = layer.Arguments(*args)
     weights = () if call.trains else (call.in_weight, call.out_weight)
     return tuple(_like(None if any(t is w for w in weights) else t, dstream) for t in args[:12])
@@ -241,13 +242,14 @@ _LAYER = (
     "Tensor? seq_idx, Tensor? cu_seqlens, int head_dim, int n_groups, bool silu, float norm_eps, float gated_norm_eps, "
     "int group_size, bool norm_before_gate, float low, float high, ScalarType dtype, bool trains"
 )
-_register(f"mamba2_layer({_LAYER}) -> (Tensor, Tensor, Tensor)", layer.layer_forward, _layer_fake)
+_register(f"mamba2_layer({_LAYER}) -> (Tensor, Tensor, Tensor, Tensor)", layer.layer_forward, _layer_fake)
 _register(
-    f"mamba2_layer_backward(Tensor dstream, Tensor zxbcdt, Tensor y, {_LAYER}) -> ({', '.join(['Tensor'] * 12)})",
+    f"mamba2_layer_backward(Tensor dstream, Tensor zxbcdt, Tensor y, Tensor A, {_LAYER})"
+    f" -> ({', '.join(['Tensor'] * 12)})",
     _filled(layer.layer_backward),
     _layer_backward_fake,
 )
-_differentiate("mamba2_layer", layer.layer_forward, layer.layer_backward, 12, 14, kept=2)
+_differentiate("mamba2_layer", layer.layer_forward, layer.layer_backward, 12, 14, kept=3)
 
 
 # Decoding: states are updated in place

@@ -65,10 +65,6 @@ class Arguments(NamedTuple):
     dtype: torch.dtype  # of the products
     trains: bool  # whether gradients of the projections' weights are wanted
 
-    def rates(self) -> Tensor:
-        """A, ``(H,)``, fp32."""
-        return -torch.exp(self.A_log.float())
-
     def mixer(self, zxbcdt: Tensor, A: Tensor) -> Mixer:
         """What is between the projections."""
         return Mixer(
@@ -132,21 +128,22 @@ def mamba2_layer(
     return out
 
 
-def layer_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The stream after the layer; and for the backward the outputs of in_proj and of the scan."""
+def layer_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The stream after the layer; and for the backward the outputs of in_proj and of the scan, and A."""
     call = Arguments(*args)
     with without_autocast(call.stream.device):
         width = call.stream.shape[-1]
         normed = norm_forward(call.stream, None, call.norm_weight, call.norm_eps, width, False, call.dtype)
         zxbcdt = F.linear(normed, call.cast(call.in_weight), call.cast(call.in_bias))
         del normed
-        mixer = call.mixer(zxbcdt, call.rates())
+        A = torch.exp(call.A_log.float()).neg_()
+        mixer = call.mixer(zxbcdt, A)
         y, _ = mixer.scanned()
         mixed = F.linear(mixer.normed(y, call.gated_norm_weight), call.cast(call.out_weight), call.cast(call.out_bias))
-        return add(call.stream, mixed), zxbcdt, y
+        return add(call.stream, mixed), zxbcdt, y, A
 
 
-def layer_backward(dstream: Tensor, zxbcdt: Tensor, y: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+def layer_backward(dstream: Tensor, zxbcdt: Tensor, y: Tensor, A: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     """Gradients of the twelve tensors that open :class:`Arguments`, given that of the stream after the layer, and what
     :func:`layer_forward` left.
     """
@@ -154,7 +151,6 @@ def layer_backward(dstream: Tensor, zxbcdt: Tensor, y: Tensor, *args: Any) -> tu
     with without_autocast(dstream.device):
         dstream = dstream.contiguous()
         dmixed = dstream.to(call.dtype).flatten(0, 1)
-        A = call.rates()
         mixer = call.mixer(zxbcdt, A)
         du = _new(zxbcdt)
         dnormed = torch.mm(dmixed, call.cast(call.out_weight)).view_as(y)
