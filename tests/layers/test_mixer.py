@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba2_hf.errors import CacheError
-from mamba2_hf.layers import Mamba2Mixer, SSDState
-from mamba2_hf.layers.sequence import sequence_layout
+from mamba2_hf.layers import Mamba2Mixer, RMSNorm, SSDState
+from mamba2_hf.layers.sequence import PLAIN, sequence_layout
 from mamba2_hf.ops.reference import ssd_recurrent
 
 BATCH, TOKENS, WIDTH = 2, 21, 16
@@ -108,6 +108,46 @@ class TestResults:
         flat = sequence_layout(1, BATCH * TOKENS, cu_seqlens=torch.tensor([0, 5, 6, 21, 26, 27, 42]))
         row = mixer(hidden_states.view(1, -1, WIDTH), flat)
         torch.testing.assert_close(row.view_as(parts), parts, atol=1e-10, rtol=1e-8)
+
+
+class TestTrainedLayer:
+    """Norm, mixer and residual as one op."""
+
+    @pytest.mark.parametrize("options", OPTIONS)
+    def test_is_its_parts(self, options: str, hidden_states: Tensor) -> None:
+        mixer, norm = make_mixer(**OPTIONS[options]), RMSNorm(WIDTH).double()
+        nn.init.normal_(norm.weight)
+        seq_idx = torch.arange(TOKENS).div(8, rounding_mode="floor").expand(BATCH, -1)
+        parameters = [*mixer.parameters(), *norm.parameters()]
+        for layout in (PLAIN, sequence_layout(BATCH, TOKENS, seq_idx=seq_idx)):
+            whole = mixer.train_layer(hidden_states, norm, layout, None)
+            assert whole is not None
+            parts = hidden_states + mixer(norm(hidden_states), layout)
+            torch.testing.assert_close(whole, parts)
+            gradients = [torch.autograd.grad(out.square().sum(), parameters) for out in (whole, parts)]
+            torch.testing.assert_close(*gradients)
+
+    def test_is_for_training_without_states(self, hidden_states: Tensor) -> None:
+        mixer, norm = make_mixer(), RMSNorm(WIDTH).double()
+        assert mixer.train_layer(hidden_states, norm, PLAIN, SSDState()) is None
+        with torch.no_grad():
+            assert mixer.train_layer(hidden_states, norm, PLAIN, None) is None
+
+    @pytest.mark.parametrize("part", ["", "in_proj", "conv1d", "norm", "out_proj", "the norm before"])
+    def test_is_left_where_a_module_has_to_be_called(self, part: str, hidden_states: Tensor) -> None:
+        mixer, norm = make_mixer(), RMSNorm(WIDTH).double()
+        module = norm if part == "the norm before" else mixer.get_submodule(part)
+        handle = module.register_forward_hook(lambda module, args, out: 2 * out)
+        assert mixer.train_layer(hidden_states, norm, PLAIN, None) is None
+        handle.remove()
+        assert mixer.train_layer(hidden_states, norm, PLAIN, None) is not None
+
+    def test_weights_of_several_dtypes_are_left_to_their_modules(self, hidden_states: Tensor) -> None:
+        mixer, norm = make_mixer(torch.float32), RMSNorm(WIDTH).half()
+        stream = hidden_states.float()
+        assert mixer.train_layer(stream, norm, PLAIN, None) is None
+        with torch.autocast("cpu", torch.bfloat16):  # which makes one of them
+            assert mixer.train_layer(stream, norm, PLAIN, None) is not None
 
 
 class TestAttentionMatrix:

@@ -265,14 +265,6 @@ def conv_state_kernel(x, initial, ids, bounds, final, T, C, sx_b, sx_t,
 
 
 @triton.jit
-def _zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    zeros = ()
-    for _ in tl.static_range(COUNT):
-        zeros = zeros + (tl.zeros([BLOCK], tl.float32),)
-    return zeros
-
-
-@triton.jit
 def _final_state_gradient(t, dfinal, row, ids, bounds, documents, channel, inside, T, C,
                           MODE: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """What token ``t``'s input receives from the gradient of the final states: zero but for a document's last K - 1."""
@@ -303,13 +295,21 @@ def conv_backward_kernel(x, weight, bias, initial, ids, bounds, dy, dfinal, dx, 
     document, start, _stop = _document_of(t0, row, ids, bounds, documents, T, MODE)
     window = _window_before(t0, x_row, sx_t, ids, initial, document, start, channel, inside, T, C, MODE, VEC, K)
     zero = tl.zeros([BLOCK], tl.float32)
-    pending, sums = _zeros(K - 1, BLOCK), _zeros(K + 1, BLOCK)
+    pending, sums = (), (zero,)
+    for _ in tl.static_range(K):
+        sums = sums + (zero,)
+    for _ in tl.static_range(K - 1):
+        pending = pending + (zero,)
     end = tl.minimum(t0 + RUN, T)
     age = t0 * 0 + K  # tokens since the document's start, as far as this run has seen one
     for step in range(0, end - t0 + K - 1, STEPS):
         t = t0 + step
-        values = _load_steps(x_row, t, T, sx_t, channel, inside, VEC, STEPS)
-        gradients = _load_steps(dy_row, t, T, sdy_t, channel, inside, VEC, STEPS)
+        values, gradients = (), ()
+        for u in tl.static_range(STEPS):
+            mask = _when(t + u < T, inside)
+            token = (t + u).to(tl.int64)
+            values = values + (tl.load(x_row + token * sx_t * VEC + channel, mask=mask, other=0.0),)
+            gradients = gradients + (tl.load(dy_row + token * sdy_t * VEC + channel, mask=mask, other=0.0),)
         for u in tl.static_range(STEPS):
             value, gradient = values[u].to(tl.float32), gradients[u].to(tl.float32)
             if MODE != NO_PACKING:
