@@ -107,43 +107,15 @@ class Mamba2Mixer(KeepsFp32):
             return None
         if state is None or not state.started or state.record_past or not layout.is_plain:
             return None
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or not is_unhooked(self):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
             return None
-        before, entering, conv = plain_weight(norm), plain_weight(self.in_proj), plain_weight(self.conv1d)
-        inside, leaving = plain_weight(self.norm), plain_weight(self.out_proj)
-        if (
-            before is not None
-            and entering is not None
-            and conv is not None
-            and inside is not None
-            and leaving is not None
-        ):
-            conv_state, ssm_state = state.initial(stream.shape[0])
-            assert conv_state is not None  # the state has started
-            assert ssm_state is not None
-            return ops.mamba2_layer_step(
-                *(stream, conv_state, ssm_state),
-                norm_weight=before,
-                in_weight=entering,
-                in_bias=self.in_proj.bias,
-                conv_weight=conv.squeeze(1),
-                conv_bias=self.conv1d.bias,
-                dt_bias=self.dt_bias,
-                A_log=self.A_log,
-                D=self.D,
-                gated_norm_weight=inside,
-                out_weight=leaving,
-                out_bias=self.out_proj.bias,
-                n_groups=self.n_groups,
-                activation=self.activation,
-                norm_eps=norm.eps,
-                gated_norm_eps=self.norm.eps,
-                group_size=self.norm.group_size,
-                norm_before_gate=self.norm.norm_before_gate,
-                dt_limit=self.dt_limit,
-                ready=state.ready,
-            )
-        return None
+        arguments = self._arguments(norm)
+        if arguments is None:
+            return None
+        conv_state, ssm_state = state.initial(stream.shape[0])
+        assert conv_state is not None  # the state has started
+        assert ssm_state is not None
+        return ops.mamba2_layer_step(stream, conv_state, ssm_state, ready=state.ready, **arguments)
 
     def train_layer(
         self, stream: Tensor, norm: RMSNorm, layout: SequenceLayout, state: SSDState | None
@@ -151,42 +123,54 @@ class Mamba2Mixer(KeepsFp32):
         """``stream + self(norm(stream), layout)``, ``(B, T, d)``, as one op, which keeps less for its backward; None
         where no gradient is recorded, there is a state, or a module has to be called.
         """
-        if state is not None or not torch.is_grad_enabled() or not is_unhooked(self):
+        if state is not None or not torch.is_grad_enabled():
             return None
+        arguments = self._arguments(norm)
+        if arguments is None:
+            return None
+        dtypes = {arguments[name].dtype for name in ("norm_weight", "in_weight", "out_weight")}
+        if len(dtypes) > 1 and not torch.is_autocast_enabled(stream.device.type):
+            return None
+        return ops.mamba2_layer(
+            stream,
+            chunk_size=self.chunk_size,
+            seq_idx=layout.seq_idx,
+            cu_seqlens=layout.cu_seqlens,
+            **arguments,
+        )
+
+    def _arguments(self, norm: RMSNorm) -> dict[str, Any] | None:
+        """What the ops of a whole layer take of it and of its norm; None where a module has to be called."""
         before, entering, conv = plain_weight(norm), plain_weight(self.in_proj), plain_weight(self.conv1d)
         inside, leaving = plain_weight(self.norm), plain_weight(self.out_proj)
         if (
-            before is not None
+            is_unhooked(self)
+            and before is not None
             and entering is not None
             and conv is not None
             and inside is not None
             and leaving is not None
-            and (torch.is_autocast_enabled(stream.device.type) or before.dtype == entering.dtype == leaving.dtype)
         ):
-            return ops.mamba2_layer(
-                stream,
-                norm_weight=before,
-                in_weight=entering,
-                in_bias=self.in_proj.bias,
-                conv_weight=conv.squeeze(1),
-                conv_bias=self.conv1d.bias,
-                dt_bias=self.dt_bias,
-                A_log=self.A_log,
-                D=self.D,
-                gated_norm_weight=inside,
-                out_weight=leaving,
-                out_bias=self.out_proj.bias,
-                n_groups=self.n_groups,
-                activation=self.activation,
-                norm_eps=norm.eps,
-                gated_norm_eps=self.norm.eps,
-                group_size=self.norm.group_size,
-                norm_before_gate=self.norm.norm_before_gate,
-                dt_limit=self.dt_limit,
-                chunk_size=self.chunk_size,
-                seq_idx=layout.seq_idx,
-                cu_seqlens=layout.cu_seqlens,
-            )
+            return {
+                "norm_weight": before,
+                "in_weight": entering,
+                "in_bias": self.in_proj.bias,
+                "conv_weight": conv.squeeze(1),
+                "conv_bias": self.conv1d.bias,
+                "dt_bias": self.dt_bias,
+                "A_log": self.A_log,
+                "D": self.D,
+                "gated_norm_weight": inside,
+                "out_weight": leaving,
+                "out_bias": self.out_proj.bias,
+                "n_groups": self.n_groups,
+                "activation": self.activation,
+                "norm_eps": norm.eps,
+                "gated_norm_eps": self.norm.eps,
+                "group_size": self.norm.group_size,
+                "norm_before_gate": self.norm.norm_before_gate,
+                "dt_limit": self.dt_limit,
+            }
         return None
 
     def _inner(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
