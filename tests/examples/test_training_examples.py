@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -162,8 +161,8 @@ class TestFineTuning:
         assert result.exit_code == 2
         assert "GPU" in result.output
 
-    @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="has bitsandbytes")
     def test_four_bits_without_bitsandbytes_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
         with pytest.raises(typer.BadParameter, match="pip install bitsandbytes"):
             finetune_lora.load("", qlora=True)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from mamba2_hf import Mamba2ForCausalLM, Mamba2ForSequenceClassification
+from mamba2_hf.pretrained import shipped_model_path
 
 pytestmark = [
     # PEFT looks for the base model's config on the Hub when it saves.
@@ -167,6 +168,7 @@ class TestConv1d:
 def test_adapters_over_4_bit_weights(make_model: Callable[..., Any], input_ids: Tensor, tmp_path: Path) -> None:
     """QLoRA; bitsandbytes' CPU kernels serve training mode."""
     pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes")
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     make_model(hidden_size=64, num_heads=16).save_pretrained(tmp_path / "base")
 
@@ -193,3 +195,41 @@ def test_adapters_over_4_bit_weights(make_model: Callable[..., Any], input_ids: 
     adapted.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(load(), tmp_path / "adapter").train()
     torch.testing.assert_close(again(input_ids, labels=input_ids).loss, trained)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "hybrid"])
+def test_adapters_over_int8_weights_of_torchao(name: str, input_ids: Tensor, tmp_path: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    path = shipped_model_path(name)
+    int8 = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(path, quantization_config=int8, dtype=torch.float32)
+
+    model = load()
+    mixer = next(module for module in model.modules() if hasattr(module, "A_log"))
+    assert type(mixer.in_proj.weight) is not nn.Parameter
+    assert type(mixer.A_log) is nn.Parameter
+    with torch.no_grad():
+        logits = model(input_ids).logits
+        expected = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(input_ids).logits
+        assert 0 < (logits - expected).norm() < 0.02 * expected.norm()
+        model.save_pretrained(tmp_path / "int8")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+        torch.testing.assert_close(again(input_ids).logits, logits, atol=1e-4, rtol=1e-4)
+
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, target_modules="all-linear")
+    adapted = get_peft_model(model, config).train()
+    optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=3e-3)
+    losses = []
+    for _ in range(5):
+        loss = adapted(input_ids, labels=input_ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    adapted.eval().save_pretrained(tmp_path / "adapter")
+    reloaded = PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(input_ids).logits, adapted(input_ids).logits)
