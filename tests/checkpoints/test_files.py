@@ -19,7 +19,7 @@ from mamba2_hf.errors import CheckpointError
 
 # Runs the command and stops in the middle of it: says so, and waits to be ended.
 STOPPING = """
-import sys, time
+import signal, sys, time
 from mamba2_hf.checkpoints import io
 from mamba2_hf.cli import main
 
@@ -32,6 +32,7 @@ def wait(*given):
 
 io._write_values = wait
 sys.argv[1:1] = ["convert", "--overwrite"]
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
 main()
 """
 # Converts with no more than so many bytes to a file, as a full disk would have it.
