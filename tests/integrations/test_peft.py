@@ -199,6 +199,7 @@ def test_adapters_over_4_bit_weights(make_model: Callable[..., Any], input_ids: 
 
 @pytest.mark.parametrize("name", ["mamba2", "hybrid"])
 def test_adapters_over_int8_weights_of_torchao(name: str, input_ids: Tensor, tmp_path: Path) -> None:
+    # No dependency of the tests: wherever it is installed, importing transformers writes five lines about it.
     quantization = pytest.importorskip("torchao.quantization")
     path = shipped_model_path(name)
     int8 = TorchAoConfig(quantization.Int8WeightOnlyConfig())
