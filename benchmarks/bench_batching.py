@@ -12,7 +12,6 @@ while all slots are taken and nobody joins. ``generate`` gets a part of the requ
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import statistics
 import time
@@ -22,28 +21,18 @@ from typing import Any
 
 import torch
 import transformers
+from bench_generate import new_model
+from table import write_csv
 
-from mamba2_hf import ContinuousBatch, Mamba2Config, Mamba2ForCausalLM, Request
+from mamba2_hf import ContinuousBatch, Mamba2ForCausalLM, Request
 
 FIELDS = ["case", "impl", "requests", "tokens_per_s", "step_ms", "over_generate", "device", "versions"]
-SHAPES = {"130m": (768, 24, 24), "2.7b": (2560, 64, 80)}  # width, layers, heads
 SLOTS = 16
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampled": {"do_sample": True, "temperature": 0.9, "top_k": 50, "top_p": 0.95},
 }
 CASES = [("130m", "greedy", 48), ("130m", "sampled", 48), ("2.7b", "greedy", 48), ("2.7b", "sampled", 48)]
-
-
-def new_model(shape: str, dtype: torch.dtype) -> Mamba2ForCausalLM:
-    width, layers, heads = SHAPES[shape]
-    config = Mamba2Config(
-        hidden_size=width, num_hidden_layers=layers, num_heads=heads, n_groups=1, vocab_size=50288,
-        tie_word_embeddings=True, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        return Mamba2ForCausalLM(config).to(dtype).eval()
 
 
 def requests_of(count: int, way: str, most: int = 160) -> list[Request]:
@@ -132,12 +121,7 @@ def main() -> None:
         for row in measure(shape, way, count):
             rows.append(row | about)
             print(*(rows[-1].get(field) for field in FIELDS[:6]), flush=True)
-            if options.out:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                with options.out.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, FIELDS)
-                    writer.writeheader()
-                    writer.writerows(rows)
+            write_csv(options.out, FIELDS, rows)
         gc.collect()
         torch.cuda.empty_cache()
 

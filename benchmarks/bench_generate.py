@@ -11,7 +11,6 @@ Stock models take their fast path where mamba_ssm and causal_conv1d are importab
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import importlib.util
 import statistics
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from table import write_csv
 
 from mamba2_hf import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM
 
@@ -47,7 +47,7 @@ CASES = [Case("130m", 1), Case("2.7b", 1), Case("2.7b", 4), Case("2.7b", 16), Ca
 CASES += [Case("2.7b", 64, torch.bfloat16), Case("780m", 1)]
 
 
-def new_model(shape: str) -> Mamba2ForCausalLM:
+def new_model(shape: str, dtype: torch.dtype = torch.bfloat16) -> Mamba2ForCausalLM:
     width, layers, heads = SHAPES[shape]
     config = Mamba2Config(
         hidden_size=width, num_hidden_layers=layers, num_heads=heads, n_groups=1, vocab_size=50288,
@@ -55,7 +55,7 @@ def new_model(shape: str) -> Mamba2ForCausalLM:
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device("cuda"):
-        return Mamba2ForCausalLM(config).to(torch.bfloat16).eval()
+        return Mamba2ForCausalLM(config).to(dtype).eval()
 
 
 def stock_model(model: Mamba2ForCausalLM) -> Any:
@@ -213,12 +213,7 @@ def main() -> None:
             ms, floor = row["ms"], row["floor_ms"]
             rows.append(row | {"over_floor": ms / floor if ms and floor else None} | about)
             print(*(rows[-1].get(field) for field in FIELDS[:8]), flush=True)
-            if options.out:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                with options.out.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, FIELDS)
-                    writer.writeheader()
-                    writer.writerows(rows)
+            write_csv(options.out, FIELDS, rows)
         gc.collect()
         torch.cuda.empty_cache()
 

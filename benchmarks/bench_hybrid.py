@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import gc
 import statistics
 import time
@@ -28,6 +27,7 @@ from typing import Any
 
 import torch
 import triton
+from table import write_csv
 from torch import Tensor
 
 from mamba2_hf import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, Mamba2HybridConfig, Mamba2HybridForCausalLM
@@ -193,12 +193,7 @@ class Bench:
         versions = f"torch {torch.__version__}, triton {triton.__version__}"
         self.rows.append(dict(zip(FIELDS, (case, impl, *values, self.device_name(), versions), strict=True)))
         print(*[value for value in list(self.rows[-1].values())[:6] if value], flush=True)
-        if self.out:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            with self.out.open("w", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS)
-                writer.writeheader()
-                writer.writerows(self.rows)
+        write_csv(self.out, FIELDS, self.rows)
 
     def device_name(self) -> str:
         return torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from table import write_csv
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -412,17 +413,11 @@ def main() -> None:
     rates = measure_rates()
     print(f"copy {rates.bandwidth / 1e12:.2f} TB/s, matrix product {rates.product / 1e12:.0f} TFLOP/s", flush=True)
     rows: list[dict[str, Any]] = []
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
     for runs in (mixer_runs, step_runs, scan_runs):
         for run in runs(options.cases, rates):
             rows.append(measure(run))
             print(" ".join(f"{v}" for v in list(rows[-1].values())[:7]), flush=True)
-            if options.out:
-                with options.out.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, FIELDS)
-                    writer.writeheader()
-                    writer.writerows(rows)
+            write_csv(options.out, FIELDS, rows)
     if options.errors:
         print_errors()
     return None

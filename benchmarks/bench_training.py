@@ -19,7 +19,6 @@ checked against the documents one by one. Stock models cannot do either: theirs 
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import gc
 import importlib.util
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from table import write_csv
 from torch import Tensor, nn
 from transformers.models.mamba2.configuration_mamba2 import Mamba2Config as StockConfig
 from transformers.models.mamba2.modeling_mamba2 import Mamba2ForCausalLM as StockModel
@@ -316,18 +316,12 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.tiny:
         raise SystemExit("no GPU: --tiny runs toy sizes on the CPU")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
     done: list[dict[str, Any]] = []
     impls = (OURS,) if options.no_peer else (OURS, STOCK)
     for row in rows([case for case in (TINY if options.tiny else CASES) if options.cases in case.name], device, impls):
         done.append(row)
         print(" ".join(f"{value}" for value in list(row.values())[:11]), flush=True)
-        if options.out:  # whatever happens next, this is kept
-            with options.out.open("w", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS)
-                writer.writeheader()
-                writer.writerows(done)
+        write_csv(options.out, FIELDS, done)
 
 
 if __name__ == "__main__":

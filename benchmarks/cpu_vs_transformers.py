@@ -9,7 +9,6 @@ size of a fresh process during one call, over what it was with the weights loade
 
 from __future__ import annotations
 
-import csv
 import ctypes
 import gc
 import json
@@ -30,6 +29,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from table import write_csv
 from torch import Tensor
 from transformers.models.mamba2.configuration_mamba2 import Mamba2Config as StockConfig
 from transformers.models.mamba2.modeling_mamba2 import Mamba2ForCausalLM as StockModel
@@ -251,12 +251,8 @@ def main(
         table.add_row(case.name, *medians, f"{faster:.2f}x", *memory)
     console.print(table)
 
-    out.mkdir(parents=True, exist_ok=True)
     path = out / ("cpu_vs_transformers.csv" if size == "130m" else f"cpu_vs_transformers_{size}.csv")
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, FIELDS, rows)
     console.print(f"Written to {path}")
 
 
