@@ -336,20 +336,27 @@ def check_layer(
     raises :class:`ArgumentError`.
     """
     _rank("stream", stream, 3, "(B, T, d)")
-    _rank("in_weight", in_weight, 2, "(2 H P + 2 G N + H, d)")
+    zxbcdt = _projected(stream, in_weight, in_bias)
     _rank("out_weight", out_weight, 2, "(d, H P)")
-    batch, tokens, size = stream.shape
-    entering, inner = in_weight.shape[0], out_weight.shape[1]
-    _shape("in_weight", in_weight, (entering, size), "(2 H P + 2 G N + H, d)")
-    _shape("out_weight", out_weight, (size, inner), "(d, H P)")
-    if in_bias is not None:
-        _shape("in_bias", in_bias, (entering,), "(2 H P + 2 G N + H,)")
+    size = stream.shape[2]
+    _shape("out_weight", out_weight, (size, out_weight.shape[1]), "(d, H P)")
     if out_bias is not None:
         _shape("out_bias", out_bias, (size,), "(d,)")
     if in_weight.dtype != out_weight.dtype:
         _fail(f"in_weight has dtype {in_weight.dtype}, out_weight {out_weight.dtype}: convert one of them")
     check_norm(stream, None, norm_weight, norm_eps, None)
     _same_device(stream.device, in_weight=in_weight, out_weight=out_weight)
+    return zxbcdt
+
+
+def _projected(stream: Tensor, in_weight: Tensor, in_bias: Tensor | None) -> Tensor:
+    """Something of the shape and dtype that in_proj's output ``(B, T, 2 H P + 2 G N + H)`` will have."""
+    _rank("in_weight", in_weight, 2, "(2 H P + 2 G N + H, d)")
+    batch, tokens, size = stream.shape
+    entering = in_weight.shape[0]
+    _shape("in_weight", in_weight, (entering, size), "(2 H P + 2 G N + H, d)")
+    if in_bias is not None:
+        _shape("in_bias", in_bias, (entering,), "(2 H P + 2 G N + H,)")
     return in_weight[:, 0].expand(batch, tokens, entering)
 
 
@@ -377,15 +384,10 @@ def check_layer_step(
 ) -> tuple[SSDShape, int]:
     """Contract of ``mamba2_layer_step``; returns the sizes and the gated norm's, raises :class:`ArgumentError`."""
     _rank("stream", stream, 3, "(B, 1, d)")
-    _rank("in_weight", in_weight, 2, "(2 H P + 2 G N + H, d)")
-    batch, tokens, size = stream.shape
+    _, tokens, size = stream.shape
     if tokens != 1:
         _fail(f"stream has {tokens} tokens, expected one of each sequence")
-    entering = in_weight.shape[0]
-    _shape("in_weight", in_weight, (entering, size), "(2 H P + 2 G N + H, d)")
-    if in_bias is not None:
-        _shape("in_bias", in_bias, (entering,), "(2 H P + 2 G N + H,)")
-    zxbcdt = in_weight[:, 0].expand(batch, 1, entering)  # as the projection will be, for shapes and dtypes
+    zxbcdt = _projected(stream, in_weight, in_bias)
     shape = check_step(
         *(zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D),
         *(n_groups, activation, dt_limit),
