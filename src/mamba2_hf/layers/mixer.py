@@ -97,6 +97,13 @@ class Mamba2Mixer(KeepsFp32):
         out = linear(self.out_proj, self._inner(zxbcdt, layout, state))
         return (out, self._attention_matrix(zxbcdt, layout)) if output_attentions else out
 
+    def whole_layer(
+        self, stream: Tensor, norm: RMSNorm, layout: SequenceLayout, state: SSDState | None
+    ) -> Tensor | None:
+        """``stream + self(norm(stream), layout, state)`` as one op, where there is one for the call; else None."""
+        stepped = self.step_layer(stream, norm, layout, state)
+        return self.train_layer(stream, norm, layout, state) if stepped is None else stepped
+
     def step_layer(
         self, stream: Tensor, norm: RMSNorm, layout: SequenceLayout, state: SSDState | None
     ) -> Tensor | None:

@@ -61,17 +61,11 @@ class VariantMixer(Mamba2Mixer):
         if out_bias not in (None, use_bias):
             self.out_proj = nn.Linear(self.inner_size, hidden_size, bias=bool(out_bias))
 
-    def step_layer(
+    def whole_layer(
         self, stream: Tensor, norm: RMSNorm, layout: SequenceLayout, state: SSDState | None
     ) -> Tensor | None:
         """As there; None also with multipliers."""
-        return super().step_layer(stream, norm, layout, state) if self.multipliers is None else None
-
-    def train_layer(
-        self, stream: Tensor, norm: RMSNorm, layout: SequenceLayout, state: SSDState | None
-    ) -> Tensor | None:
-        """As there; None also with multipliers."""
-        return super().train_layer(stream, norm, layout, state) if self.multipliers is None else None
+        return super().whole_layer(stream, norm, layout, state) if self.multipliers is None else None
 
     def _inner(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         return super()._inner(self._scaled(zxbcdt), layout, state)

@@ -61,9 +61,7 @@ class Mamba2Block(GradientCheckpointingLayer):
         if output_attentions:
             mixed, attention = self.mixer(self.norm(hidden_states), layout, state, output_attentions=True)
             return hidden_states + mixed, (attention,), ()
-        after = self.mixer.step_layer(hidden_states, self.norm, layout, state)
-        if after is None:
-            after = self.mixer.train_layer(hidden_states, self.norm, layout, state)
+        after = self.mixer.whole_layer(hidden_states, self.norm, layout, state)
         if after is not None:
             return after
         return hidden_states + self.mixer(self.norm(hidden_states), layout, state)

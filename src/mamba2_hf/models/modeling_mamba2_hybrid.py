@@ -148,9 +148,7 @@ class MixerBlock(nn.Module):
         return (self.attention_kind, self.scale, self.ssm_scales) == (None, 1, (1, 1))
 
     def _whole(self, stream: Tensor, call: _Call) -> Tensor | None:
-        given = stream, self.norm, call.layout, call.state(self.state_index[SSD])
-        stepped = self.mixer.step_layer(*given)
-        return self.mixer.train_layer(*given) if stepped is None else stepped
+        return self.mixer.whole_layer(stream, self.norm, call.layout, call.state(self.state_index[SSD]))
 
     def _mix(self, normed: Tensor, call: _Call) -> Tensor:
         before, after = self.ssm_scales
