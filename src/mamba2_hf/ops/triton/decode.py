@@ -114,6 +114,35 @@ def conv_update_kernel(x, state, weight, bias, y, C, sx_b, sx_t, ss_b, ss_c, ss_
 
 
 @triton.jit
+def columns_of(conv, channel, mask, sc_c, sc_l, L: tl.constexpr):
+    """The convolution's last ``L`` inputs, oldest first."""
+    columns = ()
+    for i in tl.static_range(L):
+        columns = columns + (tl.load(conv + channel * sc_c + i * sc_l, mask=mask, other=0.0),)
+    return columns
+
+
+@triton.jit
+def convolve_columns(columns, new, taps, offset, dtype, SILU: tl.constexpr, L: tl.constexpr, K: tl.constexpr):
+    """The convolution's output for the input ``new``."""
+    window = ()
+    for i in tl.static_range(K - 1):
+        window = window + (columns[L - (K - 1) + i].to(dtype).to(tl.float32),)
+    out = convolve(window, new, taps, offset, K)
+    if SILU:
+        out = _silu(out)
+    return out
+
+
+@triton.jit
+def move_columns(conv, columns, new, channel, mask, sc_c, sc_l, L: tl.constexpr):
+    """Moves the convolution's state on; all of the program has read it before."""
+    for i in tl.static_range(L):
+        value = new if i == L - 1 else columns[i + 1]
+        tl.store(conv + channel * sc_c + i * sc_l, value.to(conv.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _window(conv, channel, mask, dtype, sc_c, sc_l, L, K: tl.constexpr):
     """The K - 1 inputs before the new tokens, oldest first, rounded to the dtype of those."""
     window = ()

@@ -22,8 +22,19 @@ from torch import Tensor
 
 from ..checks import SSDShape
 from .calls import call
-from .conv import convolve, load_taps
-from .decode import _dense, _shift, _silu, _step_size, _tile, step_kernel, supports_step
+from .conv import load_taps
+from .decode import (
+    _dense,
+    _shift,
+    _silu,
+    _step_size,
+    _tile,
+    columns_of,
+    convolve_columns,
+    move_columns,
+    step_kernel,
+    supports_step,
+)
 from .launch import cdiv, launch, power_of_two
 from .overlap import follow, overlap
 from .rows import channels_last
@@ -47,27 +58,6 @@ def _weight_tiles(weight, n, mask_n, WIDTH: tl.constexpr, BK: tl.constexpr):
         mask = mask_n[:, None] & (k < WIDTH)[None, :]
         tiles = tiles + (tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first"),)
     return tiles
-
-
-@triton.jit
-def enter_kernel(x, norm_weight, weight, bias, y, outputs, eps,
-                 D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """``BN`` outputs of the projection of ``norm(x)``, ``x (D,)``."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    mask_n = n < outputs
-    tiles = _weight_tiles(weight, n, mask_n, D, BK)
-    offset = 0.0 if bias is None else tl.load(bias + n, mask=mask_n, other=0.0).to(tl.float32)
-    follow(OVERLAP)
-    sums = tl.zeros([BN, BK], tl.float32)
-    squares = tl.zeros([BK], tl.float32)
-    for i in tl.static_range((D + BK - 1) // BK):
-        k = i * BK + tl.arange(0, BK)
-        value = tl.load(x + k, mask=k < D, other=0.0).to(tl.float32)
-        scaled = value * tl.load(norm_weight + k, mask=k < D, other=0.0).to(tl.float32)
-        squares += value * value
-        sums += tiles[i].to(tl.float32) * scaled[None, :]
-    out = tl.sum(sums, 1) * tl.rsqrt(tl.sum(squares, 0) / D + eps) + offset
-    tl.store(y + n, out.to(y.dtype.element_ty), mask=mask_n)
 
 
 @triton.jit
@@ -96,32 +86,16 @@ def _project(weights, inputs, scale, bias, n, mask_n, dtype, WIDTH: tl.constexpr
 
 
 @triton.jit
-def _columns(conv, channel, mask, sc_c, sc_l, L: tl.constexpr):
-    """The convolution's last ``L`` inputs, oldest first."""
-    columns = ()
-    for i in tl.static_range(L):
-        columns = columns + (tl.load(conv + channel * sc_c + i * sc_l, mask=mask, other=0.0),)
-    return columns
-
-
-@triton.jit
-def _convolve(columns, new, taps, offset, dtype, SILU: tl.constexpr, L: tl.constexpr, K: tl.constexpr):
-    """The convolution's output for the input ``new``."""
-    window = ()
-    for i in tl.static_range(K - 1):
-        window = window + (columns[L - (K - 1) + i].to(dtype).to(tl.float32),)
-    out = convolve(window, new, taps, offset, K)
-    if SILU:
-        out = _silu(out)
-    return out
-
-
-@triton.jit
-def _move(conv, columns, new, channel, mask, sc_c, sc_l, L: tl.constexpr):
-    """Moves the convolution's state on; all of the program has read it before."""
-    for i in tl.static_range(L):
-        value = new if i == L - 1 else columns[i + 1]
-        tl.store(conv + channel * sc_c + i * sc_l, value.to(conv.dtype.element_ty), mask=mask)
+def enter_kernel(x, norm_weight, weight, bias, y, outputs, eps,
+                 D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """``BN`` outputs of the projection of ``norm(x)``, ``x (D,)``."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    mask_n = n < outputs
+    weights = _weight_tiles(weight, n, mask_n, D, BK)
+    follow(OVERLAP)
+    inputs, scale = _normed_tiles(x, norm_weight, eps, D, BK)
+    out = _project(weights, inputs, scale, bias, n, mask_n, y.dtype.element_ty, D, BK)
+    tl.store(y + n, out.to(y.dtype.element_ty), mask=mask_n)
 
 
 @triton.jit
@@ -132,16 +106,16 @@ def _enter_maps(pid, x, norm_weight, weight, bias, conv, taps, offset, maps, rea
     j = pid * BO + tl.arange(0, BO)
     mask, channel = j < count, inner + j
     weights = _weight_tiles(weight, inner + channel, mask, WIDTH, BK)
-    columns = _columns(conv, channel, mask, sc_c, sc_l, L)
+    columns = columns_of(conv, channel, mask, sc_c, sc_l, L)
     taps, offset = load_taps(taps, offset, channel, mask, K)
     follow(OVERLAP)
     inputs, scale = _normed_tiles(x, norm_weight, eps, WIDTH, BK)
     dtype: tl.constexpr = weight.dtype.element_ty
     new = _project(weights, inputs, scale, bias, inner + channel, mask, dtype, WIDTH, BK)
-    tl.store(maps + j, _convolve(columns, new, taps, offset, dtype, SILU, L, K), mask=mask)
+    tl.store(maps + j, convolve_columns(columns, new, taps, offset, dtype, SILU, L, K), mask=mask)
     tl.debug_barrier()
     tl.atomic_add(ready, 1, sem="release")
-    _move(conv, columns, new, channel, mask, sc_c, sc_l, L)
+    move_columns(conv, columns, new, channel, mask, sc_c, sc_l, L)
 
 
 @triton.jit
@@ -174,7 +148,7 @@ def enter_step_kernel(x, norm_weight, weight, bias, conv, state, taps, offset, d
     at = state + head.to(tl.int64) * ss_h + p[:, None] * ss_p + n[None, :] * ss_n
     mask = mask_p[:, None] & mask_n[None, :]
     s = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    columns = _columns(conv, channel, mask_p, sc_c, sc_l, L)
+    columns = columns_of(conv, channel, mask_p, sc_c, sc_l, L)
     taps, offset = load_taps(taps, offset, channel, mask_p, K)
     rate = -tl.exp(tl.load(A + head).to(tl.float32))
     dt_offset = 0.0 if dt_bias is None else tl.load(dt_bias + head).to(tl.float32)
@@ -188,7 +162,7 @@ def enter_step_kernel(x, norm_weight, weight, bias, conv, state, taps, offset, d
     new = _project(weights_x, inputs, normed, bias, inner + channel, mask_p, dtype, WIDTH, BK)
     z = _project(weights_z, inputs, normed, bias, channel, mask_p, dtype, WIDTH, BK)
     dt = tl.sum(_project(weights_dt, inputs, normed, bias, of_dt, always, dtype, WIDTH, BK), 0)
-    value = _convolve(columns, new, taps, offset, dtype, SILU, L, K)
+    value = convolve_columns(columns, new, taps, offset, dtype, SILU, L, K)
     step = _step_size(dt, dt_offset, low, high, True)
     seen = tl.atomic_add(ready, 0, sem="acquire")
     while seen < shared:
@@ -208,7 +182,7 @@ def enter_step_kernel(x, norm_weight, weight, bias, conv, state, taps, offset, d
     tl.store(raw + channel, (out * weight_of_norm).to(raw.dtype.element_ty), mask=mask_p)
     tl.store(at, s.to(state.dtype.element_ty), mask=mask)
     tl.debug_barrier()
-    _move(conv, columns, new, channel, mask_p, sc_c, sc_l, L)
+    move_columns(conv, columns, new, channel, mask_p, sc_c, sc_l, L)
 
 
 @triton.jit

@@ -21,8 +21,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
-from .conv import convolve, load_taps
-from .decode import _dense, _silu, _step_size
+from .conv import load_taps
+from .decode import _dense, _silu, _step_size, columns_of, convolve_columns, move_columns
 from .launch import cdiv, launch, power_of_two
 from .overlap import follow, lead, overlap, prefetch
 from .problem import fits_tma
@@ -140,24 +140,16 @@ def convolve_rows_kernel(u, conv, weight, bias, xbc, inner, channels, outputs, s
     row = (tl.program_id(0) // blocks).to(tl.int64)
     channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = channel < channels
-    at = conv + row * sc_b + channel * sc_c
-    columns = ()
-    for i in tl.static_range(L):
-        columns = columns + (tl.load(at + i * sc_l, mask=mask, other=0.0),)
+    conv += row * sc_b
+    columns = columns_of(conv, channel, mask, sc_c, sc_l, L)
     taps, offset = load_taps(weight, bias, channel, mask, K)
     lead(OVERLAP)
     value = tl.load(u + row * outputs + inner + channel, mask=mask, other=0.0)
-    columns = columns + (value.to(conv.dtype.element_ty),)
-    window = ()
-    for i in tl.static_range(K - 1):
-        window = window + (columns[L - (K - 1) + i].to(value.dtype).to(tl.float32),)
-    total = convolve(window, value.to(tl.float32), taps, offset, K)
-    if SILU:
-        total = _silu(total)
+    new = value.to(tl.float32)
+    total = convolve_columns(columns, new, taps, offset, value.dtype, SILU, L, K)
     tl.store(xbc + row * channels + channel, total, mask=mask)
     tl.debug_barrier()  # threads store to columns that others have loaded
-    for i in tl.static_range(L):
-        tl.store(at + i * sc_l, columns[i + 1], mask=mask)
+    move_columns(conv, columns, new, channel, mask, sc_c, sc_l, L)
 
 
 @triton.jit
