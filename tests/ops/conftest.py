@@ -8,6 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from mamba2_hf.ops.triton import replay
+
+
+@pytest.fixture(autouse=True)
+def no_plans() -> None:
+    """No plan is left of a test that changed what leads to one."""
+    replay.forget()
+
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:

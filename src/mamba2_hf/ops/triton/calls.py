@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .replay import replayed
+
 NAMESPACE = "mamba2_hf"
 
 _direct: dict[str, Callable[..., Any]] = {}
@@ -39,14 +41,14 @@ def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 
 def set_direct(name: str, launch: Callable[..., Any]) -> None:
     """Makes an op without gradients callable in eager mode."""
-    _direct[name] = on_its_device(launch)
+    _direct[name] = on_its_device(replayed(launch))
 
 
 def set_differentiable(
     name: str, launch: Callable[..., Any], backward: Callable[..., Any], tensors: int, saved: int, kept: int
 ) -> None:
     """Makes an op callable in eager mode; see ``library._differentiate`` for the arguments."""
-    forward, backward = on_its_device(launch), on_its_device(backward)
+    forward, backward = on_its_device(replayed(launch)), on_its_device(replayed(backward))
     keep, run = autograd_parts(name, backward, tensors, saved, kept)
 
     class Function(torch.autograd.Function):

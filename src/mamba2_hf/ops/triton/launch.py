@@ -12,13 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .replay import noted
+
 REMEMBERED = 4096  # launches, before all are forgotten
 
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+@noted
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> tuple[Any, tuple[Any, ...]] | None:
     """Runs ``kernel[grid](*args, **constants)`` on the current device and stream.
+
+    Its compiled code and the constants that this takes behind the arguments; None in the interpreter.
 
     Args:
         kernel: a kernel of ``triton.jit`` or ``gluon.jit``.
@@ -44,14 +49,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if found is not None:
         compiled, tail = found
         compiled[grid + (1, 1)](*args, *tail)
-        return
+        return found
     compiled = kernel[grid](*args, **constants, enable_fp_fusion=True)
     if compiled is None:  # interpreted
-        return
+        return None
     if len(_compiled) >= REMEMBERED:
         _compiled.clear()
     rest = [parameter.name for parameter in kernel.params[len(args) :]]
-    _compiled[key] = compiled, tuple(constants[name] for name in rest)
+    found = _compiled[key] = compiled, tuple(constants[name] for name in rest)
+    return found
 
 
 def cdiv(a: int, b: int) -> int:
