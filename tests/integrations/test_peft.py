@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from mamba2_hf import Mamba2ForCausalLM, Mamba2ForSequenceClassification
+from mamba2_hf.layers import mixer
 from mamba2_hf.pretrained import shipped_model_path
 
 pytestmark = [
@@ -144,6 +145,107 @@ def test_bf16_base_with_adapters_on_every_linear(make_model: Callable[..., Any],
         expected = adapt(make_model())(input_ids).logits
     assert adapted.base_model.model.backbone.layers[0].mixer.A_log.dtype == torch.float32
     assert (logits - expected).norm() / expected.norm() < 0.03
+
+
+READ: dict[str, tuple[dict[str, Any], bool]] = {  # options of the adapter, and whether its factors are read
+    "plain": ({}, True),
+    "one projection": ({"target_modules": ["out_proj"]}, True),
+    "rsLoRA": ({"use_rslora": True}, True),
+    "DoRA": ({"use_dora": True}, False),
+    "dropout": ({"lora_dropout": 0.3}, False),
+    "bias": ({"lora_bias": True}, False),
+}
+
+
+class TestTraining:
+    """LoRA of the common kind is a part of the op of a whole layer; every other kind is called."""
+
+    @pytest.fixture
+    def loras(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        """What the op was given."""
+        found: list[Any] = []
+        whole = mixer.ops.mamba2_layer
+
+        def layer(*args: Any, **options: Any) -> Tensor:
+            found.extend(lora for lora in (options["in_lora"], options["out_lora"]) if lora is not None)
+            return whole(*args, **options)
+
+        monkeypatch.setattr(mixer.ops, "mamba2_layer", layer)
+        return found
+
+    @staticmethod
+    def gradients(model: Any, ids: Tensor) -> list[Tensor]:
+        """The loss and all gradients."""
+        torch.manual_seed(3)
+        model.zero_grad(set_to_none=True)
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    def compare_with_calls(self, model: Any, ids: Tensor, loras: list[Any], read: bool) -> None:
+        """With hooks that do nothing every module has to be called."""
+        actual = self.gradients(model, ids)
+        assert bool(loras) == read
+        layers = [m for name, m in model.named_modules() if name.endswith(("in_proj", "out_proj"))]
+        hooks = [layer.register_forward_hook(lambda *_: None) for layer in layers]
+        loras.clear()
+        expected = self.gradients(model, ids)
+        assert not loras
+        for hook in hooks:
+            hook.remove()
+        assert len(actual) == len(expected)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, atol=1e-6, rtol=1e-4)
+
+    @pytest.mark.parametrize("variant", READ)
+    def test_read_or_called_the_gradients_are_the_same(
+        self, variant: str, make_model: Callable[..., Any], input_ids: Tensor, loras: list[Any]
+    ) -> None:
+        options, read = READ[variant]
+        model = adapt(make_model(use_bias=True), **{"target_modules": "all-linear", **options})
+        self.compare_with_calls(model.train(), input_ids, loras, read)
+        loras.clear()
+        if variant == "dropout":  # none in eval mode
+            self.compare_with_calls(model.eval(), input_ids, loras, True)
+
+    def test_of_several_adapters_the_active_one(
+        self, make_model: Callable[..., Any], input_ids: Tensor, loras: list[Any]
+    ) -> None:
+        model = adapt(make_model(), target_modules="all-linear")
+        model.add_adapter("second", LoraConfig(task_type=TaskType.CAUSAL_LM, r=2, target_modules=["in_proj"]))
+        self.compare_with_calls(model.train(), input_ids, loras, True)
+        model.base_model.set_adapter("second")
+        loras.clear()
+        self.compare_with_calls(model, input_ids, loras, True)
+        model.base_model.set_adapter(["default", "second"])
+        self.compare_with_calls(model, input_ids, loras, False)
+
+    def test_disabled_and_merged_adapters(
+        self, make_model: Callable[..., Any], input_ids: Tensor, loras: list[Any]
+    ) -> None:
+        model = adapt(make_model(), target_modules="all-linear").train()
+        loss = model(input_ids, labels=input_ids).loss.item()
+        assert loras
+        loras.clear()
+        with model.disable_adapter():
+            plain = model(input_ids, labels=input_ids).loss.item()
+        assert abs(plain - make_model()(input_ids, labels=input_ids).loss.item()) < 1e-5
+        model.merge_adapter()
+        merged = model(input_ids, labels=input_ids).loss.item()
+        assert abs(merged - loss) < 1e-4 < abs(plain - loss)
+        assert not loras
+
+    def test_factors_in_fp32_beside_bf16_weights_are_multiplied_in_fp32(
+        self, make_model: Callable[..., Any], input_ids: Tensor, loras: list[Any]
+    ) -> None:
+        """That is what PEFT does with them, unless autocast says otherwise."""
+        model = adapt(make_model().bfloat16(), target_modules="all-linear").train()
+        model(input_ids, labels=input_ids).loss.backward()
+        assert not loras
+        with torch.autocast("cpu", torch.bfloat16):
+            model(input_ids, labels=input_ids).loss.backward()
+        assert loras
+        assert {lora.down.grad.dtype for lora in loras} == {torch.float32}
 
 
 class TestConv1d:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba2_hf.errors import ArgumentError, BackendError
-from mamba2_hf.ops import dispatch, gated_rms_norm, mamba2_inner, mamba2_layer
+from mamba2_hf.ops import LowRank, dispatch, gated_rms_norm, mamba2_inner, mamba2_layer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 d, H, P, G, N, K, T = 12, 4, 8, 2, 16, 4, 37
@@ -125,6 +125,60 @@ def test_autocast_is_of_the_products(backend: str) -> None:
     close(actual, results(parts, cast(low, torch.float64)), 1e-2)
 
 
+def low_rank(rank: int = 3) -> dict[str, Tensor]:
+    """Factors of what LoRA adds to both projections, fp64."""
+    source = torch.Generator().manual_seed(2)
+    sizes = {"in_lora": (INNER + C + H, d), "out_lora": (d, INNER)}
+    shapes = {f"{n}.down": (rank, inputs) for n, (_, inputs) in sizes.items()}
+    shapes |= {f"{n}.up": (outputs, rank) for n, (outputs, _) in sizes.items()}
+    return {name: 0.2 * torch.randn(shape, generator=source, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def adapted(given: dict[str, Tensor], backend: str, projections: tuple[str, ...]) -> Tensor:
+    """Through the op."""
+    loras = {f"{p}_lora": LowRank(given[f"{p}_lora.down"], given[f"{p}_lora.up"], 0.7) for p in projections}
+    return whole({name: t for name, t in given.items() if "lora" not in name}, backend, **loras)
+
+
+def merged(given: dict[str, Tensor], projections: tuple[str, ...]) -> Tensor:
+    """With weights that include it."""
+    plain = {name: t for name, t in given.items() if "lora" not in name}
+    for p in projections:
+        plain[f"{p}_weight"] = plain[f"{p}_weight"] + 0.7 * given[f"{p}_lora.up"] @ given[f"{p}_lora.down"]
+    return parts(plain)
+
+
+@pytest.mark.parametrize("projections", [("in", "out"), ("in",), ("out",)])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_lora(projections: tuple[str, ...], frozen: bool, backend: str) -> None:
+    """What it adds is what it would be in the weights, and its gradients come with or without theirs."""
+    factors = {name: t for name, t in low_rank().items() if name.partition("_")[0] in projections}
+
+    def of(run: Callable[[dict[str, Tensor]], Tensor], dtype: torch.dtype) -> list[Tensor]:
+        given = cast(inputs() | factors, dtype)
+        for name in ("in_weight", "out_weight") if frozen else ():
+            given[name].requires_grad_(False)
+        out = run(given)
+        trained = [t for t in given.values() if t.requires_grad]
+        gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        return [out, *torch.autograd.grad(out, trained, gradient)]
+
+    expected = of(lambda given: merged(given, projections), torch.float64)
+    close(of(lambda given: adapted(given, backend, projections), torch.float32), expected, 5e-5)
+
+
+def test_lora_under_autocast(backend: str) -> None:
+    """Factors in fp32 beside weights in half precision, as PEFT makes them: their gradients are in fp32 too."""
+    both = ("in", "out")
+    tensors = {name: t.to(torch.float16) for name, t in (inputs() | low_rank()).items()}
+    given = cast(tensors, torch.float16, torch.float32)
+    given |= {name: given[name].detach().float().requires_grad_() for name in low_rank()}
+    with torch.autocast(DEVICE, torch.float16):
+        actual = results(lambda given: adapted(given, backend, both), given)
+    assert [t.dtype for t in actual[1:]] == [t.dtype for t in given.values()]
+    close(actual, results(lambda given: merged(given, both), cast(tensors, torch.float64)), 1e-2)
+
+
 @pytest.mark.parametrize("frozen", ["projections", "all but one"])
 def test_frozen_weights(frozen: str, backend: str) -> None:
     """What needs no gradient gets none, and the others' are the same."""
@@ -184,6 +238,11 @@ def test_contradictions_are_refused(backend: str) -> None:
         whole(given | {"out_weight": given["out_weight"][:-1]}, backend)
     with pytest.raises(ArgumentError, match="in_bias"):
         whole(given | {"in_bias": given["in_bias"][:-1]}, backend)
+    for name in ("down", "up"):
+        wrong = {"down": torch.zeros(3, INNER), "up": torch.zeros(d, 3)}
+        lora = LowRank(**{**wrong, name: wrong[name][:, 1:]}, scale=1.0)
+        with pytest.raises(ArgumentError, match=r"out_lora\."):
+            whole(given, backend, out_lora=lora)
     with pytest.raises(ArgumentError, match="dtype"):
         whole(given | {"in_weight": given["in_weight"].double()}, backend)
 

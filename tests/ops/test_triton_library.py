@@ -173,8 +173,9 @@ def test_registrations_hold() -> None:
         ops.causal_conv1d_update: (x.detach(), conv_state, weight, bias, True),
         ops.mamba2_layer: (
             *(x[..., :7].contiguous(), x[0, 0, :7], u[0, 0, :, None].expand(-1, 7).contiguous(), None, weight, bias),
-            *(x[0, 0, :H], x[0, 1, :H], None, norm_weight, norm_weight.expand(7, -1).contiguous(), None, None, None),
-            *(P, G, True, 1e-5, 1e-5, H * P, False, 0.0, math.inf, torch.float32, True),
+            *(x[0, 0, :H], x[0, 1, :H], None, norm_weight, norm_weight.expand(7, -1).contiguous(), None),
+            *(None, None, x[0, :3, : H * P].contiguous(), x[0, :3, :7].mT.contiguous(), None, None),
+            *(P, G, True, 1e-5, 1e-5, H * P, False, 0.0, math.inf, torch.float32, True, 0.0, 0.5),
         ),
     }
     for op, given_arguments in arguments.items():

@@ -16,7 +16,7 @@ from .norm import GatedRMSNorm, RMSNorm
 from .projection import linear
 from .sequence import PLAIN, SequenceLayout
 from .state import SSDState
-from .weights import is_unhooked, plain_weight
+from .weights import is_unhooked, plain_linear, plain_weight
 
 MOST_ROWS = 64  # sequences up to which a layer's step by itself was timed, on Hopper, and found faster
 FP32_PARAMETERS = ("A_log", "D", "dt_bias")
@@ -117,7 +117,7 @@ class Mamba2Mixer(KeepsFp32):
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
             return None
         arguments = self._arguments(norm)
-        if arguments is None:
+        if arguments is None or arguments.pop("in_lora") is not None or arguments.pop("out_lora") is not None:
             return None
         conv_state, ssm_state = state.initial(stream.shape[0])
         assert conv_state is not None  # the state has started
@@ -136,6 +136,8 @@ class Mamba2Mixer(KeepsFp32):
         if arguments is None:
             return None
         dtypes = {arguments[name].dtype for name in ("norm_weight", "in_weight", "out_weight")}
+        for lora in (arguments["in_lora"], arguments["out_lora"]):
+            dtypes |= set() if lora is None else {lora.down.dtype, lora.up.dtype}
         if len(dtypes) > 1 and not torch.is_autocast_enabled(stream.device.type):
             return None
         return ops.mamba2_layer(
@@ -147,9 +149,11 @@ class Mamba2Mixer(KeepsFp32):
         )
 
     def _arguments(self, norm: RMSNorm) -> dict[str, Any] | None:
-        """What the ops of a whole layer take of it and of its norm; None where a module has to be called."""
-        before, entering, conv = plain_weight(norm), plain_weight(self.in_proj), plain_weight(self.conv1d)
-        inside, leaving = plain_weight(self.norm), plain_weight(self.out_proj)
+        """What the ops of a whole layer take of it and of its norm, and what LoRA adds to its projections; None where a
+        module has to be called.
+        """
+        entering, leaving = plain_linear(self.in_proj), plain_linear(self.out_proj)
+        before, conv, inside = plain_weight(norm), plain_weight(self.conv1d), plain_weight(self.norm)
         if (
             is_unhooked(self)
             and before is not None
@@ -160,16 +164,16 @@ class Mamba2Mixer(KeepsFp32):
         ):
             return {
                 "norm_weight": before,
-                "in_weight": entering,
-                "in_bias": self.in_proj.bias,
+                "in_weight": entering.weight,
+                "in_bias": entering.bias,
                 "conv_weight": conv.squeeze(1),
                 "conv_bias": self.conv1d.bias,
                 "dt_bias": self.dt_bias,
                 "A_log": self.A_log,
                 "D": self.D,
                 "gated_norm_weight": inside,
-                "out_weight": leaving,
-                "out_bias": self.out_proj.bias,
+                "out_weight": leaving.weight,
+                "out_bias": leaving.bias,
                 "n_groups": self.n_groups,
                 "activation": self.activation,
                 "norm_eps": norm.eps,
@@ -177,6 +181,8 @@ class Mamba2Mixer(KeepsFp32):
                 "group_size": self.norm.group_size,
                 "norm_before_gate": self.norm.norm_before_gate,
                 "dt_limit": self.dt_limit,
+                "in_lora": entering.lora,
+                "out_lora": leaving.lora,
             }
         return None
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..ops import LowRank
 from .norm import GatedRMSNorm, RMSNorm
 
 _PLAIN_TYPES = (nn.Linear, nn.Conv1d, RMSNorm, GatedRMSNorm)
@@ -33,3 +36,42 @@ def plain_weight(module: nn.Module) -> Tensor | None:
     if type(weight) not in _PLAIN_TENSORS or weight.is_meta:
         return None
     return weight
+
+
+class PlainLinear(NamedTuple):
+    """What a linear layer computes: ``x @ weight.T + bias`` and what LoRA adds to it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora: LowRank | None
+
+
+def plain_linear(module: nn.Module) -> PlainLinear | None:
+    """The tensors of a linear layer if reading them amounts to calling it, else None.
+
+    A LoRA layer of PEFT can be read while one adapter of the plain kind is active, with no dropout: A and B are factors
+    of a :class:`LowRank`. DoRA and other kinds, several adapters, and merged or disabled ones are called.
+    """
+    weight = plain_weight(module)
+    if weight is not None:
+        return PlainLinear(weight, module.bias, None)  # type: ignore[arg-type]
+    if torch.compiler.is_compiling():
+        return None
+    peft = sys.modules.get("peft.tuners.lora.layer")  # it cannot be a LoRA layer if nobody has imported them
+    if peft is None or type(module) is not peft.Linear or not is_unhooked(module):
+        return None
+    lora: Any = module
+    if lora.disable_adapters or lora.merged or len(lora.active_adapters) != 1:
+        return None
+    name = lora.active_adapters[0]
+    base = plain_linear(lora.base_layer)
+    if base is None or name not in lora.lora_A:
+        return base
+    if name in lora.lora_variant or lora.fan_in_fan_out or lora.lora_B[name].bias is not None:
+        return None
+    dropout, down, up = lora.lora_dropout[name], plain_weight(lora.lora_A[name]), plain_weight(lora.lora_B[name])
+    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or (dropout.p and dropout.training)):
+        return None
+    if down is None or up is None:
+        return None
+    return base._replace(lora=LowRank(down, up, lora.scaling[name]))

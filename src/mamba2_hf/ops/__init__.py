@@ -13,12 +13,14 @@ from torch import Tensor
 from torch import dtype as Dtype  # `torch` is the name of a backend here
 
 from . import checks, dispatch
+from .checks import LowRank
 from .dispatch import use_backend
 from .loss import product_dtype, sum_of_losses
 from .reference import ssd_attention_matrix
 from .torch.modes import needs_grad
 
 __all__ = [
+    "LowRank",
     "causal_conv1d",
     "causal_conv1d_update",
     "gated_rms_norm",
@@ -378,6 +380,8 @@ def mamba2_layer(
     chunk_size: int | None = None,
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    in_lora: LowRank | None = None,
+    out_lora: LowRank | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """A layer for training: ``stream + out_proj(mamba2_inner(in_proj(norm(stream))))``, differentiable in all of them.
@@ -390,6 +394,7 @@ def mamba2_layer(
         norm_weight: ``(d,)``. norm_eps: of that norm.
         in_weight: ``(2 H P + 2 G N + H, d)``. out_weight: ``(d, H P)``. in_bias, out_bias: theirs, or None.
         A_log: ``(H,)``, logarithms of the negative decay rates.
+        in_lora, out_lora: low-rank additions to the projections, in the dtype of the products, or None.
         gated_norm_weight: ``(H P,)``. gated_norm_eps: of that norm.
         conv_weight, conv_bias, dt_bias, D, n_groups, activation, group_size, norm_before_gate, dt_limit, chunk_size,
             seq_idx, cu_seqlens, backend: see :func:`mamba2_inner`.
@@ -400,7 +405,9 @@ def mamba2_layer(
     Raises:
         ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
     """
-    zxbcdt = checks.check_layer(stream, norm_weight, in_weight, in_bias, out_weight, out_bias, norm_eps)
+    zxbcdt = checks.check_layer(
+        stream, norm_weight, in_weight, in_bias, out_weight, out_bias, norm_eps, in_lora, out_lora
+    )
     shape, size = checks.check_inner(
         *(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, gated_norm_weight),
         *(out_weight.shape[1] // A_log.shape[0], n_groups, activation, gated_norm_eps, group_size, dt_limit),
@@ -442,6 +449,8 @@ def mamba2_layer(
         chunk_size=chunk_size,
         seq_idx=seq_idx,
         cu_seqlens=cu_seqlens,
+        in_lora=in_lora,
+        out_lora=out_lora,
     )
 
 

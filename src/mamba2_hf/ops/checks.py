@@ -29,6 +29,17 @@ class SSDShape(NamedTuple):
     states: int
 
 
+class LowRank(NamedTuple):
+    """What is added to a projection ``x @ weight.T``: ``scale * (x @ down.T) @ up.T`` (LoRA, Hu et al. 2021).
+
+    ``down`` is ``(r, d)`` and ``up`` ``(d', r)`` where the weight is ``(d', d)``.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
 def _fail(message: str) -> None:
     raise ArgumentError(message)
 
@@ -331,6 +342,8 @@ def check_layer(
     out_weight: Tensor,
     out_bias: Tensor | None,
     norm_eps: float,
+    in_lora: LowRank | None,
+    out_lora: LowRank | None,
 ) -> Tensor:
     """Contract of what ``mamba2_layer`` has around ``mamba2_inner``; returns something shaped as the output of in_proj,
     raises :class:`ArgumentError`.
@@ -346,6 +359,13 @@ def check_layer(
         _fail(f"in_weight has dtype {in_weight.dtype}, out_weight {out_weight.dtype}: convert one of them")
     check_norm(stream, None, norm_weight, norm_eps, None)
     _same_device(stream.device, in_weight=in_weight, out_weight=out_weight)
+    for name, lora, weight in (("in_lora", in_lora, in_weight), ("out_lora", out_lora, out_weight)):
+        if lora is not None:
+            _rank(f"{name}.down", lora.down, 2, "(r, d)")
+            rank = lora.down.shape[0]
+            _shape(f"{name}.down", lora.down, (rank, weight.shape[1]), "(r, d), with the d of the weight (d', d)")
+            _shape(f"{name}.up", lora.up, (weight.shape[0], rank), "(d', r), with the d' of the weight (d', d)")
+            _same_device(stream.device, **{f"{name}.down": lora.down, f"{name}.up": lora.up})
     return zxbcdt
 
 

@@ -234,23 +234,25 @@ def _layer_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _layer_backward_fake(dstream: Tensor, zxbcdt: Tensor, y: Tensor, A: Tensor, *args: Any) -> tuple[Tensor, ...]:
     call = layer.Arguments(*args)
     weights = () if call.trains else (call.in_weight, call.out_weight)
-    return tuple(_like(None if any(t is w for w in weights) else t, dstream) for t in args[:12])
+    return tuple(_like(None if any(t is w for w in weights) else t, dstream) for t in args[:16])
 
 
 _LAYER = (
     "Tensor stream, Tensor norm_weight, Tensor in_weight, Tensor? in_bias, Tensor conv_weight, Tensor? conv_bias, "
     "Tensor? dt_bias, Tensor A_log, Tensor? D, Tensor gated_norm_weight, Tensor out_weight, Tensor? out_bias, "
+    "Tensor? in_down, Tensor? in_up, Tensor? out_down, Tensor? out_up, "
     "Tensor? seq_idx, Tensor? cu_seqlens, int head_dim, int n_groups, bool silu, float norm_eps, float gated_norm_eps, "
-    "int group_size, bool norm_before_gate, float low, float high, ScalarType dtype, bool trains"
+    "int group_size, bool norm_before_gate, float low, float high, ScalarType dtype, bool trains, "
+    "float in_scale, float out_scale"
 )
 _register(f"mamba2_layer({_LAYER}) -> (Tensor, Tensor, Tensor, Tensor)", layer.layer_forward, _layer_fake)
 _register(
     f"mamba2_layer_backward(Tensor dstream, Tensor zxbcdt, Tensor y, Tensor A, {_LAYER})"
-    f" -> ({', '.join(['Tensor'] * 12)})",
+    f" -> ({', '.join(['Tensor'] * 16)})",
     _filled(layer.layer_backward),
     _layer_backward_fake,
 )
-_differentiate("mamba2_layer", layer.layer_forward, layer.layer_backward, 12, 14, kept=3)
+_differentiate("mamba2_layer", layer.layer_forward, layer.layer_backward, 16, 18, kept=3)
 
 
 # Decoding: states are updated in place

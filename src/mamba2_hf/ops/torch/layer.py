@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import SSDShape
+from ..checks import LowRank, SSDShape
 from .inner import mamba2_inner
 from .norm import gated_rms_norm
 
@@ -36,6 +36,8 @@ def mamba2_layer(
     chunk_size: int | None,
     seq_idx: Tensor | None,
     cu_seqlens: Tensor | None,
+    in_lora: LowRank | None,
+    out_lora: LowRank | None,
 ) -> Tensor:
     """See :func:`mamba2_hf.ops.mamba2_layer`; products are taken in ``dtype`` by the autocast that asked for it."""
     normed = gated_rms_norm(
@@ -43,7 +45,7 @@ def mamba2_layer(
     )
     A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
     y, _, _ = mamba2_inner(
-        *(F.linear(normed, in_weight, in_bias), conv_weight, conv_bias, dt_bias, A, D),
+        *(_project(normed, in_weight, in_bias, in_lora), conv_weight, conv_bias, dt_bias, A, D),
         norm_weight=gated_norm_weight,
         shape=shape,
         activation=activation,
@@ -58,4 +60,12 @@ def mamba2_layer(
         cu_seqlens=cu_seqlens,
         return_final_states=False,
     )
-    return stream + F.linear(y, out_weight, out_bias)
+    return stream + _project(y, out_weight, out_bias, out_lora)
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LowRank | None) -> Tensor:
+    """A projection and what is added to it."""
+    y = F.linear(x, weight, bias)
+    if lora is None:
+        return y
+    return y + lora.scale * F.linear(F.linear(x, lora.down.to(y.dtype)), lora.up.to(y.dtype))

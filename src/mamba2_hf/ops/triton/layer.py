@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import SSDShape
+from ..checks import LowRank, SSDShape
 from ..torch.modes import without_autocast
 from . import inner, norm
 from .calls import call
@@ -25,6 +25,7 @@ from .launch import cdiv, launch
 from .norm import norm_backward, norm_forward
 
 BLOCK, WARPS = 2048, 8
+_NO_LORA = (None, None, 0.0)
 
 
 @triton.jit
@@ -51,6 +52,10 @@ class Arguments(NamedTuple):
     gated_norm_weight: Tensor
     out_weight: Tensor
     out_bias: Tensor | None
+    in_down: Tensor | None
+    in_up: Tensor | None
+    out_down: Tensor | None
+    out_up: Tensor | None
     seq_idx: Tensor | None
     cu_seqlens: Tensor | None
     head_dim: int
@@ -64,6 +69,16 @@ class Arguments(NamedTuple):
     high: float
     dtype: torch.dtype  # of the products
     trains: bool  # whether gradients of the projections' weights are wanted
+    in_scale: float
+    out_scale: float
+
+    def entering(self) -> Projection:
+        """in_proj."""
+        return Projection(self, self.in_weight, self.in_bias, _lora(self.in_down, self.in_up, self.in_scale))
+
+    def leaving(self) -> Projection:
+        """out_proj."""
+        return Projection(self, self.out_weight, self.out_bias, _lora(self.out_down, self.out_up, self.out_scale))
 
     def mixer(self, zxbcdt: Tensor, A: Tensor) -> Mixer:
         """What is between the projections."""
@@ -75,9 +90,62 @@ class Arguments(NamedTuple):
             )
         )
 
-    def cast(self, tensor: Tensor | None) -> Any:
-        """A projection's weight or bias as its product takes it."""
-        return None if tensor is None else tensor.to(self.dtype)
+
+class Projection:
+    """One of the projections and, where there is one, what LoRA adds to it.
+
+    Args:
+        call: what it is a part of.
+        weight, bias: ``(d', d)`` and ``(d',)``.
+    """
+
+    def __init__(self, call: Arguments, weight: Tensor, bias: Tensor | None, lora: LowRank | None) -> None:
+        self.dtype, self.trains = call.dtype, call.trains
+        self.weight, self.bias, self.lora = weight, bias, lora
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether gradients of weights are wanted."""
+        return self.trains or self.lora is not None
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """A weight or bias as its product takes it."""
+        return tensor.to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, T, d)`` to ``(B, T, d')``."""
+        y = F.linear(x, self.cast(self.weight), None if self.bias is None else self.cast(self.bias))
+        if self.lora is not None:
+            lowered = self._lowered(self.lora, x.flatten(0, 1))
+            y.flatten(0, 1).addmm_(lowered, self.cast(self.lora.up).t(), alpha=self.lora.scale)
+        return y
+
+    def input_gradient(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """From ``(B T, d')`` to ``(B T, d)``, and what reached LoRA's ``(B T, r)`` on the way."""
+        dx = torch.mm(dy, self.cast(self.weight))
+        if self.lora is None:
+            return dx, None
+        dlowered = torch.mm(dy, self.cast(self.lora.up))
+        return dx.addmm_(dlowered, self.cast(self.lora.down), alpha=self.lora.scale), dlowered
+
+    def weight_gradients(self, dy: Tensor, dlowered: Tensor | None, x: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of weight, bias and LoRA's down and up, given the input where it is needed; of the weight None where it does
+        not train.
+        """
+        flat = None if x is None else x.flatten(0, 1)
+        dweight = torch.mm(dy.t(), flat).to(self.weight.dtype) if self.trains and flat is not None else None
+        dbias = None if self.bias is None else dy.sum(0).to(self.bias.dtype)
+        if self.lora is None or dlowered is None or flat is None:
+            return dweight, dbias, None, None
+        down, up, scale = self.lora
+        # With a beta of 0 the first argument is not read.
+        ddown = torch.addmm(self.cast(down), dlowered.t(), flat, beta=0, alpha=scale)
+        dup = torch.addmm(self.cast(up), dy.t(), self._lowered(self.lora, flat), beta=0, alpha=scale)
+        return dweight, dbias, ddown.to(down.dtype), dup.to(up.dtype)
+
+    def _lowered(self, lora: LowRank, x: Tensor) -> Tensor:
+        """``(B T, r)``."""
+        return torch.mm(x, self.cast(lora.down).t())
 
 
 def supports(
@@ -116,14 +184,19 @@ def mamba2_layer(
     chunk_size: int | None,
     seq_idx: Tensor | None,
     cu_seqlens: Tensor | None,
+    in_lora: LowRank | None,
+    out_lora: LowRank | None,
 ) -> Tensor:
     """See :func:`mamba2_hf.ops.mamba2_layer`."""
+    in_down, in_up, in_scale = in_lora or _NO_LORA
+    out_down, out_up, out_scale = out_lora or _NO_LORA
     out: Tensor = call(
         "mamba2_layer",
         *(stream, norm_weight, in_weight, in_bias, conv_weight, conv_bias, dt_bias, A_log, D, gated_norm_weight),
-        *(out_weight, out_bias, seq_idx, cu_seqlens, shape.head_dim, shape.groups, activation is not None),
+        *(out_weight, out_bias, in_down, in_up, out_down, out_up),
+        *(seq_idx, cu_seqlens, shape.head_dim, shape.groups, activation is not None),
         *(norm_eps, gated_norm_eps, group_size, norm_before_gate, *map(float, dt_limit), dtype),
-        in_weight.requires_grad or out_weight.requires_grad,
+        *(in_weight.requires_grad or out_weight.requires_grad, float(in_scale), float(out_scale)),
     )[0]
     return out
 
@@ -134,17 +207,17 @@ def layer_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with without_autocast(call.stream.device):
         width = call.stream.shape[-1]
         normed = norm_forward(call.stream, None, call.norm_weight, call.norm_eps, width, False, call.dtype)
-        zxbcdt = F.linear(normed, call.cast(call.in_weight), call.cast(call.in_bias))
+        zxbcdt = call.entering().forward(normed)
         del normed
         A = torch.exp(call.A_log.float()).neg_()
         mixer = call.mixer(zxbcdt, A)
         y, _ = mixer.scanned()
-        mixed = F.linear(mixer.normed(y, call.gated_norm_weight), call.cast(call.out_weight), call.cast(call.out_bias))
+        mixed = call.leaving().forward(mixer.normed(y, call.gated_norm_weight))
         return add(call.stream, mixed), zxbcdt, y, A
 
 
 def layer_backward(dstream: Tensor, zxbcdt: Tensor, y: Tensor, A: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of the twelve tensors that open :class:`Arguments`, given that of the stream after the layer, and what
+    """Gradients of the sixteen tensors that open :class:`Arguments`, given that of the stream after the layer, and what
     :func:`layer_forward` left.
     """
     call = Arguments(*args)
@@ -153,25 +226,31 @@ def layer_backward(dstream: Tensor, zxbcdt: Tensor, y: Tensor, A: Tensor, *args:
         dmixed = dstream.to(call.dtype).flatten(0, 1)
         mixer = call.mixer(zxbcdt, A)
         du = _new(zxbcdt)
-        dnormed = torch.mm(dmixed, call.cast(call.out_weight)).view_as(y)
-        normed = _new(y) if call.trains else None
-        dy, dgated_norm = mixer.norm_backward(dnormed, y, call.gated_norm_weight, du, normed)
-        dout = _weight_gradients(dmixed, normed, call.out_weight, call.out_bias)
+        leaving = call.leaving()
+        dnormed, dlowered = leaving.input_gradient(dmixed)
+        normed = _new(y) if leaving.needs_input else None
+        dy, dgated_norm = mixer.norm_backward(dnormed.view_as(y), y, call.gated_norm_weight, du, normed)
+        dout, dout_bias, *dout_lora = leaving.weight_gradients(dmixed, dlowered, normed)
         del dmixed, dnormed, normed
         dconv, dconv_bias, dbias, dA, dD, _, _ = mixer.backward(dy, None, None, du)
         assert dA is not None  # it always trains
         dA_log = (dA * A).to(call.A_log.dtype)
         del mixer, dy
         flat = du.flatten(0, 1)
-        dnormed = torch.mm(flat, call.cast(call.in_weight)).view_as(dstream)
-        normed = _new(dnormed) if call.trains else None
+        entering = call.entering()
+        dnormed, dlowered = entering.input_gradient(flat)
+        dnormed = dnormed.view_as(dstream)
+        normed = _new(dnormed) if entering.needs_input else None
         dx, _, dnorm = norm_backward(
             *(dnormed, call.stream, None, call.norm_weight, call.norm_eps, dstream.shape[-1], False),
             more=dstream,
             y=normed,
         )
-        din = _weight_gradients(flat, normed, call.in_weight, call.in_bias)
-        return dx, dnorm, *din, dconv, dconv_bias, dbias, dA_log, dD, dgated_norm, *dout
+        din, din_bias, *din_lora = entering.weight_gradients(flat, dlowered, normed)
+        return (
+            *(dx, dnorm, din, din_bias, dconv, dconv_bias, dbias, dA_log, dD, dgated_norm, dout, dout_bias),
+            *(*din_lora, *dout_lora),
+        )
 
 
 def add(stream: Tensor, mixed: Tensor) -> Tensor:
@@ -182,12 +261,8 @@ def add(stream: Tensor, mixed: Tensor) -> Tensor:
     return total
 
 
-def _weight_gradients(
-    dy: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of a projection from ``x (B, T, d)``, None where it does not train, to what has the gradient ``dy (B T, d')``."""
-    dweight = None if x is None else torch.mm(dy.t(), x.flatten(0, 1)).to(weight.dtype)
-    return dweight, None if bias is None else dy.sum(0).to(bias.dtype)
+def _lora(down: Tensor | None, up: Tensor | None, scale: float) -> LowRank | None:
+    return None if down is None or up is None else LowRank(down, up, scale)
 
 
 def _new(like: Tensor) -> Tensor:

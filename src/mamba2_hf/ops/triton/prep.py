@@ -87,15 +87,15 @@ def clamp(v, low, high):
 
 @triton.jit
 def prep_kernel(
-    dt, dt_bias, A, steps, document, table,
-    tokens, per_row, H, low, high, stride_row, stride_token,
+    dt, dt_bias, A, steps, seq_idx, table,
+    tokens, per_row, H, low, high, stride_row, stride_token, seq_row, seq_token,
     Q: tl.constexpr, BH: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
     PACKED: tl.constexpr, MARKS: tl.constexpr,
 ):  # fmt: skip
     """``steps (chunks, H, 2, Q)``: the step sizes' running sum times ``A log2(e)``, restarted per chunk, and they.
 
-    With ``MARKS`` the running sum falls by ``APART`` where ``document (chunks, Q)`` changes, so that every decay from
-    one document to another is exactly zero.
+    With ``MARKS`` the running sum falls by ``APART`` where ``seq_idx (B, T)`` changes, so that every decay from one
+    document to another is exactly zero.
     """
     chunk = tl.program_id(0)
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
@@ -113,9 +113,11 @@ def prep_kernel(
     log = step * rate[None, :]
     q = tl.arange(0, Q)
     if MARKS:
-        base = document + tl.cast(chunk, tl.int64) * Q + q
-        before = tl.load(base - 1, mask=start + q > 0, other=0)
-        log = tl.where((tl.load(base) != before)[:, None], log - APART, log)
+        t = start + q
+        at = seq_idx + tl.cast(row, tl.int64) * seq_row + tl.cast(t, tl.int64) * seq_token
+        follows = (t > 0) & (t < end)
+        changes = tl.load(at, mask=follows, other=0) != tl.load(at - seq_token, mask=follows, other=0)
+        log = tl.where(changes[:, None], log - APART, log)
     offsets = (tl.cast(chunk, tl.int64) * H + heads)[None, :] * (2 * Q) + q[:, None]
     tl.store(steps + offsets, tl.cumsum(log, 0), mask=(heads < H)[None, :])
     tl.store(steps + offsets + Q, step, mask=(heads < H)[None, :])

@@ -185,7 +185,8 @@ def cut(call: Call, Q: int, *, marks: bool = False) -> Cut:
             BLOCK=LAYOUT_BLOCK,
         )
     document = None
-    if call.seq_idx is not None:
+    marked = call.seq_idx if marks else None
+    if call.seq_idx is not None and not marks:
         numbers = F.pad((call.seq_idx[:, 1:] != call.seq_idx[:, :-1]).to(torch.int32).cumsum(1), (1, 0))
         padding = numbers[:, -1:].expand(-1, per_row * Q - tokens)
         document = torch.cat([numbers, padding], 1).to(torch.int32)
@@ -193,14 +194,15 @@ def cut(call: Call, Q: int, *, marks: bool = False) -> Cut:
     launch(
         prep_kernel,
         (chunks, cdiv(heads, PREP_HEADS)),
-        *(call.dt, call.dt_bias, call.A, steps, document if marks else None, chunk_table),
+        *(call.dt, call.dt_bias, call.A, steps, marked, chunk_table),
         *(tokens, per_row, heads, *call.limits, *call.dt.stride()[:2]),
+        *((0, 0) if marked is None else marked.stride()),
         **call.prep_flags(Q),
-        MARKS=marks and document is not None,
+        MARKS=marked is not None,
     )
     return Cut(
         *(Q, chunks, per_row, segments, per_segment, per_sequence),
-        *(chunk_table, segment_table, first_segment, steps, None if marks else document),
+        *(chunk_table, segment_table, first_segment, steps, document),
     )
 
 
