@@ -405,6 +405,8 @@ def test_a_model_trains_with_the_same_bits(
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
     assert len(runs) > 20
+    if packed:  # where documents start is read on the CPU
+        return
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = step()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from triton import knobs
 
 from ..torch.modes import without_autocast
 
-REMEMBERED = 1024  # kinds of calls of one op, before all are forgotten
+REMEMBERED = 256  # kinds of calls of one op, before all are forgotten
 ALIGNED = 512  # bytes, as PyTorch's allocator gives
 
 _INTERPRETED = knobs.runtime.interpret
@@ -42,17 +43,12 @@ class Place(NamedTuple):
 
     slot: int  # the number of the memory
     offset: int  # bytes from where its tensor begins
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    whole: bool  # whether it is that tensor itself
+    view: Callable[[Tensor], Tensor] | None  # makes it from that tensor; None where it is that
 
     def of(self, held: list[Any]) -> Tensor:
         """The tensor, given those that the memory belongs to."""
         tensor: Tensor = held[self.slot]
-        if self.whole:
-            return tensor
-        return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset // self.dtype.itemsize)
+        return tensor if self.view is None else self.view(tensor)
 
 
 class Allocation(NamedTuple):
@@ -230,7 +226,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.fault: str | None = None
         self.launching = False  # what Triton does meanwhile is not the op's
-        self.first: list[tuple[Any, ...]] = []  # of each slot's tensor: byte offset, shape, stride, dtype
+        self.first: list[tuple[Any, ...]] = []  # of each slot's tensor: byte offset, shape, strides, dtype
         self.slots: dict[int, int] = {}  # by the storage that has the memory now
         self.given: list[tuple[int, int]] = []
         self.steps: list[Step] = []
@@ -268,8 +264,8 @@ class Recorder(TorchDispatchMode):
         start, *first, dtype = self.first[slot]
         if tensor.dtype != dtype:
             raise Unsayable("memory is seen in another dtype")
-        shape, stride, offset = tuple(tensor.shape), tensor.stride(), _offset(tensor) - start
-        return Place(slot, offset, shape, stride, dtype, offset == 0 and [shape, stride] == first)
+        offset = _offset(tensor) - start
+        return Place(slot, offset, _view(tensor, offset // dtype.itemsize, *first))
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any) -> None:
         """Records an operation of PyTorch."""
@@ -490,6 +486,25 @@ def _packed(sizes: dict[int, int], spans: dict[int, tuple[int, int]]) -> tuple[d
             begin = max(begin, last)
         placed[slot] = begin
     return placed, max((placed[slot] + sizes[slot] for slot in placed), default=0)
+
+
+def _view(
+    tensor: Tensor, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> Callable[[Tensor], Tensor] | None:
+    """What makes ``tensor`` of one with that shape and those strides, which begins ``offset`` elements before it."""
+    if offset == 0 and (tensor.shape, tensor.stride()) == (shape, stride):
+        return None
+    if offset == 0 and len(shape) == 2 and (tensor.shape, tensor.stride()) == (shape[::-1], stride[::-1]):
+        return methodcaller("t")
+    if offset == 0 and tensor.is_contiguous() and tensor.numel() == math.prod(shape) and _is_dense(shape, stride):
+        return methodcaller("view", tuple(tensor.shape))
+    sizes, steps = tuple(tensor.shape), tensor.stride()
+    return lambda first: first.as_strided(sizes, steps, first.storage_offset() + offset)
+
+
+def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether a tensor is contiguous."""
+    return all(step == math.prod(shape[i + 1 :]) for i, step in enumerate(stride) if shape[i] > 1)
 
 
 def _storage(tensor: Tensor) -> int:
