@@ -199,7 +199,7 @@ def test_lora_on_a_gpu(packing: str, backend: str, monkeypatch: pytest.MonkeyPat
 
     usual = errors("torch")
     for _ in range(3):  # the third is carried out from a plan
-        assert all(error <= 1.5 * other for error, other in zip(errors(backend), usual, strict=True))
+        assert all(error <= 2 * max(other, 2**-8) for error, other in zip(errors(backend), usual, strict=True))
 
 
 @pytest.mark.parametrize("frozen", ["projections", "all but one"])
