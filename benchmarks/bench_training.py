@@ -13,7 +13,8 @@ fits, and its row says so.
 The floor is the time of the matrix products alone (6 FLOP per weight and token; 4 where the weights are frozen) at the
 rate of a large product, measured in the same run. Stock models take their fast path where mamba_ssm and causal_conv1d
 are importable: then the last column names them. The LoRA case has r=16 on every linear layer and packed documents,
-checked against the documents one by one. Stock models cannot do either: theirs is on `in_proj` alone, on full rows.
+checked against each document alone, with PEFT's modules called, in fp32. Stock models can have neither: theirs is on
+`in_proj` alone, on full rows.
 """
 
 from __future__ import annotations
@@ -171,6 +172,13 @@ def check_agreement(case: Case, device: str) -> None:
     (ours, mine), (stock, theirs) = (exact_results(impl, case, device) for impl in (OURS, STOCK))
     torch.set_float32_matmul_precision(precision)
     checked(f"{case.name}, loss in fp32", ours, stock, EXACT)
+    compare_gradients(case, mine, theirs)
+    if case.lora:
+        check_lora(case, device)
+
+
+def compare_gradients(case: Case, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Stops where those of ``theirs`` are not found."""
     for name, expected in theirs.items():
         error = float((mine[name] - expected).norm() / expected.norm())
         if not error < CLOSE:
@@ -186,7 +194,30 @@ def loss_of_ours(case: Case, batch: int, device: str) -> float:
     return statistics.mean(model(row, labels=row, use_cache=False).loss.item() for row in ids.split(1))
 
 
-@torch.no_grad()
+def check_lora(case: Case, device: str) -> None:
+    """Loss and gradients of short packed documents in fp32, against each alone in a model all of whose modules are
+    called.
+    """
+    model = adapted(build(OURS, case.size, device), OURS).train()
+    packed = inputs(case._replace(length=CHECKED_TOKENS), OURS, 1, device)
+    ids, ends = packed["input_ids"], bounds(CHECKED_TOKENS, CHECKED_TOKENS)
+    found = model(**packed, use_cache=False).loss
+    found.backward()
+    mine = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    for name, module in model.named_modules():
+        if name.endswith(("in_proj", "out_proj")):
+            module.register_forward_hook(lambda *_: None)
+    total = 0.0
+    for a, b in pairwise(ends):
+        share = (b - a - 1) / (CHECKED_TOKENS - len(ends) + 1)
+        loss = share * model(input_ids=ids[:, a:b], labels=ids[:, a:b], use_cache=False).loss
+        loss.backward()
+        total += loss.item()
+    checked(f"{case.name}, loss in fp32", found.item(), total, EXACT)
+    compare_gradients(case, mine, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+
+
 def check_documents(model: Any, batch: dict[str, Tensor], case: Case) -> None:
     """The loss of packed documents against their own, one by one."""
     ids = batch["input_ids"]

@@ -118,6 +118,7 @@ class TestOnAGPU:
             assert torch.equal(model.generate(more, past_key_values=cache, **LENGTHS), model.generate(more, **LENGTHS))
 
     @pytest.mark.parametrize("make", [pure, hybrid])
+    @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT reads it
     def test_adapters_are_part_of_it_and_may_change_between_calls(self, make: Any) -> None:
         model = get_peft_model(make(), LoraConfig(target_modules="all-linear", init_lora_weights=False)).cuda().eval()
         given = {**prompts(2, "cuda"), **LENGTHS}

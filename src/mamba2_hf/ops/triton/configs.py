@@ -104,6 +104,13 @@ def maps_backward(chip: Chip, dtype: torch.dtype, P: int, N: int, Q: int) -> Con
     return Config(Q=Q, BP=tile(P, 64), BN=tile(N, 128), warps=8, stages=_stages(chip, 3 if P <= 64 else 1), heads=40)
 
 
+def loss_warps(chip: Chip, block: int) -> int:
+    """``cross_entropy_kernel``: large programs, so that the rows of all that run stay in the L2 cache for the second
+    pass, of at most 1024 threads with 8 logits each.
+    """
+    return max(1, min(block // 256, 16 if chip.backend == "hip" else 32))
+
+
 class Projection(NamedTuple):
     """Launch parameters of a projection of a few rows."""
 

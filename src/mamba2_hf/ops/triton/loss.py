@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import configs
 from .calls import call
 from .launch import launch, power_of_two
 from .rows import vector_strides
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK = 8192  # logits at a time
-WARPS = 8
 
 
 @triton.jit
@@ -74,6 +74,7 @@ def rows(logits: Tensor, labels: Tensor, scale: float, ignore_index: int, gradie
     count, vocab = logits.shape
     losses = torch.empty(count, dtype=torch.float32, device=logits.device)
     unit, (stride,) = vector_strides(logits)
+    block = min(BLOCK, power_of_two(vocab))
     launch(
         cross_entropy_kernel,
         (count,),
@@ -81,7 +82,7 @@ def rows(logits: Tensor, labels: Tensor, scale: float, ignore_index: int, gradie
         VOCAB=vocab,
         UNIT=unit,
         GRADIENT=gradient,
-        BLOCK=min(BLOCK, power_of_two(vocab)),
-        num_warps=WARPS,
+        BLOCK=block,
+        num_warps=configs.loss_warps(configs.current_chip(), block),
     )
     return losses
