@@ -26,7 +26,7 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def draw_bars(path: Path, bars: Bars, floors: dict[str, float], label: str) -> None:
+def draw_bars(path: Path, bars: Bars, floors: dict[str, float], label: str, scale: str) -> None:
     """Times of cases, a bar for each way, over a line where the floor is."""
     cases = list(dict.fromkeys(case for values in bars.values() for case in values))
     figure, axes = plt.subplots(figsize=(7, 1 + 0.22 * len(cases) * (1 + len(bars))))
@@ -40,7 +40,7 @@ def draw_bars(path: Path, bars: Bars, floors: dict[str, float], label: str) -> N
         middle = cases.index(case)
         axes.plot([floor, floor], [middle - 0.45, middle + 0.45], color="black", label=None if middle else "floor")
     axes.set_yticks(range(len(cases)), cases, fontsize=8)
-    axes.set(xlabel=label, xscale="log")
+    axes.set(xlabel=label, xscale=scale)
     axes.margins(x=0.15)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter("{x:g}")
@@ -59,7 +59,7 @@ def draw_decoding(folder: Path) -> None:
         bars[DECODED[row["what"]] if ours else "transformers, generate"][case] = float(row["ms"])
         if ours and row["floor_ms"]:
             floors[case] = float(row["floor_ms"])
-    draw_bars(folder / "models_decoding.svg", bars, floors, "ms a token of every sequence")
+    draw_bars(folder / "models_decoding.svg", bars, floors, "ms a token of every sequence", "log")
 
 
 def draw_training(folder: Path) -> None:
@@ -70,7 +70,7 @@ def draw_training(folder: Path) -> None:
         if int(row["batch"]) == int(case.split()[-1].split("x")[0]):  # not a smaller batch, as all that fitted
             bars.setdefault(row["impl"], {})[case] = float(row["ms_p50"])
             floors[case] = float(row["floor_ms"])
-    draw_bars(folder / "models_training.svg", bars, floors, "ms of a training step")
+    draw_bars(folder / "models_training.svg", bars, floors, "ms of a training step", "linear")
 
 
 def draw_caches(folder: Path) -> None:
