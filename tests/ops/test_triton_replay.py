@@ -304,7 +304,7 @@ class Compiled:
         self.ran: list[tuple[Any, ...]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args: None
+        return lambda *args: self.ran.append((grid, *args))
 
     def run(self, *args: Any) -> None:
         assert args[3:9] == (None, "function", "metadata", None, None, None)
@@ -329,7 +329,10 @@ class Tile:
         self.base, self.block_shape, self.shape = base, [1, 4], list(base.shape)
 
 
-def test_compiled_kernels_get_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_compiled_kernels_get_addresses(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether Triton's way to run them is a known one or not."""
+    monkeypatch.setattr(replay, "_KNOWN", known)
     monkeypatch.setattr(launches, "_compiled", {})
     kernel = Kernel()
 

@@ -30,6 +30,8 @@ REMEMBERED = 256  # kinds of calls of one op, before all are forgotten
 ALIGNED = 512  # bytes, as PyTorch's allocator gives
 
 _INTERPRETED = knobs.runtime.interpret
+# Up to this release a compiled kernel was seen to be run as here; a later one's is called as Triton documents it.
+_KNOWN = tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 
 _aten = torch.ops.aten
 _ALLOCATIONS = {
@@ -134,7 +136,10 @@ class Launch(NamedTuple):
         for i, place in self.tiles:
             args[i] = _moved(args[i], Address(at[place.slot] + place.offset))
         code = self.code
-        code.run(*self.grid, stream, code.function, code.packed_metadata, None, None, None, *args)
+        if _KNOWN:
+            code.run(*self.grid, stream, code.function, code.packed_metadata, None, None, None, *args)
+        else:
+            code[self.grid](*args)
 
 
 class InterpretedLaunch(NamedTuple):
