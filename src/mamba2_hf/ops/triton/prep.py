@@ -134,15 +134,16 @@ def prep_backward_kernel(
 
     ``dots (chunks, H, DOTS, Q)`` holds a token's row and column sums (see ``ssd_backward.py``), and with ``DOTS`` = 4
     the column sums' share that leaves the chunk and ``<x, dy>``; ``ends (chunks, H)`` what else concerns the chunk's
-    end. ``ddt`` is ``(B, T, H)``, its rows ``d_row`` and its tokens ``d_token`` apart. ``shares (chunks, 3, H)`` takes
-    each chunk's share of the gradients of ``A``, ``dt_bias`` and (with ``DOTS`` = 4) ``D``; the caller sums it.
+    end. ``ddt`` is ``(B, T, H)``, its rows ``d_row`` and its tokens ``d_token`` apart. ``shares (chunks, 2, H)`` takes
+    each chunk's share of the gradients of ``A`` and ``dt_bias``, which the caller sums; with ``DOTS`` = 4 a third of ``D``.
     """
+    SHARES: tl.constexpr = 3 if DOTS == 4 else 2
     chunk = tl.program_id(0)
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
-    out = shares + tl.cast(chunk, tl.int64) * 3 * H + heads
+    out = shares + tl.cast(chunk, tl.int64) * SHARES * H + heads
     row, start, end = chunk_bounds(chunk, table, tokens, per_row, Q, PACKED)
     if start < 0:
-        for i in tl.static_range(3):
+        for i in tl.static_range(SHARES):
             tl.store(out + i * H, tl.zeros([BH], tl.float32), mask=heads < H)
         return
     raw, mask = raw_step(dt, dt_bias, row, start, end, heads, stride_row, stride_token, H, Q, HAS_BIAS)

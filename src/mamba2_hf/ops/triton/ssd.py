@@ -116,14 +116,15 @@ class Scan:
             ddt = new(batch, tokens, heads, dtype=given.dt.dtype, device=dy.device)
         else:
             ddt = into.ddt.zero_() if call.packed else into.ddt
-        shares = torch.empty(pieces.chunks, 3, heads, dtype=torch.float32, device=dy.device)
+        dots = found.dots.shape[2]
+        shares = torch.empty(pieces.chunks, 3 if dots == 4 else 2, heads, dtype=torch.float32, device=dy.device)
         launch(
             prep_backward_kernel,
             (pieces.chunks, cdiv(heads, PREP_HEADS)),
             *(call.dt, call.dt_bias, call.A, pieces.steps, found.dots, found.ends, ddt, shares, pieces.chunk_table),
             *(tokens, pieces.per_row, heads, given.low, given.high, *call.dt.stride()[:2], *ddt.stride()[:2]),
             **call.prep_flags(pieces.Q),
-            DOTS=found.dots.shape[2],
+            DOTS=dots,
         )
         share = sum_rows(shares, torch.float32)  # of A, dt_bias and D
         dx, dB, dC, dD, dz = found.dx, found.dB, found.dC, found.dD, found.dz
