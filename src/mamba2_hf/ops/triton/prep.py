@@ -135,7 +135,8 @@ def prep_backward_kernel(
     ``dots (chunks, H, DOTS, Q)`` holds a token's row and column sums (see ``ssd_backward.py``), and with ``DOTS`` = 4
     the column sums' share that leaves the chunk and ``<x, dy>``; ``ends (chunks, H)`` what else concerns the chunk's
     end. ``ddt`` is ``(B, T, H)``, its rows ``d_row`` and its tokens ``d_token`` apart. ``shares (chunks, 2, H)`` takes
-    each chunk's share of the gradients of ``A`` and ``dt_bias``, which the caller sums; with ``DOTS`` = 4 a third of ``D``.
+    each chunk's share of the gradients of ``A`` and ``dt_bias``; with ``DOTS`` = 4 it has a third, of ``D``. The caller
+    sums them.
     """
     SHARES: tl.constexpr = 3 if DOTS == 4 else 2
     chunk = tl.program_id(0)
