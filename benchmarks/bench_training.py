@@ -170,11 +170,11 @@ def check_agreement(case: Case, device: str) -> None:
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     (ours, mine), (stock, theirs) = (exact_results(impl, case, device) for impl in (OURS, STOCK))
-    torch.set_float32_matmul_precision(precision)
     checked(f"{case.name}, loss in fp32", ours, stock, EXACT)
     compare_gradients(case, mine, theirs)
     if case.lora:
         check_lora(case, device)
+    torch.set_float32_matmul_precision(precision)
 
 
 def compare_gradients(case: Case, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from mamba2_hf.ops import ssd_chunk_scan
 from mamba2_hf.ops.checks import SSDShape, check_ssd
 from mamba2_hf.ops.dispatch import backend_module
 from mamba2_hf.ops.reference import ssd_chunked, ssd_recurrent
-from mamba2_hf.ops.triton import configs
+from mamba2_hf.ops.triton import configs, problem
 from mamba2_hf.ops.triton.ssd import supports
 
 torch_backend, triton_backend = backend_module("torch"), backend_module("triton")
@@ -406,3 +406,28 @@ def test_sizes_that_cannot_be_served_say_why() -> None:
         ok, reason = supports(shape=shape._replace(**changed), dtype=dtype)
         assert not ok
         assert any(word in reason for word in ("state size 257", "head_dim 257", "float64"))
+
+
+@pytest.mark.parametrize("layout", ["rows", "one row for all", "every other token"])
+def test_documents_are_marked_in_the_decays(layout: str) -> None:
+    """How Hopper's kernels, which the interpreter does not run, keep documents apart."""
+    source = torch.Generator().manual_seed(0)
+    batch, tokens, heads, Q = 3, 150, 5, 64
+    x, maps = (torch.randn(batch, tokens, n, 16, generator=source).to(DEVICE) for n in (heads, 1))
+    dt, A = (
+        torch.rand(batch, tokens, heads, generator=source).to(DEVICE),
+        -torch.rand(heads, generator=source).to(DEVICE),
+    )
+    seq_idx = torch.randint(0, 2, (batch, tokens), generator=source).cumsum(1).to(DEVICE)
+    if layout == "one row for all":
+        seq_idx = seq_idx[:1].expand(batch, tokens)
+    elif layout == "every other token":
+        seq_idx = seq_idx.repeat_interleave(2, 1)[:, ::2]
+    given = problem.Arguments(x, dt, A, maps, maps, None, None, None, None, seq_idx, None, False, 0.0, math.inf)
+    steps = problem.cut(problem.prepare(given), Q, marks=True).steps  # (chunks, H, 2, Q)
+    found = steps[:, :, 0].view(batch, -1, heads, Q).mT.flatten(1, 2)[:, :tokens]
+    changes = torch.zeros(batch, tokens, 1, device=DEVICE, dtype=torch.float64)
+    changes[:, 1:, 0] = (seq_idx[:, 1:] != seq_idx[:, :-1]).double()
+    logs = dt.double() * A.double() / math.log(2) - 160 * changes
+    expected = torch.cat([part.cumsum(1) for part in logs.split(Q, 1)], 1)
+    assert (found - expected).norm() <= 1e-6 * expected.norm()

@@ -65,7 +65,9 @@ def plain_linear(module: nn.Module) -> PlainLinear | None:
         return None
     name = lora.active_adapters[0]
     base = plain_linear(lora.base_layer)
-    if base is None or name not in lora.lora_A:
+    if base is None or base.lora is not None:
+        return None
+    if name not in lora.lora_A:
         return base
     if name in lora.lora_variant or lora.fan_in_fan_out or lora.lora_B[name].bias is not None:
         return None

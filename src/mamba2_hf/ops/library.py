@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .triton import conv, decode, inner, layer, layer_step, loss, norm, ssd
 from .triton.calls import NAMESPACE, autograd_parts, on_its_device, set_differentiable, set_direct
-from .triton.replay import replayed
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -25,7 +24,7 @@ def _register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any])
     short = schema[: schema.index("(")]
     name = f"{NAMESPACE}::{short}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(name, "default", on_its_device(replayed(launch)), lib=_LIBRARY)
+    torch.library.impl(name, "default", on_its_device(launch), lib=_LIBRARY)
     torch.library.register_fake(name, fake, lib=_LIBRARY)
     set_direct(short, launch)
 

@@ -27,7 +27,8 @@ def call(name: str, *args: Any) -> Any:
 
 
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """``launch``, run on the device of its first tensor."""
+    """``launch``, run on the device of its first tensor, by a plan where there is one."""
+    launch = replayed(launch)
 
     def run(*args: Any) -> Any:
         device = args[0].get_device()
@@ -41,14 +42,14 @@ def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 
 def set_direct(name: str, launch: Callable[..., Any]) -> None:
     """Makes an op without gradients callable in eager mode."""
-    _direct[name] = on_its_device(replayed(launch))
+    _direct[name] = on_its_device(launch)
 
 
 def set_differentiable(
     name: str, launch: Callable[..., Any], backward: Callable[..., Any], tensors: int, saved: int, kept: int
 ) -> None:
     """Makes an op callable in eager mode; see ``library._differentiate`` for the arguments."""
-    forward, backward = on_its_device(replayed(launch)), on_its_device(replayed(backward))
+    forward, backward = on_its_device(launch), on_its_device(backward)
     keep, run = autograd_parts(name, backward, tensors, saved, kept)
 
     class Function(torch.autograd.Function):

@@ -61,14 +61,10 @@ class Allocation(NamedTuple):
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    dense: bool
 
     def run(self, held: list[Any], at: list[int], stream: Any) -> None:
         """Takes it."""
-        if self.dense:
-            tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        else:
-            tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
         held[self.slot] = tensor
         at[self.slot] = tensor.data_ptr()
 
@@ -231,7 +227,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.fault: str | None = None
         self.launching = False  # what Triton does meanwhile is not the op's
-        self.first: list[tuple[Any, ...]] = []  # of each slot's tensor: byte offset, shape, strides, dtype
+        self.first: list[tuple[Any, ...]] = []  # of each slot's tensor: dtype, byte offset, shape, strides, if dense
         self.slots: dict[int, int] = {}  # by the storage that has the memory now
         self.given: list[tuple[int, int]] = []
         self.steps: list[Step] = []
@@ -257,7 +253,7 @@ class Recorder(TorchDispatchMode):
 
     def slot(self, tensor: Tensor) -> int:
         """The slot of new memory."""
-        self.first.append((_offset(tensor), tuple(tensor.shape), tensor.stride(), tensor.dtype))
+        self.first.append((tensor.dtype, _offset(tensor), tensor.shape, tensor.stride(), tensor.is_contiguous()))
         self.slots[_storage(tensor)] = len(self.first) - 1
         return len(self.first) - 1
 
@@ -266,7 +262,7 @@ class Recorder(TorchDispatchMode):
         slot = self.slots.get(_storage(tensor))
         if slot is None:
             raise Unsayable("a tensor came from elsewhere")
-        start, *first, dtype = self.first[slot]
+        dtype, start, *first = self.first[slot]
         if tensor.dtype != dtype:
             raise Unsayable("memory is seen in another dtype")
         offset = _offset(tensor) - start
@@ -292,9 +288,7 @@ class Recorder(TorchDispatchMode):
         if func in _ALLOCATIONS:
             slot = fresh[0]
             assert slot is not None
-            dense = found.is_contiguous()
-            step = Allocation(slot, tuple(found.shape), found.stride(), found.dtype, found.device, dense)
-            self.steps.append(step)
+            self.steps.append(Allocation(slot, tuple(found.shape), found.stride(), found.dtype, found.device))
         elif func._schema.is_mutable or any(slot is not None for slot in fresh):  # else it is a view
             for i, _ in places:
                 plain[i] = None
@@ -494,22 +488,17 @@ def _packed(sizes: dict[int, int], spans: dict[int, tuple[int, int]]) -> tuple[d
 
 
 def _view(
-    tensor: Tensor, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
+    tensor: Tensor, offset: int, shape: torch.Size, stride: tuple[int, ...], dense: bool
 ) -> Callable[[Tensor], Tensor] | None:
     """What makes ``tensor`` of one with that shape and those strides, which begins ``offset`` elements before it."""
     if offset == 0 and (tensor.shape, tensor.stride()) == (shape, stride):
         return None
     if offset == 0 and len(shape) == 2 and (tensor.shape, tensor.stride()) == (shape[::-1], stride[::-1]):
         return methodcaller("t")
-    if offset == 0 and tensor.is_contiguous() and tensor.numel() == math.prod(shape) and _is_dense(shape, stride):
+    if offset == 0 and dense and tensor.is_contiguous() and tensor.numel() == shape.numel():
         return methodcaller("view", tuple(tensor.shape))
     sizes, steps = tuple(tensor.shape), tensor.stride()
     return lambda first: first.as_strided(sizes, steps, first.storage_offset() + offset)
-
-
-def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether a tensor is contiguous."""
-    return all(step == math.prod(shape[i + 1 :]) for i, step in enumerate(stride) if shape[i] > 1)
 
 
 def _storage(tensor: Tensor) -> int:
