@@ -1,18 +1,18 @@
-"""Decoding and prefill of whole models through ``generate``, beside transformers' own Mamba-2, on a GPU.
+"""Decoding and prefill of whole models through ``generate``, beside transformers' and mamba_ssm's own, on a GPU.
 
     python benchmarks/bench_generate.py --out benchmarks/results/generate.csv
 
-Random weights, bf16. Before a time is printed, logits of the timed path have to agree with one forward of the whole
-sequence. Columns: ``replay`` is the captured step alone, ``generate`` a token of ``model.generate`` (from two lengths,
-so that the prompt does not count), ``loop`` the same with steps that do nothing, ``prefill`` a forward of the prompt.
-Stock models take their fast path where mamba_ssm and causal_conv1d are importable: then the last column names them.
+Random weights, bf16, the same for all. mamba_ssm's own model runs, and transformers' takes its fast path, where
+mamba_ssm and causal_conv1d are importable: then the last column names them. Before a time is printed, logits of the
+timed path have to agree with one forward of the whole sequence. Columns: ``replay`` is the captured step alone,
+``generate`` a token of ``model.generate`` (from two lengths, so that the prompt does not count), ``loop`` the same with
+steps that do nothing, ``prefill`` a forward of the prompt.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from peers import OURS, STOCK, installed, peer, peers
 from table import write_csv
 
 from mamba2_hf import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM
@@ -56,16 +57,6 @@ def new_model(shape: str, dtype: torch.dtype = torch.bfloat16) -> Mamba2ForCausa
     torch.manual_seed(0)
     with torch.device("cuda"):
         return Mamba2ForCausalLM(config).to(dtype).eval()
-
-
-def stock_model(model: Mamba2ForCausalLM) -> Any:
-    """transformers' class with the same weights."""
-    values = {k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "architectures")}
-    with torch.device("meta"):
-        stock = transformers.models.mamba2.Mamba2ForCausalLM(transformers.models.mamba2.Mamba2Config(**values))
-    stock.load_state_dict(dict(model.state_dict()), assign=True)
-    stock.tie_weights()
-    return stock.eval()
 
 
 def floor_ms(model: Mamba2ForCausalLM, case: Case, bandwidth: float) -> float:
@@ -118,7 +109,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def decode(case: Case, bandwidth: float, peer: bool) -> Iterator[dict[str, Any]]:
+def decode(case: Case, bandwidth: float, impls: list[str]) -> Iterator[dict[str, Any]]:
     """Rows of one case."""
     model = new_model(case.shape)
     ids = torch.randint(1, model.config.vocab_size, (case.batch, 24), device="cuda")
@@ -139,7 +130,7 @@ def decode(case: Case, bandwidth: float, peer: bool) -> Iterator[dict[str, Any]]
     del whole
     torch.cuda.reset_peak_memory_stats()
     held, token = out.past_key_values, ids[:, :1]
-    row = {"case": case.name, "impl": "mamba2_hf", "floor_ms": floor, "error": error}
+    row = {"case": case.name, "impl": OURS, "floor_ms": floor, "error": error}
     held.graph.step(lambda _: None, token, held)
     yield row | {"what": "replay", "ms": timed(held.graph._graph.replay, 30), "memory_gib": peak()}
     del held, out
@@ -153,25 +144,29 @@ def decode(case: Case, bandwidth: float, peer: bool) -> Iterator[dict[str, Any]]
         yield row | {"what": "loop", "ms": per_token(generate), "memory_gib": peak()}
     finally:
         type(cache().graph).step = step
-    if peer:
-        stock, row = stock_model(model), row | {"impl": "transformers", "what": "generate"}
+    for impl in impls:
+        other, row = peer(impl, model).eval(), row | {"impl": impl, "what": "generate"}
+        lengths = (4, 10) if impl == STOCK else (SHORT, LONG)  # stock steps are slow
         try:
-            agree = relative(stock(ids).logits.float(), model(ids).logits)
+            agree = relative(other(ids).logits.float(), model(ids).logits)
             if not agree < TOLERANCE:
-                raise ArithmeticError(f"{case.name}: transformers' logits are off by {agree:.3f}")
+                raise ArithmeticError(f"{case.name}: {impl}'s logits are off by {agree:.3f}")
             torch.cuda.reset_peak_memory_stats()
-            ms = per_token(lambda n: stock.generate(ids, do_sample=False, max_new_tokens=n, min_new_tokens=n), 4, 10)
+            ms = per_token(
+                lambda n, other=other: other.generate(ids, do_sample=False, max_new_tokens=n, min_new_tokens=n),
+                *lengths,
+            )
         except torch.OutOfMemoryError:
             agree = ms = None
         yield row | {"ms": ms, "memory_gib": peak(), "error": agree}
 
 
 @torch.no_grad()
-def prefill(shape: str, tokens: int, peer: bool) -> Iterator[dict[str, Any]]:
+def prefill(shape: str, tokens: int, impls: list[str]) -> Iterator[dict[str, Any]]:
     """Rows of one long prompt."""
     model = new_model(shape)
     ids = torch.randint(1, model.config.vocab_size, (1, tokens), device="cuda")
-    models = {"mamba2_hf": model} | ({"transformers": stock_model(model)} if peer else {})
+    models = {OURS: model} | {impl: peer(impl, model).eval() for impl in impls}
     expected = model(ids[:, :2048], logits_to_keep=1).logits
     for impl, tried in models.items():
         row = {"case": f"prefill_{shape}_1x{tokens}", "impl": impl, "what": "prefill", "floor_ms": None}
@@ -193,18 +188,18 @@ def peak() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="", help="part of the names of the cases to time")
-    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
+    parser.add_argument("--no-peer", action="store_true", help="leave the others out")
     parser.add_argument("--out", type=Path, help="CSV to write")
     options = parser.parse_args()
-    bandwidth = measure_bandwidth()
+    bandwidth, impls = measure_bandwidth(), [] if options.no_peer else peers()
     about = {
         "device": torch.cuda.get_device_name(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}"
-        + "".join(f", {name}" for name in ("mamba_ssm", "causal_conv1d") if importlib.util.find_spec(name)),
+        + "".join(f", {name}" for name in installed()),
     }
     print(f"copy {bandwidth / 1e12:.2f} TB/s; {about}", flush=True)
-    jobs = [(case.name, lambda case=case: decode(case, bandwidth, not options.no_peer)) for case in CASES]
-    jobs.append(("prefill_130m_1x131072", lambda: prefill("130m", 131072, not options.no_peer)))
+    jobs = [(case.name, lambda case=case: decode(case, bandwidth, impls)) for case in CASES]
+    jobs.append(("prefill_130m_1x131072", lambda: prefill("130m", 131072, impls)))
     rows = []
     for name, job in jobs:
         if options.cases not in name:

@@ -1,20 +1,20 @@
-"""Times training steps on a GPU, this package's models beside transformers' own with the same weights.
+"""Times training steps on a GPU, this package's models beside transformers' and mamba_ssm's with the same weights.
 
     python benchmarks/bench_training.py --out benchmarks/results/training.csv
     python benchmarks/bench_training.py --cases 130M                  # those whose name contains it
     python benchmarks/bench_training.py --tiny                        # toy sizes on a CPU: does all of it run?
 
 A step is forward and backward of bf16 weights on random tokens, without an optimizer; the peak of memory is that of the
-process, weights and gradients included. Before anything is timed, both models compute loss and gradients of a short
-input in fp32, and the loss of the timed input in bf16; where they differ, the script stops. Each implementation is
-measured alone, the other's weights off the device. One that runs out of memory is tried with half the batch until it
-fits, and its row says so.
+process, weights and gradients included. Before anything is timed, our model and transformers' compute loss and
+gradients of a short input in fp32, and each the loss of the timed input in bf16; where they differ, the script stops.
+Each implementation is measured alone, the other's weights off the device. One that runs out of memory is tried with
+half the batch until it fits, and its row says so.
 
 The floor is the time of the matrix products alone (6 FLOP per weight and token; 4 where the weights are frozen) at the
-rate of a large product, measured in the same run. Stock models take their fast path where mamba_ssm and causal_conv1d
-are importable: then the last column names them. The LoRA case has r=16 on every linear layer and packed documents,
-checked against each document alone, with PEFT's modules called, in fp32. Stock models can have neither: theirs is on
-`in_proj` alone, on full rows.
+rate of a large product, measured in the same run. mamba_ssm's own model runs, and transformers' takes its fast path,
+where mamba_ssm and causal_conv1d are importable: then the last column names them. The LoRA case has r=16 on every
+linear layer and packed documents, checked against each document alone, with PEFT's modules called, in fp32. Stock
+models can have neither: theirs is on `in_proj` alone, on full rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import importlib.util
 import inspect
 import math
 import statistics
@@ -35,15 +34,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peers import ORIGINAL, OURS, STOCK, installed, peer, peers
 from table import write_csv
 from torch import Tensor, nn
 from transformers.models.mamba2 import modeling_mamba2
-from transformers.models.mamba2.configuration_mamba2 import Mamba2Config as StockConfig
-from transformers.models.mamba2.modeling_mamba2 import Mamba2ForCausalLM as StockModel
 
 from mamba2_hf import Mamba2Config, Mamba2ForCausalLM
 
-OURS, STOCK = "mamba2_hf", "transformers"
 CHECKPOINTING = ", checkpointing"
 SIZES: dict[str, dict[str, Any]] = {
     "130M": {"hidden_size": 768, "num_hidden_layers": 24, "num_heads": 24},
@@ -84,13 +81,7 @@ def build(impl: str, size: str, device: str) -> Any:
     torch.manual_seed(0)
     with torch.device(device):
         ours = Mamba2ForCausalLM(Mamba2Config(**sizes))
-    if impl == OURS:
-        return ours
-    with torch.device("meta"):
-        stock = StockModel(StockConfig(**sizes))
-    stock.load_state_dict(ours.state_dict(), assign=True)
-    stock.tie_weights()
-    return stock
+    return ours if impl == OURS else peer(impl, ours)
 
 
 def adapted(model: Any, impl: str) -> Any:
@@ -322,13 +313,10 @@ def products(case: Case) -> float:
 
 
 def versions() -> str:
-    peers = [name for name in ("mamba_ssm", "causal_conv1d") if importlib.util.find_spec(name)]
-    return ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers")) + "".join(
-        f", {name}" for name in peers
-    )
+    return ", ".join([*(f"{name} {metadata.version(name)}" for name in ("torch", "transformers")), *installed()])
 
 
-def rows(cases: list[Case], device: str, impls: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def rows(cases: list[Case], device: str, impls: list[str]) -> Iterator[dict[str, Any]]:
     rate = product_rate(device)
     where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     print(f"{where}: {rate / 1e12:.2f} TFLOP/s in a large product", flush=True)
@@ -336,7 +324,9 @@ def rows(cases: list[Case], device: str, impls: tuple[str, ...]) -> Iterator[dic
         check_agreement(case, device)
         release(device)
         for impl in impls:
-            for checkpointing in (False, True):
+            if impl == ORIGINAL and case.lora:
+                continue
+            for checkpointing in [False] if impl == ORIGINAL else [False, True]:
                 label = impl + (CHECKPOINTING if checkpointing else "")
                 found = fitting(case, impl, device, checkpointing)
                 if found is None:
@@ -360,14 +350,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="", help="part of the names of the cases to time")
     parser.add_argument("--out", type=Path, help="CSV to write")
-    parser.add_argument("--no-peer", action="store_true", help="check against transformers' model, but do not time it")
+    parser.add_argument("--no-peer", action="store_true", help="check against transformers' model, but time no other")
     parser.add_argument("--tiny", action="store_true", help="toy sizes")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.tiny:
         raise SystemExit("no GPU: --tiny runs toy sizes on the CPU")
     done: list[dict[str, Any]] = []
-    impls = (OURS,) if options.no_peer else (OURS, STOCK)
+    impls = [OURS] if options.no_peer else [OURS, *peers()]
     for row in rows([case for case in (TINY if options.tiny else CASES) if options.cases in case.name], device, impls):
         done.append(row)
         print(" ".join(f"{value}" for value in list(row.values())[:11]), flush=True)

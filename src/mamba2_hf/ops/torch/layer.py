@@ -68,4 +68,5 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LowRank | Non
     y = F.linear(x, weight, bias)
     if lora is None:
         return y
-    return y + lora.scale * F.linear(F.linear(x, lora.down.to(y.dtype)), lora.up.to(y.dtype))
+    lowered = F.linear(x, lora.down.to(y.dtype)).flatten(0, 1)
+    return torch.addmm(y.flatten(0, 1), lowered, lora.up.to(y.dtype).t(), alpha=lora.scale).view_as(y)
