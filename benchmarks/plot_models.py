@@ -44,19 +44,19 @@ def draw_bars(path: Path, bars: Bars, floors: dict[str, float], label: str, scal
     axes.margins(x=0.15)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=len(bars) + 1, frameon=False)
+    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, frameon=False)
     save(figure, path)
 
 
 def draw_decoding(folder: Path) -> None:
-    bars: Bars = {name: {} for name in (*DECODED.values(), "transformers, generate")}
+    bars: Bars = {name: {} for name in (*DECODED.values(), "mamba_ssm, generate", "transformers, generate")}
     floors: dict[str, float] = {}
     for row in read(folder / "generate.csv"):
         if not (row["case"].startswith("decode_") and row["what"] in DECODED and row["ms"]):
             continue
         case = row["case"].removeprefix("decode_").replace("_", " ")
         ours = row["impl"] == "mamba2_hf"
-        bars[DECODED[row["what"]] if ours else "transformers, generate"][case] = float(row["ms"])
+        bars[DECODED[row["what"]] if ours else f"{row['impl']}, generate"][case] = float(row["ms"])
         if ours and row["floor_ms"]:
             floors[case] = float(row["floor_ms"])
     draw_bars(folder / "models_decoding.svg", bars, floors, "ms a token of every sequence", "log")
