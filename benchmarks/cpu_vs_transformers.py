@@ -26,13 +26,12 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from peers import stock_model
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from table import write_csv
 from torch import Tensor
-from transformers.models.mamba2.configuration_mamba2 import Mamba2Config as StockConfig
-from transformers.models.mamba2.modeling_mamba2 import Mamba2ForCausalLM as StockModel
 
 import mamba2_hf
 
@@ -66,13 +65,7 @@ def build(implementation: str, size: str) -> Any:
     """The model in eval mode, its weights drawn by our initialization from one seed."""
     torch.manual_seed(0)
     ours = mamba2_hf.Mamba2ForCausalLM(mamba2_hf.Mamba2Config(**SIZES[size], **SHARED))
-    if implementation == OURS:
-        return ours.eval()
-    with torch.device("meta"):  # initializing twice would only take time
-        stock = StockModel(StockConfig(**SIZES[size], **SHARED))
-    stock.load_state_dict(ours.state_dict(), assign=True)
-    stock.tie_weights()
-    return stock.eval()
+    return (ours if implementation == OURS else stock_model(ours)).eval()
 
 
 def tokens(length: int, vocab_size: int) -> Tensor:

@@ -13,7 +13,7 @@ from transformers.models.mamba2.configuration_mamba2 import Mamba2Config as Stoc
 from transformers.models.mamba2.modeling_mamba2 import Mamba2ForCausalLM as StockModel
 
 from mamba2_hf import Mamba2ForCausalLM
-from mamba2_hf.checkpoints.mapping import write_mamba_ssm
+from mamba2_hf.checkpoints.mapping import MAMBA_SSM_KEYS, write_mamba_ssm
 
 OURS, STOCK, ORIGINAL = "mamba2_hf", "transformers", "mamba_ssm"
 
@@ -24,7 +24,7 @@ def installed() -> list[str]:
 
 
 def peers() -> list[str]:
-    """Those that can run here: mamba_ssm's own model with its kernels for convolutions only."""
+    """Those that can run here: mamba_ssm's own model where causal_conv1d, which it needs, is installed too."""
     return [STOCK, ORIGINAL] if len(installed()) == 2 else [STOCK]
 
 
@@ -53,7 +53,7 @@ class OriginalModel(nn.Module):
         super().__init__()
         with torch.device("meta"):
             self.model = MambaLMHeadModel(MambaConfig(**write_mamba_ssm(model.config)))
-        weights = {name.replace(".embeddings.", ".embedding."): value for name, value in model.state_dict().items()}
+        weights = {MAMBA_SSM_KEYS.theirs(name): value for name, value in model.state_dict().items()}
         self.model.load_state_dict(weights, assign=True)
         self.model.tie_weights()
 

@@ -18,25 +18,11 @@ from mamba2_hf.ops.reference import ssd_chunked, ssd_recurrent
 from mamba2_hf.ops.triton import configs, problem
 from mamba2_hf.ops.triton.ssd import supports
 
+pytestmark = pytest.mark.usefixtures("poison")
 torch_backend, triton_backend = backend_module("torch"), backend_module("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW_PRECISION = ("x", "dt", "B", "C", "z")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of the norm, forward and backward
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody wrote reads as NaN."""
-
-    def poisoned(allocate: Any) -> Any:
-        def new(*args: Any, **kwargs: Any) -> Tensor:
-            tensor = allocate(*args, **kwargs)
-            return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-        return new
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
 
 
 def make(

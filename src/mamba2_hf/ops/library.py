@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .triton import conv, decode, inner, layer, layer_step, loss, norm, ssd
-from .triton.calls import NAMESPACE, autograd_parts, on_its_device, set_differentiable, set_direct
+from .triton.calls import NAMESPACE, autograd_parts, set_differentiable, set_direct
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -24,14 +24,12 @@ def _register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any])
     short = schema[: schema.index("(")]
     name = f"{NAMESPACE}::{short}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(name, "default", on_its_device(launch), lib=_LIBRARY)
+    torch.library.impl(name, "default", set_direct(short, launch), lib=_LIBRARY)
     torch.library.register_fake(name, fake, lib=_LIBRARY)
-    set_direct(short, launch)
 
 
 def _differentiate(
     name: str,
-    launch: Callable[..., Any],
     backward: Callable[..., Any],
     tensors: int,
     saved: int,
@@ -43,7 +41,7 @@ def _differentiate(
 
     Args:
         name: of the op.
-        launch: runs it. backward: runs its backward; takes the gradients of the results (the first one is always
+        backward: runs its backward; takes the gradients of the results (the first one is always
             there), then ``kept`` results, then the arguments, without the last ``options`` of them; returns ``tensors``
             gradients or Nones.
         tensors: how many arguments, the first ones, are differentiable.
@@ -58,7 +56,7 @@ def _differentiate(
 
     setup_context, run = autograd_parts(name, cut(op), tensors, saved, kept)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", run, setup_context=setup_context, lib=_LIBRARY)
-    set_differentiable(name, launch, cut(backward), tensors, saved, kept)
+    set_differentiable(name, cut(backward), tensors, saved, kept)
 
 
 def _filled(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor, ...]]:
@@ -118,7 +116,7 @@ _register(
     _filled(_conv_backward),
     _conv_backward_fake,
 )
-_differentiate("causal_conv1d", _conv, _conv_backward, 4, 6)
+_differentiate("causal_conv1d", _conv_backward, 4, 6)
 
 
 # Norms
@@ -139,7 +137,7 @@ _register(
     _filled(norm.norm_backward),
     _norm_backward_fake,
 )
-_differentiate("rms_norm", norm.norm_forward, norm.norm_backward, 3, 3, options=1)
+_differentiate("rms_norm", norm.norm_backward, 3, 3, options=1)
 
 
 # Loss: logits become gradients in place
@@ -178,7 +176,7 @@ _register(
     _filled(ssd.scan_backward),
     _scan_backward_fake,
 )
-_differentiate("ssd_chunk_scan", ssd.scan_forward, ssd.scan_backward, 9, 11)
+_differentiate("ssd_chunk_scan", ssd.scan_backward, 9, 11)
 
 
 # The mixer between its projections
@@ -212,7 +210,7 @@ _register(
     _filled(inner.inner_backward),
     _inner_backward_fake,
 )
-_differentiate("mamba2_inner", inner.inner_forward, inner.inner_backward, 9, 11)
+_differentiate("mamba2_inner", inner.inner_backward, 9, 11)
 
 
 # A whole layer for training
@@ -251,7 +249,7 @@ _register(
     _filled(layer.layer_backward),
     _layer_backward_fake,
 )
-_differentiate("mamba2_layer", layer.layer_forward, layer.layer_backward, 16, 18, kept=3)
+_differentiate("mamba2_layer", layer.layer_backward, 16, 18, kept=3)
 
 
 # Decoding: states are updated in place

@@ -40,16 +40,15 @@ def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def set_direct(name: str, launch: Callable[..., Any]) -> None:
-    """Makes an op without gradients callable in eager mode."""
-    _direct[name] = on_its_device(launch)
+def set_direct(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes an op without gradients callable in eager mode, by what is returned."""
+    run = _direct[name] = on_its_device(launch)
+    return run
 
 
-def set_differentiable(
-    name: str, launch: Callable[..., Any], backward: Callable[..., Any], tensors: int, saved: int, kept: int
-) -> None:
-    """Makes an op callable in eager mode; see ``library._differentiate`` for the arguments."""
-    forward, backward = on_its_device(launch), on_its_device(backward)
+def set_differentiable(name: str, backward: Callable[..., Any], tensors: int, saved: int, kept: int) -> None:
+    """Gives an op of :func:`set_direct` its gradients; see ``library._differentiate`` for the arguments."""
+    forward, backward = _direct[name], on_its_device(backward)
     keep, run = autograd_parts(name, backward, tensors, saved, kept)
 
     class Function(torch.autograd.Function):
