@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import CacheError
+from .causal_conv1d import CausalConv1d
 from .conv import causal_convolution
 from .fp32 import KeepsFp32
 from .norm import GatedRMSNorm, RMSNorm
@@ -68,12 +69,7 @@ class Mamba2Mixer(KeepsFp32):
         self.activation, self.dt_limit, self.chunk_size = activation, dt_limit, chunk_size
 
         self.in_proj = nn.Linear(hidden_size, self.inner_size + self.conv_size + num_heads, bias=use_bias)
-        self.conv1d = nn.Conv1d(
-            *(self.conv_size, self.conv_size, conv_kernel),
-            groups=self.conv_size,
-            padding=conv_kernel - 1,
-            bias=use_conv_bias,
-        )
+        self.conv1d = CausalConv1d.depthwise(self.conv_size, conv_kernel, use_conv_bias)
         at_least_fp32 = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.A_log = nn.Parameter(torch.zeros(num_heads, dtype=at_least_fp32))
         self.D = nn.Parameter(torch.ones(num_heads, dtype=at_least_fp32))
@@ -140,12 +136,14 @@ class Mamba2Mixer(KeepsFp32):
             dtypes |= set() if lora is None else {lora.down.dtype, lora.up.dtype}
         if len(dtypes) > 1 and not torch.is_autocast_enabled(stream.device.type):
             return None
-        return ops.mamba2_layer(
-            stream,
-            chunk_size=self.chunk_size,
-            seq_idx=layout.seq_idx,
-            cu_seqlens=layout.cu_seqlens,
-            **arguments,
+        return layout.unpack(
+            ops.mamba2_layer(
+                layout.pack(stream),
+                chunk_size=self.chunk_size,
+                seq_idx=layout.seq_idx,
+                cu_seqlens=layout.cu_seqlens,
+                **arguments,
+            )
         )
 
     def _arguments(self, norm: RMSNorm) -> dict[str, Any] | None:
@@ -209,7 +207,7 @@ class Mamba2Mixer(KeepsFp32):
         conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
         if conv_weight is not None and norm_weight is not None:
             inner: Any = ops.mamba2_inner(
-                *(zxbcdt, conv_weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.A, self.D),
+                *(layout.pack(zxbcdt), conv_weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.A, self.D),
                 norm_weight=norm_weight,
                 head_dim=self.head_dim,
                 n_groups=self.n_groups,
@@ -226,10 +224,12 @@ class Mamba2Mixer(KeepsFp32):
                 return_final_states=state is not None,
             )
             y, *final = (inner,) if state is None else inner
+            y = layout.unpack(y)
         else:
             z, xbc, dt = self._split(zxbcdt)
             xbc, conv_final = self._convolve(xbc, conv_initial, layout)
             x, B, C = self._split_xbc(xbc)
+            x, dt, B, C = map(layout.pack, (x, dt, B, C))
             y, ssm_final = ops.ssd_chunk_scan(
                 *(x, dt, self.A, B, C),
                 D=self.D,
@@ -242,7 +242,7 @@ class Mamba2Mixer(KeepsFp32):
                 cu_seqlens=layout.cu_seqlens,
                 return_final_states=True,
             )
-            y, final = self.norm(y.flatten(-2), z), [conv_final, ssm_final]
+            y, final = self.norm(layout.unpack(y.flatten(-2)), z), [conv_final, ssm_final]
         if state is not None:
             state.update(*map(layout.gather_states, final))
         return y
@@ -253,8 +253,9 @@ class Mamba2Mixer(KeepsFp32):
         _, B, C = self._split_xbc(self._convolve(xbc, None, layout)[0])
         seq_idx = layout.seq_idx
         if layout.cu_seqlens is not None:
-            positions = torch.arange(dt.shape[1], device=dt.device)
-            seq_idx = layout.align(torch.searchsorted(layout.cu_seqlens[1:].to(positions), positions, right=True)[None])
+            positions = torch.arange(layout.pack(dt).shape[1], device=dt.device)
+            documents = torch.searchsorted(layout.cu_seqlens[1:].to(positions), positions, right=True)[None]
+            seq_idx = layout.align(layout.unpack(documents))
         matrix = ops.ssd_attention_matrix(
             *(layout.align(dt), self.A, layout.align(B), layout.align(C)),
             dt_bias=self.dt_bias,

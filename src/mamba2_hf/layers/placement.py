@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CacheError
-from .sequence import SequenceLayout
+from .sequence import SequenceLayout, kept_first, rank, take
 from .state import pick
 
 Visible = Callable[[Any, Any, Any, Any], Tensor]
@@ -99,11 +99,11 @@ class Placement:
             row is one document.
         width: as ``stored``, after this call.
         lengths: as ``past``, after this call.
-        to_grid: ``(B, T)`` place in the packed row of each token of the grid; None if the input is the grid.
-        from_grid: ``(R,)`` place in the flat grid of each token of the packed row.
+        to_grid: ``(B, T)`` place in the flat input of each token of the grid; None if the input is the grid.
+        from_grid: place in the flat grid of each token of the input, in the input's shape, ``(B, T)``.
         masks: whatever attention makes of :meth:`visible` or :meth:`flat`, by window.
         device: of all tensors.
-        rotary: cosines and sines, ``(1, R, D')`` or ``(B, T, D')``.
+        rotary: cosines and sines on the grid, ``(1, T, D')`` or ``(B, T, D')``.
     """
 
     rows: int
@@ -132,12 +132,19 @@ class Placement:
         return self.starts is None and (self.past is None or not self.stored)
 
     def align(self, tensor: Tensor) -> Tensor:
-        """``(1, R, ...)`` to the grid ``(B, T, ...)``; behind a row's tokens is anything finite."""
-        return tensor if self.to_grid is None else tensor[0, self.to_grid]
+        """The input's ``(B, T, ...)`` to the grid; behind a row's tokens is anything finite."""
+        return tensor if self.to_grid is None else take(tensor.flatten(0, 1), self.to_grid)
 
     def unalign(self, tensor: Tensor) -> Tensor:
-        """Inverse of :meth:`align`."""
-        return tensor if self.from_grid is None else tensor.flatten(0, 1)[self.from_grid][None]
+        """Inverse of :meth:`align`; what comes out for padding is anything finite."""
+        return tensor if self.from_grid is None else take(tensor.flatten(0, 1), self.from_grid)
+
+    def of_row(self, layout: SequenceLayout) -> Placement:
+        """The placement of what :meth:`SequenceLayout.pack` makes of the input, ``(1, R, ...)``."""
+        if self.to_grid is None or self.from_grid is None or layout.slot is None or layout.source is None:
+            return self
+        to_grid = take(layout.slot.flatten(), self.to_grid)
+        return replace(self, to_grid=to_grid, from_grid=self.from_grid.flatten()[layout.source][None])
 
     def first(self) -> Tensor | None:
         """``(B, T)`` the first key that each token may see, if there is no window; None if regular."""
@@ -335,13 +342,9 @@ def place(layout: SequenceLayout, rows: int, tokens: int, counts: KeyCounts | No
             past = torch.zeros(rows, dtype=torch.long, device=device)
     fresh = None if layout.keep is None else layout.keep.sum(1)
     to_grid, from_grid = None, None
-    if layout.source is not None and fresh is not None:
-        before = fresh.cumsum(0) - fresh  # (B,) tokens of earlier rows
-        columns = torch.arange(tokens, device=fresh.device)
-        to_grid = (before[:, None] + columns).clamp(max=layout.source.shape[0] - 1)
-        row = layout.source // tokens  # (R,)
-        column = torch.arange(layout.source.shape[0], device=row.device) - before[row]
-        from_grid = row * tokens + column.clamp(0, tokens - 1)
+    if layout.keep is not None:
+        start = torch.arange(0, rows * tokens, tokens, device=layout.keep.device)[:, None]  # of each row
+        to_grid, from_grid = start + kept_first(layout.keep), start + rank(layout.keep)
     starts = _document_starts(layout, rows, tokens, to_grid)
     width, lengths = _after(rows, tokens, stored, past, fresh, starts, capacity)
     return Placement(
@@ -371,7 +374,9 @@ def _document_starts(layout: SequenceLayout, rows: int, tokens: int, to_grid: Te
         flags = torch.zeros(length + 1, dtype=torch.bool, device=bounds.device)
         flags = flags.index_fill(0, bounds.clamp(max=length), True)[:length]
         flags = flags | (torch.arange(length, device=bounds.device) >= bounds[-1])  # what belongs to no document
-        changes = flags[None] if to_grid is None else flags[to_grid]
+        changes = flags[None]
+        if layout.slot is not None and to_grid is not None:
+            changes = take(flags, take(layout.slot.flatten(), to_grid))
     else:
         return None
     columns = torch.arange(tokens, device=changes.device)

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops import LowRank
+from .causal_conv1d import PLAIN_TENSORS, CausalConv1d
 from .norm import GatedRMSNorm, RMSNorm
 
-_PLAIN_TYPES = (nn.Linear, nn.Conv1d, RMSNorm, GatedRMSNorm)
-_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # torch.export traces with fake tensors
+_PLAIN_TYPES = (nn.Linear, nn.Conv1d, CausalConv1d, RMSNorm, GatedRMSNorm)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -33,7 +32,7 @@ def plain_weight(module: nn.Module) -> Tensor | None:
     if type(module) not in _PLAIN_TYPES or not is_unhooked(module):
         return None
     weight: Any = module.weight
-    if type(weight) not in _PLAIN_TENSORS or weight.is_meta:
+    if type(weight) not in PLAIN_TENSORS or weight.is_meta:
         return None
     return weight
 
@@ -77,3 +76,16 @@ def plain_linear(module: nn.Module) -> PlainLinear | None:
     if down is None or up is None:
         return None
     return base._replace(lora=LowRank(down, up, lora.scaling[name]))
+
+
+def is_unobserved(*parts: nn.Module | None) -> bool:
+    """Whether nothing below these modules can tell if it is called on a batch or on one row of its tokens: all of it is
+    this package's or PyTorch's, or a linear layer that can be read, and none is hooked.
+    """
+    return all(_takes_any_shape(child) for part in parts if part is not None for child in part.children())
+
+
+def _takes_any_shape(module: nn.Module) -> bool:
+    if type(module).__module__.startswith(("mamba2_hf.", "torch.nn.modules.")):
+        return is_unhooked(module) and all(map(_takes_any_shape, module.children()))
+    return plain_linear(module) is not None

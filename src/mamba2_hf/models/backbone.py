@@ -64,7 +64,7 @@ class SSDBackbone(SSDPreTrainedModel):
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, d)
         if output_attentions:
             self._check_attentions(batch, tokens, cache)
-        hidden_states = layout.pack(self._scale_embeddings(hidden_states))  # (1, R, d) where there was padding
+        hidden_states = layout.blank(self._scale_embeddings(hidden_states))  # what padding holds may be anything
         options, counted = self._layer_options(hidden_states, layout, batch, tokens, position_ids, cache)
         if output_attentions:
             options["output_attentions"] = True
@@ -75,14 +75,14 @@ class SSDBackbone(SSDPreTrainedModel):
         router_logits: list[Tensor] = []
         for layer in self.layers:
             if output_hidden_states:
-                every_state.append(layout.unpack(hidden_states))
+                every_state.append(hidden_states)
             if output_attentions or output_router_logits:
                 hidden_states, matrices, logits = layer(hidden_states, layout, past_key_values=cache, **options)
                 attentions.extend(matrices)
-                router_logits.extend(layout.unpack(routed).flatten(0, 1) for routed in logits)
+                router_logits.extend(routed.flatten(0, 1) for routed in logits)
             else:
                 hidden_states = layer(hidden_states, layout, past_key_values=cache, **options)
-        hidden_states = layout.unpack(self.norm_f(hidden_states))
+        hidden_states = self.norm_f(hidden_states)
         if output_hidden_states:
             every_state.append(hidden_states)
         if cache is not None:
@@ -109,8 +109,8 @@ class SSDBackbone(SSDPreTrainedModel):
         position_ids: Tensor | None,
         cache: Mamba2Cache | None,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """More arguments for every layer, and for :meth:`Mamba2Cache.count`; ``hidden_states (1, R, d)`` or ``(B, T,
-        d)`` are the embeddings.
+        """More arguments for every layer, and for :meth:`Mamba2Cache.count`; ``hidden_states (B, T, d)`` are the
+        embeddings.
         """
         return {}, {}
 

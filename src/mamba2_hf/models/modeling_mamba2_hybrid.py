@@ -28,6 +28,7 @@ from ..layers import (
 )
 from ..layers.mixer import FP32_PARAMETERS
 from ..layers.sequence import PLAIN
+from ..layers.weights import is_unobserved
 from .backbone import SSDBackbone, batch_and_tokens, read_layout
 from .cache import Mamba2Cache, one_cache
 from .causal_lm import SSDForCausalLM
@@ -345,13 +346,20 @@ class Mamba2HybridLayer(GradientCheckpointingLayer):
         """``(B, T, d)`` to ``(B, T, d)``; if either is asked for, also the matrices ``(B, H, T, T)`` of its mixers and
         the logits ``(B, T, E)`` of its routers.
         """
+        whole = layout
+        if layout.source is not None and not output_attentions and is_unobserved(self, shared_blocks):
+            hidden_states, layout = whole.pack(hidden_states), whole.row
+            placement = None if placement is None else placement.of_row(whole)
+            embeddings = None if embeddings is None else whole.pack(embeddings)
         if self.residual_in_fp32:
             hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         call = _Call(layout, placement, past_key_values, embeddings, shared_blocks, output_attentions, [], [])
         for block in self.blocks:
             hidden_states = block(hidden_states, call)
+        restore = whole.blank if layout is whole else whole.unpack
+        hidden_states = restore(hidden_states)
         if output_attentions or output_router_logits:
-            return hidden_states, tuple(call.attentions), tuple(call.router_logits)
+            return hidden_states, tuple(call.attentions), tuple(map(restore, call.router_logits))
         return hidden_states
 
 
@@ -545,11 +553,9 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
         if self.has_rotary:
             if position_ids is not None:
                 given = position_ids[:, position_ids.shape[1] - tokens :].expand(batch, -1)
-                positions = placement.align(layout.pack(given))  # (B, T) on the grid
+                positions = placement.align(given)  # (B, T) on the grid
             shift = None if counts is None else counts.shift
             counted = placement.positions(shift) if positions is None else positions
-            if layout.source is not None:
-                counted = placement.unalign(counted.expand(batch, -1))  # (1, R)
             placement.rotary = self.rotary(hidden_states, counted)
         prepare_masks(self.config, placement, self.windows, hidden_states.dtype)
         return {**options, "placement": placement}, {"placement": placement, "positions": positions}
