@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import CacheError
+from ..ops.torch.packing import document_ids
 from .causal_conv1d import CausalConv1d
 from .conv import causal_convolution
 from .fp32 import KeepsFp32
@@ -253,9 +254,8 @@ class Mamba2Mixer(KeepsFp32):
         _, B, C = self._split_xbc(self._convolve(xbc, None, layout)[0])
         seq_idx = layout.seq_idx
         if layout.cu_seqlens is not None:
-            positions = torch.arange(layout.pack(dt).shape[1], device=dt.device)
-            documents = torch.searchsorted(layout.cu_seqlens[1:].to(positions), positions, right=True)[None]
-            seq_idx = layout.align(layout.unpack(documents))
+            documents = document_ids(layout.cu_seqlens.to(dt.device), layout.pack(dt).shape[1])
+            seq_idx = layout.align(layout.unpack(documents[None]))
         matrix = ops.ssd_attention_matrix(
             *(layout.align(dt), self.A, layout.align(B), layout.align(C)),
             dt_bias=self.dt_bias,
