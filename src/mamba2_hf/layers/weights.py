@@ -13,6 +13,7 @@ from .causal_conv1d import PLAIN_TENSORS, CausalConv1d
 from .norm import GatedRMSNorm, RMSNorm
 
 _PLAIN_TYPES = (nn.Linear, nn.Conv1d, CausalConv1d, RMSNorm, GatedRMSNorm)
+_SHAPELESS = (__name__.partition(".")[0] + ".", "torch.nn.modules.", "peft.tuners.", "bitsandbytes.nn.")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -78,14 +79,12 @@ def plain_linear(module: nn.Module) -> PlainLinear | None:
     return base._replace(lora=LowRank(down, up, lora.scaling[name]))
 
 
-def is_unobserved(*parts: nn.Module | None) -> bool:
-    """Whether nothing below these modules can tell if it is called on a batch or on one row of its tokens: all of it is
-    this package's or PyTorch's, or a linear layer that can be read, and none is hooked.
+def is_unobserved(*modules: nn.Module) -> bool:
+    """Whether nothing in these modules can tell if it is called on a batch or on one row of the tokens that count: all
+    is this package's, or works on each token alone, and nothing is hooked.
     """
-    return all(_takes_any_shape(child) for part in parts if part is not None for child in part.children())
-
-
-def _takes_any_shape(module: nn.Module) -> bool:
-    if type(module).__module__.startswith(("mamba2_hf.", "torch.nn.modules.")):
-        return is_unhooked(module) and all(map(_takes_any_shape, module.children()))
-    return plain_linear(module) is not None
+    return all(
+        type(module).__module__.startswith(_SHAPELESS) and is_unhooked(module)
+        for root in modules
+        for module in root.modules()
+    )

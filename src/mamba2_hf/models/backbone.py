@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, CacheError
 from ..layers import SequenceLayout
 from ..layers.sequence import sequence_layout
+from ..layers.weights import is_unobserved
 from .cache import Mamba2Cache, as_mamba2_cache
 from .outputs import Mamba2Output
 from .pretrained import SSDPreTrainedModel
@@ -65,7 +66,10 @@ class SSDBackbone(SSDPreTrainedModel):
         if output_attentions:
             self._check_attentions(batch, tokens, cache)
         hidden_states = layout.blank(self._scale_embeddings(hidden_states))  # what padding holds may be anything
-        options, counted = self._layer_options(hidden_states, layout, batch, tokens, position_ids, cache)
+        # Padding is no work where nobody looks at what is between the layers.
+        inner = [part for part in self.children() if part is not self.embeddings and part is not self.norm_f]
+        packed = layout.source is not None and not (output_hidden_states or output_attentions) and is_unobserved(*inner)
+        options, counted = self._layer_options(hidden_states, layout, batch, tokens, position_ids, cache, packed)
         if output_attentions:
             options["output_attentions"] = True
         if output_router_logits:
@@ -73,15 +77,19 @@ class SSDBackbone(SSDPreTrainedModel):
         every_state: list[Tensor] = []
         attentions: list[Tensor] = []
         router_logits: list[Tensor] = []
+        inside, restore = (layout.row, layout.unpack) if packed else (layout, layout.blank)
+        hidden_states = layout.pack(hidden_states) if packed else hidden_states  # (1, R, d) or (B, T, d)
         for layer in self.layers:
             if output_hidden_states:
                 every_state.append(hidden_states)
+            hidden_states = layer(hidden_states, inside, past_key_values=cache, **options)
             if output_attentions or output_router_logits:
-                hidden_states, matrices, logits = layer(hidden_states, layout, past_key_values=cache, **options)
+                hidden_states, matrices, logits = hidden_states
                 attentions.extend(matrices)
-                router_logits.extend(routed.flatten(0, 1) for routed in logits)
-            else:
-                hidden_states = layer(hidden_states, layout, past_key_values=cache, **options)
+                router_logits.extend(restore(routed).flatten(0, 1) for routed in logits)
+            if not packed:
+                hidden_states = layout.blank(hidden_states)
+        hidden_states = restore(hidden_states)
         hidden_states = self.norm_f(hidden_states)
         if output_hidden_states:
             every_state.append(hidden_states)
@@ -108,9 +116,10 @@ class SSDBackbone(SSDPreTrainedModel):
         tokens: int,
         position_ids: Tensor | None,
         cache: Mamba2Cache | None,
+        packed: bool,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """More arguments for every layer, and for :meth:`Mamba2Cache.count`; ``hidden_states (B, T, d)`` are the
-        embeddings.
+        embeddings, and ``packed`` says whether layers get what ``layout`` packs of them.
         """
         return {}, {}
 

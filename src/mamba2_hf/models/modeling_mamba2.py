@@ -11,7 +11,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..errors import ArgumentError
 from ..layers import Mamba2Mixer, RMSNorm, SequenceLayout
 from ..layers.sequence import PLAIN
-from ..layers.weights import is_unobserved
 from .backbone import SSDBackbone, batch_and_tokens, read_layout
 from .cache import Mamba2Cache, one_cache
 from .causal_lm import SSDForCausalLM
@@ -56,19 +55,16 @@ class Mamba2Block(GradientCheckpointingLayer):
         """``(B, T, d)`` to ``(B, T, d)``; with ``output_attentions`` also the mixer's matrices ``(B, H, T, T)``, and no
         router's logits.
         """
-        whole = layout
-        if layout.source is not None and not output_attentions and is_unobserved(self):
-            hidden_states, layout = whole.pack(hidden_states), whole.row
         if self.residual_in_fp32:
             hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         state = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         if output_attentions:
             mixed, attention = self.mixer(self.norm(hidden_states), layout, state, output_attentions=True)
-            return layout.blank(hidden_states + mixed), (attention,), ()
+            return hidden_states + mixed, (attention,), ()
         after = self.mixer.whole_layer(hidden_states, self.norm, layout, state)
-        if after is None:
-            after = hidden_states + self.mixer(self.norm(hidden_states), layout, state)
-        return whole.blank(after) if layout is whole else whole.unpack(after)
+        if after is not None:
+            return after
+        return hidden_states + self.mixer(self.norm(hidden_states), layout, state)
 
 
 class Mamba2PreTrainedModel(SSDPreTrainedModel):

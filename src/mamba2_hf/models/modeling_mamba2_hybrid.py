@@ -28,7 +28,6 @@ from ..layers import (
 )
 from ..layers.mixer import FP32_PARAMETERS
 from ..layers.sequence import PLAIN
-from ..layers.weights import is_unobserved
 from .backbone import SSDBackbone, batch_and_tokens, read_layout
 from .cache import Mamba2Cache, one_cache
 from .causal_lm import SSDForCausalLM
@@ -346,20 +345,13 @@ class Mamba2HybridLayer(GradientCheckpointingLayer):
         """``(B, T, d)`` to ``(B, T, d)``; if either is asked for, also the matrices ``(B, H, T, T)`` of its mixers and
         the logits ``(B, T, E)`` of its routers.
         """
-        whole = layout
-        if layout.source is not None and not output_attentions and is_unobserved(self, shared_blocks):
-            hidden_states, layout = whole.pack(hidden_states), whole.row
-            placement = None if placement is None else placement.of_row(whole)
-            embeddings = None if embeddings is None else whole.pack(embeddings)
         if self.residual_in_fp32:
             hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         call = _Call(layout, placement, past_key_values, embeddings, shared_blocks, output_attentions, [], [])
         for block in self.blocks:
             hidden_states = block(hidden_states, call)
-        restore = whole.blank if layout is whole else whole.unpack
-        hidden_states = restore(hidden_states)
         if output_attentions or output_router_logits:
-            return hidden_states, tuple(call.attentions), tuple(map(restore, call.router_logits))
+            return hidden_states, tuple(call.attentions), tuple(call.router_logits)
         return hidden_states
 
 
@@ -541,10 +533,12 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
         tokens: int,
         position_ids: Tensor | None,
         cache: Mamba2Cache | None,
+        packed: bool,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         options: dict[str, Any] = {}
         if self.has_shared:
-            options |= {"embeddings": hidden_states, "shared_blocks": self.shared_blocks}
+            embeddings = layout.pack(hidden_states) if packed else hidden_states
+            options |= {"embeddings": embeddings, "shared_blocks": self.shared_blocks}
         if not self.windows:
             return options, {}
         counts = None if cache is None else cache.key_counts
@@ -558,7 +552,8 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
             counted = placement.positions(shift) if positions is None else positions
             placement.rotary = self.rotary(hidden_states, counted)
         prepare_masks(self.config, placement, self.windows, hidden_states.dtype)
-        return {**options, "placement": placement}, {"placement": placement, "positions": positions}
+        counted_by = {"placement": placement, "positions": positions}
+        return {**options, "placement": placement.of_row(layout) if packed else placement}, counted_by
 
     def _check_attentions(self, batch: int, tokens: int, cache: Mamba2Cache | None) -> None:
         heads = {SSD: self.config.ssm_num_heads}
