@@ -725,7 +725,7 @@ def describe(config: Mamba2Config | Mamba2HybridConfig, recipe: dict) -> str:
     places = [str(index + 1) for index, kinds in enumerate(config.blocks) if "attention" in kinds]
     if len(places) == len(config.blocks):
         return f"{start}, each {attention}, {then}"
-    return f"{start}, each SSD with {ssd}, and in place of it in layer {', '.join(places)} {attention}, {then}"
+    return f"{start}, each SSD with {ssd}, and in place of it in layer {', '.join(places)}\n{attention}, {then}"
 
 
 def _records(data: Path, out: Path) -> list[Path]:
