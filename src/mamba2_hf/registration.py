@@ -6,6 +6,7 @@
   smoothing, and evaluation, serving and model cards know them as language models.
 * Where TRL's trainers, pipelines and ``transformers serve`` look a class up by the ``architectures`` of a config of
   ours, they find our class, as the Auto classes do.
+* ``generate`` of a model that holds one of ours, such as a LLaVA, makes a cache with places for its states.
 * ``Mamba2HybridForCausalLM.from_pretrained`` reads the formats of other hybrids.
 * Trainer keeps weight decay off ``A_log``, ``D``, ``dt_bias`` and the norms of our models.
 * TRL's SFTTrainer gets logits in training, in those of its versions that read them for their metrics.
@@ -34,7 +35,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
+    GenerationMixin,
 )
+from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_PRETRAINING_MAPPING_NAMES,
@@ -57,6 +60,7 @@ from .models import (
     SSDPreTrainedModel,
 )
 from .models.base_config import SSDConfig
+from .models.cache import as_mamba2_cache
 from .training import no_decay_parameter_names
 
 _MARK = "_mamba2_hf"
@@ -78,6 +82,7 @@ def register() -> None:
         AutoModelForPreTraining.register(config, causal_lm, exist_ok=True)
         AutoModelForSequenceClassification.register(config, classifier, exist_ok=True)
     _list_hybrids()
+    _wrap(GenerationMixin, "_prepare_cache_for_generation", _with_our_cache)
     Mamba2HybridConfig.foreign_reader = staticmethod(_read_foreign_config)
     Mamba2HybridPreTrainedModel.foreign_reader = staticmethod(_read_foreign)
     when_imported("transformers.trainer", _keep_decay_off)
@@ -173,6 +178,21 @@ def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable
         setattr(wrapped, _MARK, True)
         setattr(owner, name, wrapped)
     return function is not None
+
+
+def _with_our_cache(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``_prepare_cache_for_generation`` whose caches know how many tokens they have seen before any layer is called:
+    one of transformers cannot say where no layer has keys.
+    """
+
+    def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        original(self, generation_config, model_kwargs, *args, **kwargs)
+        config = self.config.get_text_config(decoder=True)
+        if isinstance(config, SSDConfig):
+            for name in ALL_CACHE_NAMES & model_kwargs.keys():
+                as_mamba2_cache(model_kwargs[name], config)  # in place
+
+    return prepare
 
 
 def _keep_decay_off(trainer: Any) -> None:

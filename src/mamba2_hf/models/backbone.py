@@ -22,14 +22,17 @@ class SSDBackbone(SSDPreTrainedModel):
     layers: nn.ModuleList
     norm_f: nn.Module
     gradient_checkpointing = False
+    other_names = {"embed_tokens": "embeddings", "norm": "norm_f"}
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding layer."""
+    @property
+    def embed_tokens(self) -> nn.Embedding:
+        """``embeddings``, as most models name them."""
         return self.embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the embedding layer."""
-        self.embeddings = value  # type: ignore[assignment]
+    @property
+    def norm(self) -> nn.Module:
+        """``norm_f``, as most models name it."""
+        return self.norm_f
 
     def _run(
         self,

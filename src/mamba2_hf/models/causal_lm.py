@@ -51,13 +51,12 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
     backbone: SSDBackbone
     lm_head: nn.Module
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding layer."""
-        return self.backbone.get_input_embeddings()
+    other_names = {"model": "backbone"}
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the embedding layer."""
-        self.backbone.set_input_embeddings(value)
+    @property
+    def model(self) -> SSDBackbone:
+        """``backbone``, as most models name it."""
+        return self.backbone
 
     def _run(
         self,

@@ -28,6 +28,7 @@ from ..layers import (
 )
 from ..layers.mixer import FP32_PARAMETERS
 from ..layers.sequence import PLAIN
+from .arguments import check_ignored
 from .backbone import SSDBackbone, batch_and_tokens, read_layout
 from .cache import Mamba2Cache, one_cache
 from .causal_lm import SSDForCausalLM
@@ -490,6 +491,7 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
         max_length_k: int | None = None,
         token_type_ids: Tensor | None = None,
         layout: SequenceLayout | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, ...] | Mamba2Output:
         """Runs the tokens through the layers.
 
@@ -504,6 +506,7 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
             ArgumentError: inputs contradict each other or cannot be honored.
             CacheError: the cache is of another kind or batch, or static and full.
         """
+        check_ignored(self, kwargs)
         if layout is None:
             shape = batch_and_tokens(input_ids, inputs_embeds)
             layout = read_layout(*shape, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
@@ -593,6 +596,7 @@ class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
         token_type_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, ...] | Mamba2CausalLMOutput:
         """:meth:`Mamba2HybridModel.forward` and the head.
 
@@ -608,6 +612,7 @@ class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
 
         The other arguments are those of :meth:`Mamba2HybridModel.forward`.
         """
+        check_ignored(self, kwargs)
         shape = batch_and_tokens(input_ids, inputs_embeds)
         layout = read_layout(*shape, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
         return self._run(
