@@ -80,6 +80,8 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             raise ArgumentError(f"return_logits=False and {contrary} were given: return_logits=None leaves it open")
         # Some of the logits with all of the labels is for the loss function to refuse.
         without_logits = return_logits is False or (return_logits is None and self.training and not some)
+        if labels is not None and self.loss_function is ForCausalLMLoss:
+            labels = _token_labels(labels, None if some else batch_and_tokens(inputs["input_ids"], inputs["inputs_embeds"]))
         outputs = self.backbone(**inputs, return_dict=True, layout=layout)
         hidden_states = outputs.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
@@ -413,6 +415,18 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         if reason is not None:
             logger.info(f"generate goes without a CUDA graph: {reason}")
         return reason is None
+
+
+def _token_labels(labels: Tensor, shape: tuple[int, int] | None) -> Tensor:
+    """Labels of the usual loss as int64; ``shape`` is theirs where they have to be as many as the tokens."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ArgumentError(f"labels has dtype {labels.dtype}, expected an integer dtype: pass labels.long()")
+    if shape is not None and tuple(labels.shape) != shape:
+        raise ArgumentError(
+            f"labels has shape {tuple(labels.shape)}, expected (B, T) = {shape} as the tokens have; they are shifted "
+            "inside"
+        )
+    return labels.long()
 
 
 def _refuse_packed(model_kwargs: dict[str, Any]) -> None:
