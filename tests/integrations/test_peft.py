@@ -285,7 +285,7 @@ def test_adapters_over_4_bit_weights(make_model: Callable[..., Any], input_ids: 
     assert "4bit" in type(mixer.in_proj.base_layer).__name__
     assert mixer.A_log.dtype == torch.float32
     out = adapted(input_ids, labels=input_ids)
-    assert out.logits is None
+    assert "logits" not in out
     assert out.loss.item() == pytest.approx(plain(input_ids, labels=input_ids).loss.item(), rel=0.05)
     optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=0.02)
     for _ in range(5):

@@ -81,7 +81,9 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         # Some of the logits with all of the labels is for the loss function to refuse.
         without_logits = return_logits is False or (return_logits is None and self.training and not some)
         if labels is not None and self.loss_function is ForCausalLMLoss:
-            labels = _token_labels(labels, None if some else batch_and_tokens(inputs["input_ids"], inputs["inputs_embeds"]))
+            labels = _token_labels(
+                labels, None if some else batch_and_tokens(inputs["input_ids"], inputs["inputs_embeds"])
+            )
         outputs = self.backbone(**inputs, return_dict=True, layout=layout)
         hidden_states = outputs.last_hidden_state
         if isinstance(logits_to_keep, Tensor):

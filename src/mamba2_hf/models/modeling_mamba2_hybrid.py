@@ -605,10 +605,10 @@ class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
                 from another document.
             logits_to_keep: how many of the last positions to compute logits for (0 for all), or their indices.
             num_items_in_batch: what to divide the summed loss by, in place of the number of labels.
-            return_logits: whether to return logits beside the loss. By default they are left out, ``logits`` is None,
-                where the model is in training mode and labels are given: they are then never held whole, which saves
-                most of the memory of a small model with a large vocabulary. False does so in eval mode too. A head
-                that must be called as a module (adapters, quantization, hooks) computes them all the same.
+            return_logits: whether to return logits beside the loss. By default they are left out where the model is in
+                training mode and labels are given: they are then never held whole, which saves most of the memory of a
+                small model with a large vocabulary. Reading them raises a LogitsError. False does so in eval mode too.
+                A head that must be called as a module (adapters, quantization, hooks) computes them all the same.
 
         The other arguments are those of :meth:`Mamba2HybridModel.forward`.
         """
