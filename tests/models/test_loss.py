@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils.operations import convert_to_fp32
 from hybrids import make_hybrid
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from mamba2_hf import ops
-from mamba2_hf.errors import ArgumentError
+from mamba2_hf.errors import ArgumentError, LogitsError
 from mamba2_hf.ops import loss as fused
 
 B, T, VOCAB = 2, 23, 61
@@ -162,6 +166,41 @@ class TestWhenLogitsAreReturned:
         model.loss_function = lambda logits, labels, **_: logits.square().mean()
         out = model(ids, labels=ids)
         torch.testing.assert_close(out.loss, out.logits.square().mean())
+
+    def test_reading_what_was_left_out_says_how_to_get_it(self, tiny_model: Callable[..., Any], ids: Tensor) -> None:
+        out = tiny_model().train()(ids, labels=ids)
+        for read in (lambda: out.logits, lambda: out["logits"]):
+            with pytest.raises(LogitsError, match="return_logits=True"):
+                read()
+        assert not hasattr(out, "logits")
+        assert getattr(out, "logits", None) is out.get("logits") is None
+        assert repr(out) == f"Mamba2CausalLMOutput(loss={out.loss!r})"
+
+    @pytest.mark.parametrize(
+        "rebuild",
+        [
+            copy.deepcopy,
+            lambda out: pickle.loads(pickle.dumps(out)),
+            convert_to_fp32,  # accelerate, in mixed precision
+            lambda out: type(out)((key, out[key]) for key in out),  # DataParallel
+            lambda out: tree_unflatten(*reversed(tree_flatten(out))),  # DDP
+        ],
+        ids=["copy", "pickle", "accelerate", "DataParallel", "pytree"],
+    )
+    def test_an_output_stays_what_it_is(
+        self, rebuild: Callable[[Any], Any], tiny_model: Callable[..., Any], ids: Tensor
+    ) -> None:
+        model = tiny_model().train()
+        with torch.no_grad():
+            without, whole = model(ids, labels=ids), model(ids, labels=ids, return_logits=True)
+        again = rebuild(without)
+        assert type(again) is type(without)
+        assert torch.equal(again.loss, without.loss)
+        with pytest.raises(LogitsError, match="return_logits=True"):
+            _ = again.logits
+        again = rebuild(whole)
+        assert torch.equal(again.logits, whole.logits)
+        assert torch.equal(again["logits"], again.to_tuple()[1])
 
     def test_what_contradicts_is_refused(self, tiny_model: Callable[..., Any], ids: Tensor) -> None:
         model = tiny_model()
