@@ -10,7 +10,6 @@ import pytest
 import torch
 from hybrids import make_config, make_hybrid
 from safetensors import safe_open
-from torch import Tensor
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mamba2_hf import Mamba2Cache

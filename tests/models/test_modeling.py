@@ -283,7 +283,7 @@ class TestArguments:
         torch.testing.assert_close(model(ids.int()).logits, model(ids).logits, **SAME)
 
     def test_embeddings_that_are_ids_are_refused(self, any_model: Any, ids: Tensor) -> None:
-        with pytest.raises(ArgumentError, match="inputs_embeds has dtype torch.int64.*input_ids"):
+        with pytest.raises(ArgumentError, match=r"inputs_embeds has dtype torch\.int64.*input_ids"):
             any_model(inputs_embeds=ids[..., None].expand(-1, -1, 32))
 
     def test_ids_that_have_no_embedding_are_named(self, any_model: Any, ids: Tensor) -> None:

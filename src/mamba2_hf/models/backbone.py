@@ -64,7 +64,8 @@ class SSDBackbone(SSDPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         return_dict = self.config.return_dict if return_dict is None else return_dict
 
-        hidden_states = self._embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, d)
+        hidden_states = inputs_embeds if input_ids is None else self._embed(input_ids)  # (B, T, d)
+        assert hidden_states is not None
         if output_attentions:
             self._check_attentions(batch, tokens, cache)
         hidden_states = layout.pack(self._scale_embeddings(hidden_states))  # (1, R, d) where there was padding
