@@ -31,7 +31,7 @@ SHARED = ARCHITECTURES["shared"]
         ({"num_hidden_layers": 3}, r"layer_blocks has 2 layers and num_hidden_layers is 3"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"num_hidden_layers": 0, "layer_blocks": []}, "num_hidden_layers is 0: a count of at least 1"),
-        ({"add_cross_attention": True}, "add_cross_attention=True: there is no attention to an encoder"),
+        ({"add_cross_attention": True}, "add_cross_attention=True: these models attend to no encoder"),
         (
             {"layer_blocks": ["ssd", "attn"]},
             r"layer_blocks\[1\] is 'attn': 'attn' is no kind of block; there are ssd, ",

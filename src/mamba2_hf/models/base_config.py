@@ -104,8 +104,8 @@ class SSDConfig(PreTrainedConfig):
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         if kwargs.get("add_cross_attention"):
             raise ConfigurationError(
-                "add_cross_attention=True: there is no attention to an encoder here, so this cannot be the decoder "
-                "to one; models such as LLaVA put what an encoder found among the embeddings instead"
+                "add_cross_attention=True: these models attend to no encoder, so they cannot be the decoder of one; "
+                "models such as LLaVA put what an encoder found among the embeddings instead"
             )
         known = {field.name for field in fields(self)}
         for key, value in kwargs.items():
