@@ -6,7 +6,8 @@
   smoothing, and evaluation, serving and model cards know them as language models.
 * Where TRL's trainers, pipelines and ``transformers serve`` look a class up by the ``architectures`` of a config of
   ours, they find our class, as the Auto classes do.
-* ``generate`` of a model that holds one of ours, such as a LLaVA, makes a cache with places for its states.
+* A model that holds one of ours, such as a LLaVA, ties its head to the embedding by the name that it is kept and
+  offloaded under, and its ``generate`` makes a cache with places for states.
 * ``Mamba2HybridForCausalLM.from_pretrained`` reads the formats of other hybrids.
 * Trainer keeps weight decay off ``A_log``, ``D``, ``dt_bias`` and the norms of our models.
 * TRL's SFTTrainer gets logits in training, in those of its versions that read them for their metrics.
@@ -36,6 +37,7 @@ from transformers import (
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     GenerationMixin,
+    PreTrainedModel,
 )
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.models.auto.modeling_auto import (
@@ -82,6 +84,7 @@ def register() -> None:
         AutoModelForPreTraining.register(config, causal_lm, exist_ok=True)
         AutoModelForSequenceClassification.register(config, classifier, exist_ok=True)
     _list_hybrids()
+    _wrap(PreTrainedModel, "get_expanded_tied_weights_keys", _with_kept_names)
     _wrap(GenerationMixin, "_prepare_cache_for_generation", _with_our_cache)
     Mamba2HybridConfig.foreign_reader = staticmethod(_read_foreign_config)
     Mamba2HybridPreTrainedModel.foreign_reader = staticmethod(_read_foreign)
@@ -178,6 +181,26 @@ def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable
         setattr(wrapped, _MARK, True)
         setattr(owner, name, wrapped)
     return function is not None
+
+
+def _with_kept_names(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``get_expanded_tied_weights_keys`` that names weights of our models as checkpoints and device maps do."""
+
+    def kept(model: nn.Module, name: str) -> str:
+        *path, weight = name.split(".")
+        for place, part in enumerate(path):
+            if isinstance(model, SSDPreTrainedModel):
+                path[place] = model.other_names.get(part, part)
+            model = getattr(model, path[place])
+        return ".".join([*path, weight])
+
+    def get_expanded_tied_weights_keys(self: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
+        tied: dict[str, str] = original(self, *args, **kwargs)
+        if not tied or not any(isinstance(module, SSDPreTrainedModel) for module in self.modules()):
+            return tied
+        return {kept(self, target): kept(self, source) for target, source in tied.items()}
+
+    return get_expanded_tied_weights_keys
 
 
 def _with_our_cache(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -86,6 +86,18 @@ class TestLlavaWithTiedEmbeddings:
             logits = [model(IDS, pixel_values=PIXELS).logits for model in (llava, again)]
         torch.testing.assert_close(*logits, rtol=0, atol=0)
 
+    def test_is_offloaded_with_its_head(self, llava: Any, tmp_path: Path) -> None:
+        llava.save_pretrained(tmp_path)
+        places = {"vision_tower": "cpu", "multi_modal_projector": "cpu", "language_model": "disk"}
+        offloaded = AutoModelForImageTextToText.from_pretrained(
+            tmp_path,
+            device_map={"lm_head": "disk", **{f"model.{name}": place for name, place in places.items()}},
+            offload_folder=tmp_path / "offloaded",
+        ).eval()
+        with torch.no_grad():
+            logits = [model(IDS, pixel_values=PIXELS).logits for model in (llava, offloaded)]
+        torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
 
 @pytest.mark.parametrize("make", [lambda tiny: tiny(), lambda tiny: make_hybrid()], ids=["pure", "hybrid"])
 class TestNames:
