@@ -8,11 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from hybrids import make_hybrid
+from peft import (
+    CartridgeConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from mamba2_hf import Mamba2ForCausalLM, Mamba2ForSequenceClassification
+from mamba2_hf.errors import ArgumentError
 from mamba2_hf.layers import mixer
 from mamba2_hf.pretrained import shipped_model_path
 
@@ -157,6 +167,32 @@ READ: dict[str, tuple[dict[str, Any], bool]] = {  # options of the adapter, and 
 }
 
 
+class TestPrefixTuning:
+    """Keys and values of tokens that nobody read: an SSD layer has no place for them."""
+
+    CONFIG = {"task_type": TaskType.CAUSAL_LM, "num_virtual_tokens": 4}
+
+    @pytest.mark.parametrize("config", [PrefixTuningConfig, CartridgeConfig])
+    @pytest.mark.parametrize("hybrid", [False, True])
+    def test_is_refused_when_the_adapter_is_made(
+        self, hybrid: bool, config: Any, make_model: Callable[..., Any]
+    ) -> None:
+        model = make_hybrid() if hybrid else make_model()
+        with pytest.raises(ArgumentError, match=rf"{config.__name__}: .*Use PromptTuningConfig"):
+            get_peft_model(model, config(**self.CONFIG))
+
+    def test_is_refused_as_another_adapter(self, make_model: Callable[..., Any]) -> None:
+        adapted = get_peft_model(make_model(), PromptTuningConfig(**self.CONFIG))
+        with pytest.raises(ArgumentError, match="PREFIX_TUNING learns keys and values"):
+            adapted.add_adapter("other", PrefixTuningConfig(**self.CONFIG))
+
+    def test_others_are_left_alone(self, input_ids: Tensor) -> None:
+        sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+        llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+        adapted = get_peft_model(llama, PrefixTuningConfig(**self.CONFIG))
+        assert adapted(input_ids).logits.shape == (2, 17, 61)
+
+
 class TestTraining:
     """LoRA of the common kind is a part of the op of a whole layer; every other kind is called."""
 
@@ -285,7 +321,7 @@ def test_adapters_over_4_bit_weights(make_model: Callable[..., Any], input_ids: 
     assert "4bit" in type(mixer.in_proj.base_layer).__name__
     assert mixer.A_log.dtype == torch.float32
     out = adapted(input_ids, labels=input_ids)
-    assert out.logits is None
+    assert "logits" not in out
     assert out.loss.item() == pytest.approx(plain(input_ids, labels=input_ids).loss.item(), rel=0.05)
     optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=0.02)
     for _ in range(5):

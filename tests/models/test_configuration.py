@@ -28,7 +28,7 @@ NONSENSE: list[tuple[str, Any, str]] = [
         for value in (0, -8)
     ),
     *((name, value, "at least 1") for name in ("state_size", "n_groups", "chunk_size") for value in (0, -1)),
-    ("num_hidden_layers", -1, "at least 0"),
+    *(("num_hidden_layers", value, "at least 1") for value in (0, -1)),
     ("n_groups", 3, "divide num_heads=8"),
     ("conv_kernel", 1, "2 or more"),
     ("conv_kernel", 0, "2 or more"),

@@ -23,14 +23,17 @@ class SSDBackbone(SSDPreTrainedModel):
     layers: nn.ModuleList
     norm_f: nn.Module
     gradient_checkpointing = False
+    other_names = {"embed_tokens": "embeddings", "norm": "norm_f"}
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding layer."""
+    @property
+    def embed_tokens(self) -> nn.Embedding:
+        """``embeddings``, as most models name them."""
         return self.embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the embedding layer."""
-        self.embeddings = value  # type: ignore[assignment]
+    @property
+    def norm(self) -> nn.Module:
+        """``norm_f``, as most models name it."""
+        return self.norm_f
 
     def _run(
         self,
@@ -62,7 +65,8 @@ class SSDBackbone(SSDPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         return_dict = self.config.return_dict if return_dict is None else return_dict
 
-        hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, d)
+        hidden_states = inputs_embeds if input_ids is None else self._embed(input_ids)  # (B, T, d)
+        assert hidden_states is not None
         if output_attentions:
             self._check_attentions(batch, tokens, cache)
         hidden_states = layout.blank(self._scale_embeddings(hidden_states))  # what padding holds may be anything
@@ -105,6 +109,16 @@ class SSDBackbone(SSDPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        try:
+            return self.embeddings(input_ids)  # type: ignore[no-any-return]
+        except IndexError:  # on a CPU; a GPU stops the program
+            low, high = input_ids.aminmax()
+            raise ArgumentError(
+                f"input_ids holds ids from {int(low)} to {int(high)}, and vocab_size={self.config.vocab_size}: use the "
+                "model's own tokenizer, or model.resize_token_embeddings(len(tokenizer)) for one that has grown"
+            ) from None
+
     def _scale_embeddings(self, embeddings: Tensor) -> Tensor:
         return embeddings
 
@@ -139,14 +153,23 @@ def _refuse_filled(cache: Mamba2Cache | None) -> tuple[bool, None]:
 
 
 def batch_and_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
-    """B and T of whichever was given."""
+    """B and T of whichever was given, once its shape and dtype are known to fit."""
     if input_ids is not None and inputs_embeds is None:
         if input_ids.dim() != 2:
             raise ArgumentError(f"input_ids has shape {tuple(input_ids.shape)}, expected (B, T)")
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise ArgumentError(
+                f"input_ids has dtype {input_ids.dtype}, expected int64 or int32: pass input_ids.long(), or embeddings "
+                "as inputs_embeds"
+            )
         return input_ids.shape[0], input_ids.shape[1]
     if inputs_embeds is not None and input_ids is None:
         if inputs_embeds.dim() != 3:
             raise ArgumentError(f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (B, T, d)")
+        if not inputs_embeds.is_floating_point():
+            raise ArgumentError(
+                f"inputs_embeds has dtype {inputs_embeds.dtype}, expected a floating dtype: pass token ids as input_ids"
+            )
         return inputs_embeds.shape[0], inputs_embeds.shape[1]
     raise ArgumentError("pass either input_ids or inputs_embeds, and not both")
 

@@ -102,6 +102,11 @@ class SSDConfig(PreTrainedConfig):
             raise ConfigurationError(f"{name} is {getattr(self, name)!r}: {remedy}")
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("add_cross_attention"):
+            raise ConfigurationError(
+                "add_cross_attention=True: these models attend to no encoder, so they cannot be the decoder of one; "
+                "models such as LLaVA put what an encoder found among the embeddings instead"
+            )
         known = {field.name for field in fields(self)}
         for key, value in kwargs.items():
             if key not in _UNDECLARED:

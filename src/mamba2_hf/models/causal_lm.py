@@ -51,13 +51,12 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
     backbone: SSDBackbone
     lm_head: nn.Module
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding layer."""
-        return self.backbone.get_input_embeddings()
+    other_names = {"model": "backbone"}
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the embedding layer."""
-        self.backbone.set_input_embeddings(value)
+    @property
+    def model(self) -> SSDBackbone:
+        """``backbone``, as most models name it."""
+        return self.backbone
 
     def _run(
         self,
@@ -81,6 +80,10 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             raise ArgumentError(f"return_logits=False and {contrary} were given: return_logits=None leaves it open")
         # Some of the logits with all of the labels is for the loss function to refuse.
         without_logits = return_logits is False or (return_logits is None and self.training and not some)
+        if labels is not None and self.loss_function is ForCausalLMLoss:
+            labels = _token_labels(
+                labels, None if some else batch_and_tokens(inputs["input_ids"], inputs["inputs_embeds"])
+            )
         outputs = self.backbone(**inputs, return_dict=True, layout=layout)
         hidden_states = outputs.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
@@ -414,6 +417,18 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         if reason is not None:
             logger.info(f"generate goes without a CUDA graph: {reason}")
         return reason is None
+
+
+def _token_labels(labels: Tensor, shape: tuple[int, int] | None) -> Tensor:
+    """Labels of the usual loss as int64; ``shape`` is theirs where they have to be as many as the tokens."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ArgumentError(f"labels has dtype {labels.dtype}, expected an integer dtype: pass labels.long()")
+    if shape is not None and tuple(labels.shape) != shape:
+        raise ArgumentError(
+            f"labels has shape {tuple(labels.shape)}, expected (B, T) = {shape} as the tokens have; they are shifted "
+            "inside"
+        )
+    return labels.long()
 
 
 def _refuse_packed(model_kwargs: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ class Mamba2Config(SSDConfig):
         """Refuses every value that no model can be built from (run on construction and on save)."""
         for name in ("num_heads", "head_dim", "vocab_size", "hidden_size", "state_size", "n_groups", "chunk_size"):
             self._require(getattr(self, name) >= 1, name, "a size of at least 1")
-        self._require(self.num_hidden_layers >= 0, "num_hidden_layers", "a count of at least 0")
+        self._require(self.num_hidden_layers >= 1, "num_hidden_layers", "a count of at least 1")
         self._require(self.expand > 0 and math.isfinite(self.expand), "expand", "a factor above 0, usually 2")
         self._require(self.conv_kernel >= 2, "conv_kernel", "a number of taps: 2 or more, usually 4")
         inner = self.hidden_size * self.expand

@@ -243,8 +243,8 @@ class Mamba2HybridConfig(SSDConfig):
     eos_token_id: int | list[int] | None = 0
 
     def _normalize(self) -> None:
-        if self.layer_blocks is None and self.num_hidden_layers >= 0:
-            self.layer_blocks = spread_layers(self.num_hidden_layers, then=MLP) if self.num_hidden_layers else []
+        if self.layer_blocks is None and self.num_hidden_layers >= 1:
+            self.layer_blocks = spread_layers(self.num_hidden_layers, then=MLP)
         if self.num_attention_heads is not None and self.num_attention_heads > 0:
             if self.num_key_value_heads is None:
                 self.num_key_value_heads = self.num_attention_heads
@@ -339,7 +339,7 @@ class Mamba2HybridConfig(SSDConfig):
         """Nothing: ``layer_types`` follows from ``layer_blocks``, and transformers' list of names lacks ``"mlp"``."""
 
     def _check_layers(self) -> None:
-        self._require(self.num_hidden_layers >= 0, "num_hidden_layers", "a count of at least 0")
+        self._require(self.num_hidden_layers >= 1, "num_hidden_layers", "a count of at least 1")
         blocks = self.layer_blocks or []
         if len(blocks) != self.num_hidden_layers:
             raise ConfigurationError(

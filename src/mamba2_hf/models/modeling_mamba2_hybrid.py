@@ -28,6 +28,7 @@ from ..layers import (
 )
 from ..layers.mixer import FP32_PARAMETERS
 from ..layers.sequence import PLAIN
+from .arguments import check_ignored
 from .backbone import SSDBackbone, batch_and_tokens, read_layout
 from .cache import Mamba2Cache, one_cache
 from .causal_lm import SSDForCausalLM
@@ -490,6 +491,7 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
         max_length_k: int | None = None,
         token_type_ids: Tensor | None = None,
         layout: SequenceLayout | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, ...] | Mamba2Output:
         """Runs the tokens through the layers.
 
@@ -504,6 +506,7 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
             ArgumentError: inputs contradict each other or cannot be honored.
             CacheError: the cache is of another kind or batch, or static and full.
         """
+        check_ignored(self, kwargs)
         if layout is None:
             shape = batch_and_tokens(input_ids, inputs_embeds)
             layout = read_layout(*shape, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
@@ -594,6 +597,7 @@ class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
         token_type_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, ...] | Mamba2CausalLMOutput:
         """:meth:`Mamba2HybridModel.forward` and the head.
 
@@ -602,13 +606,14 @@ class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
                 from another document.
             logits_to_keep: how many of the last positions to compute logits for (0 for all), or their indices.
             num_items_in_batch: what to divide the summed loss by, in place of the number of labels.
-            return_logits: whether to return logits beside the loss. By default they are left out, ``logits`` is None,
-                where the model is in training mode and labels are given: they are then never held whole, which saves
-                most of the memory of a small model with a large vocabulary. False does so in eval mode too. A head
-                that must be called as a module (adapters, quantization, hooks) computes them all the same.
+            return_logits: whether to return logits beside the loss. By default they are left out where the model is in
+                training mode and labels are given: they are then never held whole, which saves most of the memory of a
+                small model with a large vocabulary. Reading them raises a LogitsError. False does so in eval mode too.
+                A head that must be called as a module (adapters, quantization, hooks) computes them all the same.
 
         The other arguments are those of :meth:`Mamba2HybridModel.forward`.
         """
+        check_ignored(self, kwargs)
         shape = batch_and_tokens(input_ids, inputs_embeds)
         layout = read_layout(*shape, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
         return self._run(

@@ -19,6 +19,7 @@ class SSDPreTrainedModel(PreTrainedModel):
     """Initialization, dtype policy and the flags by which transformers knows what the models can do."""
 
     base_model_prefix = "backbone"
+    _input_embed_layer = "embeddings"
     main_input_name = "input_ids"
     _keep_in_fp32_modules_strict = list(FP32_PARAMETERS)
     _skip_keys_device_placement = ["past_key_values", "cache_params", "cache"]
@@ -27,6 +28,13 @@ class SSDPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     old_names: ClassVar[dict[str, str]] = {}
     """Patterns of names that checkpoints may have for tensors, and the names now."""
+    other_names: ClassVar[dict[str, str]] = {}
+    """Names by which code for any model reaches for a part, and those by which the part is kept and saved. To read by
+    the former, a class has properties.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(self.other_names.get(name, name), value)  # a module would be added beside a property
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         config.validate()  # fields that were assigned one by one have not been judged together yet
