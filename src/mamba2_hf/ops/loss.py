@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, BackendError
-from . import dispatch
+from . import dispatch, flops
 from .reference import compute_dtype
 from .torch.modes import without_autocast
 
@@ -141,6 +141,7 @@ _LIBRARY.define(
 torch.library.impl(_OP, "default", loss_and_gradients, lib=_LIBRARY)
 torch.library.register_fake(_OP, _fake, lib=_LIBRARY)
 torch.library.register_autograd(_OP, _scaled, setup_context=_keep, lib=_LIBRARY)
+flops.register(_NAMESPACE, "linear_cross_entropy", flops.linear_cross_entropy)
 
 
 def sum_of_losses(*args: Any) -> Tensor:

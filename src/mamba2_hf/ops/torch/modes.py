@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Result = TypeVar("Result")
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -20,6 +25,17 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will record an op on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def recomputed(run: Callable[..., Result], *args: Any) -> Result:
+    """``run(*args)``, of which autograd keeps the tensors among ``args`` and runs the rest again in the backward.
+
+    ``torch.func`` differentiates no recomputation, so that under its transforms everything is kept.
+    """
+    if transformed() or not needs_grad(*(arg for arg in args if isinstance(arg, Tensor))):
+        return run(*args)
+    result: Result = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 def known(condition: bool) -> bool:
@@ -53,5 +69,10 @@ def plus(fresh: Tensor, more: Tensor, factor: Tensor | None = None) -> Tensor:
 
 
 def transformed() -> bool:
-    """Whether ``torch.func`` (vmap, jvp) rewrites operations."""
+    """Whether ``torch.func`` (grad, vmap, jvp) rewrites operations."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def observed() -> bool:
+    """Whether a dispatch mode (``torch.utils.flop_counter``, fake tensors, ``make_fx``) looks at operations."""
+    return torch._C._len_torch_dispatch_stack() > 0
