@@ -9,9 +9,12 @@ import pytest
 import torch
 from hybrids import make_hybrid
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from mamba2_hf import ops
+from mamba2_hf.errors import BackendError
+from mamba2_hf.ops import dispatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of forward differentiation itself
 Values = dict[str, Tensor]
@@ -65,8 +68,7 @@ def logits_of(model: Any) -> Callable[[Tensor], Tensor]:
 
 def by_autograd(model: Any, row: Tensor, **given: Any) -> Values:
     model.zero_grad()
-    # Under transforms the loss is that of transformers, in fp32, and so it is beside logits.
-    model(input_ids=row[None], labels=row[None], return_logits=True, **given).loss.backward()
+    model(input_ids=row[None], labels=row[None], **given).loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -141,9 +143,14 @@ def inner(zxbcdt: Tensor, conv_weight: Tensor, A: Tensor, norm_weight: Tensor, *
     )
 
 
+def cross_entropy(hidden: Tensor, weight: Tensor, **nothing: Any) -> Tensor:
+    return ops.linear_cross_entropy(hidden, weight, torch.tensor([0, 2, -100, 1], dtype=torch.int32), scale=0.7)
+
+
 SHAPES: dict[Callable[..., Tensor], tuple[tuple[int, ...], ...]] = {
     scan: ((1, 9, 2, 3), (1, 9, 2), (2,), (1, 9, 1, 2), (1, 9, 1, 2)),
     inner: ((1, 9, 18), (10, 4), (2,), (6,)),
+    cross_entropy: ((4, 5), (3, 5)),
 }
 PACKING: tuple[dict[str, Tensor], ...] = (
     {},
@@ -169,6 +176,35 @@ def test_ops(op: Callable[..., Tensor], packing: dict[str, Tensor]) -> None:
     several = [torch.stack([tensor, tensor]) for tensor in tensors]
     for found, gradient in zip(vmap(grad(score, every))(*several), expected, strict=True):
         assert_same(found, torch.stack([gradient, gradient]))
-    assert_same(
-        hessian(score)(*tensors), torch.autograd.functional.hessian(lambda x: score(x, *tensors[1:]), tensors[0])
-    )
+    slope = sum((gradient * tensor).sum() for gradient, tensor in zip(expected, tensors, strict=True))
+    assert_same(jvp(score, tensors, tensors)[1], slope)
+    with torch.no_grad(), forward_ad.dual_level():
+        duals = [forward_ad.make_dual(tensor, tensor) for tensor in tensors]
+        assert_same(forward_ad.unpack_dual(score(*duals)).tangent, slope)
+
+
+@pytest.mark.parametrize("op", [scan, inner])
+def test_second_derivatives_of_ops(op: Callable[..., Tensor]) -> None:
+    source = torch.Generator().manual_seed(0)
+    first, *rest = (torch.randn(shape, generator=source, dtype=torch.float64) for shape in SHAPES[op])
+
+    def score(first: Tensor) -> Tensor:
+        return op(first, *rest).square().sum()
+
+    assert_same(hessian(score)(first), torch.autograd.functional.hessian(score, first))
+
+
+@pytest.mark.filterwarnings("error")
+def test_pytorch_serves_them_where_triton_could(model: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel computes has no derivatives but those of its backward."""
+    model.float()
+    loss, values = loss_of(model), values_of(model)
+    expected = vmap(grad(loss), (None, 0))(values, ids)
+    _, slope = jvp(lambda values: loss(values, ids[0]), (values,), (values,))
+    monkeypatch.setattr(dispatch, "_usable", lambda device: (True, "by test"))
+    found = vmap(grad(loss), (None, 0))(values, ids)
+    for name in values:
+        assert torch.equal(found[name], expected[name]), name
+    assert torch.equal(jvp(lambda values: loss(values, ids[0]), (values,), (values,))[1], slope)
+    with ops.use_backend("triton"), pytest.raises(BackendError, match=r"triton.*torch\.func"):
+        grad(loss)(values, ids[0])
