@@ -13,19 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import flops
 from .triton import conv, decode, inner, layer, layer_step, loss, norm, ssd
 from .triton.calls import NAMESPACE, autograd_parts, set_differentiable, set_direct
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def _register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Registers an op for every device; ``launch`` runs on the device of the op's first tensor."""
+def _register(
+    schema: str,
+    launch: Callable[..., Any],
+    fake: Callable[..., Any],
+    count: Callable[..., int] = flops.nothing,
+) -> None:
+    """Registers an op for every device; ``launch`` runs on the device of the op's first tensor, and ``count`` tells its
+    floating-point operations from its arguments, with shapes in place of tensors.
+    """
     short = schema[: schema.index("(")]
     name = f"{NAMESPACE}::{short}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(name, "default", set_direct(short, launch), lib=_LIBRARY)
     torch.library.register_fake(name, fake, lib=_LIBRARY)
+    flops.register(NAMESPACE, short, count)
 
 
 def _differentiate(
@@ -56,7 +65,7 @@ def _differentiate(
 
     setup_context, run = autograd_parts(name, cut(op), tensors, saved, kept)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", run, setup_context=setup_context, lib=_LIBRARY)
-    set_differentiable(name, cut(backward), tensors, saved, kept)
+    set_differentiable(name, cut(backward), cut(op), tensors, saved, kept)
 
 
 def _filled(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor, ...]]:
@@ -162,6 +171,14 @@ def _scan_fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: An
     return x.new_empty(x.shape), _final_fake(x, heads, P, B.shape[3], rest[5])
 
 
+def _scan_flops(x: flops.Shape, dt: Any, A: Any, B: flops.Shape, *rest: Any) -> int:
+    return flops.scan(x, B, cu_seqlens=rest[6])
+
+
+def _scan_backward_flops(dy: Any, dfinal: Any, *args: Any) -> int:
+    return flops.BACKWARD * _scan_flops(*args)
+
+
 def _scan_backward_fake(dy: Tensor, dfinal: Any, *args: Any) -> tuple[Tensor, ...]:
     return tuple(_like(tensor, dy) for tensor in args[:9])
 
@@ -170,11 +187,12 @@ _SCAN = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float low, float high"
 )
-_register(f"ssd_chunk_scan({_SCAN}) -> (Tensor, Tensor)", ssd.scan_forward, _scan_fake)
+_register(f"ssd_chunk_scan({_SCAN}) -> (Tensor, Tensor)", ssd.scan_forward, _scan_fake, _scan_flops)
 _register(
     f"ssd_chunk_scan_backward(Tensor dy, Tensor? dfinal, {_SCAN}) -> ({', '.join(['Tensor'] * 9)})",
     _filled(ssd.scan_backward),
     _scan_backward_fake,
+    _scan_backward_flops,
 )
 _differentiate("ssd_chunk_scan", ssd.scan_backward, 9, 11)
 
@@ -194,6 +212,16 @@ def _inner_fake(*args: Any) -> tuple[Tensor, ...]:
     return y, conv_state, final
 
 
+def _inner_flops(*args: Any) -> int:
+    call: Any = inner.Arguments(*args)
+    heads = call.A[0]
+    return flops.inner(call.zxbcdt, call.conv_weight[0], heads, call.head_dim, call.n_groups, call.cu_seqlens)
+
+
+def _inner_backward_flops(dy: Any, dconv: Any, dssm: Any, *args: Any) -> int:
+    return flops.BACKWARD * _inner_flops(*args)
+
+
 def _inner_backward_fake(dy: Tensor, dconv: Any, dssm: Any, *args: Any) -> tuple[Tensor, ...]:
     return tuple(_like(tensor, dy) for tensor in args[:9])
 
@@ -203,12 +231,13 @@ _INNER = (
     "Tensor? conv_initial_states, Tensor? ssm_initial_states, Tensor? seq_idx, Tensor? cu_seqlens, int head_dim, "
     "int n_groups, bool silu, float eps, int group_size, bool norm_before_gate, bool states, float low, float high"
 )
-_register(f"mamba2_inner({_INNER}) -> (Tensor, Tensor, Tensor)", inner.inner_forward, _inner_fake)
+_register(f"mamba2_inner({_INNER}) -> (Tensor, Tensor, Tensor)", inner.inner_forward, _inner_fake, _inner_flops)
 _register(
     f"mamba2_inner_backward(Tensor dy, Tensor? dconv_state, Tensor? dssm_state, {_INNER})"
     f" -> ({', '.join(['Tensor'] * 9)})",
     _filled(inner.inner_backward),
     _inner_backward_fake,
+    _inner_backward_flops,
 )
 _differentiate("mamba2_inner", inner.inner_backward, 9, 11)
 
@@ -234,6 +263,28 @@ def _layer_backward_fake(dstream: Tensor, zxbcdt: Tensor, y: Tensor, A: Tensor, 
     return tuple(_like(None if any(t is w for w in weights) else t, dstream) for t in args[:16])
 
 
+def _layer_parts(args: tuple[Any, ...]) -> tuple[int, int, int, bool]:
+    """Operations of the projections, of what LoRA adds to them, and of the scan; and whether the weights train."""
+    call: Any = layer.Arguments(*args)
+    rows = call.stream[0] * call.stream[1]
+    weights = flops.product(rows, call.in_weight) + flops.product(rows, call.out_weight)
+    added = (call.in_down, call.in_up, call.out_down, call.out_up)
+    lora = sum(flops.product(rows, weight) for weight in added if weight is not None)
+    heads = call.A_log[0]
+    scan = flops.inner(call.stream, call.conv_weight[0], heads, call.head_dim, call.n_groups, call.cu_seqlens)
+    return weights, lora, scan, call.trains
+
+
+def _layer_flops(*args: Any) -> int:
+    weights, lora, scan, _ = _layer_parts(args)
+    return weights + lora + scan
+
+
+def _layer_backward_flops(dstream: Any, zxbcdt: Any, y: Any, A: Any, *args: Any) -> int:
+    weights, lora, scan, trains = _layer_parts(args)
+    return weights * (1 + trains) + 2 * lora + flops.BACKWARD * scan
+
+
 _LAYER = (
     "Tensor stream, Tensor norm_weight, Tensor in_weight, Tensor? in_bias, Tensor conv_weight, Tensor? conv_bias, "
     "Tensor? dt_bias, Tensor A_log, Tensor? D, Tensor gated_norm_weight, Tensor out_weight, Tensor? out_bias, "
@@ -242,17 +293,23 @@ _LAYER = (
     "int group_size, bool norm_before_gate, float low, float high, ScalarType dtype, bool trains, "
     "float in_scale, float out_scale"
 )
-_register(f"mamba2_layer({_LAYER}) -> (Tensor, Tensor, Tensor, Tensor)", layer.layer_forward, _layer_fake)
+_register(f"mamba2_layer({_LAYER}) -> (Tensor, Tensor, Tensor, Tensor)", layer.layer_forward, _layer_fake, _layer_flops)
 _register(
     f"mamba2_layer_backward(Tensor dstream, Tensor zxbcdt, Tensor y, Tensor A, {_LAYER})"
     f" -> ({', '.join(['Tensor'] * 16)})",
     _filled(layer.layer_backward),
     _layer_backward_fake,
+    _layer_backward_flops,
 )
 _differentiate("mamba2_layer", layer.layer_backward, 16, 18, kept=3)
 
 
 # Decoding: states are updated in place
+
+
+def _layer_step_flops(stream: Any, conv_state: Any, ssm_state: Any, norm_weight: Any, *rest: Any) -> int:
+    rows, in_weight, out_weight = stream[0], rest[0], rest[8]
+    return flops.product(rows, in_weight) + flops.step(ssm_state) + flops.product(rows, out_weight)
 
 
 def _step_fake(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, *rest: Any) -> Tensor:
@@ -264,6 +321,7 @@ _register(
     "Tensor? dt_bias, bool dt_softplus, float low, float high) -> Tensor",
     decode.state_update,
     lambda state, x, *rest: x.new_empty(x.shape),
+    lambda state, *rest: flops.step(state),
 )
 _register(
     "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu) -> Tensor",
@@ -276,6 +334,7 @@ _register(
     "float eps, int group_size, bool norm_before_gate, float low, float high, bool log_rates) -> Tensor",
     decode.mixer_step,
     _step_fake,
+    lambda zxbcdt, conv_state, ssm_state, *rest: flops.step(ssm_state, zxbcdt[1]),
 )
 _register(
     "mamba2_layer_step(Tensor stream, Tensor(a!) conv_state, Tensor(b!) ssm_state, Tensor norm_weight, "
@@ -285,4 +344,5 @@ _register(
     "Tensor(c!)? ready) -> Tensor",
     layer_step.layer_step,
     lambda stream, *rest: stream.new_empty(stream.shape),
+    _layer_step_flops,
 )

@@ -11,12 +11,13 @@ import re
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError, BackendError
-from . import dispatch
+from . import dispatch, flops
 from .reference import compute_dtype
-from .torch.modes import without_autocast
+from .torch.modes import transformed, without_autocast
 
 CHUNK_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 25}  # logits of a chunk, at most, for large products
 _ALIGNED = 16  # elements: rows of logits start at multiples of it
@@ -141,9 +142,24 @@ _LIBRARY.define(
 torch.library.impl(_OP, "default", loss_and_gradients, lib=_LIBRARY)
 torch.library.register_fake(_OP, _fake, lib=_LIBRARY)
 torch.library.register_autograd(_OP, _scaled, setup_context=_keep, lib=_LIBRARY)
+flops.register(_NAMESPACE, "linear_cross_entropy", flops.linear_cross_entropy)
 
 
-def sum_of_losses(*args: Any) -> Tensor:
-    """The loss of :func:`loss_and_gradients`, differentiable."""
-    loss: Tensor = getattr(torch.ops, _NAMESPACE).linear_cross_entropy(*args)[0]
+def sum_of_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float,
+    ignore_index: int,
+    dtype: torch.dtype,
+    wants_hidden: bool,
+    wants_weight: bool,
+    backend: str,
+) -> Tensor:
+    """The loss of :func:`loss_and_gradients`, differentiable; under transforms from logits that are held whole."""
+    if transformed():
+        logits = F.linear(hidden.to(dtype), weight.to(dtype)).to(compute_dtype(dtype))
+        return F.cross_entropy(scale * logits, labels.long(), ignore_index=ignore_index, reduction="sum")
+    op = getattr(torch.ops, _NAMESPACE).linear_cross_entropy
+    loss: Tensor = op(hidden, weight, labels, scale, ignore_index, dtype, wants_hidden, wants_weight, backend)[0]
     return loss

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..checks import SSDShape
 from .conv import causal_conv1d
-from .modes import in_steps, needs_grad, without_autocast
+from .modes import in_steps, recomputed, without_autocast
 from .norm import gated_rms_norm
 from .ssd import CHUNK_SIZE, ssd_chunk_scan
 
@@ -91,18 +90,13 @@ def mamba2_inner(
 
     weights = (conv_weight, conv_bias, dt_bias, A, D, norm_weight)
     conv, ssm = conv_initial_states, ssm_initial_states
-    recompute = needs_grad(zxbcdt, *weights, conv, ssm)
     segments: tuple[Tensor, ...] = (zxbcdt,)
     if in_steps(zxbcdt.device) and seq_idx is None and cu_seqlens is None:
         segments = zxbcdt.split(CHUNK_SIZE * max(1, SEGMENT_TOKENS // (CHUNK_SIZE * shape.batch)), 1)
     ys = []
     with without_autocast(zxbcdt.device):
         for segment in segments:
-            tensors = (segment, *weights, conv, ssm)
-            if recompute:
-                y, conv, ssm = checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
-            else:
-                y, conv, ssm = run(*tensors)
+            y, conv, ssm = recomputed(run, segment, *weights, conv, ssm)
             ys.append(y)
     assert conv is not None  # there is a segment
     assert ssm is not None

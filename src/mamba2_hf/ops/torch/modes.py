@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+Result = TypeVar("Result")
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -20,6 +26,17 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will record an op on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def recomputed(run: Callable[..., Result], *args: Any) -> Result:
+    """``run(*args)``, of which autograd keeps the tensors among ``args`` and runs the rest again in the backward.
+
+    Transforms differentiate no recomputation, so that under them everything is kept.
+    """
+    if transformed() or not needs_grad(*(arg for arg in args if isinstance(arg, Tensor))):
+        return run(*args)
+    result: Result = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 def known(condition: bool) -> bool:
@@ -37,7 +54,7 @@ def in_steps(device: torch.device) -> bool:
 
 
 # On a CPU, touching fresh memory costs several times the arithmetic, so these write over an operand that nothing else
-# holds. Under ``torch.func`` they do not: there, an operand may be too small for the result.
+# holds. Under transforms they do not: there, an operand may be too small for the result.
 
 
 def times(fresh: Tensor, factor: Tensor) -> Tensor:
@@ -53,5 +70,12 @@ def plus(fresh: Tensor, more: Tensor, factor: Tensor | None = None) -> Tensor:
 
 
 def transformed() -> bool:
-    """Whether ``torch.func`` (vmap, jvp) rewrites operations."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether ``torch.func`` (grad, vmap, jvp) or ``torch.autograd.forward_ad`` sees more in tensors than values."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def observed() -> bool:
+    """Whether a dispatch mode (``torch.utils.flop_counter``, fake tensors, ``make_fx``) looks at operations."""
+    return torch._C._len_torch_dispatch_stack() > 0

@@ -10,12 +10,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..checks import SSDShape
 from ..reference import compute_dtype, step_size
 from .chunks import Chunks, per_channel, scan_chunks
-from .modes import known, needs_grad, times, without_autocast
+from .modes import known, recomputed, times, without_autocast
 from .packing import chunk_layout
 
 CHUNK_SIZE = 64  # tokens of a chunk: the quadratic part costs Q per token, passing states costs N P / Q
@@ -50,9 +49,7 @@ def ssd_chunk_scan(
         *(chunk_size or CHUNK_SIZE, initial_states, seq_idx if cu_seqlens is None else cu_seqlens),
     )
     with without_autocast(x.device):
-        if recompute and needs_grad(x, dt, A, B, C, D, z, dt_bias, initial_states):
-            return checkpoint(scan, *args, use_reentrant=False, preserve_rng_state=False)
-        return scan(*args)
+        return recomputed(scan, *args) if recompute else scan(*args)
 
 
 def _scan_rows(

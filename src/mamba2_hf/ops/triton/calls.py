@@ -46,10 +46,16 @@ def set_direct(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def set_differentiable(name: str, backward: Callable[..., Any], tensors: int, saved: int, kept: int) -> None:
-    """Gives an op of :func:`set_direct` its gradients; see ``library._differentiate`` for the arguments."""
-    forward, backward = _direct[name], on_its_device(backward)
-    keep, run = autograd_parts(name, backward, tensors, saved, kept)
+def set_differentiable(
+    name: str, backward: Callable[..., Any], op: Callable[..., Any], tensors: int, saved: int, kept: int
+) -> None:
+    """Gives an op of :func:`set_direct` its gradients, by ``op``, the registered backward, where somebody looks on; see
+    ``library._differentiate`` for the other arguments.
+    """
+    forward, launch = _direct[name], on_its_device(backward)
+    keep, run = autograd_parts(
+        name, lambda *args: (op if _is_watched(args[0]) else launch)(*args), tensors, saved, kept
+    )
 
     class Function(torch.autograd.Function):
         @staticmethod
