@@ -102,7 +102,7 @@ def test_only_recorded_tokens_can_be_removed(tiny_model: Callable[..., Any]) -> 
 
 
 def test_recording_keeps_little(tiny_model: Callable[..., Any]) -> None:
-    """Of a block of tokens, what the mixers projected; the states once; and nothing after it is settled."""
+    """Of a block of tokens, what the states depend on; the states once; and nothing after it is settled."""
     model = tiny_model()
     with torch.no_grad():
         cache = model(prompt(0)).past_key_values
@@ -110,7 +110,7 @@ def test_recording_keeps_little(tiny_model: Callable[..., Any]) -> None:
         for _ in range(3):
             model(prompt(1)[:, :2], past_key_values=cache)
         layer = cache.layers[0]
-        assert [tuple(block.shape[:2]) for block in layer.recorded] == [(1, 2)] * 3
+        assert [{tuple(part.shape[:2]) for part in block} for block in layer.recorded] == [{(1, 2)}] * 3
         cache.crop(-2)
     assert layer.recorded == []
     assert layer._before is None

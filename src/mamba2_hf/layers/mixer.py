@@ -188,26 +188,13 @@ class Mamba2Mixer(KeepsFp32):
 
     def _inner(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         """What is between the projections: ``(B, T, 2 H P + 2 G N + H)`` to ``(B, T, H P)``."""
-        if state is not None and state.record_past:
-            if not layout.is_plain:
-                raise CacheError(
-                    "the cache is recorded, to take tokens back, and padding or packed documents came: read those "
-                    "before activate_past_recording()"
-                )
-            state.record(zxbcdt, self)
-        return self._advance(zxbcdt, layout, state)
-
-    def replay(self, projected: Tensor, state: SSDState) -> None:
-        """Brings ``state`` to where it is after what :meth:`SSDState.record` was given, ``(B, T, C)``."""
-        self._advance(projected, PLAIN, state)
-
-    def _advance(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         one_token = zxbcdt.shape[1] == 1 and layout.is_plain and not torch.is_grad_enabled()
         if state is not None and state.started and one_token:
             return self._step(zxbcdt, state)
         conv_initial, ssm_initial = self._initial(zxbcdt, layout, state)
-        conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
-        if conv_weight is not None and norm_weight is not None:
+        weights = self._fused_weights(state)
+        if weights is not None:
+            conv_weight, norm_weight = weights
             inner: Any = ops.mamba2_inner(
                 *(zxbcdt, conv_weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.A, self.D),
                 norm_weight=norm_weight,
@@ -227,11 +214,13 @@ class Mamba2Mixer(KeepsFp32):
             )
             y, *final = (inner,) if state is None else inner
         else:
-            z, xbc, dt = self._split(zxbcdt)
-            xbc, conv_final = self._convolve(xbc, conv_initial, layout)
+            z, inputs, dt = self._split(zxbcdt)
+            xbc, conv_final = self._convolve(inputs, conv_initial, layout)
             x, B, C = self._split_xbc(xbc)
+            A = self.A
+            self._record(state, layout, inputs, x, dt, B, A)
             y, ssm_final = ops.ssd_chunk_scan(
-                *(x, dt, self.A, B, C),
+                *(x, dt, A, B, C),
                 D=self.D,
                 dt_bias=self.dt_bias,
                 dt_softplus=True,
@@ -246,6 +235,35 @@ class Mamba2Mixer(KeepsFp32):
         if state is not None:
             state.update(*map(layout.gather_states, final))
         return y
+
+    def _fused_weights(self, state: SSDState | None) -> tuple[Tensor, Tensor] | None:
+        """Weights of the convolution and of the norm, for ops that do all between the projections; None where a module
+        has to be called, or ``state`` records what the convolution gives.
+        """
+        if state is not None and state.record_past:
+            return None
+        conv, norm = plain_weight(self.conv1d), plain_weight(self.norm)
+        return None if conv is None or norm is None else (conv, norm)
+
+    def _record(
+        self,
+        state: SSDState | None,
+        layout: SequenceLayout,
+        inputs: Tensor,
+        x: Tensor,
+        dt: Tensor,
+        B: Tensor,
+        A: Tensor,
+    ) -> None:
+        """Lets ``state`` note the tokens, if it records; see :meth:`SSDState.record`."""
+        if state is None or not state.record_past:
+            return
+        if not layout.is_plain:
+            raise CacheError(
+                "the cache is recorded, to take tokens back, and padding or packed documents came: read those before "
+                "activate_past_recording()"
+            )
+        state.record(inputs, x, dt.to(A.dtype) + self.dt_bias, B, A, self.dt_limit)
 
     def _attention_matrix(self, zxbcdt: Tensor, layout: SequenceLayout) -> Tensor:
         """``(B, H, T, T)``."""
@@ -274,8 +292,9 @@ class Mamba2Mixer(KeepsFp32):
         conv_state, ssm_state = state.initial(zxbcdt.shape[0])
         assert conv_state is not None  # the state has started
         assert ssm_state is not None
-        conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
-        if conv_weight is not None and norm_weight is not None:
+        weights = self._fused_weights(state)
+        if weights is not None:
+            conv_weight, norm_weight = weights
             return ops.mamba2_step(
                 *(zxbcdt, conv_state, ssm_state, conv_weight.squeeze(1), self.conv1d.bias),
                 *(self.dt_bias, self.A_log, self.D),
@@ -288,12 +307,14 @@ class Mamba2Mixer(KeepsFp32):
                 dt_limit=self.dt_limit,
                 log_rates=True,
             )
-        z, xbc, dt = self._split(zxbcdt)
-        xbc, final = self._convolve(xbc, conv_state, PLAIN)
+        z, inputs, dt = self._split(zxbcdt)
+        xbc, final = self._convolve(inputs, conv_state, PLAIN)
+        x, B, C = self._split_xbc(xbc)
+        A = self.A
+        self._record(state, PLAIN, inputs, x, dt, B, A)
         conv_state.copy_(final)
-        x, B, C = self._split_xbc(xbc[:, 0])
         y = ops.ssd_state_update(
-            *(ssm_state, x, dt[:, 0], self.A, B, C),
+            *(ssm_state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0]),
             D=self.D,
             dt_bias=self.dt_bias,
             dt_softplus=True,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..errors import CacheError
 
 
@@ -18,11 +18,15 @@ def pick(buffer: Tensor, indices: Tensor) -> Tensor:
     return buffer.copy_(picked) if picked.shape == buffer.shape and writable else picked
 
 
-class Replays(Protocol):
-    """A mixer that can run again on what it projected."""
+class Recorded(NamedTuple):
+    """Tokens of one call, as far as a mixer's states depend on them: ``inputs (B, T, C)`` of the convolution, and of
+    the scan ``x (B, T, H, P)``, ``dt (B, T, H)`` with its bias, before softplus, and ``B (B, T, G, N)``.
+    """
 
-    def replay(self, projected: Tensor, state: SSDState) -> None:
-        """Brings ``state`` to where it is after ``projected (B, T, C)``."""
+    inputs: Tensor
+    x: Tensor
+    dt: Tensor
+    B: Tensor
 
 
 class Recorder:
@@ -51,8 +55,8 @@ class SSDState(Recorder):
     and captured graphs. The state holds no autograd graph.
 
     A state cannot be run backwards. While it is recorded, it keeps a copy from before the recorded tokens, and of every
-    token what the mixer projected; :meth:`crop` puts the copy back and runs the tokens that stay through convolution
-    and scan again, which reads no weight matrix.
+    token what it depends on; :meth:`crop` scans the tokens that stay again, from that copy. It calls no module and
+    reads no parameter, as their weights need not be there outside of a forward: offloaded and sharded ones are not.
 
     Args:
         ssm_dtype: of the SSM state; None for what the scan computes in, fp32 (fp64 in an fp64 model).
@@ -64,41 +68,59 @@ class SSDState(Recorder):
         self.ssm: Tensor | None = None
         self.ready: Tensor | None = None  # (1,) int32, zero between steps: for ops.mamba2_layer_step
         self.started = False
-        self.recorded: list[Tensor] = []  # (B, T, C) of every call
-        self._before: tuple[Tensor, Tensor] | None = None
-        self._mixer: weakref.ref[Replays] | None = None  # a copy of the state should not copy the model
+        self._forget()
 
-    def record(self, projected: Tensor, mixer: Replays) -> None:
-        """Notes what the mixer is about to run on, ``(B, T, C)``; B rows of a document each, without padding."""
+    def record(
+        self, inputs: Tensor, x: Tensor, dt: Tensor, B: Tensor, A: Tensor, dt_limit: tuple[float, float]
+    ) -> None:
+        """Notes what is about to change the states: B rows of a document each, without padding.
+
+        Args:
+            inputs, x, dt, B: see :class:`Recorded`.
+            A: ``(H,)`` decay rates, a tensor of its own: what is kept of a parameter may be gone after the forward.
+            dt_limit: clamp of the step sizes.
+        """
         if not self.recorded:
             started = self.started and self.conv is not None and self.ssm is not None
             self._before = (self.conv.clone(), self.ssm.clone()) if started else None  # type: ignore[union-attr]
-            self._mixer = weakref.ref(mixer)
-        self.recorded.append(projected.detach())
+            self._decay = A.detach(), dt_limit
+        self.recorded.append(Recorded(inputs.detach(), x.detach(), dt.detach(), B.detach()))
 
     @property
     def recorded_tokens(self) -> int:
         """How many tokens :meth:`crop` can remove."""
-        return sum(projected.shape[1] for projected in self.recorded)
+        return sum(block.x.shape[1] for block in self.recorded)
 
+    @torch.no_grad()
     def crop(self, tokens: int) -> None:
         """Forgets the last ``tokens`` of those recorded, and settles the others: they cannot be removed later."""
-        recorded, kept = self.recorded, self.recorded_tokens - tokens
-        mixer = None if self._mixer is None else self._mixer()
-        if tokens:
-            assert kept >= 0
-            assert mixer is not None
-            if self._before is None:
-                self.started = False
-            else:
-                self.update(*self._before)
-            if kept:
-                with torch.no_grad():
-                    mixer.replay(torch.cat(recorded, 1)[:, :kept], self)
+        kept = self.recorded_tokens - tokens
+        if tokens and kept:
+            self._scan_again(kept)
+        elif tokens and self._before is not None:
+            self.update(*self._before)
+        elif tokens:
+            self.started = False
         self._forget()
 
+    def _scan_again(self, kept: int) -> None:
+        """Brings the states to where they are after the first ``kept`` of the recorded tokens."""
+        assert self.conv is not None  # the recorded tokens have made it
+        assert self._decay is not None
+        inputs, x, dt, B = (torch.cat(parts, 1)[:, :kept] for parts in zip(*self.recorded, strict=True))
+        conv, ssm = (torch.zeros_like(self.conv), None) if self._before is None else self._before
+        A, dt_limit = self._decay
+        # C is of the output alone, which nobody reads.
+        _, ssm = ops.ssd_chunk_scan(
+            *(x, dt, A, B, B), dt_softplus=True, dt_limit=dt_limit, initial_states=ssm, return_final_states=True
+        )
+        inputs = inputs.transpose(1, 2)  # (B, C, T)
+        self.update(torch.cat([conv.to(inputs.dtype), inputs], 2)[:, :, kept:], ssm)
+
     def _forget(self) -> None:
-        self.recorded, self._before, self._mixer = [], None, None
+        self.recorded: list[Recorded] = []
+        self._before: tuple[Tensor, Tensor] | None = None
+        self._decay: tuple[Tensor, tuple[float, float]] | None = None
 
     def update(self, conv: Tensor, ssm: Tensor) -> None:
         """Stores the states after a block of tokens."""

@@ -89,7 +89,7 @@ def _weights(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if getattr(module, name) is None or (id(getattr(module, name)) in seen):
                 continue
             seen.add(id(getattr(module, name)))
-            tensor = stored_value(module, name)
+            tensor = stored_value(backbone, f"{prefix}.{name}" if prefix else name)
             if tensor is None or tensor.is_meta or isinstance(tensor, DTensor):
                 raise CacheError(
                     f"{prefix}.{name} is {'sharded' if isinstance(tensor, DTensor) else 'nowhere'}: only a model that "
