@@ -303,6 +303,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             generation_config.prefill_chunk_size = None
         if assists and cache is not None:
             cache.activate_past_recording()
+            prefill.expect_prompt(self)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _assisted_decoding(
