@@ -68,7 +68,9 @@ class SSDState(Recorder):
         self.ssm: Tensor | None = None
         self.ready: Tensor | None = None  # (1,) int32, zero between steps: for ops.mamba2_layer_step
         self.started = False
-        self._forget()
+        self.recorded: list[Recorded] = []
+        self._before: tuple[Tensor, Tensor] | None = None
+        self._decay: tuple[Tensor, tuple[float, float]] | None = None
 
     def record(
         self, inputs: Tensor, x: Tensor, dt: Tensor, B: Tensor, A: Tensor, dt_limit: tuple[float, float]
@@ -118,9 +120,7 @@ class SSDState(Recorder):
         self.update(torch.cat([conv.to(inputs.dtype), inputs], 2)[:, :, kept:], ssm)
 
     def _forget(self) -> None:
-        self.recorded: list[Recorded] = []
-        self._before: tuple[Tensor, Tensor] | None = None
-        self._decay: tuple[Tensor, tuple[float, float]] | None = None
+        self.recorded, self._before, self._decay = [], None, None
 
     def update(self, conv: Tensor, ssm: Tensor) -> None:
         """Stores the states after a block of tokens."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from ..errors import CacheError
+from ..errors import ArgumentError, CacheError
 from ..layers import KeyCounts, KeyValueState, Placement, SSDState
 from . import prompt_state
 from .graphs import DecodeGraph
@@ -395,26 +395,62 @@ def as_mamba2_cache(cache: Any, config: Config) -> Mamba2Cache | None:
         if [isinstance(layer, SSDState) for layer in cache.layers] != [kind == "ssd" for kind in config.mixer_kinds]:
             raise CacheError("the cache is another model's: it holds states of other mixers than this model has")
         return cache
-    if type(cache) in (DynamicCache, StaticCache) and _is_fresh(cache, config):
-        # The caller keeps the object and will pass it again, so it is the object that has to change.
-        static = isinstance(cache, StaticCache)
-        lengths = [getattr(layer, "max_cache_len", 0) for layer in cache.layers]
-        vars(cache).clear()
-        cache.__class__ = Mamba2Cache
-        cache.__init__(config, static=static, max_length=max(lengths, default=0) or None)
-        return cache
-    raise CacheError(
-        f"the cache is a {type(cache).__name__} that is not empty or has no place for SSM states: pass a "
-        "mamba2_hf.Mamba2Cache(model.config), or nothing and take the one that the forward returns"
+    reason = _why_not_ours(cache, config)
+    if reason is not None:
+        raise CacheError(
+            f"{reason}; pass a mamba2_hf.Mamba2Cache(model.config), or nothing and take the one that the forward "
+            "returns"
+        )
+    # The caller keeps the object and will pass it again, so it is the object that has to change.
+    static = isinstance(cache, StaticCache)
+    lengths = [getattr(layer, "max_cache_len", 0) for layer in cache.layers]
+    vars(cache).clear()
+    cache.__class__ = Mamba2Cache
+    cache.__init__(config, static=static, max_length=max(lengths, default=0) or None)
+    return cache
+
+
+def check_implementation(name: str | None, config: Config) -> None:
+    """Checks a ``cache_implementation`` of ``generate``.
+
+    Raises:
+        ArgumentError: a :class:`Mamba2Cache` has no such kind.
+    """
+    if name in (None, "dynamic", "static"):
+        return
+    less = "take fewer rows at once, or past_key_values=Mamba2Cache(model.config, state_dtype=torch.bfloat16)"
+    remedy = f"; where memory is short, {less}" if "offloaded" in name or name == "quantized" else ""
+    raise ArgumentError(
+        f"cache_implementation={name!r}: {_what_it_keeps(config)}; use 'dynamic' (the default) or 'static'{remedy}"
     )
 
 
-def _is_fresh(cache: Cache, config: Config) -> bool:
-    """Whether a cache of transformers is made for any model or for one such as this, and is empty."""
+def _what_it_keeps(config: Config) -> str:
+    if set(config.mixer_kinds) == {"ssd"}:
+        return (
+            "this model's cache holds SSM states, whose size is constant, so that there is little to offload, quantize "
+            "or slide"
+        )
+    return (
+        "this model's cache keeps the keys and values of attention on the device and in the dtype of their layer, "
+        "beside SSM states of constant size; those of a layer with a window slide already"
+    )
+
+
+def _why_not_ours(cache: Any, config: Config) -> str | None:
+    """Why something cannot become a :class:`Mamba2Cache`; None if it is an empty cache of transformers, made for any
+    model or for one such as this.
+    """
+    name = type(cache).__name__
+    if type(cache) not in (DynamicCache, StaticCache):
+        return f"the cache is of type {name}, which has no place for SSM states"
     if cache.offloading:
-        return False
-    if set(config.mixer_kinds) - {"ssd"}:
-        kept = [vars(layer).get("keys") for layer in cache.layers]
-        kept += [state for layer in cache.layers for state in vars(layer).get("conv_states", {}).values()]
-        return len(cache.layers) in (0, config.num_hidden_layers) and not any(state is not None for state in kept)
-    return not cache.layers or (all(cache.is_linear) and not cache.has_previous_state())
+        return f"{name}(offloading=True): {_what_it_keeps(config)}"
+    kept = [vars(layer).get("keys") for layer in cache.layers]
+    kept += [state for layer in cache.layers for state in vars(layer).get("conv_states", {}).values()]
+    if any(state is not None for state in kept):
+        return f"the {name} is not empty, and what transformers' layers have put into it is no state of this model"
+    attends = set(config.mixer_kinds) - {"ssd"}
+    if len(cache.layers) not in (0, config.num_hidden_layers) or not (attends or all(cache.is_linear)):
+        return f"the {name} is made for another model: its layers are not those of this configuration"
+    return None
