@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,47 @@ class Recorded(NamedTuple):
     B: Tensor
 
 
-class Recorder:
+class Buffers:
+    """Tensors that calls write in place, so that compiled and captured graphs find them where they were.
+
+    A buffer is replaced by :meth:`replace`, and by nothing else. It calls ``on_move``, by which the owner of a graph
+    learns that the graph would write to memory that nobody reads. A copy of the owner is told by copies of its buffers.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+    """Of the attributes that hold buffers, or None."""
+    on_move: Callable[[], None] | None = None
+
+    def replace(self, **buffers: Tensor | None) -> None:
+        """Puts other tensors, or None, in the place of buffers; the same ones do not count."""
+        moved = self.on_move is not None and any(getattr(self, name) is not new for name, new in buffers.items())
+        for name, new in buffers.items():
+            setattr(self, name, new)
+        if moved and self.on_move is not None:
+            self.on_move()
+
+    def leave_inference_mode(self) -> None:
+        """Replaces buffers made under ``torch.inference_mode``, which nothing outside of it may write."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return
+        held = {name: getattr(self, name) for name in self.names}
+        stale = {name: buffer.clone() for name, buffer in held.items() if buffer is not None and buffer.is_inference()}
+        if stale:
+            self.replace(**stale)
+
+    def select(self, indices: Tensor) -> None:
+        """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
+        held = {name: getattr(self, name) for name in self.names}
+        self.replace(**{name: pick(buffer, indices) for name, buffer in held.items() if buffer is not None})
+
+    def to(self, device: torch.device | str) -> Buffers:
+        """Moves the buffers; returns itself, as hooks that move a module's inputs expect."""
+        held = {name: getattr(self, name) for name in self.names}
+        self.replace(**{name: buffer.to(device) for name, buffer in held.items() if buffer is not None})
+        return self
+
+
+class Recorder(Buffers):
     """A state that can take back the tokens since it was told to record."""
 
     record_past = False
@@ -51,8 +92,7 @@ class Recorder:
 class SSDState(Recorder):
     """The convolution's last inputs ``(B, C, K - 1)`` and the SSM state ``(B, H, P, N)`` of one layer.
 
-    Buffers are made by the first :meth:`update` and then written in place, so their addresses stay fixed for compiled
-    and captured graphs. The state holds no autograd graph.
+    Buffers are made by the first :meth:`update`. The state holds no autograd graph.
 
     A state cannot be run backwards. While it is recorded, it keeps a copy from before the recorded tokens, and of every
     token what it depends on; :meth:`crop` scans the tokens that stay again, from that copy. It calls no module and
@@ -61,6 +101,8 @@ class SSDState(Recorder):
     Args:
         ssm_dtype: of the SSM state; None for what the scan computes in, fp32 (fp64 in an fp64 model).
     """
+
+    names = ("conv", "ssm", "ready")
 
     def __init__(self, ssm_dtype: torch.dtype | None = None) -> None:
         self.ssm_dtype = ssm_dtype
@@ -128,16 +170,18 @@ class SSDState(Recorder):
         if self.conv is None or self.ssm is None or (not self.started and self.conv.shape != conv.shape):
             self.allocate(conv, ssm)
         else:
-            self._leave_inference_mode()
+            self.leave_inference_mode()
             self.conv.copy_(conv)
             self.ssm.copy_(ssm)
         self.started = True
 
     def allocate(self, conv: Tensor, ssm: Tensor) -> None:
         """Makes the buffers, holding copies of these states."""
-        self.conv = conv.clone(memory_format=torch.contiguous_format)
-        self.ssm = ssm.to(self.ssm_dtype or ssm.dtype, copy=True, memory_format=torch.contiguous_format)
-        self.ready = torch.zeros(1, dtype=torch.int32, device=conv.device)
+        self.replace(
+            conv=conv.clone(memory_format=torch.contiguous_format),
+            ssm=ssm.to(self.ssm_dtype or ssm.dtype, copy=True, memory_format=torch.contiguous_format),
+            ready=torch.zeros(1, dtype=torch.int32, device=conv.device),
+        )
 
     def initial(self, batch: int) -> tuple[Tensor | None, Tensor | None]:
         """The states to continue from, or a pair of None before the first update: the buffers themselves, but copies
@@ -153,16 +197,8 @@ class SSDState(Recorder):
                 f"the cache holds {self.conv.shape[0]} sequences and the input has {batch}: "
                 "use batch_repeat_interleave or batch_select_indices, or start with an empty cache"
             )
-        self._leave_inference_mode()
+        self.leave_inference_mode()
         return (self.conv.clone(), self.ssm.clone()) if torch.is_grad_enabled() else (self.conv, self.ssm)
-
-    def _leave_inference_mode(self) -> None:
-        """Replaces buffers made under ``torch.inference_mode``, which nothing outside of it may write."""
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-            return
-        if self.conv is not None and self.ssm is not None and self.conv.is_inference():
-            self.conv, self.ssm = self.conv.clone(), self.ssm.clone()
-            self.ready = None if self.ready is None else self.ready.clone()
 
     @property
     def batch_size(self) -> int:
@@ -176,7 +212,7 @@ class SSDState(Recorder):
 
     def put(self, row: int, other: SSDState | None) -> None:
         """Replaces a sequence by the only one of another state, or by none, in place."""
-        self._leave_inference_mode()
+        self.leave_inference_mode()
         for name in ("conv", "ssm"):
             buffer = getattr(self, name)[row]
             if other is None:
@@ -185,17 +221,17 @@ class SSDState(Recorder):
                 buffer.copy_(getattr(other, name)[0])
 
     def select(self, indices: Tensor) -> None:
-        """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
+        """As there; what was recorded is settled."""
         self._forget()
-        if self.conv is not None and self.ssm is not None:
-            self.conv, self.ssm = pick(self.conv, indices), pick(self.ssm, indices)
+        if self.conv is not None and self.ssm is not None:  # `ready` is not by sequence
+            self.replace(conv=pick(self.conv, indices), ssm=pick(self.ssm, indices))
 
     def to(self, device: torch.device | str) -> SSDState:
-        """Moves the buffers, in place; returns itself, as hooks that move a module's inputs expect."""
-        if self.conv is not None and self.ssm is not None:
-            self.conv, self.ssm = self.conv.to(device), self.ssm.to(device)
-        if self.ready is not None:
-            self.ready = self.ready.to(device)
+        """As there, with what was recorded."""
+        self.recorded = [Recorded(*(part.to(device) for part in block)) for block in self.recorded]
         if self._before is not None:
             self._before = self._before[0].to(device), self._before[1].to(device)
+        if self._decay is not None:
+            self._decay = self._decay[0].to(device), self._decay[1]
+        super().to(device)
         return self

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..errors import ArgumentError, CacheError
-from ..layers import KeyCounts, KeyValueState, Placement, SSDState
+from ..layers import Buffers, KeyCounts, KeyValueState, Placement, SSDState
 from . import prompt_state
 from .graphs import DecodeGraph
 from .prompt_state import TokenHashes
@@ -74,15 +74,32 @@ class Mamba2Cache(Cache):
                 "model has attention"
             )
         self.static, self.captured, self.state_dtype = static, captured, state_dtype
-        self.graph: DecodeGraph | None = DecodeGraph() if captured else None
+        self.graph = DecodeGraph() if captured else None
         self.seen_tokens = 0
         self.padding: Tensor | None = None  # (B,) how many of them did not count
         self.token_hashes: TokenHashes | None = None  # of the first of them, once saved or loaded
 
-    def _drop_graph(self) -> None:
-        """What was captured writes to buffers that are no longer the cache's."""
-        if self.graph is not None:
-            self.graph.drop()
+    @property
+    def graph(self) -> DecodeGraph | None:
+        """Through which steps run, if they may be captured. It is dropped when a buffer of the cache moves."""
+        return self._graph
+
+    @graph.setter
+    def graph(self, graph: DecodeGraph | None) -> None:
+        self._graph = graph
+        for buffers in self._buffers:
+            # Of the graph, not of the cache: that would keep the memory of every cache until Python looks for cycles.
+            buffers.on_move = None if graph is None else graph.drop
+
+    @property
+    def _buffers(self) -> list[Buffers]:
+        counts = [] if self.key_counts is None else [self.key_counts]
+        return [*self.layers, *counts]
+
+    def leave_inference_mode(self) -> None:
+        """Makes buffers that ``torch.inference_mode`` made anew, outside of it, where nothing may write those."""
+        for buffers in self._buffers:
+            buffers.leave_inference_mode()
 
     def advance(self, tokens: int) -> None:
         """Counts tokens, without padding, that a captured step has fed; its graph has counted them on the GPU."""
@@ -95,7 +112,6 @@ class Mamba2Cache(Cache):
         capacity = self.get_max_length()
         if not self.captured or self.key_counts is None or capacity >= tokens:
             return
-        self._drop_graph()
         self.key_counts.capacity = max(tokens, capacity * 3 // 2)
         for layer in self.layers:
             if isinstance(layer, KeyValueState):
@@ -240,18 +256,16 @@ class Mamba2Cache(Cache):
                 layer.put(row, other)
             else:
                 layer.put(row, other, lengths)
-        if self.key_counts is not None and self.key_counts.lengths is not None:
-            self.key_counts.lengths[row : row + 1] = lengths.to(self.key_counts.lengths.device)
-            self.key_counts.width = max(int(self.key_counts.lengths.max()), 1)
+        if self.key_counts is not None:
+            self.key_counts.put(row, lengths)
         self.padding = self.token_hashes = None
 
     def set_lengths(self, lengths: list[int]) -> None:
         """Says how many keys each row of a static cache holds, for rows that :meth:`put` filled at different times and
         that have stepped together since; what is beyond is forgotten. It does nothing in a model without attention.
         """
-        if self.key_counts is not None and self.key_counts.lengths is not None:
-            self.key_counts.lengths.copy_(torch.tensor(lengths))
-            self.key_counts.width = max(*lengths, 1)
+        if self.key_counts is not None:
+            self.key_counts.set(lengths)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follows a beam search: sequence ``i`` becomes the former ``beam_idx[i]``."""
@@ -259,12 +273,8 @@ class Mamba2Cache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
-        if len(indices) != self.batch_size:
-            self._drop_graph()
-        for layer in self.layers:
-            layer.select(indices)
-        if self.key_counts is not None:
-            self.key_counts.select(indices)
+        for buffers in self._buffers:
+            buffers.select(indices)
         if self.padding is not None:
             self.padding = self.padding[indices.to(self.padding.device)]
         if self.token_hashes is not None:
@@ -324,7 +334,6 @@ class Mamba2Cache(Cache):
     def reset(self) -> None:
         """Forgets everything, keeping the buffers where they are."""
         super().reset()
-        self._drop_graph()
         if self.key_counts is not None:
             self.key_counts.reset()
         self.seen_tokens, self.padding, self.token_hashes = 0, None, None
@@ -346,7 +355,6 @@ class Mamba2Cache(Cache):
                 "negative number of at most those, and call activate_past_recording() before the tokens that may have "
                 "to go, or continue from a copy (copy.deepcopy)"
             )
-        self._drop_graph()
         for layer in self.layers:
             layer.crop(-tokens_to_remove)
         if not tokens_to_remove:
@@ -359,9 +367,10 @@ class Mamba2Cache(Cache):
 
     def to(self, device: torch.device | str) -> Mamba2Cache:
         """Moves every state to a device, in place."""
-        self._drop_graph()
-        for layer in self.layers:
-            layer.to(device)
+        for buffers in self._buffers:
+            buffers.to(device)
+        if self.padding is not None:
+            self.padding = self.padding.to(device)
         return self
 
     def __repr__(self) -> str:
