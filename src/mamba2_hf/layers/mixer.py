@@ -192,9 +192,8 @@ class Mamba2Mixer(KeepsFp32):
         if state is not None and state.started and one_token:
             return self._step(zxbcdt, state)
         conv_initial, ssm_initial = self._initial(zxbcdt, layout, state)
-        weights = self._fused_weights(state)
-        if weights is not None:
-            conv_weight, norm_weight = weights
+        conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
+        if conv_weight is not None and norm_weight is not None and not _records(state):
             inner: Any = ops.mamba2_inner(
                 *(zxbcdt, conv_weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.A, self.D),
                 norm_weight=norm_weight,
@@ -236,15 +235,6 @@ class Mamba2Mixer(KeepsFp32):
             state.update(*map(layout.gather_states, final))
         return y
 
-    def _fused_weights(self, state: SSDState | None) -> tuple[Tensor, Tensor] | None:
-        """Weights of the convolution and of the norm, for ops that do all between the projections; None where a module
-        has to be called, or ``state`` records what the convolution gives.
-        """
-        if state is not None and state.record_past:
-            return None
-        conv, norm = plain_weight(self.conv1d), plain_weight(self.norm)
-        return None if conv is None or norm is None else (conv, norm)
-
     def _record(
         self,
         state: SSDState | None,
@@ -256,7 +246,7 @@ class Mamba2Mixer(KeepsFp32):
         A: Tensor,
     ) -> None:
         """Lets ``state`` note the tokens, if it records; see :meth:`SSDState.record`."""
-        if state is None or not state.record_past:
+        if state is None or not _records(state):
             return
         if not layout.is_plain:
             raise CacheError(
@@ -292,9 +282,8 @@ class Mamba2Mixer(KeepsFp32):
         conv_state, ssm_state = state.initial(zxbcdt.shape[0])
         assert conv_state is not None  # the state has started
         assert ssm_state is not None
-        weights = self._fused_weights(state)
-        if weights is not None:
-            conv_weight, norm_weight = weights
+        conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
+        if conv_weight is not None and norm_weight is not None and not _records(state):
             return ops.mamba2_step(
                 *(zxbcdt, conv_state, ssm_state, conv_weight.squeeze(1), self.conv1d.bias),
                 *(self.dt_bias, self.A_log, self.D),
@@ -350,6 +339,11 @@ class Mamba2Mixer(KeepsFp32):
         x, B, C = xbc.split([self.inner_size, bc, bc], -1)
         groups = (self.n_groups, self.state_size)
         return x.unflatten(-1, (self.num_heads, self.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+
+def _records(state: SSDState | None) -> bool:
+    """Whether a state wants what the convolution gives, which ops that do everything at once keep to themselves."""
+    return state is not None and state.record_past
 
 
 @torch.compiler.assume_constant_result
