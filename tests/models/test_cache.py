@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from hybrids import make_hybrid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, QuantizedCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, StaticCache
 
 from mamba2_hf import Mamba2Cache, Mamba2ForCausalLM, Mamba2Model
 from mamba2_hf.errors import ArgumentError, CacheError
@@ -241,12 +242,29 @@ def test_refuses_caches_of_another_kind(model: Any, ids: Tensor) -> None:
     filled = DynamicCache(config=model.config)
     filled.update_conv_state(torch.zeros(3, 5, 4), 0)
     filled.update_conv_state(torch.zeros(3, 5, 4), 1)
-    wrong = [DynamicCache(config=attention), filled, DynamicCache(offloading=True), (torch.zeros(1), torch.zeros(1))]
-    for cache in wrong:
+    states, keys = "SSM states, whose size is constant", "keys and values of attention on the device"
+    hybrid = make_hybrid("plain")
+    keyed = DynamicCache()
+    keyed.update(torch.zeros(1, 2, 3, 10), torch.zeros(1, 2, 3, 10), 0)
+    wrong = [
+        (model, DynamicCache(config=attention), "the DynamicCache is made for another model"),
+        (hybrid, DynamicCache(config=LlamaConfig(num_hidden_layers=5)), "the DynamicCache is made for another model"),
+        (model, filled, "the DynamicCache is not empty"),
+        (hybrid, keyed, "the DynamicCache is not empty"),
+        (model, DynamicCache(offloading=True), rf"DynamicCache\(offloading=True\): .*{states}"),
+        (hybrid, DynamicCache(offloading=True), rf"DynamicCache\(offloading=True\): .*{keys}"),
+        (
+            hybrid,
+            StaticCache(config=hybrid.config, max_cache_len=9, offloading=True),
+            rf"StaticCache\(offloading=True\): .*{keys}",
+        ),
+        (model, EncoderDecoderCache(DynamicCache(), DynamicCache()), "type EncoderDecoderCache, which has no place"),
+        (hybrid, (torch.zeros(1), torch.zeros(1)), "type tuple, which has no place for SSM states"),
+    ]
+    for each, cache, reason in wrong:
         for name in ("past_key_values", "cache_params"):
-            with pytest.raises(CacheError, match=f"{type(cache).__name__}.*Mamba2Cache"):
-                model(ids, **{name: cache})
-    assert QuantizedCache not in {type(cache) for cache in wrong}
+            with pytest.raises(CacheError, match=rf"{reason}.*; pass a mamba2_hf.Mamba2Cache\(model.config\), or"):
+                each(ids, **{name: cache})
 
 
 def test_state_dtype_is_an_option(model: Any, ids: Tensor) -> None:

@@ -187,26 +187,12 @@ class Mamba2Mixer(KeepsFp32):
 
     def _inner(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         """What is between the projections: ``(B, T, 2 H P + 2 G N + H)`` to ``(B, T, H P)``."""
-        if state is not None and state.record_past:
-            if not layout.is_plain:
-                raise CacheError(
-                    "the cache is recorded, to take tokens back, and padding or packed documents came: read those "
-                    "before activate_past_recording()"
-                )
-            state.record(zxbcdt, self)
-        return self._advance(zxbcdt, layout, state)
-
-    def replay(self, projected: Tensor, state: SSDState) -> None:
-        """Brings ``state`` to where it is after what :meth:`SSDState.record` was given, ``(B, T, C)``."""
-        self._advance(projected, PLAIN, state)
-
-    def _advance(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         one_token = zxbcdt.shape[1] == 1 and layout.is_plain and not torch.is_grad_enabled()
         if state is not None and state.started and one_token:
             return self._step(zxbcdt, state)
         conv_initial, ssm_initial = self._initial(zxbcdt, layout, state)
         conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
-        if conv_weight is not None and norm_weight is not None:
+        if conv_weight is not None and norm_weight is not None and not _records(state):
             inner: Any = ops.mamba2_inner(
                 *(layout.pack(zxbcdt), conv_weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.A, self.D),
                 norm_weight=norm_weight,
@@ -227,12 +213,14 @@ class Mamba2Mixer(KeepsFp32):
             y, *final = (inner,) if state is None else inner
             y = layout.unpack(y)
         else:
-            z, xbc, dt = self._split(zxbcdt)
-            xbc, conv_final = self._convolve(xbc, conv_initial, layout)
+            z, inputs, dt = self._split(zxbcdt)
+            xbc, conv_final = self._convolve(inputs, conv_initial, layout)
             x, B, C = self._split_xbc(xbc)
+            A = self.A
+            self._record(state, layout, inputs, x, dt, B, A)
             x, dt, B, C = map(layout.pack, (x, dt, B, C))
             y, ssm_final = ops.ssd_chunk_scan(
-                *(x, dt, self.A, B, C),
+                *(x, dt, A, B, C),
                 D=self.D,
                 dt_bias=self.dt_bias,
                 dt_softplus=True,
@@ -247,6 +235,26 @@ class Mamba2Mixer(KeepsFp32):
         if state is not None:
             state.update(*map(layout.gather_states, final))
         return y
+
+    def _record(
+        self,
+        state: SSDState | None,
+        layout: SequenceLayout,
+        inputs: Tensor,
+        x: Tensor,
+        dt: Tensor,
+        B: Tensor,
+        A: Tensor,
+    ) -> None:
+        """Lets ``state`` note the tokens, if it records; see :meth:`SSDState.record`."""
+        if state is None or not _records(state):
+            return
+        if not layout.is_plain:
+            raise CacheError(
+                "the cache is recorded, to take tokens back, and padding or packed documents came: read those before "
+                "activate_past_recording()"
+            )
+        state.record(inputs, x, dt.to(A.dtype) + self.dt_bias, B, A, self.dt_limit)
 
     def _attention_matrix(self, zxbcdt: Tensor, layout: SequenceLayout) -> Tensor:
         """``(B, H, T, T)``."""
@@ -276,7 +284,7 @@ class Mamba2Mixer(KeepsFp32):
         assert conv_state is not None  # the state has started
         assert ssm_state is not None
         conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
-        if conv_weight is not None and norm_weight is not None:
+        if conv_weight is not None and norm_weight is not None and not _records(state):
             return ops.mamba2_step(
                 *(zxbcdt, conv_state, ssm_state, conv_weight.squeeze(1), self.conv1d.bias),
                 *(self.dt_bias, self.A_log, self.D),
@@ -289,12 +297,14 @@ class Mamba2Mixer(KeepsFp32):
                 dt_limit=self.dt_limit,
                 log_rates=True,
             )
-        z, xbc, dt = self._split(zxbcdt)
-        xbc, final = self._convolve(xbc, conv_state, PLAIN)
+        z, inputs, dt = self._split(zxbcdt)
+        xbc, final = self._convolve(inputs, conv_state, PLAIN)
+        x, B, C = self._split_xbc(xbc)
+        A = self.A
+        self._record(state, PLAIN, inputs, x, dt, B, A)
         conv_state.copy_(final)
-        x, B, C = self._split_xbc(xbc[:, 0])
         y = ops.ssd_state_update(
-            *(ssm_state, x, dt[:, 0], self.A, B, C),
+            *(ssm_state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0]),
             D=self.D,
             dt_bias=self.dt_bias,
             dt_softplus=True,
@@ -330,6 +340,11 @@ class Mamba2Mixer(KeepsFp32):
         x, B, C = xbc.split([self.inner_size, bc, bc], -1)
         groups = (self.n_groups, self.state_size)
         return x.unflatten(-1, (self.num_heads, self.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+
+def _records(state: SSDState | None) -> bool:
+    """Whether a state wants what the convolution gives, which ops that do everything at once keep to themselves."""
+    return state is not None and state.record_past
 
 
 @torch.compiler.assume_constant_result

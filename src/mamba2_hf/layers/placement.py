@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import CacheError
 from .sequence import SequenceLayout, kept_first, rank, take
-from .state import pick
+from .state import Buffers
 
 Visible = Callable[[Any, Any, Any, Any], Tensor]
 """Of row, head, query and key: whether the query sees the key. Indices may be numbers or tensors that broadcast."""
@@ -49,12 +49,14 @@ class FlatDocuments:
     most_keys: int
 
 
-class KeyCounts:
+class KeyCounts(Buffers):
     """How many keys the attention layers of a cache hold for each row, the same for all layers without a window.
 
     Args:
         capacity: keys of a row for which buffers are made once and for all; None for buffers that grow.
     """
+
+    names = ("lengths", "shift")
 
     def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity
@@ -64,25 +66,37 @@ class KeyCounts:
 
     def reset(self) -> None:
         """No keys."""
-        self.width, self.shift = 0, None
-        if self.capacity is None or self.lengths is None:
-            self.lengths = None
-        else:
+        self.width = 0
+        if self.capacity is None:
+            self.replace(lengths=None, shift=None)
+            return
+        self.replace(shift=None)
+        if self.lengths is not None:
+            self.leave_inference_mode()
             self.lengths.zero_()
 
     def crop(self, tokens: int) -> None:
         """Forgets the last ``tokens`` of every row."""
         self.width -= tokens
         if self.lengths is not None and self.capacity is not None:
+            self.leave_inference_mode()
             self.lengths.sub_(tokens)
         elif self.lengths is not None:
-            self.lengths = self.lengths - tokens
+            self.replace(lengths=self.lengths - tokens)
 
-    def select(self, indices: Tensor) -> None:
-        """Keeps the rows at ``indices``."""
-        for name in ("lengths", "shift"):
-            if (counts := getattr(self, name)) is not None:
-                setattr(self, name, pick(counts, indices))
+    def put(self, row: int, length: Tensor) -> None:
+        """Says that ``row`` of buffers with a capacity holds ``length (1,)`` keys."""
+        if self.lengths is not None:
+            self.leave_inference_mode()
+            self.lengths[row : row + 1] = length.to(self.lengths.device)
+            self.width = max(int(self.lengths.max()), 1)
+
+    def set(self, lengths: list[int]) -> None:
+        """Says how many keys each row of buffers with a capacity holds."""
+        if self.lengths is not None:
+            self.leave_inference_mode()
+            self.lengths.copy_(torch.tensor(lengths))
+            self.width = max(*lengths, 1)
 
 
 @dataclass
@@ -287,14 +301,14 @@ class Placement:
             shift = counts.shift.to(self.device)
             if self.starts is not None:
                 shift = torch.where(self.starts.gather(1, self._last()[:, None])[:, 0] == 0, shift, 0)
-        counts.shift = shift
+        counts.replace(shift=shift)
         counts.width = self.width
         known, lengths = counts.lengths, self.lengths
         fits = self.is_static and known is not None and lengths is not None and len(known) == len(lengths)
         if fits and known is not None and lengths is not None and _is_writable(known):
             known.copy_(lengths)  # its address stays fixed for compiled and captured graphs
         else:
-            counts.lengths = lengths
+            counts.replace(lengths=lengths)
 
     def _last(self) -> Tensor:
         """``(B,)`` the column of each row's last token."""
@@ -323,6 +337,8 @@ def place(layout: SequenceLayout, rows: int, tokens: int, counts: KeyCounts | No
     stored, past, capacity = 0, None, None
     if counts is not None:
         stored, past, capacity = counts.width, counts.lengths, counts.capacity
+        if past is not None and past.shape[0] != rows and not stored:
+            past = None  # of the rows before a reset
         if past is not None:
             past = past.to(device)
             if past.shape[0] != rows:

@@ -20,7 +20,7 @@ from ..ops import linear_cross_entropy
 from ..ops.torch.modes import observed
 from . import prefill
 from .backbone import SSDBackbone, batch_and_tokens
-from .cache import Mamba2Cache, as_mamba2_cache, one_cache
+from .cache import Mamba2Cache, as_mamba2_cache, check_implementation, one_cache
 from .graphs import DecodeGraph, why_not
 from .outputs import CACHE, Mamba2CausalLMOutput, Mamba2Output, step_output
 from .pretrained import SSDPreTrainedModel
@@ -303,6 +303,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             generation_config.prefill_chunk_size = None
         if assists and cache is not None:
             cache.activate_past_recording()
+            prefill.expect_prompt(self)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _assisted_decoding(
@@ -393,11 +394,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                 given.reserve(max_cache_length)
             model_kwargs[CACHE] = given
         elif use_cache:
-            if kind not in (None, "dynamic", "static"):
-                raise ArgumentError(
-                    f"cache_implementation={kind!r}: the states of a Mamba-2 are constant in size, so that there is "
-                    "little to offload, quantize or slide; use 'dynamic' (the default) or 'static'"
-                )
+            check_implementation(kind, self.config)
             length = max(max_cache_length, generation_config.max_cache_len or 0, 1)
             model_kwargs[CACHE] = Mamba2Cache(
                 self.config,

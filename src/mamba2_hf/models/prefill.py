@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.candidate_generator import _MapInputEmbedding
 
 from ..layers import Attention
 
@@ -79,4 +80,15 @@ def read(
     for start in range(0, input_ids.shape[1], at_once):
         ids = input_ids[:, start : start + at_once]
         mask = None if attention_mask is None else attention_mask[:, : past + start + ids.shape[1]]
+        expect_prompt(model)
         model(ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def expect_prompt(model: SSDForCausalLM) -> None:
+    """Prepares for a forward of prompt tokens that may not be the first: in sampled decoding with an assistant that has
+    another tokenizer, transformers wraps the assistant's embedding in one that takes the first call for the whole
+    prompt, and the ids of every later one for those of its own proposals.
+    """
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, _MapInputEmbedding):
+        embedding.map = False
