@@ -25,6 +25,7 @@ from .files import check_free, whole_folder, write_bytes, write_json
 from .formats import FORMATS, Format, format_named
 from .hub import local_folder
 from .mapping import EMBEDDING, HEAD
+from .readers import Verdict, reader_named
 
 Progress = Callable[[int, int], None]
 """Is told the bytes written so far and those to be written in all."""
@@ -42,6 +43,7 @@ class Conversion:
         carried: files that travelled along.
         left: files of the source that did not.
         remarks: what a person may want to know.
+        readers: which other programs take the result.
     """
 
     destination: Path
@@ -54,6 +56,7 @@ class Conversion:
     carried: list[str]
     left: list[str]
     remarks: list[str] = field(default_factory=list)
+    readers: list[Verdict] = field(default_factory=list)
 
 
 def convert(
@@ -61,6 +64,7 @@ def convert(
     destination: str | Path,
     *,
     to: str | None = None,
+    for_reader: str | None = None,
     source_format: str | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
@@ -80,6 +84,8 @@ def convert(
         destination: the folder to make.
         to: the name of a format that can be written; None for ``"mamba2"``, or ``"mamba2_hybrid"`` of a model with
             attention or MLPs.
+        for_reader: the program that is to read the result, one of ``READERS``: its config is then written as that
+            program wants it, and what it would compute wrongly is refused. None for what most of them read.
         source_format: the name of the source's format; None to find out.
         dtype: of the weights, ``torch.float32``, ``bfloat16`` or ``float16``; ``A_log``, ``D`` and ``dt_bias`` are then
             stored in float32. None keeps every tensor as it is.
@@ -98,6 +104,8 @@ def convert(
         ConfigurationError: the model is of another kind, or cannot be expressed in the target format.
     """
     target = None if to is None else _writable(to)
+    if for_reader is not None:
+        reader_named(for_reader)
     if with_code and to not in (None, "mamba2"):
         raise CheckpointError(f"remote code is read by transformers, and {to} is not its format: use mamba2")
     size = _shard_size(max_shard_size)
