@@ -50,6 +50,7 @@ class Checkpoint:
         folder: where it is.
         format: its entry in ``FORMATS``.
         config: its configuration.
+        raw: the file that it stands in.
         weights: its files.
         tensors: those of the model, by our names; a tied head is not among them.
         dtype: of most of its values.
@@ -58,6 +59,7 @@ class Checkpoint:
     folder: Path
     format: Format
     config: Any
+    raw: dict[str, Any]
     weights: Weights
     tensors: dict[str, ModelTensor]
     dtype: torch.dtype
@@ -133,7 +135,7 @@ def open_checkpoint(folder: Path, source: str | None = None) -> Checkpoint:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     dtype = max(sizes, key=lambda dtype: sizes[dtype])
     config.dtype = dtype
-    return Checkpoint(folder, entry, config, weights, tensors, dtype)
+    return Checkpoint(folder, entry, config, raw, weights, tensors, dtype)
 
 
 def _original(folder: Path, entry: Format, fields: dict[str, Any], most_layers: int) -> dict[str, Any]:
