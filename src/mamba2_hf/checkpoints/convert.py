@@ -209,10 +209,8 @@ def _written_config(
         config.dtype = dtype
     anew = _anew(config, target)
     assert target.write_config is not None
-    if target.name == checkpoint.format.name == "mamba2":
-        written = mapping.rewrite_mamba2(config, checkpoint.raw)
-    else:
-        written = target.write_config(config)
+    own = mapping.write_own(config, checkpoint.own)
+    written = own if target.name == target.family.name else target.write_config(config)
     written = complete(target.name, written, anew, for_reader)
     verdicts = [verdict(name, target.name, config, written, anew) for name in READERS]
     for found in verdicts:
@@ -220,10 +218,9 @@ def _written_config(
             refuse(found)
     if with_code:
         written["auto_map"] = remote_code.AUTO_MAP
-    files = {target.config_file: written}
-    if target.name != target.family.name:
-        files[SIDECAR] = mapping.write_own(config)
-    return files, verdicts
+    if target.name == target.family.name:
+        return {target.config_file: written}, verdicts
+    return {target.config_file: written, SIDECAR: own}, verdicts
 
 
 def _anew(config: Any, target: Format) -> dict[str, Any]:

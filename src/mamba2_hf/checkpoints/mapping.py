@@ -192,23 +192,25 @@ def write_mamba_ssm(config: Mamba2Config) -> dict[str, Any]:
     return found
 
 
-def write_own(config: Mamba2Config | Mamba2HybridConfig) -> dict[str, Any]:
-    """The ``config.json`` of ``mamba2`` or ``mamba2_hybrid``, with the keys that other readers look up."""
-    written: dict[str, Any] = json.loads(config.to_json_string())
-    return written
+def write_own(
+    config: Mamba2Config | Mamba2HybridConfig, original: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The ``config.json`` of ``mamba2`` or ``mamba2_hybrid``, with the keys that other readers look up.
 
-
-def rewrite_mamba2(config: Mamba2Config, original: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``config.json`` of a model that came from a file of transformers' format: that file, but for what was changed
-    since.
+    Args:
+        config: of the model.
+        original: the file that it came from, which is then written key for key, but for what was changed since.
     """
-    written, before = write_own(config), write_own(mamba2_config(original, config.num_hidden_layers))
-    kept: dict[str, Any] = strict_json(key_for_key(original, written, before))
-    if "torch_dtype" in kept:
-        kept["torch_dtype"] = kept.pop("dtype", None) or written["dtype"]
-    else:
-        kept["dtype"] = written["dtype"]
-    return kept
+    written: dict[str, Any] = json.loads(config.to_json_string())
+    if original is None:
+        return written
+    read = mamba2_config if isinstance(config, Mamba2Config) else hybrid_config
+    kept = key_for_key(original, written, write_own(read(original, config.num_hidden_layers)))
+    if "dtype" in written:
+        kept.pop("dtype", None)
+        kept["torch_dtype" if "torch_dtype" in original else "dtype"] = written["dtype"]
+    found: dict[str, Any] = strict_json(kept)
+    return found
 
 
 def key_for_key(original: Mapping[str, Any], written: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

@@ -134,12 +134,15 @@ class Mamba2Config(SSDConfig):
         """The inner width, which other readers take from a key of this name."""
         return self.num_heads * self.head_dim
 
+    @property
+    def pad_vocab_size_multiple(self) -> int:
+        """What the vocabulary is a multiple of, to whoever would round it up."""
+        return 1 if self.vocab_size % _GGUF_VOCABULARY else _GGUF_VOCABULARY
+
     def _for_other_readers(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"intermediate_size": self.intermediate_size}
-        multiple = getattr(self, "pad_vocab_size_multiple", _GGUF_VOCABULARY)
-        if not isinstance(multiple, int) or multiple < 1 or self.vocab_size % multiple:
-            found["pad_vocab_size_multiple"] = 1
-        return found
+        multiple = self.pad_vocab_size_multiple
+        padding = {} if multiple == _GGUF_VOCABULARY else {"pad_vocab_size_multiple": multiple}
+        return {"intermediate_size": self.intermediate_size, **padding}
 
     @property
     def layer_types(self) -> list[str]:
