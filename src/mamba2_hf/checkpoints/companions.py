@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from ..errors import CheckpointError
 from . import remote_code
 from .checkpoint import SIDECAR
-from .files import check_regular, read_json, stays_inside, write_bytes
+from .files import check_regular, read_json, stays_inside, write_bytes, write_json
 from .formats import FORMATS
 
 CARD = "README.md"
@@ -68,7 +68,45 @@ def carry(folder: Path, tokenizer: Path | None, destination: Path) -> list[str]:
             read_json(home / name)
         (destination / name).parent.mkdir(exist_ok=True)
         write_bytes(destination / name, (home / name).read_bytes())
+        if name == "tokenizer_config.json":
+            _spell_as_published(destination / name)
     return list(found)
+
+
+def _spell_as_published(path: Path) -> None:
+    """Names the class and the extra tokens of a tokenizer as transformers 4 does, which 5 reads too; 4 knows neither
+    5's name of the class nor a list under 5's name of the tokens.
+    """
+    config = read_json(path)
+    spelled = dict(config)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        spelled["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        spelled.setdefault("additional_special_tokens", spelled.pop("extra_special_tokens"))
+    if spelled != config:
+        write_json(path, spelled)
+
+
+def tokenizer_steps(reader: str, folder: Path) -> list[str]:
+    """What is left to do by hand so that a program reads the tokenizer of a converted checkpoint.
+
+    Args:
+        reader: the program, by its name in ``READERS``.
+        folder: the checkpoint.
+    """
+    if reader != "llama.cpp" or (folder / "tokenizer.model").exists():
+        return []
+    if (folder / "tokenizer.model.v3").exists():
+        return ["rename tokenizer.model.v3 to tokenizer.model"]
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return ["put a tokenizer beside the model: without one it takes that of GPT-NeoX"]
+    if b'"Metaspace"' in path.read_bytes():
+        return ["put the SentencePiece tokenizer.model beside tokenizer.json, whose Metaspace it does not read"]
+    return [
+        "its converter knows the splitting of a BPE tokenizer by a hash: where it says that the pre-tokenizer was not "
+        "recognized, name the one that splits alike in get_vocab_base_pre of its conversion/base.py"
+    ]
 
 
 def _check_generation_config(path: Path) -> None:

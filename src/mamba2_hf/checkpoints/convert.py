@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigurationError
 from . import io, mapping, remote_code
 from .checkpoint import SIDECAR, Checkpoint, is_fp32, open_checkpoint
-from .companions import CARD, TOKENIZERS, WRITTEN, carry
+from .companions import CARD, TOKENIZERS, WRITTEN, carry, tokenizer_steps
 from .equations import Part, parts_of, same, shapes_of
 from .families.common import KEPT
 from .files import check_free, whole_folder, write_bytes, write_json
@@ -160,7 +160,7 @@ def convert(
         nbytes=nbytes,
         carried=carried,
         left=_left(folder, checkpoint, carried),
-        readers=verdicts,
+        readers=[replace(v, steps=[*v.steps, *tokenizer_steps(v.reader, destination)]) for v in verdicts],
     )
     if not TOKENIZERS & set(carried):
         result.remarks.append(

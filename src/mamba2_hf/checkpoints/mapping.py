@@ -192,9 +192,7 @@ def write_mamba_ssm(config: Mamba2Config) -> dict[str, Any]:
     return found
 
 
-def write_own(
-    config: Mamba2Config | Mamba2HybridConfig, original: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def write_own(config: Mamba2Config | Mamba2HybridConfig, original: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The ``config.json`` of ``mamba2`` or ``mamba2_hybrid``, with the keys that other readers look up.
 
     Args:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigurationError
 from ..models import Mamba2HybridConfig
+from ..models.base_config import strict_json
 
 Check = Callable[[Any], str | None]
 """From a model's configuration, why a program computes it wrongly; None if it does not."""
@@ -319,7 +320,7 @@ _FALCON_MULTIPLIERS = _required(
 _FALCON = {
     **_MODEL,
     **_ATTENTION,
-    **_MIXER,
+    **{name: value for name, value in _MIXER.items() if name != "mamba_expand"},  # mamba_d_ssm says more
     **_TIED,
     **_FALCON_MULTIPLIERS,
     **_required("mamba_d_ssm mamba_rms_norm mamba_norm_before_gate projectors_bias"),
@@ -452,7 +453,7 @@ def _transformers(version: str, *, old: bool) -> Reader:
             place=place("nemotron_h"),
             keys={
                 **{**_NEMOTRON, **_NEMOTRON_EXPERTS, "time_step_min": 0.001, "attention_bias": False},
-                **{"mlp_hidden_act": "relu2", "rescale_prenorm_residual": True, "num_nextn_predict_layers": 0},
+                **{"mlp_hidden_act": "relu2", "num_nextn_predict_layers": 0},
             },
             cautions=decoding,
         )
@@ -729,5 +730,4 @@ def _misread(reading: Reading, written: Mapping[str, Any], anew: Mapping[str, An
 
 
 def _look_up(config: Mapping[str, Any], key: str, default: Any) -> Any:
-    value = next((config[name] for name in key.split("|") if name in config), default)
-    return list(value) if isinstance(value, tuple) else value
+    return strict_json(next((config[name] for name in key.split("|") if name in config), default))

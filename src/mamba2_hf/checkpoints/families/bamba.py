@@ -7,6 +7,7 @@ from typing import Any
 
 from ...errors import ConfigurationError
 from ...models import Mamba2HybridConfig
+from ...models.base_config import as_limits
 from ..equations import Equation, Shape
 from .common import (
     common_fields,
@@ -70,7 +71,7 @@ def mixer_fields(stock: Any) -> dict[str, Any]:
         "ssm_use_bias": stock.mamba_proj_bias,
         "ssm_use_conv_bias": stock.mamba_conv_bias,
         "chunk_size": stock.mamba_chunk_size,
-        **({} if limit is None else {"time_step_limit": tuple(limit)}),
+        **({} if limit is None else {"time_step_limit": as_limits(limit)}),
     }
 
 

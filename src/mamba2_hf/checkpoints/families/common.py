@@ -19,6 +19,8 @@ KEPT = "original_config"
 """Key of a converted config under which the original one stays readable; it has no effect."""
 
 LAYERS_LIMIT = 10_000
+NO_STEP = 1e-20
+"""The shortest step of a family that takes the logarithm of it in its initialization."""
 _SHARED = ("vocab_size", "hidden_size", "tie_word_embeddings", "max_position_embeddings", "initializer_range")
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -236,7 +238,7 @@ def only_lower_limit(config: Mamba2HybridConfig, family: str) -> float:
     low, high = config.time_step_limit
     if high != math.inf:
         raise ConfigurationError(f"time_step_limit is {config.time_step_limit}: {family} has no upper limit")
-    return max(float(low), 1e-20)
+    return max(float(low), NO_STEP)
 
 
 def layers_of(config: Mamba2HybridConfig, family: str, kinds: Mapping[str, str]) -> list[str]:

@@ -10,10 +10,10 @@ from ...errors import ConfigurationError
 from ...models import Mamba2HybridConfig
 from ..equations import Equation, Rows, Shape
 from .common import (
+    NO_STEP,
     common_fields,
     in_blocks,
     layers_of,
-    limits,
     neutral,
     only_lower_limit,
     own_norm_epsilon,
@@ -135,7 +135,7 @@ def _fields(config: Mamba2HybridConfig) -> dict[str, Any]:
         "use_conv_bias": config.ssm_use_conv_bias,
         "chunk_size": config.chunk_size,
         "mamba_hidden_act": "silu",
-        "time_step_limit": limits(config),
+        "time_step_limit": [0.0 if low == NO_STEP else low, config.time_step_limit[1]],
         "time_step_min": low,
         "time_step_max": max(config.time_step_max, low),
         "time_step_floor": config.time_step_floor,
