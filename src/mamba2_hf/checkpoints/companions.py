@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig
 
@@ -67,24 +68,24 @@ def carry(folder: Path, tokenizer: Path | None, destination: Path) -> list[str]:
         elif name.endswith(".json") and name not in TOKENIZERS:
             read_json(home / name)
         (destination / name).parent.mkdir(exist_ok=True)
-        write_bytes(destination / name, (home / name).read_bytes())
-        if name == "tokenizer_config.json":
-            _spell_as_published(destination / name)
+        spelled = _for_transformers_4(read_json(home / name)) if name == "tokenizer_config.json" else None
+        if spelled is None:
+            write_bytes(destination / name, (home / name).read_bytes())
+        else:
+            write_json(destination / name, spelled)
     return list(found)
 
 
-def _spell_as_published(path: Path) -> None:
-    """Names the class and the extra tokens of a tokenizer as transformers 4 does, which 5 reads too; 4 knows neither
-    5's name of the class nor a list under 5's name of the tokens.
+def _for_transformers_4(config: dict[str, Any]) -> dict[str, Any] | None:
+    """A ``tokenizer_config.json`` of transformers 5 with the class and the extra tokens under the names of 4, which 5
+    reads too; None for one that has none of 5's names.
     """
-    config = read_json(path)
     spelled = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
         spelled["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):
+    if isinstance(config.get("extra_special_tokens"), list):  # 4 has a dictionary under that name
         spelled.setdefault("additional_special_tokens", spelled.pop("extra_special_tokens"))
-    if spelled != config:
-        write_json(path, spelled)
+    return None if spelled == config else spelled
 
 
 def tokenizer_steps(reader: str, folder: Path) -> list[str]:
