@@ -128,8 +128,9 @@ def _rotary(rope: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
     if share == _SHARE:
         return spelled
     # From 5.0 on, transformers takes any other share from inside of the newer key alone.
-    whole = {**rope, "partial_rotary_factor": share}
-    return {**spelled, "rope_parameters" if spelled["rope_scaling"] is None else "rope_scaling": whole}
+    if spelled["rope_scaling"] is None:
+        return {**spelled, "rope_parameters": {**rope, "partial_rotary_factor": share}}
+    return {**spelled, "rope_scaling": {**spelled["rope_scaling"], "partial_rotary_factor": share}}
 
 
 def equations(config: Mamba2HybridConfig, shapes: Mapping[str, Shape], stored: Collection[str] = ()) -> list[Equation]:

@@ -84,7 +84,7 @@ def _fields(config: Mamba2HybridConfig) -> dict[str, Any]:
         "mamba_d_ssm": inner,
         "mamba_expand": max(1, inner // config.hidden_size),
         "mamba_rms_norm": config.ssm_norm != "none",
-        "mamba_norm_before_gate": config.ssm_norm != "gate_first",
+        "mamba_norm_before_gate": config.ssm_norm == "norm_first",
         "projectors_bias": config.ssm_use_bias if config.ssm_out_bias is None else config.ssm_out_bias,
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,

@@ -147,7 +147,7 @@ def _fields(config: Mamba2HybridConfig) -> dict[str, Any]:
         "intermediate_size": config.intermediate_size,
         "mlp_hidden_act": config.mlp_type if config.mlp_type in _ACTIVATIONS else "relu2",
         "mlp_bias": config.mlp_bias,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
+        **dict.fromkeys(("layer_norm_epsilon", "rms_norm_eps"), config.layer_norm_epsilon),
         "residual_in_fp32": config.residual_in_fp32,
         "rescale_prenorm_residual": False,
     }
