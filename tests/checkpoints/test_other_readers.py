@@ -1,7 +1,8 @@
 """What is written here is what other programs read.
 
 Stock transformers loads it for real, in ``test_convert.py``, ``test_hybrid_conversion.py`` and in
-``models/test_loading.py``. The sources of the others were read, and what they look up is the table in ``mamba2_hf.checkpoints.readers``.
+``models/test_loading.py``. The sources of the others were read, and what they look up is the table in
+``mamba2_hf.checkpoints.readers``.
 """
 
 from __future__ import annotations
