@@ -554,7 +554,7 @@ class TestKeyForKey:
 CELLS: dict[str, dict[str, str | None]] = {
     "mamba2": dict.fromkeys(READERS),
     "bamba": {
-        **dict.fromkeys(("transformers-4", "transformers-5")),
+        **dict.fromkeys(READERS),
         **{"llama.cpp": "partial_rotary_factor is 0.5", "mlx-lm": "does not read bamba", "vllm": "none since 0.23"},
     },
     "granitemoehybrid": dict.fromkeys(READERS),
@@ -565,6 +565,7 @@ CELLS: dict[str, dict[str, str | None]] = {
     "zamba2": {
         **dict.fromkeys(READERS),
         **{"llama.cpp": "does not read zamba2", "mlx-lm": "does not read zamba2"},
+        "transformers-4": "mixes up the states of chunks",
     },
 }
 
@@ -613,6 +614,10 @@ class TestFor:
             ("mamba2", "mlx-lm", {"n_groups": 2}, "n_groups is 2: it norms all channels"),
             ("mamba2", "mlx-lm", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
             ("mamba2", "mlx-lm", {"state_size": 16}, "state_size is 16: its Metal kernel"),
+            ("mamba2", "transformers-4", {"n_groups": 2}, "it norms all channels"),
+            ("mamba2", "transformers-5.20", {"n_groups": 2}, "it norms all channels"),
+            ("bamba", "transformers-5.20", {"mamba_n_groups": 2}, "it norms all channels"),
+            ("granitemoehybrid", "transformers-5.20", {"mamba_n_groups": 2}, "it norms all channels"),
             ("bamba", "transformers-4", {"time_step_limit": [0.1, 2.0]}, "it clamps nothing"),
             ("granitemoehybrid", "llama.cpp", {"position_embedding_type": "rope"}, "gives positions to attention in"),
             ("granitemoehybrid", "llama.cpp", {"vocab_size": 61}, "vocab_size is 61, which it rounds up"),

@@ -280,6 +280,13 @@ def _grouped_keys(config: Mamba2HybridConfig) -> str | None:
     return f"num_key_value_heads is {config.num_key_value_heads}: it knows only as many as num_attention_heads"
 
 
+def _zamba_chunks(config: Mamba2HybridConfig) -> str | None:
+    return (
+        f"where mamba_ssm's CUDA kernels are not installed, its class mixes up the states of chunks past the first "
+        f"chunk_size={config.chunk_size} tokens"
+    )
+
+
 def _zamba_tied(config: Mamba2HybridConfig) -> str | None:
     return None if config.tie_word_embeddings else "the head is apart from the embedding: it always ties them"
 
@@ -403,9 +410,17 @@ TENSORS: dict[str, tuple[str, ...]] = {
 TENSORS["falcon_h1"] = TENSORS["bamba"]
 
 
-def _transformers(version: str, *, old: bool) -> Reader:
-    """transformers' own classes, whose fields have the names of the keys."""
+def _transformers(version: str, *, old: bool = False, norms_groups: bool = True) -> Reader:
+    """transformers' own classes, whose fields have the names of the keys.
+
+    Args:
+        version: of it.
+        old: whether it is a 4.
+        norms_groups: whether a gated norm is over the channels of each group, as it is from 5.23 on; Falcon-H1,
+            Nemotron-H and Zamba2 always had it so.
+    """
     limits: tuple[Check, ...] = (_any_limit,) if old else ()
+    groups: tuple[Check, ...] = () if norms_groups else (_groups,)
     decoding = () if old else (_limits_in_decoding,)
     clamps = {} if old else {"time_step_limit": (0.0, math.inf)}
 
@@ -421,6 +436,7 @@ def _transformers(version: str, *, old: bool) -> Reader:
                 # An old one scales out_proj again at every load.
                 "rescale_prenorm_residual": False,
             },
+            wrong=groups,
             cautions=(_limits_in_decoding,),
         ),
         "bamba": Reading(
@@ -430,14 +446,14 @@ def _transformers(version: str, *, old: bool) -> Reader:
                 **{"rope_theta": 10000.0, "rope_scaling": None},
                 **({"partial_rotary_factor": 0.5} if old else {}),
             },
-            wrong=limits,
+            wrong=(*limits, *groups),
             cautions=decoding,
         ),
         "granitemoehybrid": Reading(
             place=place("granitemoehybrid"),
             keys={**_GRANITE, **clamps},
             takes=_MAMBA_OR_ATTENTION if old else {},
-            wrong=limits,
+            wrong=(*limits, *groups),
             cautions=decoding,
         ),
         "falcon_h1": Reading(
@@ -446,7 +462,12 @@ def _transformers(version: str, *, old: bool) -> Reader:
             wrong=limits,
             cautions=decoding,
         ),
-        "zamba2": Reading(place=place("zamba2"), keys={**_ZAMBA, "rope_theta": 10000.0}, cautions=decoding),
+        "zamba2": Reading(
+            place=place("zamba2"),
+            keys={**_ZAMBA, "rope_theta": 10000.0},
+            wrong=(_zamba_chunks,) if old else (),
+            cautions=decoding,
+        ),
     }
     if not old:
         families["nemotron_h"] = Reading(
@@ -651,8 +672,9 @@ READERS: dict[str, Reader] = {
         },
         lacking={"bamba": "it has none since 0.23"},
     ),
-    "transformers-4": _transformers("4.57", old=True),
-    "transformers-5": _transformers("5.20 to 5.24", old=False),
+    "transformers-4": _transformers("4.57", old=True, norms_groups=False),
+    "transformers-5.20": _transformers("5.20 to 5.22", norms_groups=False),
+    "transformers-5": _transformers("5.23 and 5.24"),
 }
 """Programs by the names that ``convert(..., for_reader=...)`` takes."""
 

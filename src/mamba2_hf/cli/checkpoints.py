@@ -55,6 +55,7 @@ class ReaderName(str, Enum):
     mlx_lm = "mlx-lm"
     vllm = "vllm"
     transformers_4 = "transformers-4"
+    transformers_5_20 = "transformers-5.20"
     transformers_5 = "transformers-5"
 
 
@@ -91,8 +92,8 @@ def convert(
         typer.Option(
             "--for",
             metavar="NAME",
-            help="The program that is to read it: llama.cpp, mlx-lm, vllm, transformers-4, transformers-5. The config "
-            "is then written as that one wants it, and a model that it would compute wrongly is refused.",
+            help="The program that is to read it: llama.cpp, mlx-lm, vllm, transformers-4, transformers-5.20 (to 5.22) "
+            "or transformers-5. The config is written as that one wants it, and what it would compute wrongly refused.",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -150,6 +151,8 @@ def convert(
     Prints the folder it made. The folder appears when all of it is written; when anything goes wrong, nothing is left.
     """
     if base is not None:
+        if reader is not None:
+            fail("--for is of models: convert the model with it, and this adapter with --to and that model's format")
         with _errors():
             from ..checkpoints import convert_adapter
 
