@@ -611,6 +611,8 @@ class TestFor:
             ("mamba2", "llama.cpp", {"use_conv_bias": False}, "use_conv_bias is False"),
             ("mamba2", "llama.cpp", {"time_step_limit": [0.1, 2.0]}, "it does not clamp the step size"),
             ("mamba2", "vllm", {"time_step_limit": [0.1, 2.0]}, "it does not clamp the step size"),
+            ("mamba2", "vllm", {"expand": 1.5, "num_heads": 6}, "expand is 1.5: its configuration takes whole"),
+            ("mamba2", "transformers-5", {"expand": 1.5, "num_heads": 6}, "expand is 1.5: its configuration takes"),
             ("mamba2", "mlx-lm", {"n_groups": 2}, "n_groups is 2: it norms all channels"),
             ("mamba2", "mlx-lm", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
             ("mamba2", "mlx-lm", {"state_size": 16}, "state_size is 16: its Metal kernel"),

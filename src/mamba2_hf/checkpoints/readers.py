@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import CheckpointError, ConfigurationError
-from ..models import Mamba2HybridConfig
+from ..models import Mamba2Config, Mamba2HybridConfig
 from ..models.base_config import strict_json
 
 Check = Callable[[Any], str | None]
@@ -152,6 +152,10 @@ def _expand_2(config: Any) -> str | None:
     if inner == 2 * config.hidden_size:
         return None
     return f"the inner width is {inner}: it knows only 2 * hidden_size = {2 * config.hidden_size}"
+
+
+def _whole_expand(config: Mamba2Config) -> str | None:
+    return None if config.expand % 1 == 0 else f"expand is {config.expand}: its configuration takes whole factors"
 
 
 def _groups(config: Any) -> str | None:
@@ -436,7 +440,7 @@ def _transformers(version: str, *, old: bool = False, norms_groups: bool = True)
                 # An old one scales out_proj again at every load.
                 "rescale_prenorm_residual": False,
             },
-            wrong=groups,
+            wrong=groups if old else (*groups, _whole_expand),
             cautions=(_limits_in_decoding,),
         ),
         "bamba": Reading(
@@ -635,7 +639,7 @@ READERS: dict[str, Reader] = {
                 place="vllm/model_executor/models/mamba2.py, layers/mamba/mamba_mixer2.py",
                 keys={**_MAMBA2, "architectures": REQUIRED, "intermediate_size": "expand * hidden_size"},
                 takes={"architectures": ("Mamba2ForCausalLM",)},
-                wrong=(_limits, _no_conv_bias, _conv_kernel_4),
+                wrong=(_limits, _no_conv_bias, _conv_kernel_4, _whole_expand),
                 cautions=(_low_limit,),
             ),
             "granitemoehybrid": Reading(
