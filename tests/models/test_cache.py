@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, StaticCache
 
-from mamba2_hf import Mamba2Cache, Mamba2ForCausalLM, Mamba2Model
+from mamba2_hf import Mamba2Cache, Mamba2ForCausalLM, Mamba2Model, Request, generate_batch
 from mamba2_hf.errors import ArgumentError, CacheError
 
 TOKENS = 24
@@ -380,25 +380,63 @@ def test_a_cache_made_in_inference_mode_serves_everywhere(tiny_model: Callable[.
         model(ids[:, :1], past_key_values=other)
 
 
-def test_gradient_checkpointing_runs_layers_twice_and_so_without_a_cache(
+def checkpoint(model: Any, reentrant: bool = False) -> Any:
+    """In training mode, with gradient checkpointing on; it was renamed between the supported versions."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": reentrant})
+    return model.train()
+
+
+def test_gradient_checkpointing_refuses_a_cache_where_gradients_are_recorded(
     tiny_model: Callable[..., Any], ids: Tensor
 ) -> None:
+    """Its backward runs every layer again, which would write the cache a second time."""
     model = tiny_model().train()
     expected = gradients(model, model(ids).logits)
-    # Renamed between the supported versions of transformers.
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     empty = Mamba2Cache(model.config)
-    for arguments in ({"use_cache": True}, {"past_key_values": empty}):
-        out = model(ids, **arguments)
-        assert out.past_key_values is None
-        for name, gradient in gradients(model, out.logits).items():
-            torch.testing.assert_close(gradient, expected[name])
-    assert empty.seen_tokens == 0
     _, filled = run(model.eval(), ids, [])
-    with pytest.raises(CacheError, match="gradient checkpointing cannot continue a cache of 24 tokens"):
-        model.train()(ids, past_key_values=filled)
-    logits, _ = run(model.eval(), ids, [3])  # in eval mode checkpointing does nothing
-    torch.testing.assert_close(logits, run(model, ids, [])[0], rtol=0, atol=1e-5)
+    checkpoint(model)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"use_cache": True}, "use_cache=True"),
+        ({"past_key_values": empty}, "a cache of 0 tokens"),
+        ({"past_key_values": filled, "use_cache": False}, "a cache of 24 tokens"),
+    ]
+    for arguments, named in refused:
+        with pytest.raises(CacheError, match=rf"{named} in training mode with gradient checkpointing.*torch.no_grad"):
+            model(ids, **arguments)
+    assert (empty.seen_tokens, filled.seen_tokens) == (0, 24)
+    out = model(ids)
+    assert out.past_key_values is None
+    for name, gradient in gradients(model, out.logits).items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", ["pure", "sliding"])
+def test_gradient_checkpointing_keeps_caches_where_none_are(
+    kind: str, mode: Any, reentrant: bool, tiny_model: Callable[..., Any], ids: Tensor
+) -> None:
+    model = tiny_model() if kind == "pure" else make_hybrid(kind)
+    greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
+    requests = [Request(row.tolist(), greedy) for row in ids]
+
+    def results() -> list[Any]:
+        with mode():
+            out = model(ids[:, :9], use_cache=True)
+            return [
+                out.logits,
+                model(ids[:, 9:], past_key_values=out.past_key_values, use_cache=True).logits,
+                model.generate(ids, **greedy),
+                model.generate(ids[:1], prompt_lookup_num_tokens=2, **greedy),
+                model.generate(ids, past_key_values=model.read(ids[:, :9]), **greedy),
+                torch.tensor([done.tokens for done in generate_batch(model, requests)]),
+            ]
+
+    expected = results()
+    checkpoint(model, reentrant)
+    for ours, theirs in zip(results(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_packed_rows_continue_their_first_document(model: Any, ids: Tensor) -> None:

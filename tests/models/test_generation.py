@@ -373,6 +373,16 @@ def test_generates_under_any_mode(model: Any, ids: Tensor, expected: Tensor, mod
     assert not out.requires_grad
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_embeddings_are_read_in_pieces_too(model: Any, ids: Tensor, side: str) -> None:
+    tokens, mask = padded(ids, side)
+    embeds = model.get_input_embeddings()(tokens)
+    expected = model.generate(inputs_embeds=embeds, attention_mask=mask, **GREEDY)
+    for size in (1, 5, 12):
+        chunked = model.generate(inputs_embeds=embeds, attention_mask=mask, prefill_chunk_size=size, **GREEDY)
+        assert torch.equal(chunked, expected)
+
+
 # What is refused
 
 
@@ -395,9 +405,8 @@ def test_refuses_contradictions(model: Any, ids: Tensor) -> None:
     for options in ({"cache_implementation": "static"}, {"use_cache": False}):
         with pytest.raises(ArgumentError, match=f"{next(iter(options))}=.* and a cache were both given"):
             model.generate(ids, past_key_values=cache, **options, **GREEDY)
-    embeds = model.get_input_embeddings()(ids)
-    with pytest.raises(ArgumentError, match="prefill_chunk_size cuts input_ids, not inputs_embeds"):
-        model.generate(inputs_embeds=embeds, prefill_chunk_size=3, **GREEDY)
+    with pytest.raises(ArgumentError, match="prefill_chunk_size=3 needs a cache"):
+        model.generate(ids, prefill_chunk_size=3, use_cache=False, **GREEDY)
     refused = r"two different caches|Both .cache_params. and .cache. are set"  # by transformers itself from 5.24 on
     with pytest.raises((CacheError, FutureWarning), match=refused):
         model.generate(ids, past_key_values=cache, cache_params=Mamba2Cache(model.config), **GREEDY)

@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GraniteMoeHybridForCausalLM,
     PreTrainedTokenizerBase,
 )
@@ -150,6 +151,18 @@ def test_compresses_held_out_source_as_the_card_says(
     metrics = json.loads((folder / "metrics.json").read_text())
     assert bits / len(data) < metrics["baselines"]["xz"]
     assert bits < 8 * len(lzma.compress(data, preset=9))
+
+
+def test_the_generation_config_leaves_length_and_greedy_decoding_alone(
+    tokenizer: PreTrainedTokenizerBase, model: Any
+) -> None:
+    ids = tokenizer("def read_json(path):", return_tensors="pt").input_ids
+    assert model.generate(ids, max_length=31).shape[1] == 31
+    assert model.generate(ids, GenerationConfig(max_length=29)).shape[1] == 29
+    greedy = model.generate(ids, do_sample=False, max_new_tokens=40)
+    with torch.no_grad():
+        likeliest = model(greedy).logits[:, ids.shape[1] - 1 : -1].argmax(-1)
+    assert torch.equal(greedy[:, ids.shape[1] :], likeliest)
 
 
 def test_most_continuations_are_code_that_parses(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:

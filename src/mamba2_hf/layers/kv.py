@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import CacheError
 from .placement import Placement
-from .state import Recorder
+from .state import NOT_RECORDED, Recorder
 
 
 class KeyValueState(Recorder):
@@ -43,10 +43,7 @@ class KeyValueState(Recorder):
 
     def _record(self, keys: Tensor, values: Tensor, placement: Placement) -> None:
         if placement.fresh is not None or placement.starts is not None:
-            raise CacheError(
-                "the cache is recorded, to take tokens back, and padding or packed documents came: read those before "
-                "activate_past_recording()"
-            )
+            raise CacheError(NOT_RECORDED)
         if not self.recorded_tokens:
             self._was_started = self.started
         self.recorded_tokens += keys.shape[2]

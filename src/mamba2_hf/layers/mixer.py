@@ -17,7 +17,7 @@ from .fp32 import KeepsFp32
 from .norm import GatedRMSNorm, RMSNorm
 from .projection import linear
 from .sequence import PLAIN, SequenceLayout
-from .state import SSDState
+from .state import NOT_RECORDED, SSDState
 from .weights import is_unhooked, plain_linear, plain_weight
 
 MOST_ROWS = 64  # sequences up to which a layer's step by itself was timed, on Hopper, and found faster
@@ -250,10 +250,7 @@ class Mamba2Mixer(KeepsFp32):
         if state is None or not _records(state):
             return
         if not layout.is_plain:
-            raise CacheError(
-                "the cache is recorded, to take tokens back, and padding or packed documents came: read those before "
-                "activate_past_recording()"
-            )
+            raise CacheError(NOT_RECORDED)
         state.record(inputs, x, dt.to(A.dtype) + self.dt_bias, B, A, self.dt_limit)
 
     def _attention_matrix(self, zxbcdt: Tensor, layout: SequenceLayout) -> Tensor:

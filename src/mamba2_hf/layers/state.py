@@ -11,6 +11,13 @@ from torch import Tensor
 from .. import ops
 from ..errors import CacheError
 
+NOT_RECORDED = (
+    "the cache is recorded, to take tokens back, and padding or packed documents came: read those before "
+    "activate_past_recording(). A compiled forward takes every attention_mask for padding: leave it out where all "
+    "tokens count"
+)
+"""What a state says that records, and gets what it cannot take back."""
+
 
 def pick(buffer: Tensor, indices: Tensor) -> Tensor:
     """The rows of ``buffer`` at ``indices``, in its own memory where they are as many as before."""

@@ -27,7 +27,12 @@ def is_unhooked(module: nn.Module) -> bool:
 
 def all_hooked() -> bool:
     """Whether a hook is registered for all modules, as by ``torch.nn.modules.module.register_module_forward_hook``."""
-    return any(getattr(every_module, f"_global{hooks}") for hooks in _HOOKS)
+    return bool(  # looked at several times per layer and step, so without a loop
+        every_module._global_forward_hooks
+        or every_module._global_forward_pre_hooks
+        or every_module._global_backward_hooks
+        or every_module._global_backward_pre_hooks
+    )
 
 
 def plain_weight(module: nn.Module) -> Tensor | None:

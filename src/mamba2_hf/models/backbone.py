@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ArgumentError, CacheError
 from ..layers import SequenceLayout
@@ -14,6 +15,23 @@ from ..layers.weights import is_unobserved
 from .cache import Mamba2Cache, as_mamba2_cache
 from .outputs import Mamba2Output
 from .pretrained import SSDPreTrainedModel
+
+
+class SSDLayer(GradientCheckpointingLayer):
+    """A layer that gradient checkpointing runs twice where gradients are recorded, and nowhere else: without them there
+    is no backward, and the layer may write a cache, in training mode too. So does transformers itself from 5.24 on.
+    """
+
+    _is_checkpointed = False
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether a call runs through the checkpointing function."""
+        return self._is_checkpointed and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self._is_checkpointed = value
 
 
 class SSDBackbone(SSDPreTrainedModel):
@@ -54,8 +72,8 @@ class SSDBackbone(SSDPreTrainedModel):
         cache = as_mamba2_cache(past_key_values, self.config)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
-            use_cache, cache = _refuse_filled(cache)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            _refuse_cache(cache, use_cache)
         if cache is None and use_cache:
             cache = Mamba2Cache(self.config)
         if cache is not None:
@@ -142,14 +160,14 @@ class SSDBackbone(SSDPreTrainedModel):
         raise NotImplementedError
 
 
-def _refuse_filled(cache: Mamba2Cache | None) -> tuple[bool, None]:
-    """Gradient checkpointing runs a layer twice, so it cannot write a cache: no cache, if none is lost by that."""
-    if cache is not None and cache.seen_tokens:
+def _refuse_cache(cache: Mamba2Cache | None, use_cache: bool) -> None:
+    """Gradient checkpointing runs a layer again in the backward, which would write the cache a second time."""
+    if cache is not None or use_cache:
+        given = "use_cache=True" if cache is None else f"a cache of {cache.seen_tokens} tokens"
         raise CacheError(
-            f"gradient checkpointing cannot continue a cache of {cache.seen_tokens} tokens: its layers run twice; "
-            "turn it off, or pass the whole sequence"
+            f"{given} in training mode with gradient checkpointing, which runs every layer twice: use torch.no_grad() "
+            "if no gradients are needed, else pass the whole sequence without a cache, or turn checkpointing off"
         )
-    return False, None
 
 
 def batch_and_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:

@@ -76,6 +76,7 @@ class Mamba2Cache(Cache):
         self.static, self.captured, self.state_dtype = static, captured, state_dtype
         self.graph = DecodeGraph() if captured else None
         self.seen_tokens = 0
+        self.soft_tokens = 0  # of those seen, no token's: a soft prompt's, which no ids and no mask of a text hold
         self.padding: Tensor | None = None  # (B,) how many of them did not count
         self.token_hashes: TokenHashes | None = None  # of the first of them, once saved or loaded
 
@@ -336,7 +337,7 @@ class Mamba2Cache(Cache):
         super().reset()
         if self.key_counts is not None:
             self.key_counts.reset()
-        self.seen_tokens, self.padding, self.token_hashes = 0, None, None
+        self.seen_tokens, self.soft_tokens, self.padding, self.token_hashes = 0, 0, None, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens, of those since :meth:`activate_past_recording` or the last ``crop``; the others stay

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ArgumentError
 from ..layers import Mamba2Mixer, RMSNorm, SequenceLayout
 from ..layers.sequence import PLAIN
 from .arguments import check_ignored
-from .backbone import SSDBackbone, batch_and_tokens, read_layout
+from .backbone import SSDBackbone, SSDLayer, batch_and_tokens, read_layout
 from .cache import Mamba2Cache, one_cache
 from .causal_lm import SSDForCausalLM
 from .classification import SSDForSequenceClassification
@@ -24,7 +23,7 @@ ATTENTION_BYTES_LIMIT = 8 * 2**30
 """Most bytes that ``output_attentions=True`` may take, over all layers."""
 
 
-class Mamba2Block(GradientCheckpointingLayer):
+class Mamba2Block(SSDLayer):
     """Pre-norm mixer on a residual stream."""
 
     def __init__(self, config: Mamba2Config, layer_idx: int) -> None:

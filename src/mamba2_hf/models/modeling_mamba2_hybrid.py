@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from ..layers import (
@@ -29,7 +28,7 @@ from ..layers import (
 from ..layers.mixer import FP32_PARAMETERS
 from ..layers.sequence import PLAIN
 from .arguments import check_ignored
-from .backbone import SSDBackbone, batch_and_tokens, read_layout
+from .backbone import SSDBackbone, SSDLayer, batch_and_tokens, read_layout
 from .cache import Mamba2Cache, one_cache
 from .causal_lm import SSDForCausalLM
 from .classification import SSDForSequenceClassification
@@ -310,7 +309,7 @@ def _moe(config: Mamba2HybridConfig) -> MoE:
     )
 
 
-class Mamba2HybridLayer(GradientCheckpointingLayer):
+class Mamba2HybridLayer(SSDLayer):
     """The blocks of one layer.
 
     Args:

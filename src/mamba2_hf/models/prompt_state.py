@@ -154,6 +154,11 @@ def save(cache: Mamba2Cache, path: Path, model: SSDPreTrainedModel) -> None:
     """Writes a cache; see :meth:`Mamba2Cache.save`."""
     if cache.seen_tokens == 0:
         raise CacheError("the cache is empty: let the model read something before it is saved")
+    if cache.soft_tokens:
+        raise CacheError(
+            f"{cache.soft_tokens} soft tokens of what wraps the model are in the cache, and a file could not tell what "
+            "wrapped it: save the state of a text that the model read alone"
+        )
     _check_replaceable(path)
     tensors: dict[str, Tensor | None] = {"padding": cache.padding}
     counts = cache.key_counts
