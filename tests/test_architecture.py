@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -90,6 +91,33 @@ def _imports(node: ast.AST, package: str, *, at_module_level: bool) -> Iterator[
             yield from _imports(child, package, at_module_level=at_module_level and not inside)
 
 
+@cache
+def eager_imports() -> dict[str, set[str]]:
+    """The modules of the package that importing each of them alone runs at once."""
+    names = {name_of(path) for path in MODULES}
+    return {
+        name_of(path): {found.module for found in imports_of(path) if found.at_module_level} & names - {name_of(path)}
+        for path in MODULES
+    }
+
+
+@cache
+def needing_triton() -> set[str]:
+    """Modules of `ops` that import triton, or one that does."""
+    direct = {
+        name_of(path)
+        for path in MODULES
+        if any(found.at_module_level and found.module.split(".")[0] == "triton" for found in imports_of(path))
+    }
+    found = {name for name in direct if part_of(name) == "ops"}
+    while (
+        more := {name for name, imports in eager_imports().items() if part_of(name) == "ops" and imports & found}
+        - found
+    ):
+        found |= more
+    return found
+
+
 def tracked_files() -> list[Path]:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
@@ -130,16 +158,12 @@ class TestImports:
     def test_optional_packages_load_when_used(self, path):
         """A package without its extras, or without triton, must import."""
         module = name_of(path)
-        if module.startswith(("mamba2_hf.ops.triton", "mamba2_hf.ops.library", "mamba2_hf.integrations.")):
+        if module in needing_triton() or module.startswith("mamba2_hf.integrations."):
             return
         eager = [
             found
             for found in imports_of(path)
-            if found.at_module_level
-            and (
-                found.module.split(".")[0] in OPTIONAL
-                or found.module.startswith(("mamba2_hf.ops.triton", "mamba2_hf.ops.library"))
-            )
+            if found.at_module_level and (found.module.split(".")[0] in OPTIONAL or found.module in needing_triton())
         ]
         assert not eager, f"import inside the function that needs it: {eager}"
 
@@ -148,6 +172,14 @@ class TestImports:
 
 
 class TestImportingThePackage:
+    def test_reaches_no_triton(self):
+        reached, more = set(), {"mamba2_hf"}
+        while more:
+            reached |= more
+            more = {found for name in more for found in eager_imports()[name]} - reached
+        assert "mamba2_hf.ops" in reached
+        assert not reached & needing_triton()
+
     def test_loads_nothing_optional(self):
         """Beyond what the parts of transformers that any model needs load by themselves."""
         names = repr(sorted(OPTIONAL | PEERS | {"transformers.trainer"}))

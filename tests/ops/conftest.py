@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mamba2_hf.ops.triton import replay
+from mamba2_hf.ops.runtime import plan as replay
 
 
 @pytest.fixture(autouse=True)

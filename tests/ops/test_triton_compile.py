@@ -105,10 +105,10 @@ def compile_scan(
 
 
 def _set_chip(target: str) -> None:
-    from mamba2_hf.ops.triton import configs
+    from mamba2_hf.ops.runtime import tables
 
     capability = CAPABILITIES[target]
-    configs.current_chip = lambda: configs.Chip("cuda" if capability else "hip", capability, 132)
+    tables.current_chip = lambda: tables.Chip("cuda" if capability else "hip", capability, 132)
 
 
 def compile_mixer(target: str) -> list[dict[str, Any]]:

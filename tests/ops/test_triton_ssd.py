@@ -15,7 +15,8 @@ from mamba2_hf.ops import ssd_chunk_scan
 from mamba2_hf.ops.checks import SSDShape, check_ssd
 from mamba2_hf.ops.dispatch import backend_module
 from mamba2_hf.ops.reference import ssd_chunked, ssd_recurrent
-from mamba2_hf.ops.triton import configs, problem
+from mamba2_hf.ops.runtime import tables
+from mamba2_hf.ops.triton import problem
 from mamba2_hf.ops.triton.ssd import supports
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -206,8 +207,8 @@ def test_sizes_with_kernels_of_their_own(size: dict[str, Any], dtype: torch.dtyp
 @pytest.mark.parametrize("segments", [False, True])
 def test_documents_and_segments_on_a_gpu(monkeypatch: pytest.MonkeyPatch, segments: bool) -> None:
     if segments:
-        monkeypatch.setattr(configs, "SEGMENT", 128)
-        monkeypatch.setattr(configs, "CUT_COST", 0)
+        monkeypatch.setattr(tables, "SEGMENT", 128)
+        monkeypatch.setattr(tables, "CUT_COST", 0)
     ids = torch.tensor([[0] * 20 + [1] * 12 + [0] * 65 + [7] * 603, [3] * 700, list(range(100)) + [5] * 600])
     # Eight heads: dA has one number a head, a sum that may cancel, and of four of them one may be all that counts.
     compare(make(B=3, T=700, P=64, N=128, H=8, G=2, dtype=torch.bfloat16), torch.bfloat16, seq_idx=ids)
@@ -273,10 +274,10 @@ def test_cu_seqlens_packs_documents(bounds: list[int], initial: bool) -> None:
 
 @pytest.fixture
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "SEGMENT", 64)
-    monkeypatch.setattr(configs, "CUT_COST", 0)
+    monkeypatch.setattr(tables, "SEGMENT", 64)
+    monkeypatch.setattr(tables, "CUT_COST", 0)
     shape = SSDShape(1, 600, 2, 16, 1, 16, 1)
-    assert configs.segment_tokens(configs.current_chip(), shape, torch.float32) < 300
+    assert tables.segment_tokens(tables.current_chip(), shape, torch.float32) < 300
 
 
 @pytest.mark.usefixtures("short_segments")
@@ -374,11 +375,11 @@ def test_two_runs_give_the_same_bits() -> None:
 
 def test_both_ways_of_reading_tiles_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Descriptors and masked pointers."""
-    chip = configs.current_chip()
+    chip = tables.current_chip()
     inputs = make(T=70, P=32, N=32, z=True, dtype=torch.float16)
     expected = scan(cast(inputs, torch.float16))
-    monkeypatch.setattr(configs, "current_chip", lambda: chip._replace(capability=80))
-    assert not configs.current_chip().has_tma
+    monkeypatch.setattr(tables, "current_chip", lambda: chip._replace(capability=80))
+    assert not tables.current_chip().has_tma
     for a, b in zip(expected, scan(cast(inputs, torch.float16)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     compare(inputs, torch.float16)

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..errors import ArgumentError, CacheError
 from ..layers import SequenceLayout, linear, plain_weight
 from ..ops import linear_cross_entropy
-from ..ops.torch.modes import transformed
+from ..ops.runtime.modes import transformed
 from . import prefill
 from .backbone import SSDBackbone, batch_and_tokens
 from .cache import Mamba2Cache, as_mamba2_cache, one_cache

@@ -17,7 +17,7 @@ from .checks import LowRank
 from .dispatch import use_backend
 from .loss import product_dtype, sum_of_losses
 from .reference import ssd_attention_matrix
-from .torch.modes import needs_grad
+from .runtime.modes import needs_grad
 
 __all__ = [
     "LowRank",

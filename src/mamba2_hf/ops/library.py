@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .runtime.op import NAMESPACE, autograd_parts, set_differentiable, set_direct
 from .triton import conv, decode, inner, layer, layer_step, loss, norm, ssd
-from .triton.calls import NAMESPACE, autograd_parts, set_differentiable, set_direct
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .modes import in_steps, known, plus, times
+from ..runtime.modes import in_steps, known, plus, times
 
 SCAN_BLOCK = 16  # chunks whose states are passed by one matrix product
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import compute_dtype
-from .modes import plus
+from ..runtime.modes import plus
 from .packing import document_ids
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..checks import SSDShape
+from ..runtime.modes import in_steps, needs_grad, without_autocast
 from .conv import causal_conv1d
-from .modes import in_steps, needs_grad, without_autocast
 from .norm import gated_rms_norm
 from .ssd import CHUNK_SIZE, ssd_chunk_scan
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import compute_dtype
-from .modes import times
+from ..runtime.modes import times
 
 
 def gated_rms_norm(

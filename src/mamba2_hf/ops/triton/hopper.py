@@ -7,14 +7,14 @@ import functools
 import torch
 from torch import Tensor
 
-from . import configs
+from ..runtime import tables
+from ..runtime.launch import cdiv, launch
 from .gluon import TensorDescriptor, gl
 from .hopper_kernels import chunk_backward_kernel, state_kernel, walk_kernel
-from .launch import cdiv, launch
 from .portable import sum_blocks
 from .problem import Call, Cut, Gradients, Into, fits_tma
 
-Q, P = configs.HOPPER_CHUNK, configs.HOPPER_HEAD
+Q, P = tables.HOPPER_CHUNK, tables.HOPPER_HEAD
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -33,7 +33,7 @@ def walk(call: Call, cut: Cut, entry: Tensor | None) -> tuple[Tensor, Tensor]:
     """``y`` and the final states; ``entry (segments, H, P, N)`` enters the segments."""
     _, _, heads, _, groups, N, _ = call.shape
     per_group = heads // groups
-    config = configs.hopper_walk(per_group, N)
+    config = tables.hopper_walk(per_group, N)
     y = torch.empty(call.x.shape, dtype=call.x.dtype, device=call.x.device)
     final = torch.empty(call.state_shape, dtype=torch.float32, device=y.device)
     launch(
@@ -54,7 +54,7 @@ def summaries(call: Call, cut: Cut, *, reverse: bool, inputs: Tensor, maps: Tens
     states = torch.empty(cut.segments, heads, P, N, dtype=torch.float32, device=inputs.device)
     decay = torch.empty(cut.segments, heads, dtype=torch.float32, device=inputs.device)
     per_group = heads // call.shape.groups
-    config = configs.hopper_state(per_group, N)
+    config = tables.hopper_state(per_group, N)
     x, m = _tokens(inputs, P), _tokens(maps, N)
     launch(
         state_kernel,
@@ -86,7 +86,7 @@ def gradients(
     states, dstates = (torch.empty(cut.chunks * heads, P, N, dtype=x.dtype, device=x.device) for _ in range(2))
     after = torch.empty(2, *call.state_shape, dtype=torch.float32, device=x.device)
     S, dS = _states(states), _states(dstates)
-    config = configs.hopper_state(per_group, N)
+    config = tables.hopper_state(per_group, N)
     launch(
         state_kernel,
         (2 * cut.segments * groups * cdiv(per_group, config.heads),),
@@ -106,7 +106,7 @@ def gradients(
         dx, dB, dC = (torch.empty(t.shape, dtype=x.dtype, device=x.device) for t in (x, call.B, call.B))
     dots = torch.empty(cut.chunks, heads, 4, Q, dtype=torch.float32, device=x.device)
     ends = torch.empty(cut.chunks, heads, dtype=torch.float32, device=x.device)
-    config = configs.hopper_gradients(call.chip, per_group, N, cut.chunks * groups)
+    config = tables.hopper_gradients(call.chip, per_group, N, cut.chunks * groups)
     blocks = per_group // config.heads
     to_B, to_C = dB, dC
     if blocks > 1:
@@ -125,7 +125,7 @@ def gradients(
     return Gradients(dx, None, dB, dC, None, after[1], dots, ends)
 
 
-def _sizes(per_group: int, N: int, config: configs.HopperConfig) -> dict[str, int]:
+def _sizes(per_group: int, N: int, config: tables.HopperConfig) -> dict[str, int]:
     return {
         "PER_GROUP": per_group,
         "Q": Q,

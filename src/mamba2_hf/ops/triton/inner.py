@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..checks import SSDShape
+from ..runtime.op import call
 from . import conv, norm, ssd
-from .calls import call
 from .conv import Documents, conv_backward, conv_forward, documents
 from .norm import norm_backward, norm_forward
 from .problem import Into

@@ -17,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import LowRank, SSDShape
-from ..torch.modes import without_autocast
+from ..runtime.launch import cdiv, launch
+from ..runtime.modes import without_autocast
+from ..runtime.op import call
 from . import inner, norm
-from .calls import call
 from .inner import Mixer
-from .launch import cdiv, launch
 from .norm import norm_backward, norm_forward
 
 BLOCK, WARPS = 2048, 8

@@ -21,7 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import SSDShape
-from .calls import call
+from ..runtime.launch import cdiv, launch, power_of_two
+from ..runtime.op import call
+from ..runtime.overlap import follow, overlap
+from ..runtime.rows import channels_last
 from .conv import load_taps
 from .decode import (
     _dense,
@@ -35,9 +38,6 @@ from .decode import (
     step_kernel,
     supports_step,
 )
-from .launch import cdiv, launch, power_of_two
-from .overlap import follow, overlap
-from .rows import channels_last
 from .rows_step import rows_step
 
 NARROW = 1536  # widest residual stream whose layers take two launches

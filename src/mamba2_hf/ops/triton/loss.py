@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
-from .calls import call
-from .launch import launch, power_of_two
-from .rows import vector_strides
+from ..runtime import tables
+from ..runtime.launch import launch, power_of_two
+from ..runtime.op import call
+from ..runtime.rows import vector_strides
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK = 8192  # logits at a time
@@ -83,6 +83,6 @@ def rows(logits: Tensor, labels: Tensor, scale: float, ignore_index: int, gradie
         UNIT=unit,
         GRADIENT=gradient,
         BLOCK=block,
-        num_warps=configs.loss_warps(configs.current_chip(), block),
+        num_warps=tables.loss_warps(tables.current_chip(), block),
     )
     return losses

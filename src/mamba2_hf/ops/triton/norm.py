@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .calls import call
-from .launch import cdiv, launch, power_of_two
-from .rows import channels_last, vector_strides
-from .sums import sum_rows
+from ..runtime.launch import cdiv, launch, power_of_two
+from ..runtime.op import call
+from ..runtime.rows import channels_last, vector_strides
+from ..runtime.sums import sum_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_GROUP = 16384  # a group stays in registers

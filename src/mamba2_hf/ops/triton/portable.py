@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs
-from .configs import Config
-from .launch import cdiv, launch
+from ..runtime import tables
+from ..runtime.launch import cdiv, launch
+from ..runtime.tables import Config
 from .problem import Call, Cut, Gradients, Into, strides
 from .ssd_backward import gate_backward_kernel, inputs_backward_kernel, maps_backward_kernel, sum_kernel
 from .ssd_forward import state_kernel, walk_kernel
@@ -20,13 +20,13 @@ SUM_BLOCK = 1024
 
 def chunk_size(call: Call) -> int:
     """Tokens of a chunk."""
-    return configs.walk(call.chip, call.x.dtype, call.shape.head_dim, call.shape.state).Q
+    return tables.walk(call.chip, call.x.dtype, call.shape.head_dim, call.shape.state).Q
 
 
 def walk(call: Call, cut: Cut, entry: Tensor | None) -> tuple[Tensor, Tensor]:
     """``y`` and the final states; ``entry (segments, H, P, N)`` enters the segments."""
     x, B, C, z, D, P, tma = call.x, call.B, call.C, call.z, call.D, call.shape.head_dim, call.tma
-    config = configs.walk(call.chip, x.dtype, P, call.shape.state)
+    config = tables.walk(call.chip, x.dtype, P, call.shape.state)
     y = (torch.zeros if call.packed else torch.empty)(x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty(call.state_shape, dtype=torch.float32, device=x.device)
     launch(
@@ -92,8 +92,8 @@ def gradients(
     dz = None if z is None else new(x.shape, dtype=x.dtype, device=x.device)
     dots = torch.empty(cut.chunks, heads, 2, cut.Q, dtype=torch.float32, device=x.device)
     ends = torch.empty(cut.chunks, heads, dtype=torch.float32, device=x.device)
-    config, tma = configs.inputs_backward(chip, x.dtype, P, N), call.tma
-    n_heads = configs.heads_per_program(per_group, config.heads)
+    config, tma = tables.inputs_backward(chip, x.dtype, P, N), call.tma
+    n_heads = tables.heads_per_program(per_group, config.heads)
     launch(
         inputs_backward_kernel,
         (cut.chunks * heads // n_heads,),
@@ -118,8 +118,8 @@ def gradients(
         **_flags(call, cut),
     )
 
-    config = configs.maps_backward(chip, x.dtype, P, N, config.Q)
-    n_heads = configs.heads_per_program(per_group, config.heads)
+    config = tables.maps_backward(chip, x.dtype, P, N, config.Q)
+    n_heads = tables.heads_per_program(per_group, config.heads)
     blocks = per_group // n_heads
     dD = None if D is None else new(cut.chunks, *D.shape, dtype=torch.float32, device=x.device)
     partial = new(blocks, 2, *B.shape, dtype=torch.float32, device=x.device)
@@ -172,7 +172,7 @@ def _walk_states(
     decay: Tensor | None = None,
 ) -> None:
     P, N = call.shape.head_dim, call.shape.state
-    config = configs.state(call.chip, inputs.dtype, P, N, cut.Q)
+    config = tables.state(call.chip, inputs.dtype, P, N, cut.Q)
     programs = call.shape.heads * cdiv(P, config.BP) * cdiv(N, config.BN)
     launch(
         state_kernel,
@@ -199,7 +199,7 @@ def _flags(call: Call, cut: Cut) -> dict[str, Any]:
         "PACKED": call.packed,
         "TMA": call.tma,
         "ASM": call.chip.is_hopper and not call.chip.interpreted and call.x.dtype != torch.float32,
-        "PRECISION": configs.precision(call.chip, call.x.dtype),
+        "PRECISION": tables.precision(call.chip, call.x.dtype),
     }
 
 

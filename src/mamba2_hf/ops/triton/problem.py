@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import SSDShape
-from . import configs
-from .configs import Chip
-from .launch import cdiv, launch
+from ..runtime import tables
+from ..runtime.launch import cdiv, launch
+from ..runtime.tables import Chip
 from .prep import layout_kernel, prep_kernel
 
 LAYOUT_BLOCK, PREP_HEADS = 128, 16
@@ -139,7 +139,7 @@ def prepare(given: Arguments) -> Call:
     states = batch if cu is None else cu.shape[0] - 1
     x, B, C = (last_contiguous(t) for t in (given.x, given.B, given.C))
     z = None if given.z is None else last_contiguous(given.z)
-    chip = configs.current_chip()
+    chip = tables.current_chip()
     # A descriptor would read on into the next document: packed rows are read through masked pointers.
     aligned = all(fits_tma(t) for t in (x, B, C, z) if t is not None)
     return Call(
@@ -165,7 +165,7 @@ def cut(call: Call, Q: int, *, marks: bool = False) -> Cut:
     """
     batch, tokens, heads, _, _, _, sequences = call.shape
     device = call.x.device
-    length = configs.segment_tokens(call.chip, call.shape, call.x.dtype)
+    length = tables.segment_tokens(call.chip, call.shape, call.x.dtype)
     per_segment = length // Q
     per_row = cdiv(tokens, Q)
     per_sequence = cdiv(tokens, length)
@@ -175,8 +175,8 @@ def cut(call: Call, Q: int, *, marks: bool = False) -> Cut:
     else:
         chunks = tokens // Q + sequences
         segments = sequences if per_sequence == 1 else tokens // length + sequences
-        tables = torch.full((2 * chunks + 7 * segments + 1,), -1, dtype=torch.int32, device=device)
-        chunk_table, segment_table, first_segment = tables.split([2 * chunks, 6 * segments, segments + 1])
+        table = torch.full((2 * chunks + 7 * segments + 1,), -1, dtype=torch.int32, device=device)
+        chunk_table, segment_table, first_segment = table.split([2 * chunks, 6 * segments, segments + 1])
         launch(
             layout_kernel,
             (sequences,),

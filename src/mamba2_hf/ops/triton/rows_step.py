@@ -20,13 +20,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs
+from ..runtime import tables
+from ..runtime.launch import cdiv, launch, power_of_two
+from ..runtime.overlap import follow, lead, overlap, prefetch
+from ..runtime.rows import channels_last
 from .conv import load_taps
 from .decode import _dense, _silu, _step_size, columns_of, convolve_columns, move_columns
-from .launch import cdiv, launch, power_of_two
-from .overlap import follow, lead, overlap, prefetch
 from .problem import fits_tma
-from .rows import channels_last
 
 NORM_BLOCK = 1024  # channels of the norm at a time
 STATE_TILE = 4096  # elements of the state in a program, which is one warp
@@ -278,7 +278,7 @@ def rows_step(
     heads, P, N = ssm_state.shape[1:]
     inner, device = heads * P, stream.device
     stream, options = channels_last(stream), overlap()
-    leave = configs.leave(configs.current_chip(), out_weight.dtype, rows, inner, size)
+    leave = tables.leave(tables.current_chip(), out_weight.dtype, rows, inner, size)
     counters = torch.empty(cdiv(size, leave.BN) * cdiv(rows, leave.BM), dtype=torch.int32, device=device)
     normed = _norm(stream, norm_weight, norm_eps, counters, in_weight.dtype)
     u = _enter(normed, in_weight, in_bias)
@@ -328,8 +328,8 @@ def _norm(stream: Tensor, weight: Tensor, eps: float, counters: Tensor, dtype: t
 def _enter(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x (B, d)`` to its projection ``(B, outputs)``."""
     (rows, size), outputs = x.shape, weight.shape[0]
-    chip = configs.current_chip()
-    config = configs.enter(chip, weight.dtype, rows)
+    chip = tables.current_chip()
+    config = tables.enter(chip, weight.dtype, rows)
     u = torch.empty(rows, outputs, dtype=weight.dtype, device=x.device)
     weight = weight.contiguous()
     tma, (inputs, weights) = _tiled(chip, size, (x, config.BM, config.BK), (weight, config.BN, config.BK))
@@ -372,13 +372,13 @@ def _leave(
     stream: Tensor,
     eps: float,
     counters: Tensor,
-    config: configs.Projection,
+    config: tables.Projection,
 ) -> Tensor:
     """``stream`` plus the projection of ``raw (B, H P)`` times its norm's scales."""
     rows, _, size = stream.shape
     width = raw.shape[1]
     _, groups, parts = squares.shape
-    chip = configs.current_chip()
+    chip = tables.current_chip()
     y = torch.empty(rows, 1, size, dtype=stream.dtype, device=raw.device)
     partial = None
     if config.split > 1:
@@ -404,19 +404,19 @@ def _leave(
     return y
 
 
-def _sizes(config: configs.Projection, chip: configs.Chip, weight: Tensor) -> dict[str, Any]:
+def _sizes(config: tables.Projection, chip: tables.Chip, weight: Tensor) -> dict[str, Any]:
     return {
         "BM": config.BM,
         "BN": config.BN,
         "BK": config.BK,
         "AHEAD": config.ahead if config.ahead <= weight.shape[1] else 0,
-        "PRECISION": configs.precision(chip, weight.dtype),
+        "PRECISION": tables.precision(chip, weight.dtype),
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
 
 
-def _tiled(chip: configs.Chip, group_size: int, *matrices: tuple[Tensor, int, int]) -> tuple[bool, list[Any]]:
+def _tiled(chip: tables.Chip, group_size: int, *matrices: tuple[Tensor, int, int]) -> tuple[bool, list[Any]]:
     """Whether tiles are copied by descriptor, and the descriptors; else the matrices.
 
     Matrices come with the rows and columns of a tile. One that goes past its group must not be copied as it is.

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from ..checks import SSDShape
-from . import configs, portable
-from .calls import call
-from .launch import cdiv, launch
+from ..runtime import tables
+from ..runtime.launch import cdiv, launch
+from ..runtime.op import call
+from ..runtime.sums import sum_rows
+from . import portable
 from .prep import prep_backward_kernel
 from .problem import PREP_HEADS, Arguments, Call, Into, cut, fits_tma, last_contiguous, prepare
 from .ssd_forward import link_kernel
-from .sums import sum_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 256
@@ -86,7 +87,7 @@ class Scan:
         self.given = Arguments(*args)
         self.call = prepare(self.given)
         self.kernels = _kernels(self.call)
-        if self.kernels is portable and configs.takes_fp32(self.call.shape, self.call.x.dtype):
+        if self.kernels is portable and tables.takes_fp32(self.call.shape, self.call.x.dtype):
             self.call = prepare(self.given.in_fp32())
         self.cut = cut(self.call, self.kernels.chunk_size(self.call), marks=self.kernels is not portable)
 
@@ -179,7 +180,7 @@ def _place(found: Tensor, target: Tensor) -> Tensor:
 
 def _kernels(call: Call) -> ModuleType:
     """The module that launches the fastest kernels for a call."""
-    if configs.hopper_kernels(call.chip, call.shape, call.x.dtype):
+    if tables.hopper_kernels(call.chip, call.shape, call.x.dtype):
         hopper = _hopper()
         if hopper is not None and hopper.serves(call):
             return hopper

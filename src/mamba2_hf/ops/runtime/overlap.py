@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from . import configs
+from . import tables
 
 
 @triton.jit
@@ -59,6 +59,6 @@ def prefetch(matrix, row, column, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 
 def overlap() -> dict[str, Any]:
     """Launch options of a kernel that follows."""
-    chip = configs.current_chip()
+    chip = tables.current_chip()
     able = chip.has_tma and not chip.interpreted
     return {"OVERLAP": True, "launch_pdl": True} if able else {"OVERLAP": False}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .replay import noted
+from .plan import noted
 
 REMEMBERED = 4096  # launches, before all are forgotten
 

@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
-from ..torch.modes import without_autocast
+from .modes import without_autocast
 
 REMEMBERED = 256  # kinds of calls of one op, before all are forgotten
 ALIGNED = 512  # bytes, as PyTorch's allocator gives

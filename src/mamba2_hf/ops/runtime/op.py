@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .replay import replayed
+from .plan import replayed
 
 NAMESPACE = "mamba2_hf"
 
