@@ -79,7 +79,7 @@ def compile_scan(
     from compiling import compile_only
 
     from mamba2_hf.ops.checks import SSDShape
-    from mamba2_hf.ops.triton import ssd
+    from mamba2_hf.ops.scan import triton as ssd
 
     _set_chip(target)
     kind = getattr(torch, dtype)

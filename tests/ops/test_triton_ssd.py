@@ -14,10 +14,10 @@ from torch import Tensor
 from mamba2_hf.ops import ssd_chunk_scan
 from mamba2_hf.ops.checks import SSDShape, check_ssd
 from mamba2_hf.ops.dispatch import backend_module
-from mamba2_hf.ops.reference import ssd_chunked, ssd_recurrent
 from mamba2_hf.ops.runtime import tables
-from mamba2_hf.ops.triton import problem
-from mamba2_hf.ops.triton.ssd import supports
+from mamba2_hf.ops.scan import problem
+from mamba2_hf.ops.scan.reference import ssd_chunked, ssd_recurrent
+from mamba2_hf.ops.scan.triton import supports
 
 pytestmark = pytest.mark.usefixtures("poison")
 torch_backend, triton_backend = backend_module("torch"), backend_module("triton")

@@ -16,8 +16,8 @@ from . import checks, dispatch
 from .checks import LowRank
 from .dispatch import use_backend
 from .loss import product_dtype, sum_of_losses
-from .reference import ssd_attention_matrix
 from .runtime.modes import needs_grad
+from .scan.reference import ssd_attention_matrix
 
 __all__ = [
     "LowRank",

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .runtime.op import NAMESPACE, autograd_parts, set_differentiable, set_direct
-from .triton import conv, decode, inner, layer, layer_step, loss, norm, ssd
+from .scan import triton as ssd
+from .triton import conv, decode, inner, layer, layer_step, loss, norm
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 

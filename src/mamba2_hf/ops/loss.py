@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..errors import ArgumentError, BackendError
 from . import dispatch
-from .reference import compute_dtype
 from .runtime.modes import without_autocast
+from .scan.reference import compute_dtype
 
 CHUNK_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 25}  # logits of a chunk, at most, for large products
 _ALIGNED = 16  # elements: rows of logits start at multiples of it

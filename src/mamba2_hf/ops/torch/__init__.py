@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from ..scan.torch import ssd_chunk_scan, ssd_state_update
 from .conv import causal_conv1d, causal_conv1d_update
 from .inner import mamba2_inner
 from .layer import mamba2_layer
 from .loss import cross_entropy_rows
 from .norm import gated_rms_norm
-from .ssd import ssd_chunk_scan, ssd_state_update
 from .step import mamba2_layer_step, mamba2_step
 
 __all__ = [

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import compute_dtype
+from ..packing import document_ids
 from ..runtime.modes import plus
-from .packing import document_ids
+from ..scan.reference import compute_dtype
 
 
 def causal_conv1d(

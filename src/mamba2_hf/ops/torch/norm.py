@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import compute_dtype
 from ..runtime.modes import times
+from ..scan.reference import compute_dtype
 
 
 def gated_rms_norm(

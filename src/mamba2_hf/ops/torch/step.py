@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import SSDShape
+from ..scan.torch import ssd_state_update
 from .conv import causal_conv1d_update
 from .norm import gated_rms_norm
-from .ssd import ssd_state_update
 
 
 def mamba2_step(

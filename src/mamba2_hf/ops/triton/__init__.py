@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import library as library
-from . import conv, decode, inner, layer, layer_step, loss, norm, ssd
+from ..scan import triton as ssd
+from ..scan.triton import ssd_chunk_scan
+from . import conv, decode, inner, layer, layer_step, loss, norm
 from .conv import causal_conv1d
 from .decode import causal_conv1d_update, mamba2_step, ssd_state_update
 from .inner import mamba2_inner
@@ -14,7 +16,6 @@ from .layer import mamba2_layer
 from .layer_step import mamba2_layer_step
 from .loss import cross_entropy_rows
 from .norm import gated_rms_norm
-from .ssd import ssd_chunk_scan
 
 __all__ = [
     "causal_conv1d",

@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..packing import document_ids
 from ..runtime.launch import cdiv, launch, power_of_two
 from ..runtime.op import call
 from ..runtime.rows import channels_last, vector_strides
 from ..runtime.sums import sum_rows
-from ..torch.packing import document_ids
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TAPS = 8  # the taps are unrolled

@@ -17,9 +17,9 @@ from ..runtime.launch import cdiv, launch, power_of_two
 from ..runtime.op import call
 from ..runtime.overlap import follow
 from ..runtime.rows import channels_last
+from ..scan.prep import clamp, softplus
 from .conv import DTYPES, MAX_TAPS, conv_forward, convolve, documents, load_taps
 from .conv import supports as supports_conv
-from .prep import clamp, softplus
 
 LARGEST = 256  # head dim and state size
 NO_GRADIENT = "a step that updates its states in place has no gradient here"

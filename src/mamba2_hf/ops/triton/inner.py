@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ..checks import SSDShape
 from ..runtime.op import call
-from . import conv, norm, ssd
+from ..scan import triton as ssd
+from ..scan.problem import Into
+from ..scan.triton import Scan
+from . import conv, norm
 from .conv import Documents, conv_backward, conv_forward, documents
 from .norm import norm_backward, norm_forward
-from .problem import Into
-from .ssd import Scan
 
 
 class Arguments(NamedTuple):

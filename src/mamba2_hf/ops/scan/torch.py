@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..checks import SSDShape
-from ..reference import compute_dtype, step_size
+from ..packing import chunk_layout
 from ..runtime.modes import known, needs_grad, times, without_autocast
 from .chunks import Chunks, per_channel, scan_chunks
-from .packing import chunk_layout
+from .reference import compute_dtype, step_size
 
 CHUNK_SIZE = 64  # tokens of a chunk: the quadratic part costs Q per token, passing states costs N P / Q
 

@@ -18,9 +18,9 @@ from ..runtime.launch import cdiv, launch
 from ..runtime.op import call
 from ..runtime.sums import sum_rows
 from . import portable
+from .forward_kernels import link_kernel
 from .prep import prep_backward_kernel
 from .problem import PREP_HEADS, Arguments, Call, Into, cut, fits_tma, last_contiguous, prepare
-from .ssd_forward import link_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 256

@@ -11,9 +11,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..runtime import tables
 from ..runtime.launch import cdiv, launch
 from ..runtime.tables import Config
+from .backward_kernels import gate_backward_kernel, inputs_backward_kernel, maps_backward_kernel, sum_kernel
+from .forward_kernels import state_kernel, walk_kernel
 from .problem import Call, Cut, Gradients, Into, strides
-from .ssd_backward import gate_backward_kernel, inputs_backward_kernel, maps_backward_kernel, sum_kernel
-from .ssd_forward import state_kernel, walk_kernel
 
 SUM_BLOCK = 1024
 
