@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .conv import triton as conv
 from .runtime.op import NAMESPACE, autograd_parts, set_differentiable, set_direct
 from .scan import triton as ssd
-from .triton import conv, decode, inner, layer, layer_step, loss, norm
+from .triton import decode, inner, layer, layer_step, loss, norm
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 

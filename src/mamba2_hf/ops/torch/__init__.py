@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..conv.torch import causal_conv1d, causal_conv1d_update
 from ..scan.torch import ssd_chunk_scan, ssd_state_update
-from .conv import causal_conv1d, causal_conv1d_update
 from .inner import mamba2_inner
 from .layer import mamba2_layer
 from .loss import cross_entropy_rows

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..checks import SSDShape
+from ..conv.torch import causal_conv1d
 from ..runtime.modes import in_steps, needs_grad, without_autocast
 from ..scan.torch import CHUNK_SIZE, ssd_chunk_scan
-from .conv import causal_conv1d
 from .norm import gated_rms_norm
 
 SEGMENT_TOKENS = 512  # of all rows, on a CPU: what they need stays in the caches and in the allocator

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import SSDShape
+from ..conv.torch import causal_conv1d_update
 from ..scan.torch import ssd_state_update
-from .conv import causal_conv1d_update
 from .norm import gated_rms_norm
 
 

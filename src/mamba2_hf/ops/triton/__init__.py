@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import library as library
+from ..conv import triton as conv
+from ..conv.triton import causal_conv1d
 from ..scan import triton as ssd
 from ..scan.triton import ssd_chunk_scan
-from . import conv, decode, inner, layer, layer_step, loss, norm
-from .conv import causal_conv1d
+from . import decode, inner, layer, layer_step, loss, norm
 from .decode import causal_conv1d_update, mamba2_step, ssd_state_update
 from .inner import mamba2_inner
 from .layer import mamba2_layer

@@ -13,13 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import SSDShape
+from ..conv.triton import DTYPES, MAX_TAPS, conv_forward, convolve, documents, load_taps
+from ..conv.triton import supports as supports_conv
 from ..runtime.launch import cdiv, launch, power_of_two
 from ..runtime.op import call
 from ..runtime.overlap import follow
 from ..runtime.rows import channels_last
 from ..scan.prep import clamp, softplus
-from .conv import DTYPES, MAX_TAPS, conv_forward, convolve, documents, load_taps
-from .conv import supports as supports_conv
 
 LARGEST = 256  # head dim and state size
 NO_GRADIENT = "a step that updates its states in place has no gradient here"

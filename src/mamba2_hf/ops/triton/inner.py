@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ..checks import SSDShape
+from ..conv import triton as conv
+from ..conv.triton import Documents, conv_backward, conv_forward, documents
 from ..runtime.op import call
 from ..scan import triton as ssd
 from ..scan.problem import Into
 from ..scan.triton import Scan
-from . import conv, norm
-from .conv import Documents, conv_backward, conv_forward, documents
+from . import norm
 from .norm import norm_backward, norm_forward
 
 

@@ -21,11 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import SSDShape
+from ..conv.triton import load_taps
 from ..runtime.launch import cdiv, launch, power_of_two
 from ..runtime.op import call
 from ..runtime.overlap import follow, overlap
 from ..runtime.rows import channels_last
-from .conv import load_taps
 from .decode import (
     _dense,
     _shift,

@@ -20,12 +20,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..conv.triton import load_taps
 from ..runtime import tables
 from ..runtime.launch import cdiv, launch, power_of_two
 from ..runtime.overlap import follow, lead, overlap, prefetch
 from ..runtime.rows import channels_last
 from ..scan.problem import fits_tma
-from .conv import load_taps
 from .decode import _dense, _silu, _step_size, columns_of, convolve_columns, move_columns
 
 NORM_BLOCK = 1024  # channels of the norm at a time
