@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .conv import triton as conv
+from .norm import triton as norm
 from .runtime.op import NAMESPACE, autograd_parts, set_differentiable, set_direct
 from .scan import triton as ssd
-from .triton import decode, inner, layer, layer_step, loss, norm
+from .triton import decode, inner, layer, layer_step, loss
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 

@@ -8,9 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checks import SSDShape
 from ..conv.torch import causal_conv1d
+from ..norm.torch import gated_rms_norm
 from ..runtime.modes import in_steps, needs_grad, without_autocast
 from ..scan.torch import CHUNK_SIZE, ssd_chunk_scan
-from .norm import gated_rms_norm
 
 SEGMENT_TOKENS = 512  # of all rows, on a CPU: what they need stays in the caches and in the allocator
 

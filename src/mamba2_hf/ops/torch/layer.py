@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import LowRank, SSDShape
+from ..norm.torch import gated_rms_norm
 from .inner import mamba2_inner
-from .norm import gated_rms_norm
 
 
 def mamba2_layer(

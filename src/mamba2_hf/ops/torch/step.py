@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..checks import SSDShape
 from ..conv.torch import causal_conv1d_update
+from ..norm.torch import gated_rms_norm
 from ..scan.torch import ssd_state_update
-from .norm import gated_rms_norm
 
 
 def mamba2_step(

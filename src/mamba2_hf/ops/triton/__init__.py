@@ -8,15 +8,16 @@ from typing import Any
 from .. import library as library
 from ..conv import triton as conv
 from ..conv.triton import causal_conv1d
+from ..norm import triton as norm
+from ..norm.triton import gated_rms_norm
 from ..scan import triton as ssd
 from ..scan.triton import ssd_chunk_scan
-from . import decode, inner, layer, layer_step, loss, norm
+from . import decode, inner, layer, layer_step, loss
 from .decode import causal_conv1d_update, mamba2_step, ssd_state_update
 from .inner import mamba2_inner
 from .layer import mamba2_layer
 from .layer_step import mamba2_layer_step
 from .loss import cross_entropy_rows
-from .norm import gated_rms_norm
 
 __all__ = [
     "causal_conv1d",

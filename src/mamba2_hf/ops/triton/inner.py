@@ -14,12 +14,12 @@ from torch import Tensor
 from ..checks import SSDShape
 from ..conv import triton as conv
 from ..conv.triton import Documents, conv_backward, conv_forward, documents
+from ..norm import triton as norm
+from ..norm.triton import norm_backward, norm_forward
 from ..runtime.op import call
 from ..scan import triton as ssd
 from ..scan.problem import Into
 from ..scan.triton import Scan
-from . import norm
-from .norm import norm_backward, norm_forward
 
 
 class Arguments(NamedTuple):

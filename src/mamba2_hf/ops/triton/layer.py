@@ -17,12 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import LowRank, SSDShape
+from ..norm import triton as norm
+from ..norm.triton import norm_backward, norm_forward
 from ..runtime.launch import cdiv, launch
 from ..runtime.modes import without_autocast
 from ..runtime.op import call
-from . import inner, norm
+from . import inner
 from .inner import Mixer
-from .norm import norm_backward, norm_forward
 
 BLOCK, WARPS = 2048, 8
 _NO_LORA = (None, None, 0.0)
