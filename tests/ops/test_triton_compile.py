@@ -117,8 +117,9 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
     from compiling import compile_only
 
     from mamba2_hf.ops.conv import triton as conv
+    from mamba2_hf.ops.cross_entropy import triton as loss
     from mamba2_hf.ops.norm import triton as norm
-    from mamba2_hf.ops.triton import decode, layer, layer_step, loss
+    from mamba2_hf.ops.triton import decode, layer, layer_step
 
     _set_chip(target)
     H, P, N, K, T = 80, 64, 128, 4, 16

@@ -14,8 +14,8 @@ from torch import dtype as Dtype  # `torch` is the name of a backend here
 
 from . import checks, dispatch
 from .checks import LowRank
+from .cross_entropy.op import product_dtype, sum_of_losses
 from .dispatch import use_backend
-from .loss import product_dtype, sum_of_losses
 from .runtime.modes import needs_grad
 from .scan.reference import ssd_attention_matrix
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from .conv import triton as conv
+from .cross_entropy import triton as loss
 from .norm import triton as norm
 from .runtime.op import NAMESPACE, autograd_parts, set_differentiable, set_direct
 from .scan import triton as ssd
-from .triton import decode, inner, layer, layer_step, loss
+from .triton import decode, inner, layer, layer_step
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 

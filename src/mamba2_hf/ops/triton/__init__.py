@@ -8,16 +8,17 @@ from typing import Any
 from .. import library as library
 from ..conv import triton as conv
 from ..conv.triton import causal_conv1d
+from ..cross_entropy import triton as loss
+from ..cross_entropy.triton import cross_entropy_rows
 from ..norm import triton as norm
 from ..norm.triton import gated_rms_norm
 from ..scan import triton as ssd
 from ..scan.triton import ssd_chunk_scan
-from . import decode, inner, layer, layer_step, loss
+from . import decode, inner, layer, layer_step
 from .decode import causal_conv1d_update, mamba2_step, ssd_state_update
 from .inner import mamba2_inner
 from .layer import mamba2_layer
 from .layer_step import mamba2_layer_step
-from .loss import cross_entropy_rows
 
 __all__ = [
     "causal_conv1d",

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, BackendError
-from . import dispatch
-from .runtime.modes import without_autocast
-from .scan.reference import compute_dtype
+from ...errors import ArgumentError, BackendError
+from .. import dispatch
+from ..runtime.modes import without_autocast
+from ..scan.reference import compute_dtype
 
 CHUNK_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 25}  # logits of a chunk, at most, for large products
 _ALIGNED = 16  # elements: rows of logits start at multiples of it

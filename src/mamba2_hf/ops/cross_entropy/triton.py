@@ -65,7 +65,7 @@ def supports(*, dtype: torch.dtype) -> tuple[bool, str]:
 
 
 def cross_entropy_rows(logits: Tensor, labels: Tensor, scale: float, ignore_index: int, gradient: bool) -> Tensor:
-    """See :func:`mamba2_hf.ops.torch.loss.cross_entropy_rows`. A label that is no index gives NaN."""
+    """See :func:`mamba2_hf.ops.cross_entropy.torch.cross_entropy_rows`. A label that is no index gives NaN."""
     return call("cross_entropy_rows", logits, labels, float(scale), ignore_index, gradient)
 
 
