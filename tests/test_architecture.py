@@ -81,7 +81,7 @@ def _imports(node: ast.AST, package: str, *, at_module_level: bool) -> Iterator[
             for alias in child.names:
                 # `from .. import ops` names a module, `from ..ops import scan` a name inside of one.
                 inner = SOURCE.parent.joinpath(*base.split("."), alias.name)
-                is_module = inner.is_dir() or inner.with_suffix(".py").is_file()
+                is_module = (inner / "__init__.py").is_file() or inner.with_suffix(".py").is_file()
                 yield Import(f"{base}.{alias.name}" if is_module else base, at_module_level, child.lineno)
         elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             for statement in child.orelse:

@@ -118,8 +118,10 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
 
     from mamba2_hf.ops.conv import triton as conv
     from mamba2_hf.ops.cross_entropy import triton as loss
+    from mamba2_hf.ops.layer import one_row as layer_step
+    from mamba2_hf.ops.layer import step as decode
+    from mamba2_hf.ops.layer import train as layer
     from mamba2_hf.ops.norm import triton as norm
-    from mamba2_hf.ops.triton import decode, layer, layer_step
 
     _set_chip(target)
     H, P, N, K, T = 80, 64, 128, 4, 16

@@ -12,7 +12,7 @@ from mamba2_hf.errors import ArgumentError
 from mamba2_hf.ops import mamba2_inner, mamba2_layer_step
 from mamba2_hf.ops.checks import SSDShape
 from mamba2_hf.ops.dispatch import backend_module
-from mamba2_hf.ops.triton import layer_step
+from mamba2_hf.ops.layer import one_row as layer_step
 
 pytestmark = pytest.mark.usefixtures("poison")
 torch_backend, triton_backend = backend_module("torch"), backend_module("triton")

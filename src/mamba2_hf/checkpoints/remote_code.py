@@ -128,7 +128,7 @@ def _load(name: str, modules: dict[str, _Module]) -> None:
 
 def _path(name: str) -> Path:
     path = _ROOT.joinpath(*name.split(".")[1:])
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return path / "__init__.py" if (path / "__init__.py").is_file() else path.with_suffix(".py")
 
 
 def _text(name: str) -> str:

@@ -26,7 +26,7 @@ from ..runtime.launch import cdiv, launch, power_of_two
 from ..runtime.overlap import follow, lead, overlap, prefetch
 from ..runtime.rows import channels_last
 from ..scan.problem import fits_tma
-from .decode import _dense, _silu, _step_size, columns_of, convolve_columns, move_columns
+from .step import _dense, _silu, _step_size, columns_of, convolve_columns, move_columns
 
 NORM_BLOCK = 1024  # channels of the norm at a time
 STATE_TILE = 4096  # elements of the state in a program, which is one warp

@@ -26,7 +26,8 @@ from ..runtime.launch import cdiv, launch, power_of_two
 from ..runtime.op import call
 from ..runtime.overlap import follow, overlap
 from ..runtime.rows import channels_last
-from .decode import (
+from .rows import rows_step
+from .step import (
     _dense,
     _shift,
     _silu,
@@ -38,7 +39,6 @@ from .decode import (
     step_kernel,
     supports_step,
 )
-from .rows_step import rows_step
 
 NARROW = 1536  # widest residual stream whose layers take two launches
 CHANNELS, NARROW_WARPS = 4, 2  # of a program of a head, in those

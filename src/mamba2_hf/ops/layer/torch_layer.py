@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checks import LowRank, SSDShape
 from ..norm.torch import gated_rms_norm
-from .inner import mamba2_inner
+from .torch_inner import mamba2_inner
 
 
 def mamba2_layer(

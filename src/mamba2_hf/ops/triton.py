@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .. import library as library
-from ..conv import triton as conv
-from ..conv.triton import causal_conv1d
-from ..cross_entropy import triton as loss
-from ..cross_entropy.triton import cross_entropy_rows
-from ..norm import triton as norm
-from ..norm.triton import gated_rms_norm
-from ..scan import triton as ssd
-from ..scan.triton import ssd_chunk_scan
-from . import decode, inner, layer, layer_step
-from .decode import causal_conv1d_update, mamba2_step, ssd_state_update
-from .inner import mamba2_inner
-from .layer import mamba2_layer
-from .layer_step import mamba2_layer_step
+from .conv import triton as conv
+from .conv.triton import causal_conv1d
+from .cross_entropy import triton as loss
+from .cross_entropy.triton import cross_entropy_rows
+from .layer import inner
+from .layer import one_row as layer_step
+from .layer import step as decode
+from .layer import train as layer
+from .layer.inner import mamba2_inner
+from .layer.one_row import mamba2_layer_step
+from .layer.step import causal_conv1d_update, mamba2_step, ssd_state_update
+from .layer.train import mamba2_layer
+from .norm import triton as norm
+from .norm.triton import gated_rms_norm
+from .runtime import library as library
+from .scan import triton as ssd
+from .scan.triton import ssd_chunk_scan
 
 __all__ = [
     "causal_conv1d",

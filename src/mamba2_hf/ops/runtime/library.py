@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conv import triton as conv
-from .cross_entropy import triton as loss
-from .norm import triton as norm
-from .runtime.op import NAMESPACE, autograd_parts, set_differentiable, set_direct
-from .scan import triton as ssd
-from .triton import decode, inner, layer, layer_step
+from ..conv import triton as conv
+from ..cross_entropy import triton as loss
+from ..layer import inner
+from ..layer import one_row as layer_step
+from ..layer import step as decode
+from ..layer import train as layer
+from ..norm import triton as norm
+from ..scan import triton as ssd
+from .op import NAMESPACE, autograd_parts, set_differentiable, set_direct
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
