@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from mamba2_hf.ops import ssd_chunk_scan
-from mamba2_hf.ops.checks import SSDShape, check_ssd
-from mamba2_hf.ops.dispatch import backend_module
 from mamba2_hf.ops.runtime import tables
 from mamba2_hf.ops.scan import problem
+from mamba2_hf.ops.scan.op import Scan
 from mamba2_hf.ops.scan.reference import ssd_chunked, ssd_recurrent
 from mamba2_hf.ops.scan.triton import supports
+from mamba2_hf.ops.spec import Packing, SSDShape
 
-pytestmark = pytest.mark.usefixtures("poison")
-torch_backend, triton_backend = backend_module("torch"), backend_module("triton")
+pytestmark = pytest.mark.usefixtures("poison", "triton_serves")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW_PRECISION = ("x", "dt", "B", "C", "z")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of the norm, forward and backward
@@ -70,13 +69,9 @@ def cast(inputs: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tens
     }
 
 
-def scan(inputs: dict[str, Tensor | None], backend: Any = triton_backend, **options: Any) -> tuple[Tensor, Tensor]:
-    options = {"seq_idx": None, "cu_seqlens": None, "dt_softplus": True, "dt_limit": (0.0, math.inf)} | options
-    x, dt, A, B, C, D, z, dt_bias, initial = inputs.values()
-    optional = {"D": D, "z": z, "dt_bias": dt_bias, "initial_states": initial, "chunk_size": None}
-    checked = {k: v for k, v in (options | optional).items() if k != "dt_softplus"}
-    shape = check_ssd(x, dt, A, B, C, **checked)
-    return backend.ssd_chunk_scan(x, dt, A, B, C, shape=shape, **optional, **options)
+def scan(inputs: dict[str, Tensor | None], backend: str = "triton", **options: Any) -> tuple[Tensor, Tensor]:
+    options = {"dt_softplus": True, "return_final_states": True, "backend": backend} | options
+    return ssd_chunk_scan(**inputs, **options)
 
 
 def oracle(inputs: dict[str, Tensor | None], cu_seqlens: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
@@ -127,8 +122,8 @@ def compare(
         pairs |= {f"d{k}": (given[k].grad, v.grad) for k, v in expected.items() if v is not None}
         return {k: ((a.double().cpu() - b).norm() / b.norm().clamp(min=1e-30)).item() for k, (a, b) in pairs.items()}
 
-    found = errors(triton_backend)
-    beside = dict.fromkeys(found, 0.0) if conditioned else errors(torch_backend)
+    found = errors("triton")
+    beside = dict.fromkeys(found, 0.0) if conditioned else errors("torch")
     assert all(error < max(TOLERANCE[dtype], beside[k]) for k, error in found.items()), (found, beside)
 
 
@@ -410,7 +405,7 @@ def test_documents_are_marked_in_the_decays(layout: str) -> None:
         seq_idx = seq_idx[:1].expand(batch, tokens)
     elif layout == "every other token":
         seq_idx = seq_idx.repeat_interleave(2, 1)[:, ::2]
-    given = problem.Arguments(x, dt, A, maps, maps, None, None, None, None, seq_idx, None, False, 0.0, math.inf)
+    given = Scan(x, dt, A, maps, maps, packing=Packing(seq_idx))
     steps = problem.cut(problem.prepare(given), Q, marks=True).steps  # (chunks, H, 2, Q)
     found = steps[:, :, 0].view(batch, -1, heads, Q).mT.flatten(1, 2)[:, :tokens]
     changes = torch.zeros(batch, tokens, 1, device=DEVICE, dtype=torch.float64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -53,4 +52,4 @@ def causal_convolution(
         moved = [convolve(tap, None, None) for tap in one_tap]
         window = torch.stack([y for y, _ in moved], -1)  # (B, T, C, K)
         y, final = conv1d(window.flatten(0, 1))[..., taps - 1].view_as(x), moved[0][1]
-    return (y if activation is None else F.silu(y)), final
+    return ops.activate(y, activation), final

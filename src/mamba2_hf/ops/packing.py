@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def document_numbers(seq_idx: Tensor) -> Tensor:
+    """Numbers the documents of each row ``(B, T)`` 0, 1, 2, ..., so that ids which return later stay apart."""
+    return F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long().cumsum(1), (1, 0))
 
 
 def document_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -36,7 +42,7 @@ def chunk_layout(cu_seqlens: Tensor, tokens: int, chunk_size: int) -> ChunkLayou
     cu = cu_seqlens.to(torch.int64)
     device, documents = cu.device, cu.shape[0] - 1
     lengths = cu.diff()  # (S,)
-    first_chunk = torch.nn.functional.pad(((lengths + chunk_size - 1) // chunk_size).cumsum(0), (1, 0))  # (S + 1,)
+    first_chunk = F.pad(((lengths + chunk_size - 1) // chunk_size).cumsum(0), (1, 0))  # (S + 1,)
     chunks = tokens // chunk_size + documents
     chunk = torch.arange(chunks, device=device)
     document = torch.searchsorted(first_chunk[1:].contiguous(), chunk, right=True)  # (chunks,)

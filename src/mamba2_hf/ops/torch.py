@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from .conv.torch import causal_conv1d, causal_conv1d_update
 from .cross_entropy.torch import cross_entropy_rows
-from .layer.torch_inner import mamba2_inner
-from .layer.torch_layer import mamba2_layer
-from .layer.torch_step import mamba2_layer_step, mamba2_step
+from .layer.torch import mamba2_inner, mamba2_layer, mamba2_layer_step, mamba2_step
 from .norm.torch import gated_rms_norm
 from .scan.torch import ssd_chunk_scan, ssd_state_update
 

@@ -9,22 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..packing import document_ids
+from ..packing import document_ids, document_numbers
 from ..runtime.modes import plus
 from ..scan.reference import compute_dtype
+from .op import Conv, ConvUpdate, activate
 
 
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    activation: str | None,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def causal_conv1d(call: Conv) -> tuple[Tensor, Tensor]:
     """See :func:`mamba2_hf.ops.causal_conv1d`; always returns the final states too."""
+    x, weight, bias, initial_states, (seq_idx, cu_seqlens), activation = call
     batch, tokens, channels = x.shape
     taps = weight.shape[1]
     before = taps - 1
@@ -43,8 +36,7 @@ def causal_conv1d(
         for tap in range(before):
             y = plus(y, padded[:, tap : tap + tokens], w[tap])
     else:
-        segment = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long().cumsum(1), (1, 0))
-        segment = F.pad(segment, (before, 0))  # the initial state belongs to the first document
+        segment = F.pad(document_numbers(seq_idx), (before, 0))  # the initial state belongs to the first document
         for tap in range(before):
             same = (segment[:, tap : tap + tokens] == segment[:, before:])[..., None]
             y = plus(y, padded[:, tap : tap + tokens] * same, w[tap])
@@ -86,10 +78,9 @@ def _conv_packed(
     return y, final.mT
 
 
-def causal_conv1d_update(
-    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None
-) -> Tensor:
+def causal_conv1d_update(call: ConvUpdate) -> Tensor:
     """See :func:`mamba2_hf.ops.causal_conv1d_update`."""
+    x, conv_state, weight, bias, activation = call
     dtype = compute_dtype(x.dtype)
     block = x[:, None] if x.dim() == 2 else x  # (B, T, C)
     tokens, taps = block.shape[1], weight.shape[1]
@@ -107,4 +98,4 @@ def _first_tap(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 
 def _activate(y: Tensor, activation: str | None) -> Tensor:
     """In place where no graph is recorded."""
-    return y if activation is None else F.silu(y, inplace=not torch.is_grad_enabled())
+    return activate(y, activation, inplace=not torch.is_grad_enabled())

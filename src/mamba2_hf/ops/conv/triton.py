@@ -17,13 +17,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packing import document_ids
-from ..runtime.launch import cdiv, launch, power_of_two
-from ..runtime.op import call
+from ..runtime.launch import launch
+from ..runtime.op import op
 from ..runtime.rows import channels_last, vector_strides
 from ..runtime.sums import sum_rows
+from ..runtime.tables import cdiv, power_of_two
+from ..spec import Packing
+from .op import Conv
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TAPS = 8  # the taps are unrolled
+
+SILU = {None: False, "silu": True, "swish": True}  # whether kernels apply it, by the activation's name
 
 # How documents are told apart; see `Documents`.
 NO_PACKING = tl.constexpr(0)
@@ -46,31 +51,20 @@ class Documents(NamedTuple):
     states: int  # in and out
 
 
-def supports(*, taps: int, dtype: torch.dtype) -> tuple[bool, str]:
+def supports(*, taps: int, dtype: torch.dtype, activation: str | None = None) -> tuple[bool, str]:
     """Whether a convolution can be served, and why (not)."""
     if dtype not in DTYPES:
         return False, f"dtype {dtype} is not bfloat16, float16 or float32"
     if taps > MAX_TAPS:
         return False, f"{taps} taps are more than {MAX_TAPS}"
+    if activation not in SILU:
+        return False, f"activation {activation!r} is not SiLU"
     return True, "the Triton convolution serves it"
 
 
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    activation: str | None,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`mamba2_hf.ops.causal_conv1d`; always returns the final states too."""
-    return call("causal_conv1d", x, weight, bias, initial_states, seq_idx, cu_seqlens, activation is not None)
-
-
-def documents(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> Documents:
-    """Lays out ``seq_idx`` or ``cu_seqlens`` for a row tensor ``x (B, T, ...)``."""
+def documents(x: Tensor, packing: Packing) -> Documents:
+    """Lays out the documents of a row tensor ``x (B, T, ...)``."""
+    seq_idx, cu_seqlens = packing
     if cu_seqlens is not None:
         bounds = cu_seqlens.to(x.device)
         return Documents(BY_BOUNDS.value, document_ids(bounds, x.shape[1]), bounds, bounds.shape[0] - 1)
@@ -391,17 +385,9 @@ def conv_initial_gradient_kernel(x, weight, bias, initial, ids, bounds, dy, dfin
         tl.store(at, total.to(dinitial.dtype.element_ty), mask=inside)
 
 
-def conv_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial: Tensor | None,
-    packing: Documents,
-    silu: bool,
-    *,
-    states: bool = True,
-) -> tuple[Tensor, Tensor]:
+def conv_forward(call: Conv, packing: Documents, *, states: bool = True) -> tuple[Tensor, Tensor]:
     """Launches the forward: ``y (B, T, C)`` and, if wanted, the final states ``(B or S, C, K - 1)``, contiguous."""
+    x, weight, bias, initial, _, activation = call
     batch, tokens, channels = x.shape
     x, initial = channels_last(x), _history_like(initial, x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -414,7 +400,7 @@ def conv_forward(
         (batch * cdiv(tokens, run) * blocks,),
         *(x, weight.contiguous(), bias, initial, packing.ids, packing.bounds, y),
         *(tokens, channels, run, packing.states, *strides),
-        SILU=silu,
+        SILU=SILU[activation],
         STEPS=FORWARD_STEPS,
         **common,
     )
@@ -441,18 +427,10 @@ class ConvGradients(NamedTuple):
 
 
 def conv_backward(
-    dy: Tensor,
-    dfinal: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial: Tensor | None,
-    packing: Documents,
-    silu: bool,
-    *,
-    dx: Tensor | None = None,
+    dy: Tensor, dfinal: Tensor | None, call: Conv, packing: Documents, *, dx: Tensor | None = None
 ) -> ConvGradients:
     """Launches the backward; ``dx`` may name the (strided) tensor that receives the input's gradient."""
+    x, weight, bias, initial, _, activation = call
     batch, tokens, channels = x.shape
     taps = weight.shape[1]
     state, dfinal = _history_like(initial, x), _history_like(dfinal, x)
@@ -465,7 +443,7 @@ def conv_backward(
     partial = torch.empty(runs, taps + 1, channels, dtype=torch.float32, device=x.device)
     blocks = cdiv(channels, CHANNELS)
     inputs = (x, weight.contiguous(), bias, state, packing.ids, packing.bounds, dy, dfinal)
-    common = dict(SILU=silu, MODE=packing.mode, VEC=vector, K=taps, BLOCK=CHANNELS, num_warps=WARPS)
+    common = dict(SILU=SILU[activation], MODE=packing.mode, VEC=vector, K=taps, BLOCK=CHANNELS, num_warps=WARPS)
     launch(
         conv_backward_kernel,
         (runs * blocks,),
@@ -487,6 +465,22 @@ def conv_backward(
     total = sum_rows(partial, torch.float32 if several else weight.dtype)  # (K + 1, C)
     dweight = total[:taps].T.to(weight.dtype).contiguous()
     return ConvGradients(dx, dweight, None if bias is None else total[taps].to(bias.dtype), dinitial)
+
+
+def _fake(call: Conv) -> tuple[Tensor, Tensor]:
+    x, taps = call.x, call.weight.shape[1]
+    return x.new_empty(x.shape), x.new_empty(call.packing.states(x.shape[0]), x.shape[2], taps - 1)
+
+
+@op("causal_conv1d", fake=_fake)
+def causal_conv1d(call: Conv) -> tuple[Tensor, Tensor]:
+    """See :func:`mamba2_hf.ops.causal_conv1d`; always returns the final states too."""
+    return conv_forward(call, documents(call.x, call.packing))
+
+
+@causal_conv1d.backward
+def _backward(call: Conv, dy: Tensor, dfinal: Tensor | None) -> ConvGradients:
+    return conv_backward(dy, dfinal, call, documents(call.x, call.packing))
 
 
 def _history_like(state: Tensor | None, x: Tensor) -> Tensor | None:

@@ -13,33 +13,75 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ArgumentError, BackendError
+from ...errors import BackendError
 from .. import dispatch
-from ..runtime.modes import without_autocast
+from ..checks import check_devices, check_floating, check_rank, check_same_dtype, check_shape, check_whole, fail
+from ..runtime.modes import needs_grad, product_dtype, without_autocast
 from ..scan.reference import compute_dtype
 
 CHUNK_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 25}  # logits of a chunk, at most, for large products
 _ALIGNED = 16  # elements: rows of logits start at multiples of it
 
 
-def rows_per_chunk(vocab: int, device: torch.device) -> int:
-    """A power of two."""
-    elements = CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "cuda"]
-    return max(1, 1 << (max(1, elements // vocab).bit_length() - 1))
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> Tensor:
+    """The summed cross-entropy of ``scale * hidden @ weight.T``, whose logits are never held whole.
 
+    Exact, with its gradients: ``torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")``. Rows are
+    taken in chunks, and gradients are computed with the loss, which costs the memory of those of ``hidden`` and (in
+    fp32) ``weight``, where they are needed, until the backward. Nothing is read back to the host.
 
-def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype in which autocast, or its absence, has ``hidden @ weight.T`` computed.
+    Args:
+        hidden: ``(R, d)``; bf16, fp16, fp32 or fp64. Under autocast products are taken in its dtype.
+        weight: ``(V, d)``, in the dtype of ``hidden`` except under autocast.
+        labels: ``(R,)`` integers in ``[0, V)``, or ``ignore_index``. Others raise on a CPU and give NaN on a GPU.
+        scale: multiplies the logits.
+        ignore_index: the label of rows that do not count.
+        backend: as in :func:`ssd_chunk_scan`; serves what lies between the matrix products.
+
+    Returns:
+        ``()`` in fp32 (fp64): the sum over the rows that count. Divide by their number for the mean.
 
     Raises:
-        ArgumentError: there is none.
+        ArgumentError: shapes, dtypes or devices contradict each other.
+        BackendError: the backend cannot serve the call; or a second derivative is asked for.
     """
-    device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    if hidden.dtype != weight.dtype:
-        raise ArgumentError(f"hidden has dtype {hidden.dtype}, weight {weight.dtype}: convert one of them")
-    return hidden.dtype
+    check_linear_cross_entropy(hidden, weight, labels, scale)
+    dtype = product_dtype(hidden)
+    backend = dispatch.choose("linear_cross_entropy", hidden.device, backend, dtype=dtype).name
+    wants = (needs_grad(hidden), needs_grad(weight))
+    loss: Tensor = getattr(torch.ops, _NAMESPACE).linear_cross_entropy(
+        *(hidden, weight, labels, scale, ignore_index, dtype, *wants, backend)
+    )[0]
+    return loss
+
+
+def check_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> None:
+    """Contract of ``linear_cross_entropy``; raises :class:`ArgumentError`."""
+    check_floating(hidden=hidden)
+    check_rank("hidden", hidden, 2, "(R, d)")
+    check_rank("weight", weight, 2, "(V, d)")
+    check_shape("weight", weight, (weight.shape[0], hidden.shape[1]), "(V, d), with the d of hidden")
+    check_shape("labels", labels, (hidden.shape[0],), "(R,), one per row of hidden")
+    check_whole("labels", labels)
+    if not -float("inf") < scale < float("inf"):
+        fail(f"scale is {scale}, expected a finite number")
+    if product_dtype(hidden) == hidden.dtype:
+        check_same_dtype(hidden=hidden, weight=weight)
+    check_devices(hidden.device, weight=weight, labels=labels)
+
+
+def rows_per_chunk(vocab: int, device: torch.device) -> int:
+    """Rows whose logits are held at a time: a power of two."""
+    elements = CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "cuda"]
+    return max(1, 1 << (max(1, elements // vocab).bit_length() - 1))
 
 
 def loss_and_gradients(
@@ -141,9 +183,3 @@ _LIBRARY.define(
 torch.library.impl(_OP, "default", loss_and_gradients, lib=_LIBRARY)
 torch.library.register_fake(_OP, _fake, lib=_LIBRARY)
 torch.library.register_autograd(_OP, _scaled, setup_context=_keep, lib=_LIBRARY)
-
-
-def sum_of_losses(*args: Any) -> Tensor:
-    """The loss of :func:`loss_and_gradients`, differentiable."""
-    loss: Tensor = getattr(torch.ops, _NAMESPACE).linear_cross_entropy(*args)[0]
-    return loss

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..runtime import tables
-from ..runtime.launch import launch, power_of_two
-from ..runtime.op import call
+from ..runtime.launch import launch
+from ..runtime.op import op
 from ..runtime.rows import vector_strides
+from ..runtime.tables import power_of_two
+from ..spec import Index, State
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK = 8192  # logits at a time
@@ -64,13 +68,26 @@ def supports(*, dtype: torch.dtype) -> tuple[bool, str]:
     return True, "the Triton loss serves it"
 
 
+class Rows(NamedTuple):
+    """Arguments of :func:`rows`."""
+
+    logits: State
+    labels: Index
+    scale: float
+    ignore_index: int
+    gradient: bool
+
+
 def cross_entropy_rows(logits: Tensor, labels: Tensor, scale: float, ignore_index: int, gradient: bool) -> Tensor:
     """See :func:`mamba2_hf.ops.cross_entropy.torch.cross_entropy_rows`. A label that is no index gives NaN."""
-    return call("cross_entropy_rows", logits, labels, float(scale), ignore_index, gradient)
+    losses: Tensor = rows(Rows(logits, labels, float(scale), ignore_index, gradient))
+    return losses
 
 
-def rows(logits: Tensor, labels: Tensor, scale: float, ignore_index: int, gradient: bool) -> Tensor:
+@op("cross_entropy_rows", fake=lambda call: call.logits.new_empty(call.logits.shape[0], dtype=torch.float32))
+def rows(call: Rows) -> Tensor:
     """Launches the kernel."""
+    logits, labels, scale, ignore_index, gradient = call
     count, vocab = logits.shape
     losses = torch.empty(count, dtype=torch.float32, device=logits.device)
     unit, (stride,) = vector_strides(logits)

@@ -15,30 +15,27 @@ for ``rows_step.py``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import SSDShape
-from ..conv.triton import load_taps
-from ..runtime.launch import cdiv, launch, power_of_two
-from ..runtime.op import call
+from ..conv.triton import SILU, load_taps
+from ..conv.update import columns_of, convolve_columns, move_columns
+from ..runtime.launch import launch
+from ..runtime.op import op
 from ..runtime.overlap import follow, overlap
-from ..runtime.rows import channels_last
+from ..runtime.rows import channels_last, dense
+from ..runtime.tables import cdiv, power_of_two, state_programs
+from ..scan.prep import _silu
+from ..scan.update import _step_size
+from ..spec import SSDShape
+from .op import LayerStep
 from .rows import rows_step
-from .step import (
-    _dense,
-    _shift,
-    _silu,
-    _step_size,
-    _tile,
-    columns_of,
-    convolve_columns,
-    move_columns,
-    step_kernel,
-    supports_step,
-)
+from .step import _shift, step_kernel
+from .step import supports as supports_step
 
 NARROW = 1536  # widest residual stream whose layers take two launches
 CHANNELS, NARROW_WARPS = 4, 2  # of a program of a head, in those
@@ -241,95 +238,41 @@ def leave_kernel(raw, squares, u, weight, bias, x, y, conv, ready, outputs, prog
         _shift(pid - programs, u, conv, 1, WIDTH, channels, 0, 0, sc_b, sc_c, sc_l, L, BLOCK)
 
 
-def supports_layer_step(
-    *, shape: SSDShape, dtype: torch.dtype, taps: int, group_size: int, differentiable: bool = False
-) -> tuple[bool, str]:
+def supports(*, shape: SSDShape, **call: Any) -> tuple[bool, str]:
     """Whether a layer's step can be served, and why (not)."""
     if shape.tokens != 1:
         return False, f"{shape.tokens} tokens of a sequence are more than one"
-    return supports_step(shape=shape, dtype=dtype, taps=taps, group_size=group_size, differentiable=differentiable)
+    return supports_step(shape=shape, **call)
 
 
-def mamba2_layer_step(
-    stream: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    *,
-    norm_weight: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor | None,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    dt_bias: Tensor | None,
-    A_log: Tensor,
-    D: Tensor | None,
-    gated_norm_weight: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    shape: SSDShape,
-    activation: str | None,
-    norm_eps: float,
-    gated_norm_eps: float,
-    group_size: int,
-    norm_before_gate: bool,
-    dt_limit: tuple[float, float],
-    ready: Tensor | None,
-) -> Tensor:
+@op("mamba2_layer_step", fake=lambda call: call.stream.new_empty(call.stream.shape))
+def mamba2_layer_step(call: LayerStep) -> Tensor:
     """See :func:`mamba2_hf.ops.mamba2_layer_step`."""
-    return call(
-        "mamba2_layer_step",
-        *(stream, conv_state, ssm_state, norm_weight, in_weight, in_bias, conv_weight, conv_bias, dt_bias, A_log, D),
-        *(gated_norm_weight, out_weight, out_bias, shape.groups, activation is not None, norm_eps, gated_norm_eps),
-        *(group_size, norm_before_gate, *map(float, dt_limit), ready),
-    )
+    return one_row_step(call) if call.stream.shape[0] == 1 else rows_step(call)
 
 
-def layer_step(
-    stream: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    norm_weight: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor | None,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    dt_bias: Tensor | None,
-    A_log: Tensor,
-    D: Tensor | None,
-    gated_norm_weight: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    n_groups: int,
-    silu: bool,
-    norm_eps: float,
-    gated_norm_eps: float,
-    group_size: int,
-    norm_before_gate: bool,
-    low: float,
-    high: float,
-    ready: Tensor | None,
-) -> Tensor:
-    """Launches the layer for ``stream (B, 1, d)``; both states are updated in place."""
-    if stream.shape[0] > 1:
-        return rows_step(
-            *(stream, conv_state, ssm_state, norm_weight, in_weight, in_bias, conv_weight, conv_bias, dt_bias, A_log),
-            *(D, gated_norm_weight, out_weight, out_bias, n_groups, silu, norm_eps, gated_norm_eps, group_size),
-            *(norm_before_gate, low, high),
-        )
+def one_row_step(call: LayerStep) -> Tensor:
+    """Launches the layer for ``stream (1, 1, d)``; both states are updated in place."""
+    stream, conv_state, ssm_state, (norm_weight, into, mixer_weights, out), spec, ready = call
+    in_weight, in_bias, *_ = into
+    out_weight, out_bias, *_ = out
+    conv_weight, conv_bias, dt_bias, _, _, D, gated_norm_weight = mixer_weights
+    A_log, limits, norm_eps = mixer_weights.decay, spec.dt_limit, spec.norm_eps
+    n_groups, group_size, norm_before_gate = spec.n_groups, spec.group_size, spec.norm_before_gate
     size = stream.shape[2]
     heads, P, N = ssm_state.shape[1:]
     channels, taps = conv_weight.shape
     width, entering, dtype, device = heads * P, in_weight.shape[0], in_weight.dtype, stream.device
     stream, options, narrow = channels_last(stream), overlap(), size <= NARROW
-    bp, warps = (min(CHANNELS, power_of_two(P)), NARROW_WARPS) if narrow else _tile(1, P)
+    bp, warps = (min(CHANNELS, power_of_two(P)), NARROW_WARPS) if narrow else state_programs(1, P)
     blocks = cdiv(P, bp)
     raw = torch.empty(width, dtype=dtype, device=device)
     squares = torch.empty(heads * blocks, dtype=torch.float32, device=device)
-    before = (stream, norm_weight.contiguous(), in_weight.contiguous(), _dense(in_bias))
-    conv = (conv_weight.contiguous(), _dense(conv_bias))
-    per_head = (_dense(dt_bias), A_log.contiguous(), _dense(D))
+    before = (stream, norm_weight.contiguous(), in_weight.contiguous(), dense(in_bias))
+    conv = (conv_weight.contiguous(), dense(conv_bias))
+    per_head = (dense(dt_bias), A_log.contiguous(), dense(D))
     mixer = {
-        "SILU": silu,
+        "SILU": SILU[spec.activation],
         "D_RANK": 0 if D is None else D.dim(),
         "PER_GROUP": heads // n_groups,
         "P": P,
@@ -347,8 +290,8 @@ def layer_step(
         launch(
             enter_step_kernel,
             (shared + heads * blocks,),
-            *(*before, conv_state, ssm_state, *conv, *per_head, gated_norm_weight.contiguous(), maps, ready, u),
-            *(raw, squares, norm_eps, low, high, heads, shared, *conv_state.stride()[1:], *ssm_state.stride()[1:]),
+            *(*before, conv_state, ssm_state, *conv, *per_head, dense(gated_norm_weight), maps, ready, u),
+            *(raw, squares, norm_eps, *limits, heads, shared, *conv_state.stride()[1:], *ssm_state.stride()[1:]),
             WIDTH=size,
             L=conv_state.shape[2],
             BO=OUTPUTS,
@@ -373,8 +316,8 @@ def layer_step(
         launch(
             step_kernel,
             (heads * blocks,),
-            *(u, conv_state, ssm_state, *conv, *per_head, gated_norm_weight.contiguous(), raw, squares),
-            *(low, high, heads, 1, conv_state.shape[2], *u.stride()[:2], *conv_state.stride(), *ssm_state.stride()),
+            *(u, conv_state, ssm_state, *conv, *per_head, dense(gated_norm_weight), raw, squares),
+            *(*limits, heads, 1, conv_state.shape[2], *u.stride()[:2], *conv_state.stride(), *ssm_state.stride()),
             LOG_RATES=True,
             GATE=not norm_before_gate,
             **mixer,
@@ -387,8 +330,8 @@ def layer_step(
     launch(
         leave_kernel,
         (programs + (0 if narrow else cdiv(channels, SHIFT_BLOCK)),),
-        *(raw, squares, u, out_weight.contiguous(), _dense(out_bias), stream, y, conv_state, ready),
-        *(size, programs, channels, gated_norm_eps, *conv_state.stride()),
+        *(raw, squares, u, out_weight.contiguous(), dense(out_bias), stream, y, conv_state, ready),
+        *(size, programs, channels, spec.gated_norm_eps, *conv_state.stride()),
         WIDTH=width,
         SIZE=group_size,
         PARTS=parts,

@@ -20,13 +20,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..conv.triton import load_taps
+from ..conv.triton import SILU, load_taps
+from ..conv.update import columns_of, convolve_columns, move_columns
 from ..runtime import tables
-from ..runtime.launch import cdiv, launch, power_of_two
+from ..runtime.launch import launch
 from ..runtime.overlap import follow, lead, overlap, prefetch
-from ..runtime.rows import channels_last
+from ..runtime.rows import channels_last, dense
+from ..runtime.tables import cdiv, power_of_two
+from ..scan.prep import _silu
 from ..scan.problem import fits_tma
-from .step import _dense, _silu, _step_size, columns_of, convolve_columns, move_columns
+from ..scan.update import _step_size
+from .op import LayerStep
 
 NORM_BLOCK = 1024  # channels of the norm at a time
 STATE_TILE = 4096  # elements of the state in a program, which is one warp
@@ -249,40 +253,21 @@ def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, c
             tl.store(at_y, (tl.trans(sums) * scales[:, None] + added).to(y.dtype.element_ty), mask=mask)
 
 
-def rows_step(
-    stream: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    norm_weight: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor | None,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    dt_bias: Tensor | None,
-    A_log: Tensor,
-    D: Tensor | None,
-    gated_norm_weight: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    n_groups: int,
-    silu: bool,
-    norm_eps: float,
-    gated_norm_eps: float,
-    group_size: int,
-    norm_before_gate: bool,
-    low: float,
-    high: float,
-) -> Tensor:
+def rows_step(call: LayerStep) -> Tensor:
     """Launches the layer for ``stream (B, 1, d)``; both states are updated in place."""
+    stream, conv_state, ssm_state, weights, spec, _ = call
+    conv_weight, conv_bias, dt_bias, _, _, D, gated_norm_weight = weights.mixer
+    (in_weight, in_bias, *_), (out_weight, out_bias, *_) = weights.in_proj, weights.out_proj
+    group_size = spec.group_size
     rows, _, size = stream.shape
     heads, P, N = ssm_state.shape[1:]
     inner, device = heads * P, stream.device
     stream, options = channels_last(stream), overlap()
     leave = tables.leave(tables.current_chip(), out_weight.dtype, rows, inner, size)
     counters = torch.empty(cdiv(size, leave.BN) * cdiv(rows, leave.BM), dtype=torch.int32, device=device)
-    normed = _norm(stream, norm_weight, norm_eps, counters, in_weight.dtype)
+    normed = _norm(stream, weights.norm_weight, spec.norm_eps, counters, in_weight.dtype)
     u = _enter(normed, in_weight, in_bias)
-    xbc = _convolve(u, conv_state, conv_weight, conv_bias, inner, silu)
+    xbc = _convolve(u, conv_state, conv_weight, conv_bias, inner, SILU[spec.activation])
 
     bn = power_of_two(N)
     bp = min(STATE_TILE // bn, power_of_two(P))
@@ -292,11 +277,11 @@ def rows_step(
     launch(
         advance_rows_kernel,
         (rows * heads * blocks,),
-        *(u, xbc, ssm_state, _dense(dt_bias), A_log.contiguous(), _dense(D), gated_norm_weight.contiguous()),
-        *(raw, squares, low, high, heads, u.shape[1], *ssm_state.stride()),
+        *(u, xbc, ssm_state, dense(dt_bias), weights.mixer.decay.contiguous(), dense(D), dense(gated_norm_weight)),
+        *(raw, squares, *spec.dt_limit, heads, u.shape[1], *ssm_state.stride()),
         D_RANK=0 if D is None else D.dim(),
-        GATE_LAST=norm_before_gate,
-        PER_GROUP=heads // n_groups,
+        GATE_LAST=spec.norm_before_gate,
+        PER_GROUP=heads // spec.n_groups,
         P=P,
         N=N,
         BP=bp,
@@ -305,7 +290,7 @@ def rows_step(
         num_warps=1,
         **options,
     )
-    return _leave(raw, squares, out_weight, out_bias, stream, gated_norm_eps, counters, leave)
+    return _leave(raw, squares, out_weight, out_bias, stream, spec.gated_norm_eps, counters, leave)
 
 
 def _norm(stream: Tensor, weight: Tensor, eps: float, counters: Tensor, dtype: torch.dtype) -> Tensor:
@@ -336,7 +321,7 @@ def _enter(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     launch(
         enter_rows_kernel,
         (cdiv(outputs, config.BN) * cdiv(rows, config.BM),),
-        *(inputs, weight, weights, _dense(bias), u, rows, outputs),
+        *(inputs, weight, weights, dense(bias), u, rows, outputs),
         WIDTH=size,
         **_sizes(config, chip, weight),
         TMA=tma,
@@ -353,7 +338,7 @@ def _convolve(u: Tensor, conv: Tensor, weight: Tensor, bias: Tensor | None, inne
     launch(
         convolve_rows_kernel,
         (rows * cdiv(channels, CONV_BLOCK),),
-        *(u, conv, weight.contiguous(), _dense(bias), xbc, inner, channels, outputs, *conv.stride()),
+        *(u, conv, weight.contiguous(), dense(bias), xbc, inner, channels, outputs, *conv.stride()),
         SILU=silu,
         K=taps,
         L=conv.shape[2],
@@ -390,7 +375,7 @@ def _leave(
     launch(
         leave_rows_kernel,
         (counters.shape[0] * config.split,),
-        *(inputs, squares, weight, weights, _dense(bias), stream, y, partial, counters),
+        *(inputs, squares, weight, weights, dense(bias), stream, y, partial, counters),
         *(rows, size, eps, stream.stride(0)),
         WIDTH=width,
         SIZE=width // groups,

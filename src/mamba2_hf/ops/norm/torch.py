@@ -8,20 +8,13 @@ from torch import Tensor
 
 from ..runtime.modes import times
 from ..scan.reference import compute_dtype
+from .op import Norm
 
 
-def gated_rms_norm(
-    x: Tensor,
-    z: Tensor | None,
-    weight: Tensor,
-    *,
-    eps: float,
-    group_size: int,
-    norm_before_gate: bool,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+def gated_rms_norm(call: Norm) -> Tensor:
     """See :func:`mamba2_hf.ops.gated_rms_norm`."""
-    out, dtype = dtype or x.dtype, compute_dtype(x.dtype)
+    x, z, weight, eps, group_size, norm_before_gate, out = call
+    dtype = compute_dtype(x.dtype)
     y = x.to(dtype)
     gate = None if z is None else F.silu(z.to(dtype))
     if gate is not None and not norm_before_gate:

@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.launch import cdiv, launch, power_of_two
-from ..runtime.op import call
+from ..runtime.launch import launch
+from ..runtime.op import op
 from ..runtime.rows import channels_last, vector_strides
 from ..runtime.sums import sum_rows
+from ..runtime.tables import cdiv, power_of_two
+from .op import Norm
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_GROUP = 16384  # a group stays in registers
@@ -189,20 +191,6 @@ def supports(*, group_size: int, dtype: torch.dtype) -> tuple[bool, str]:
     return True, "the Triton norm serves it"
 
 
-def gated_rms_norm(
-    x: Tensor,
-    z: Tensor | None,
-    weight: Tensor,
-    *,
-    eps: float,
-    group_size: int,
-    norm_before_gate: bool,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """See :func:`mamba2_hf.ops.gated_rms_norm`."""
-    return call("rms_norm", x, z, weight, eps, group_size, norm_before_gate, dtype or x.dtype)
-
-
 class _Tile(NamedTuple):
     rows: int
     block: int
@@ -222,16 +210,9 @@ def _tile(size: int, elements: int, per_warp: int) -> _Tile:
     return _Tile(rows, block, chunks, min(16, warps))
 
 
-def norm_forward(
-    x: Tensor,
-    z: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    group_size: int,
-    norm_before_gate: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Launches the forward; ``dtype`` is the result's."""
+def norm_forward(call: Norm) -> Tensor:
+    """Launches the forward."""
+    x, z, weight, eps, group_size, norm_before_gate, dtype = call
     width = x.shape[-1]
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     rows, gate = _as_rows(x), _as_rows(z)
@@ -261,26 +242,18 @@ class NormGradients(NamedTuple):
 
 
 def norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    z: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    group_size: int,
-    norm_before_gate: bool,
-    *,
-    more: Tensor | None = None,
-    dz: Tensor | None = None,
-    y: Tensor | None = None,
+    dy: Tensor, call: Norm, *, more: Tensor | None = None, dz: Tensor | None = None, y: Tensor | None = None
 ) -> NormGradients:
     """Launches the backward.
 
     Args:
-        dy, x, z, weight, eps, group_size, norm_before_gate: the gradient, and the forward's arguments.
+        dy: the gradient.
+        call: the forward's arguments.
         more: what else the gradient of ``x`` is to contain, shaped as ``x``.
         dz: the (strided) tensor that receives the gate's gradient; a new one if None.
         y: where the forward's result goes once more, contiguous; nowhere if None.
     """
+    x, z, weight, eps, group_size, norm_before_gate, _ = call
     width = x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if z is not None and dz is None:
@@ -306,6 +279,17 @@ def norm_backward(
         num_warps=tile.warps,
     )
     return NormGradients(dx, dz, sum_rows(partial, weight.dtype))
+
+
+@op("rms_norm", fake=lambda call: call.x.new_empty(call.x.shape, dtype=call.dtype))
+def gated_rms_norm(call: Norm) -> Tensor:
+    """See :func:`mamba2_hf.ops.gated_rms_norm`."""
+    return norm_forward(call)
+
+
+@gated_rms_norm.backward
+def _backward(call: Norm, dy: Tensor) -> NormGradients:
+    return norm_backward(dy, call)
 
 
 def _as_rows(x: Tensor | None) -> Any:

@@ -58,13 +58,3 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     rest = [parameter.name for parameter in kernel.params[len(args) :]]
     found = _compiled[key] = compiled, tuple(constants[name] for name in rest)
     return found
-
-
-def cdiv(a: int, b: int) -> int:
-    """``a / b``, rounded up. Triton's own, made for kernels too, takes microseconds."""
-    return -(-a // b)
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least ``n``."""
-    return 1 << (n - 1).bit_length() if n > 1 else 1

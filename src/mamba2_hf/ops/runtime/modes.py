@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Result = TypeVar("Result")
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -17,9 +22,25 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which autocast, or its absence, has products with ``weight`` computed."""
+    device = weight.device.type
+    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will record an op on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def recomputed(run: Callable[..., Result], *args: Any) -> Result:
+    """``run(*args)``, of which autograd keeps the tensors among ``args`` and runs the rest again in the backward."""
+    if not needs_grad(*(arg for arg in args if isinstance(arg, Tensor))):
+        return run(*args)
+    result: Result = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 def known(condition: bool) -> bool:

@@ -13,6 +13,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """A contiguous tensor of the same values, where there is one."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def vector_strides(*rows: Any) -> tuple[int, list[int]]:
     """All strides but the last of each tensor, in units of the largest power of two (up to 16) that divides them all.
 

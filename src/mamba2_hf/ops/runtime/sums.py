@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, launch
+from .launch import launch
+from .tables import cdiv
 
 ROWS, COLUMNS, WARPS = 256, 32, 8
 

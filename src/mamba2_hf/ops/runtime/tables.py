@@ -10,8 +10,11 @@ import torch
 import triton
 from triton import knobs
 
-from ..checks import SSDShape
-from .launch import power_of_two
+from ..spec import SSDShape
+
+# What kernels serve at all.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_STATE = 256  # head dim and state size: a state stays in registers
 
 
 class Chip(NamedTuple):
@@ -44,6 +47,16 @@ class Config(NamedTuple):
     heads: int = 1  # most heads a program takes one after another
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up. Triton's own, made for kernels too, takes microseconds."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
 @functools.cache
 def _chip(device: int) -> Chip:
     target = triton.runtime.driver.active.get_current_target()
@@ -57,6 +70,11 @@ def current_chip() -> Chip:
     if knobs.runtime.interpret:
         return Chip("cuda", 90, 4, interpreted=True)
     return _chip(torch.cuda.current_device())
+
+
+def chip_of(device: torch.device) -> Chip:
+    """The chip that ``device`` is."""
+    return _chip(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def tile(size: int, largest: int) -> int:
@@ -250,3 +268,20 @@ def _segment_tokens(
         if programs * segments > 16 * chip.processors:
             break
     return -(-chunks // best) * 64
+
+
+WIDE, NARROW = (64, 2), (16, 2)  # channels of a head and warps per program: to fill memory, or to fill the chip
+WIDE_BLOCK, NARROW_BLOCK = (64, 8), (16, 4)  # for several tokens, which keep the taps in registers, too
+FEW_ROWS = 8  # batch up to which programs are narrow
+
+
+def state_programs(batch: int, P: int, tokens: int = 1) -> tuple[int, int]:
+    """Channels and warps of a program that moves a state on."""
+    few, many = (NARROW, WIDE) if tokens == 1 else (NARROW_BLOCK, WIDE_BLOCK)
+    channels, warps = few if batch <= FEW_ROWS else many
+    return min(channels, power_of_two(P)), warps
+
+
+def step_rows(chip: Chip) -> int:
+    """Sequences up to which the step of a whole layer was timed, on Hopper, and found faster than its parts."""
+    return 64 if chip.is_hopper else 1

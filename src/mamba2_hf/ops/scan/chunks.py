@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..packing import document_numbers
 from ..runtime.modes import in_steps, known, plus, times
 
 SCAN_BLOCK = 16  # chunks whose states are passed by one matrix product
@@ -62,7 +63,7 @@ def scan_chunks(
     cut = torch.zeros_like(passes[..., 0], dtype=torch.bool)  # (B, c) whether no state crosses the chunk
     causal = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool, device=x.device).tril()
     if document is not None:
-        segment = _segments(document)  # (B, c, Q)
+        segment = document_numbers(document.flatten(1)).view_as(document)  # (B, c, Q)
         causal = causal & (segment[..., :, None] == segment[..., None, :])[:, :, None]
         before = segment[..., -1].roll(1, 1)  # (B, c) segment the carried state belongs to
         before[:, 0] = 0
@@ -181,12 +182,6 @@ def _pass_in_blocks(added: Tensor, log_decay: Tensor, epoch: Tensor, first: Tens
         enters = torch.exp(a) * (epoch == before[..., None])[:, :, None]  # (B, k, H, r)
         states = torch.addcmul(states, enters[..., None], first.unsqueeze(3))
     return states.transpose(2, 3).flatten(1, 2)[:, :count]
-
-
-def _segments(document: Tensor) -> Tensor:
-    """Numbers the documents of each row in order, so that ids which return later stay apart: ``(B, c, Q)``."""
-    flat = document.flatten(1)
-    return F.pad((flat[:, 1:] != flat[:, :-1]).long().cumsum(1), (1, 0)).view_as(document)
 
 
 def per_channel(D: Tensor, dtype: torch.dtype) -> Tensor:

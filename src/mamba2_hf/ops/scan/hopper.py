@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..runtime import tables
-from ..runtime.launch import cdiv, launch
+from ..runtime.launch import launch
+from ..runtime.tables import cdiv
 from .gluon import TensorDescriptor, gl
 from .hopper_kernels import chunk_backward_kernel, state_kernel, walk_kernel
 from .portable import sum_blocks
@@ -20,8 +21,8 @@ DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 def serves(call: Call) -> bool:
     """Whether a scan of the right sizes has a layout and options that these kernels take."""
-    plain = call.z is None and not call.packed and (call.D is None or call.D.dim() == 1)
-    return plain and call.tma and all(t.stride(2) == t.shape[3] for t in (call.x, call.B, call.C))
+    plain = call.args.z is None and not call.packed and (call.args.D is None or call.args.D.dim() == 1)
+    return plain and call.tma and all(t.stride(2) == t.shape[3] for t in (call.args.x, call.args.B, call.args.C))
 
 
 def chunk_size(call: Call) -> int:
@@ -34,15 +35,15 @@ def walk(call: Call, cut: Cut, entry: Tensor | None) -> tuple[Tensor, Tensor]:
     _, _, heads, _, groups, N, _ = call.shape
     per_group = heads // groups
     config = tables.hopper_walk(per_group, N)
-    y = torch.empty(call.x.shape, dtype=call.x.dtype, device=call.x.device)
+    y = torch.empty(call.args.x.shape, dtype=call.args.x.dtype, device=call.args.x.device)
     final = torch.empty(call.state_shape, dtype=torch.float32, device=y.device)
     launch(
         walk_kernel,
         (cut.segments * groups * cdiv(per_group, config.heads),),
-        *(_tokens(call.x, P), _tokens(call.B, N), _tokens(call.C, N), _tokens(y, P)),
-        *(cut.steps, _or(call.D, final), _or(entry, final), final, heads, cut.per_row, cut.per_segment),
+        *(_tokens(call.args.x, P), _tokens(call.args.B, N), _tokens(call.args.C, N), _tokens(y, P)),
+        *(cut.steps, _or(call.args.D, final), _or(entry, final), final, heads, cut.per_row, cut.per_segment),
         **_sizes(per_group, N, config),
-        HAS_D=call.D is not None,
+        HAS_D=call.args.D is not None,
         HAS_ENTRY=entry is not None,
     )
     return y, final
@@ -77,10 +78,10 @@ def gradients(
 
     ``entry`` and ``leave (segments, H, P, N)``: states, and their gradients, between segments.
     """
-    x, D = call.x, call.D
+    x, D = call.args.x, call.args.D
     _, tokens, heads, _, groups, N, _ = call.shape
     per_group = heads // groups
-    X, B, C, dY = _tokens(x, P), _tokens(call.B, N), _tokens(call.C, N), _tokens(dout, P)
+    X, B, C, dY = _tokens(x, P), _tokens(call.args.B, N), _tokens(call.args.C, N), _tokens(dout, P)
 
     # The state on entering every chunk, and its gradient on leaving it.
     states, dstates = (torch.empty(cut.chunks * heads, P, N, dtype=x.dtype, device=x.device) for _ in range(2))
@@ -103,14 +104,14 @@ def gradients(
     if into is not None and fits_tma(into.dx) and into.dB.stride() == into.dC.stride():
         dx, dB, dC = into[:3]
     else:
-        dx, dB, dC = (torch.empty(t.shape, dtype=x.dtype, device=x.device) for t in (x, call.B, call.B))
+        dx, dB, dC = (torch.empty(t.shape, dtype=x.dtype, device=x.device) for t in (x, call.args.B, call.args.B))
     dots = torch.empty(cut.chunks, heads, 4, Q, dtype=torch.float32, device=x.device)
     ends = torch.empty(cut.chunks, heads, dtype=torch.float32, device=x.device)
     config = tables.hopper_gradients(call.chip, per_group, N, cut.chunks * groups)
     blocks = per_group // config.heads
     to_B, to_C = dB, dC
     if blocks > 1:
-        partial = torch.empty(blocks, 2, *call.B.shape, dtype=torch.float32, device=x.device)
+        partial = torch.empty(blocks, 2, *call.args.B.shape, dtype=torch.float32, device=x.device)
         to_B, to_C = partial[0].unbind()
     launch(
         chunk_backward_kernel,

@@ -9,8 +9,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..runtime import tables
-from ..runtime.launch import cdiv, launch
-from ..runtime.tables import Config
+from ..runtime.launch import launch
+from ..runtime.tables import Config, cdiv
 from .backward_kernels import gate_backward_kernel, inputs_backward_kernel, maps_backward_kernel, sum_kernel
 from .forward_kernels import state_kernel, walk_kernel
 from .problem import Call, Cut, Gradients, Into, strides
@@ -20,12 +20,20 @@ SUM_BLOCK = 1024
 
 def chunk_size(call: Call) -> int:
     """Tokens of a chunk."""
-    return tables.walk(call.chip, call.x.dtype, call.shape.head_dim, call.shape.state).Q
+    return tables.walk(call.chip, call.args.x.dtype, call.shape.head_dim, call.shape.state).Q
 
 
 def walk(call: Call, cut: Cut, entry: Tensor | None) -> tuple[Tensor, Tensor]:
     """``y`` and the final states; ``entry (segments, H, P, N)`` enters the segments."""
-    x, B, C, z, D, P, tma = call.x, call.B, call.C, call.z, call.D, call.shape.head_dim, call.tma
+    x, B, C, z, D, P, tma = (
+        call.args.x,
+        call.args.B,
+        call.args.C,
+        call.args.z,
+        call.args.D,
+        call.shape.head_dim,
+        call.tma,
+    )
     config = tables.walk(call.chip, x.dtype, P, call.shape.state)
     y = (torch.zeros if call.packed else torch.empty)(x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty(call.state_shape, dtype=torch.float32, device=x.device)
@@ -66,7 +74,7 @@ def gradients(
 
     ``entry`` and ``leave (segments, H, P, N)``: states, and their gradients, between segments. ``into`` is not used.
     """
-    x, B, C, z, D, chip = call.x, call.B, call.C, call.z, call.D, call.chip
+    x, B, C, z, D, chip = call.args.x, call.args.B, call.args.C, call.args.z, call.args.D, call.chip
     batch, tokens, heads, P, groups, N, _ = call.shape
     per_group = heads // groups
     dy = dout
@@ -198,8 +206,8 @@ def _flags(call: Call, cut: Cut) -> dict[str, Any]:
         "HAS_DOCUMENTS": cut.document is not None,
         "PACKED": call.packed,
         "TMA": call.tma,
-        "ASM": call.chip.is_hopper and not call.chip.interpreted and call.x.dtype != torch.float32,
-        "PRECISION": tables.precision(call.chip, call.x.dtype),
+        "ASM": call.chip.is_hopper and not call.chip.interpreted and call.args.x.dtype != torch.float32,
+        "PRECISION": tables.precision(call.chip, call.args.x.dtype),
     }
 
 

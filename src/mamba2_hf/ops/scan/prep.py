@@ -18,6 +18,11 @@ APART = tl.constexpr(160.0)
 
 
 @triton.jit
+def _silu(value):
+    return value * tl.sigmoid(value)
+
+
+@triton.jit
 def layout_kernel(
     cu_seqlens, chunks, segments, first_segment, documents, per_segment,
     Q: tl.constexpr, BLOCK: tl.constexpr,

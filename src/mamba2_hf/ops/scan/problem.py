@@ -6,58 +6,24 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import SSDShape
+from ..packing import document_numbers
 from ..runtime import tables
-from ..runtime.launch import cdiv, launch
-from ..runtime.tables import Chip
+from ..runtime.launch import launch
+from ..runtime.rows import dense
+from ..runtime.tables import Chip, cdiv
+from ..spec import Packing, SSDShape
+from .op import Scan
 from .prep import layout_kernel, prep_kernel
 
 LAYOUT_BLOCK, PREP_HEADS = 128, 16
 
 
-class Arguments(NamedTuple):
-    """The op's arguments, in one order for forward, backward and autograd."""
-
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    dt_bias: Tensor | None
-    initial_states: Tensor | None
-    seq_idx: Tensor | None
-    cu_seqlens: Tensor | None
-    dt_softplus: bool
-    low: float
-    high: float
-
-    def in_fp32(self) -> Arguments:
-        """The same with x, B, C and z in fp32."""
-        z = None if self.z is None else self.z.float()
-        return self._replace(x=self.x.float(), B=self.B.float(), C=self.C.float(), z=z)
-
-
 class Call(NamedTuple):
-    """The arguments made ready for kernels, and what follows from them."""
+    """A scan's arguments made ready for kernels, and what follows from them."""
 
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    dt_bias: Tensor | None
-    initial_states: Tensor | None
-    seq_idx: Tensor | None
-    cu_seqlens: Tensor | None
-    limits: tuple[float, float]
-    dt_softplus: bool
+    args: Scan
     shape: SSDShape
     chip: Chip
     tma: bool
@@ -65,7 +31,7 @@ class Call(NamedTuple):
     @property
     def packed(self) -> bool:
         """Whether one row holds several documents with states of their own."""
-        return self.cu_seqlens is not None
+        return self.args.packing.cu_seqlens is not None
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
@@ -86,9 +52,9 @@ class Call(NamedTuple):
         return {
             "Q": Q,
             "BH": PREP_HEADS,
-            "HAS_BIAS": self.dt_bias is not None,
-            "SOFTPLUS": self.dt_softplus,
-            "CLAMP": not self.dt_softplus or self.limits != (0.0, math.inf),
+            "HAS_BIAS": self.args.dt_bias is not None,
+            "SOFTPLUS": self.args.dt_softplus,
+            "CLAMP": not self.args.dt_softplus or self.args.dt_limit != (0.0, math.inf),
             "PACKED": self.packed,
         }
 
@@ -131,31 +97,27 @@ class Gradients(NamedTuple):
     ends: Tensor
 
 
-def prepare(given: Arguments) -> Call:
+def prepare(given: Scan) -> Call:
     """Makes the arguments ready: last dimensions contiguous, devices and sizes settled."""
-    batch, tokens, heads, P = given.x.shape
-    groups, N = given.B.shape[2:]
-    cu = given.cu_seqlens
-    states = batch if cu is None else cu.shape[0] - 1
     x, B, C = (last_contiguous(t) for t in (given.x, given.B, given.C))
     z = None if given.z is None else last_contiguous(given.z)
+    seq_idx, cu_seqlens = given.packing
     chip = tables.current_chip()
     # A descriptor would read on into the next document: packed rows are read through masked pointers.
     aligned = all(fits_tma(t) for t in (x, B, C, z) if t is not None)
-    return Call(
-        *(x, last_contiguous(given.dt), given.A.contiguous(), B, C),
-        D=_contiguous(given.D),
+    args = given._replace(
+        x=x,
+        dt=last_contiguous(given.dt),
+        A=given.A.contiguous(),
+        B=B,
+        C=C,
+        D=dense(given.D),
         z=z,
-        dt_bias=_contiguous(given.dt_bias),
-        initial_states=_contiguous(given.initial_states),
-        seq_idx=given.seq_idx,
-        cu_seqlens=cu if cu is None else cu.to(x.device),
-        limits=(given.low, given.high),
-        dt_softplus=given.dt_softplus,
-        shape=SSDShape(batch, tokens, heads, P, groups, N, states),
-        chip=chip,
-        tma=chip.has_tma and cu is None and aligned,
+        dt_bias=dense(given.dt_bias),
+        initial_states=dense(given.initial_states),
+        packing=Packing(seq_idx, cu_seqlens if cu_seqlens is None else cu_seqlens.to(x.device)),
     )
+    return Call(args, given.shape, chip, tma=chip.has_tma and cu_seqlens is None and aligned)
 
 
 def cut(call: Call, Q: int, *, marks: bool = False) -> Cut:
@@ -164,13 +126,14 @@ def cut(call: Call, Q: int, *, marks: bool = False) -> Cut:
     With ``marks`` the log decays themselves keep documents apart, and kernels need not know about them.
     """
     batch, tokens, heads, _, _, _, sequences = call.shape
-    device = call.x.device
-    length = tables.segment_tokens(call.chip, call.shape, call.x.dtype)
+    device = call.args.x.device
+    seq_idx, cu_seqlens = call.args.packing
+    length = tables.segment_tokens(call.chip, call.shape, call.args.x.dtype)
     per_segment = length // Q
     per_row = cdiv(tokens, Q)
     per_sequence = cdiv(tokens, length)
     chunk_table = segment_table = first_segment = None
-    if call.cu_seqlens is None:
+    if cu_seqlens is None:
         chunks, segments = batch * per_row, batch * per_sequence
     else:
         chunks = tokens // Q + sequences
@@ -180,22 +143,22 @@ def cut(call: Call, Q: int, *, marks: bool = False) -> Cut:
         launch(
             layout_kernel,
             (sequences,),
-            *(call.cu_seqlens, chunk_table, segment_table, first_segment, sequences, per_segment),
+            *(cu_seqlens, chunk_table, segment_table, first_segment, sequences, per_segment),
             Q=Q,
             BLOCK=LAYOUT_BLOCK,
         )
     document = None
-    marked = call.seq_idx if marks else None
-    if call.seq_idx is not None and not marks:
-        numbers = F.pad((call.seq_idx[:, 1:] != call.seq_idx[:, :-1]).to(torch.int32).cumsum(1), (1, 0))
+    marked = seq_idx if marks else None
+    if seq_idx is not None and not marks:
+        numbers = document_numbers(seq_idx)
         padding = numbers[:, -1:].expand(-1, per_row * Q - tokens)
         document = torch.cat([numbers, padding], 1).to(torch.int32)
     steps = torch.empty(chunks, heads, 2, Q, dtype=torch.float32, device=device)
     launch(
         prep_kernel,
         (chunks, cdiv(heads, PREP_HEADS)),
-        *(call.dt, call.dt_bias, call.A, steps, marked, chunk_table),
-        *(tokens, per_row, heads, *call.limits, *call.dt.stride()[:2]),
+        *(call.args.dt, call.args.dt_bias, call.args.A, steps, marked, chunk_table),
+        *(tokens, per_row, heads, *call.args.dt_limit, *call.args.dt.stride()[:2]),
         *((0, 0) if marked is None else marked.stride()),
         **call.prep_flags(Q),
         MARKS=marked is not None,
@@ -221,7 +184,3 @@ def fits_tma(tensor: Tensor) -> bool:
     size = tensor.element_size()
     sixteen = all(stride * size % 16 == 0 for stride in (*tensor.stride()[:-1], tensor.shape[-1]))
     return sixteen and tensor.data_ptr() % 16 == 0
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None else tensor.contiguous()

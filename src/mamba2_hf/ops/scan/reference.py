@@ -6,13 +6,12 @@ clarity over speed and memory. ``seq_idx`` separates documents; see ``NOTATION.m
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-INF = math.inf
+from ..packing import document_numbers
+from ..spec import INF
 
 
 def step_size(
@@ -89,7 +88,7 @@ def ssd_attention_matrix(
     a = torch.cumsum(dt * A.to(dtype), 1)  # (B, T, H)
     mask = torch.ones(tokens, tokens, dtype=torch.bool, device=dt.device).tril()
     if seq_idx is not None:
-        document = _documents(seq_idx)
+        document = document_numbers(seq_idx)
         mask = mask & (document[:, :, None] == document[:, None, :])  # (B, T, T)
     log_decay = (a[:, :, None] - a[:, None, :]).masked_fill(~mask[..., None], -INF)  # (B, T, T, H)
     scores = torch.einsum("bign,bjgn->bgij", C.to(dtype), B.to(dtype)).repeat_interleave(heads // B.shape[2], 1)
@@ -119,7 +118,7 @@ def ssd_quadratic(
     y = torch.einsum("bhij,bjhp->bihp", matrix.to(x.dtype), x)
     dt = step_size(dt, dt_bias, dt_softplus, dt_limit, x.dtype)
     a = torch.cumsum(dt * A.to(x.dtype), 1)  # (B, T, H)
-    document = _documents(seq_idx) if seq_idx is not None else torch.zeros_like(a[..., 0], dtype=torch.long)
+    document = document_numbers(seq_idx) if seq_idx is not None else torch.zeros_like(a[..., 0], dtype=torch.long)
     in_first, in_last = (document == 0)[..., None], (document == document[:, -1:])[..., None]  # (B, T, 1)
     B, C = _per_head(B, heads), _per_head(C, heads)
     weight = torch.exp(a[:, -1:] - a) * dt * in_last
@@ -181,11 +180,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _per_head(tensor: Tensor, heads: int) -> Tensor:
     return tensor.repeat_interleave(heads // tensor.shape[2], 2)  # (B, T, G, N) -> (B, T, H, N)
-
-
-def _documents(seq_idx: Tensor) -> Tensor:
-    """Numbers a row's documents 0, 1, 2, ...: a new one starts wherever ``seq_idx`` changes."""
-    return F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long().cumsum(1), (1, 0))  # (B, T)
 
 
 def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:

@@ -5,72 +5,38 @@ A differentiable call keeps its inputs only and recomputes the rest in the backw
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from ..checks import SSDShape
 from ..packing import chunk_layout
-from ..runtime.modes import known, needs_grad, times, without_autocast
+from ..runtime.modes import known, recomputed, times, without_autocast
 from .chunks import Chunks, per_channel, scan_chunks
+from .op import Scan, Update
 from .reference import compute_dtype, step_size
 
 CHUNK_SIZE = 64  # tokens of a chunk: the quadratic part costs Q per token, passing states costs N P / Q
 
 
-def ssd_chunk_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    shape: SSDShape,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    chunk_size: int | None,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-    recompute: bool = True,
-) -> tuple[Tensor, Tensor]:
+def ssd_chunk_scan(call: Scan, *, recompute: bool = True) -> tuple[Tensor, Tensor]:
     """See :func:`mamba2_hf.ops.ssd_chunk_scan`; always returns the final states too.
 
     ``recompute=False`` is for callers that recompute a larger region themselves.
     """
-    scan: Callable[..., tuple[Tensor, Tensor]] = _scan_packed if cu_seqlens is not None else _scan_rows
-    args = (
-        *(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit),
-        *(chunk_size or CHUNK_SIZE, initial_states, seq_idx if cu_seqlens is None else cu_seqlens),
-    )
-    with without_autocast(x.device):
-        if recompute and needs_grad(x, dt, A, B, C, D, z, dt_bias, initial_states):
-            return checkpoint(scan, *args, use_reentrant=False, preserve_rng_state=False)
-        return scan(*args)
+    scan = _scan_rows if call.packing.cu_seqlens is None else _scan_packed
+    with without_autocast(call.x.device):
+        if recompute:
+            rest: Any = call[9:]
+            return recomputed(lambda *tensors: scan(Scan(*tensors, *rest)), *call[:9])
+        return scan(call)
 
 
-def _scan_rows(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    chunk_size: int,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _scan_rows(call: Scan) -> tuple[Tensor, Tensor]:
     """Every row is one sequence, or several told apart by ``seq_idx``."""
+    x, dt, A, B, C, D, z, dt_bias, initial_states, (seq_idx, _), dt_softplus, dt_limit, chunk_size = call
+    chunk_size = chunk_size or CHUNK_SIZE
     tokens, dtype = x.shape[1], compute_dtype(x.dtype)
     size = tokens if known(tokens <= chunk_size) else chunk_size
     count = (tokens + size - 1) // size
@@ -94,22 +60,11 @@ def _scan_rows(
     return _gate(y, z).to(x.dtype), states.contiguous()
 
 
-def _scan_packed(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    chunk_size: int,
-    initial_states: Tensor | None,
-    cu_seqlens: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _scan_packed(call: Scan) -> tuple[Tensor, Tensor]:
     """One row of documents, each with its own initial and final state: chunks start where documents start."""
+    x, dt, A, B, C, D, z, dt_bias, initial_states, (_, cu_seqlens), dt_softplus, dt_limit, chunk_size = call
+    chunk_size = chunk_size or CHUNK_SIZE
+    assert cu_seqlens is not None  # else there are no bounds
     tokens, dtype = x.shape[1], compute_dtype(x.dtype)
     size = tokens if known(tokens <= chunk_size) else chunk_size
     layout = chunk_layout(cu_seqlens.to(x.device), tokens, size)
@@ -132,24 +87,11 @@ def _gate(y: Tensor, z: Tensor | None) -> Tensor:
     return y if z is None else times(F.silu(z.to(y.dtype)), y)
 
 
-def ssd_state_update(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    shape: SSDShape,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-) -> Tensor:
+def ssd_state_update(call: Update) -> Tensor:
     """See :func:`mamba2_hf.ops.ssd_state_update`."""
+    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit = call
     dtype = compute_dtype(x.dtype)
-    groups = (shape.groups, shape.heads // shape.groups)
+    groups = (B.shape[1], state.shape[1] // B.shape[1])
     dt = step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)  # (B, H)
     decay = torch.exp(dt * A.to(dtype))[..., None, None]
     inputs = (x.to(dtype) * dt[..., None]).unflatten(1, groups)[..., None]  # (B, G, H/G, P, 1)

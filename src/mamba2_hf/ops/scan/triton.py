@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import SSDShape
 from ..runtime import tables
-from ..runtime.launch import cdiv, launch
-from ..runtime.op import call
+from ..runtime.launch import launch
+from ..runtime.op import op
 from ..runtime.sums import sum_rows
+from ..runtime.tables import cdiv
+from ..spec import SSDShape
 from . import portable
 from .forward_kernels import link_kernel
+from .op import Scan
 from .prep import prep_backward_kernel
-from .problem import PREP_HEADS, Arguments, Call, Into, cut, fits_tma, last_contiguous, prepare
+from .problem import PREP_HEADS, Call, Into, cut, fits_tma, last_contiguous, prepare
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 256
@@ -39,56 +40,16 @@ def supports(*, shape: SSDShape, dtype: torch.dtype) -> tuple[bool, str]:
     return True, "the Triton scan serves it"
 
 
-def ssd_chunk_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    shape: SSDShape,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    chunk_size: int | None,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`mamba2_hf.ops.ssd_chunk_scan`; always returns the final states too."""
-    B, C, z = (t if t is None else t.to(x.dtype) for t in (B, C, z))
-    y, states = call(
-        "ssd_chunk_scan",
-        *(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, *map(float, dt_limit)),
-    )
-    return y, states
+class ScanPasses:
+    """The passes of one scan: what its forward and its backward have in common is prepared once."""
 
-
-def scan_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    """``y`` and the final states, given the fields of :class:`Arguments`."""
-    return Scan(*args).forward()
-
-
-def scan_backward(dy: Tensor, dfinal: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
-    """:meth:`Scan.backward`, given the fields of :class:`Arguments`."""
-    return Scan(*args).backward(dy, dfinal)
-
-
-class Scan:
-    """One scan: what its forward and its backward have in common is prepared once.
-
-    Args:
-        args: the fields of :class:`Arguments`.
-    """
-
-    def __init__(self, *args: Any) -> None:
-        self.given = Arguments(*args)
-        self.call = prepare(self.given)
+    def __init__(self, given: Scan) -> None:
+        self.given = given
+        self.call = prepare(given)
         self.kernels = _kernels(self.call)
-        if self.kernels is portable and tables.takes_fp32(self.call.shape, self.call.x.dtype):
-            self.call = prepare(self.given.in_fp32())
+        if self.kernels is portable and tables.takes_fp32(self.call.shape, given.x.dtype):
+            z = None if given.z is None else given.z.float()
+            self.call = prepare(given._replace(x=given.x.float(), B=given.B.float(), C=given.C.float(), z=z))
         self.cut = cut(self.call, self.kernels.chunk_size(self.call), marks=self.kernels is not portable)
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -104,14 +65,14 @@ class Scan:
             into: where those of x, B, C and dt go; new tensors if None.
         """
         given, call, pieces = self.given, self.call, self.cut
-        dy = last_contiguous(dy.to(call.x.dtype))
+        dy = last_contiguous(dy.to(call.args.x.dtype))
         if call.tma and not (fits_tma(dy) and dy.stride(2) == dy.shape[3]):
             dy = dy.clone(memory_format=torch.contiguous_format)
         leave = dfinal if dfinal is None else dfinal.contiguous()
-        leave = self._between(reverse=True, inputs=dy, maps=call.C, outer=leave)
+        leave = self._between(reverse=True, inputs=dy, maps=call.args.C, outer=leave)
         found = self.kernels.gradients(call, pieces, dy, self._entry(), leave, into)
 
-        batch, tokens, heads = call.dt.shape
+        batch, tokens, heads = call.args.dt.shape
         if into is None:
             new = torch.zeros if call.packed else torch.empty
             ddt = new(batch, tokens, heads, dtype=given.dt.dtype, device=dy.device)
@@ -122,8 +83,18 @@ class Scan:
         launch(
             prep_backward_kernel,
             (pieces.chunks, cdiv(heads, PREP_HEADS)),
-            *(call.dt, call.dt_bias, call.A, pieces.steps, found.dots, found.ends, ddt, shares, pieces.chunk_table),
-            *(tokens, pieces.per_row, heads, given.low, given.high, *call.dt.stride()[:2], *ddt.stride()[:2]),
+            *(
+                call.args.dt,
+                call.args.dt_bias,
+                call.args.A,
+                pieces.steps,
+                found.dots,
+                found.ends,
+                ddt,
+                shares,
+                pieces.chunk_table,
+            ),
+            *(tokens, pieces.per_row, heads, *given.dt_limit, *call.args.dt.stride()[:2], *ddt.stride()[:2]),
             **call.prep_flags(pieces.Q),
             DOTS=dots,
         )
@@ -151,7 +122,7 @@ class Scan:
     def _entry(self) -> Tensor | None:
         """The state that enters each segment, ``(segments, H, P, N)``; None where all are zero."""
         call = self.call
-        return self._between(reverse=False, inputs=call.x, maps=call.B, outer=call.initial_states)
+        return self._between(reverse=False, inputs=call.args.x, maps=call.args.B, outer=call.args.initial_states)
 
     def _between(self, *, reverse: bool, inputs: Tensor, maps: Tensor, outer: Tensor | None) -> Tensor | None:
         """The state (or its gradient) that enters each segment in walking direction; ``outer`` enters sequences."""
@@ -173,6 +144,30 @@ class Scan:
         return states
 
 
+def _fake(call: Scan) -> tuple[Tensor, Tensor]:
+    _, _, heads, P, _, N, states = call.shape
+    return call.x.new_empty(call.x.shape), call.x.new_empty(states, heads, P, N, dtype=torch.float32)
+
+
+@op("ssd_chunk_scan", fake=_fake)
+def scan(call: Scan) -> tuple[Tensor, Tensor]:
+    """``y`` and the final states."""
+    return ScanPasses(call).forward()
+
+
+@scan.backward
+def _backward(call: Scan, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+    return ScanPasses(call).backward(dy, dfinal)
+
+
+def ssd_chunk_scan(call: Scan) -> tuple[Tensor, Tensor]:
+    """See :func:`mamba2_hf.ops.ssd_chunk_scan`; always returns the final states too."""
+    dtype = call.x.dtype
+    z = None if call.z is None else call.z.to(dtype)
+    y, states = scan(call._replace(B=call.B.to(dtype), C=call.C.to(dtype), z=z))
+    return y, states
+
+
 def _place(found: Tensor, target: Tensor) -> Tensor:
     """``found`` in its place, where it is not there yet."""
     return target if found.data_ptr() == target.data_ptr() else target.copy_(found)
@@ -180,7 +175,7 @@ def _place(found: Tensor, target: Tensor) -> Tensor:
 
 def _kernels(call: Call) -> ModuleType:
     """The module that launches the fastest kernels for a call."""
-    if tables.hopper_kernels(call.chip, call.shape, call.x.dtype):
+    if tables.hopper_kernels(call.chip, call.shape, call.args.x.dtype):
         hopper = _hopper()
         if hopper is not None and hopper.serves(call):
             return hopper
