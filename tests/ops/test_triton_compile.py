@@ -117,11 +117,11 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
     from compiling import compile_only
 
     from mamba2_hf.ops.conv import triton as conv
-    from mamba2_hf.ops.conv import update
     from mamba2_hf.ops.conv.op import Conv, ConvUpdate
     from mamba2_hf.ops.cross_entropy import triton as loss
-    from mamba2_hf.ops.layer import one_row, train
+    from mamba2_hf.ops.layer import one_row
     from mamba2_hf.ops.layer import step as mixer_step
+    from mamba2_hf.ops.layer import triton as training
     from mamba2_hf.ops.layer.op import LayerStep, Step
     from mamba2_hf.ops.norm import triton as norm
     from mamba2_hf.ops.norm.op import Norm
@@ -158,14 +158,14 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
         norm.norm_backward(y, plain)
         norm.norm_backward(y, plain, more=y.float(), y=y)
         norm.norm_backward(y, Norm(y, z, norm_weight, 1e-5, inner, False, y.dtype), y=y)
-        train.add(y.float(), y)
+        training.add(y.float(), y)
         mixer = MixerWeights(weight, bias, per_head, per_head, None, per_head, norm_weight)
         for batch in (1, 64):
             ssm_state = zeros(batch, H, P, N, dtype=torch.float32)
             x, step, maps = zeros(batch, H, P), zeros(batch, H), zeros(batch, 1, N)
             arguments = (ssm_state, x, step, per_head, maps, maps, per_head, x, per_head, True)
             scan_update.ssd_state_update(Update(*arguments))
-            update.update(ConvUpdate(zeros(batch, 1, channels), zeros(batch, channels, K), weight, bias, "silu"))
+            conv.update(ConvUpdate(zeros(batch, 1, channels), zeros(batch, channels, K), weight, bias, "silu"))
             rows_of_step = zeros(batch, 1 + batch % 2, rows.shape[-1])
             spec = MixerSpec(P, 1, group_size=inner)
             mixer_step.mamba2_step(Step(rows_of_step, zeros(batch, channels, K - 1), ssm_state, mixer, spec))

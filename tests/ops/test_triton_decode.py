@@ -11,7 +11,7 @@ from torch import Tensor
 from mamba2_hf.errors import ArgumentError
 from mamba2_hf.ops import mamba2_inner, mamba2_layer_step, mamba2_step, ssd_state_update
 from mamba2_hf.ops.dispatch import backend_module
-from mamba2_hf.ops.layer import one_row as layer_step
+from mamba2_hf.ops.runtime import tables
 from mamba2_hf.ops.spec import SSDShape
 
 pytestmark = pytest.mark.usefixtures("poison", "triton_serves")
@@ -237,7 +237,7 @@ def check_layer(sizes: tuple[int, ...], width: int, options: dict[str, object], 
 def test_layer_step(
     sizes: tuple[int, ...], width: int, options: dict[str, object], narrow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_step, "NARROW", width if narrow else 0)
+    monkeypatch.setattr(tables, "NARROW_LAYER", width if narrow else 0)
     check_layer(sizes, width, options, tokens=3)
 
 

@@ -11,10 +11,9 @@ from torch import Tensor
 from mamba2_hf.errors import BackendError
 from mamba2_hf.ops import causal_conv1d, gated_rms_norm, mamba2_inner, mamba2_step
 from mamba2_hf.ops.conv import triton as conv
-from mamba2_hf.ops.conv import update
 from mamba2_hf.ops.conv.op import Conv, ConvUpdate
 from mamba2_hf.ops.layer.op import Layer
-from mamba2_hf.ops.layer.train import layer
+from mamba2_hf.ops.layer.triton import layer
 from mamba2_hf.ops.norm.op import Norm
 from mamba2_hf.ops.norm.triton import gated_rms_norm as norm
 from mamba2_hf.ops.spec import UNPACKED, LayerWeights, Linear, MixerSpec, MixerWeights
@@ -170,7 +169,7 @@ def test_registrations_hold() -> None:
     calls = {
         conv.causal_conv1d: Conv(x, weight, bias, conv_state, activation="silu"),
         norm: Norm(x[..., : H * P], u[..., : H * P], norm_weight, 1e-5, P, False, torch.float16),
-        update.update: ConvUpdate(x.detach(), conv_state, weight, bias, "silu"),
+        conv.update: ConvUpdate(x.detach(), conv_state, weight, bias, "silu"),
         layer: Layer(stream, weights, spec, UNPACKED, torch.float32, True),
     }
     for op, call in calls.items():

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from mamba2_hf.ops import ssd_chunk_scan
+from mamba2_hf.ops.dispatch import backend_module
 from mamba2_hf.ops.runtime import tables
 from mamba2_hf.ops.scan import problem
 from mamba2_hf.ops.scan.op import Scan
 from mamba2_hf.ops.scan.reference import ssd_chunked, ssd_recurrent
-from mamba2_hf.ops.scan.triton import supports
 from mamba2_hf.ops.spec import Packing, SSDShape
 
 pytestmark = pytest.mark.usefixtures("poison", "triton_serves")
@@ -382,10 +382,11 @@ def test_both_ways_of_reading_tiles_agree(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_sizes_that_cannot_be_served_say_why() -> None:
     shape = SSDShape(1, 8, 2, 64, 1, 128, 1)
-    assert supports(shape=shape, dtype=torch.bfloat16)[0]
-    assert supports(shape=shape._replace(state=256), dtype=torch.float32)[0]
+    supports = backend_module("triton").supports
+    assert supports("ssd_chunk_scan", shape=shape, dtype=torch.bfloat16)[0]
+    assert supports("ssd_chunk_scan", shape=shape._replace(state=256), dtype=torch.float32)[0]
     for changed, dtype in (({"state": 257}, torch.bfloat16), ({"head_dim": 257}, torch.float32), ({}, torch.float64)):
-        ok, reason = supports(shape=shape._replace(**changed), dtype=dtype)
+        ok, reason = supports("ssd_chunk_scan", shape=shape._replace(**changed), dtype=dtype)
         assert not ok
         assert any(word in reason for word in ("state size 257", "head_dim 257", "float64"))
 

@@ -16,9 +16,6 @@ from ..runtime.rows import vector_strides
 from ..runtime.tables import power_of_two
 from ..spec import Index, State
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BLOCK = 8192  # logits at a time
-
 
 @triton.jit
 def cross_entropy_kernel(logits, labels, losses, stride, scale, ignore_index,
@@ -61,13 +58,6 @@ def cross_entropy_kernel(logits, labels, losses, stride, scale, ignore_index,
                 tl.store(base + column, p.to(base.dtype.element_ty), mask=column < VOCAB)
 
 
-def supports(*, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether the losses of logits in ``dtype`` can be served, and why (not)."""
-    if dtype not in DTYPES:
-        return False, f"dtype {dtype} is not bfloat16, float16 or float32"
-    return True, "the Triton loss serves it"
-
-
 class Rows(NamedTuple):
     """Arguments of :func:`rows`."""
 
@@ -91,7 +81,7 @@ def rows(call: Rows) -> Tensor:
     count, vocab = logits.shape
     losses = torch.empty(count, dtype=torch.float32, device=logits.device)
     unit, (stride,) = vector_strides(logits)
-    block = min(BLOCK, power_of_two(vocab))
+    block = min(tables.LOSS_BLOCK, power_of_two(vocab))
     launch(
         cross_entropy_kernel,
         (count,),

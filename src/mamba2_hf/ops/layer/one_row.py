@@ -15,34 +15,23 @@ for ``rows_step.py``.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..conv.triton import SILU, load_taps
-from ..conv.update import columns_of, convolve_columns, move_columns
+from ..conv.kernels import columns_of, convolve_columns, load_taps, move_columns
+from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.op import op
 from ..runtime.overlap import follow, overlap
 from ..runtime.rows import channels_last, dense
-from ..runtime.tables import cdiv, power_of_two, state_programs
+from ..runtime.tables import SILU, cdiv, power_of_two, state_programs
 from ..scan.prep import _silu
 from ..scan.update import _step_size
-from ..spec import SSDShape
 from .op import LayerStep
 from .rows import rows_step
 from .step import _shift, step_kernel
-from .step import supports as supports_step
-
-NARROW = 1536  # widest residual stream whose layers take two launches
-CHANNELS, NARROW_WARPS = 4, 2  # of a program of a head, in those
-OUTPUTS = 4  # of a program of a projection
-PER_THREAD = 8  # neighboring weights of an output that a thread reads: 16 bytes
-MOST_WEIGHTS = 160  # that a thread keeps
-SHIFT_BLOCK = 1024  # channels of a program that moves the convolution's state
 
 
 @triton.jit
@@ -238,13 +227,6 @@ def leave_kernel(raw, squares, u, weight, bias, x, y, conv, ready, outputs, prog
         _shift(pid - programs, u, conv, 1, WIDTH, channels, 0, 0, sc_b, sc_c, sc_l, L, BLOCK)
 
 
-def supports(*, shape: SSDShape, **call: Any) -> tuple[bool, str]:
-    """Whether a layer's step can be served, and why (not)."""
-    if shape.tokens != 1:
-        return False, f"{shape.tokens} tokens of a sequence are more than one"
-    return supports_step(shape=shape, **call)
-
-
 @op("mamba2_layer_step", fake=lambda call: call.stream.new_empty(call.stream.shape))
 def mamba2_layer_step(call: LayerStep) -> Tensor:
     """See :func:`mamba2_hf.ops.mamba2_layer_step`."""
@@ -263,8 +245,8 @@ def one_row_step(call: LayerStep) -> Tensor:
     heads, P, N = ssm_state.shape[1:]
     channels, taps = conv_weight.shape
     width, entering, dtype, device = heads * P, in_weight.shape[0], in_weight.dtype, stream.device
-    stream, options, narrow = channels_last(stream), overlap(), size <= NARROW
-    bp, warps = (min(CHANNELS, power_of_two(P)), NARROW_WARPS) if narrow else state_programs(1, P)
+    stream, options, narrow = channels_last(stream), overlap(), size <= tables.NARROW_LAYER
+    bp, warps = (min(tables.NARROW_CHANNELS, power_of_two(P)), tables.NARROW_WARPS) if narrow else state_programs(1, P)
     blocks = cdiv(P, bp)
     raw = torch.empty(width, dtype=dtype, device=device)
     squares = torch.empty(heads * blocks, dtype=torch.float32, device=device)
@@ -284,7 +266,7 @@ def one_row_step(call: LayerStep) -> Tensor:
     }
     if narrow:
         ready = torch.zeros(1, dtype=torch.int32, device=device) if ready is None else ready
-        shared = cdiv(2 * n_groups * N, OUTPUTS)
+        shared = cdiv(2 * n_groups * N, tables.OUTPUTS)
         maps = torch.empty(2 * n_groups * N, dtype=torch.float32, device=device)
         u = torch.empty(width, dtype=dtype, device=device) if norm_before_gate else None
         launch(
@@ -294,15 +276,15 @@ def one_row_step(call: LayerStep) -> Tensor:
             *(raw, squares, norm_eps, *limits, heads, shared, *conv_state.stride()[1:], *ssm_state.stride()[1:]),
             WIDTH=size,
             L=conv_state.shape[2],
-            BO=OUTPUTS,
-            BK=_narrow_tile(size),
+            BO=tables.OUTPUTS,
+            BK=tables.narrow_tile(size),
             **mixer,
             **options,
         )
     else:
         ready = None
         u = torch.empty(1, 1, entering, dtype=dtype, device=device)
-        outputs, inputs, warps = _projection(size)
+        outputs, inputs, warps = tables.projection(size)
         launch(
             enter_kernel,
             (cdiv(entering, outputs),),
@@ -325,11 +307,11 @@ def one_row_step(call: LayerStep) -> Tensor:
         )
 
     y = torch.empty(1, 1, size, dtype=stream.dtype, device=device)
-    outputs, inputs, warps = _projection(width)
+    outputs, inputs, warps = tables.projection(width)
     programs, parts = cdiv(size, outputs), group_size // P * blocks
     launch(
         leave_kernel,
-        (programs + (0 if narrow else cdiv(channels, SHIFT_BLOCK)),),
+        (programs + (0 if narrow else cdiv(channels, tables.SHIFT_BLOCK)),),
         *(raw, squares, u, out_weight.contiguous(), dense(out_bias), stream, y, conv_state, ready),
         *(size, programs, channels, spec.gated_norm_eps, *conv_state.stride()),
         WIDTH=width,
@@ -340,25 +322,8 @@ def one_row_step(call: LayerStep) -> Tensor:
         BK=inputs,
         PADDED=power_of_two(parts),
         L=conv_state.shape[2],
-        BLOCK=SHIFT_BLOCK,
+        BLOCK=tables.SHIFT_BLOCK,
         num_warps=warps,
         **options,
     )
     return y
-
-
-def _narrow_tile(inputs: int) -> int:
-    """Inputs at a time of a narrow layer's first launch, where few threads would have none."""
-    tile = PER_THREAD * 32 * NARROW_WARPS
-    return tile if cdiv(inputs, tile) * tile <= 1.1 * inputs else tile // 2
-
-
-def _projection(inputs: int) -> tuple[int, int, int]:
-    """Outputs of a program of a projection, inputs at a time, and warps.
-
-    The threads lie side by side along the inputs, so that what a thread reads of these serves all of its outputs.
-    """
-    warps = 2 if inputs < 2048 else 4
-    tile = PER_THREAD * 32 * warps
-    kept = cdiv(inputs, tile) * PER_THREAD
-    return max(1, min(OUTPUTS, power_of_two(MOST_WEIGHTS // kept + 1) // 2)), tile, warps

@@ -20,22 +20,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..conv.triton import SILU, load_taps
-from ..conv.update import columns_of, convolve_columns, move_columns
+from ..conv.kernels import columns_of, convolve_columns, load_taps, move_columns
 from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.overlap import follow, lead, overlap, prefetch
 from ..runtime.rows import channels_last, dense
-from ..runtime.tables import cdiv, power_of_two
+from ..runtime.tables import SILU, cdiv, power_of_two
 from ..scan.prep import _silu
 from ..scan.problem import fits_tma
 from ..scan.update import _step_size
 from .op import LayerStep
-
-NORM_BLOCK = 1024  # channels of the norm at a time
-STATE_TILE = 4096  # elements of the state in a program, which is one warp
-CONV_BLOCK = 256  # channels of a program of the convolution
-PARTS_BLOCK = 32  # parts of a sum of squares that are loaded side by side
 
 
 @triton.jit
@@ -270,7 +264,7 @@ def rows_step(call: LayerStep) -> Tensor:
     xbc = _convolve(u, conv_state, conv_weight, conv_bias, inner, SILU[spec.activation])
 
     bn = power_of_two(N)
-    bp = min(STATE_TILE // bn, power_of_two(P))
+    bp = min(tables.ROWS_STATE_TILE // bn, power_of_two(P))
     blocks = cdiv(P, bp)
     raw = torch.empty(rows, inner, dtype=out_weight.dtype, device=device)
     squares = torch.empty(rows, inner // group_size, group_size // P * blocks, dtype=torch.float32, device=device)
@@ -302,7 +296,7 @@ def _norm(stream: Tensor, weight: Tensor, eps: float, counters: Tensor, dtype: t
         (rows,),
         *(stream, weight.contiguous(), y, counters, counters.shape[0], eps, stream.stride(0)),
         D=size,
-        BLOCK=min(NORM_BLOCK, power_of_two(size)),
+        BLOCK=min(tables.ROWS_NORM_BLOCK, power_of_two(size)),
         TILES=power_of_two(counters.shape[0]),
         num_warps=4,
         **overlap(),
@@ -337,12 +331,12 @@ def _convolve(u: Tensor, conv: Tensor, weight: Tensor, bias: Tensor | None, inne
     xbc = torch.empty(rows, channels, dtype=torch.float32, device=u.device)
     launch(
         convolve_rows_kernel,
-        (rows * cdiv(channels, CONV_BLOCK),),
+        (rows * cdiv(channels, tables.ROWS_CONV_BLOCK),),
         *(u, conv, weight.contiguous(), dense(bias), xbc, inner, channels, outputs, *conv.stride()),
         SILU=silu,
         K=taps,
         L=conv.shape[2],
-        BLOCK=CONV_BLOCK,
+        BLOCK=tables.ROWS_CONV_BLOCK,
         num_warps=2,
         **overlap(),
     )
@@ -380,7 +374,7 @@ def _leave(
         WIDTH=width,
         SIZE=width // groups,
         PARTS=parts,
-        PARTS_BLOCK=min(PARTS_BLOCK, power_of_two(parts)),
+        PARTS_BLOCK=min(tables.PARTS_BLOCK, power_of_two(parts)),
         SPLIT=config.split,
         **_sizes(config, chip, weight),
         TMA=tma,

@@ -12,21 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..conv.triton import SILU, load_taps
-from ..conv.triton import supports as supports_conv
-from ..conv.update import _advance, _window
+from ..conv.kernels import _advance, _window, load_taps
+from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.op import op
 from ..runtime.overlap import follow
 from ..runtime.rows import channels_last, dense
-from ..runtime.tables import cdiv, power_of_two, state_programs
+from ..runtime.tables import SILU, cdiv, power_of_two, state_programs
 from ..scan.prep import _silu
 from ..scan.update import _step_size
-from ..scan.update import supports as supports_update
-from ..spec import SSDShape
 from .op import Step
-
-FINISH_BLOCK = 1024  # channels of a program of the second launch
 
 
 @triton.jit
@@ -145,25 +140,6 @@ def finish_kernel(raw, squares, u, weight, y, conv, T, width, parts, eps, C, sca
         _shift(pid - scales, u, conv, T, width, C, su_b, su_t, sc_b, sc_c, sc_l, L, BLOCK)
 
 
-def supports(
-    *,
-    shape: SSDShape,
-    dtype: torch.dtype,
-    taps: int,
-    group_size: int,
-    activation: str | None = None,
-    differentiable: bool = False,
-) -> tuple[bool, str]:
-    """Whether a mixer's step can be served, and why (not)."""
-    if group_size % shape.head_dim:
-        return False, f"group_size {group_size} is no multiple of head_dim {shape.head_dim}"
-    parts = (
-        supports_conv(taps=taps, dtype=dtype, activation=activation),
-        supports_update(shape=shape, dtype=dtype, differentiable=differentiable),
-    )
-    return next((part for part in parts if not part[0]), (True, "the Triton step serves it"))
-
-
 def _fake(call: Step) -> Tensor:
     heads, head_dim = call.ssm_state.shape[1:3]
     return call.zxbcdt.new_empty(*call.zxbcdt.shape[:2], heads * head_dim)
@@ -214,11 +190,11 @@ def mamba2_step(call: Step) -> Tensor:
         OVERLAP=False,
         num_warps=warps,
     )
-    scales = 0 if squares is None else batch * tokens * (width // group_size) * cdiv(group_size, FINISH_BLOCK)
+    scales = 0 if squares is None else batch * tokens * (width // group_size) * cdiv(group_size, tables.FINISH_BLOCK)
     parts = group_size // P * blocks
     launch(
         finish_kernel,
-        (scales + batch * cdiv(channels, FINISH_BLOCK),),
+        (scales + batch * cdiv(channels, tables.FINISH_BLOCK),),
         *(
             raw,
             squares,
@@ -238,6 +214,6 @@ def mamba2_step(call: Step) -> Tensor:
         GATE=norm_before_gate,
         PARTS=power_of_two(parts),
         L=conv_state.shape[2],
-        BLOCK=FINISH_BLOCK,
+        BLOCK=tables.FINISH_BLOCK,
     )
     return y

@@ -7,7 +7,6 @@ of rows, so that the weight's gradient is summed in registers, then over program
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,19 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.op import op
 from ..runtime.rows import channels_last, vector_strides
 from ..runtime.sums import sum_rows
-from ..runtime.tables import cdiv, power_of_two
+from ..runtime.tables import cdiv
 from .op import Norm
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LARGEST_GROUP = 16384  # a group stays in registers
-CHUNK = 1024  # channels of a chunk, at most
-FORWARD_TILE, BACKWARD_TILE = 2048, 1024  # elements of a program, where groups are small
-FORWARD_PER_WARP, BACKWARD_PER_WARP = 1536, 768
-BACKWARD_WARPS = 1056  # of all programs: as many as Hopper has room for
 
 
 @triton.jit
@@ -182,34 +175,6 @@ def norm_backward_kernel(x, z, weight, dy, more, dx, dz, y, partial, M, RUN, eps
         tl.store(to, tl.sum(sums[k], 0), mask=column < SIZE)
 
 
-def supports(*, group_size: int, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether a norm can be served, and why (not)."""
-    if dtype not in DTYPES:
-        return False, f"dtype {dtype} is not bfloat16, float16 or float32"
-    if group_size > LARGEST_GROUP:
-        return False, f"group_size {group_size} is above {LARGEST_GROUP}"
-    return True, "the Triton norm serves it"
-
-
-class _Tile(NamedTuple):
-    rows: int
-    block: int
-    chunks: int
-    warps: int
-
-
-@functools.cache
-def _tile(size: int, elements: int, per_warp: int) -> _Tile:
-    """How a program holds groups of ``size`` channels."""
-    block, exact = min(power_of_two(size), CHUNK), size & -size
-    if 256 <= exact < block and size <= 8 * exact:
-        block = exact
-    chunks = cdiv(size, block)
-    rows = max(1, power_of_two(elements // (block * chunks) + 1) // 2)
-    warps = power_of_two(cdiv(rows * block * chunks, per_warp))
-    return _Tile(rows, block, chunks, min(16, warps))
-
-
 def norm_forward(call: Norm) -> Tensor:
     """Launches the forward."""
     x, z, weight, eps, group_size, norm_before_gate, dtype = call
@@ -217,7 +182,7 @@ def norm_forward(call: Norm) -> Tensor:
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     rows, gate = _as_rows(x), _as_rows(z)
     unit, strides = vector_strides(rows, gate, _as_rows(y))
-    tile = _tile(group_size, FORWARD_TILE, FORWARD_PER_WARP)
+    tile = tables.norm_tile(group_size, *tables.NORM_FORWARD)
     launch(
         norm_forward_kernel,
         (cdiv(rows.shape[0], tile.rows), width // group_size),
@@ -261,9 +226,9 @@ def norm_backward(
     read = [_as_rows(t) for t in (x, z, dy, more)]
     written = [None if t is None else t.view(-1, width) for t in (dx, dz, y)]
     unit, strides = vector_strides(*read, *written)
-    tile = _tile(group_size, BACKWARD_TILE, BACKWARD_PER_WARP)
+    tile = tables.norm_tile(group_size, *tables.NORM_BACKWARD)
     rows, groups = read[0].shape[0], width // group_size
-    run = cdiv(cdiv(rows * groups * tile.warps, BACKWARD_WARPS), tile.rows) * tile.rows
+    run = cdiv(cdiv(rows * groups * tile.warps, tables.NORM_BACKWARD_WARPS), tile.rows) * tile.rows
     programs = cdiv(rows, run)
     partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     launch(

@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tables
 from .launch import launch
 from .tables import cdiv
-
-ROWS, COLUMNS, WARPS = 256, 32, 8
 
 
 @triton.jit
@@ -34,10 +33,10 @@ def sum_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     width = total.numel()
     launch(
         sum_rows_kernel,
-        (cdiv(width, COLUMNS),),
+        (cdiv(width, tables.SUM_COLUMNS),),
         *(rows, total, rows.shape[0], width),
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        num_warps=WARPS,
+        ROWS=tables.SUM_ROWS,
+        COLUMNS=tables.SUM_COLUMNS,
+        num_warps=tables.SUM_WARPS,
     )
     return total

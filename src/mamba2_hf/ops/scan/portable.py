@@ -15,8 +15,6 @@ from .backward_kernels import gate_backward_kernel, inputs_backward_kernel, maps
 from .forward_kernels import state_kernel, walk_kernel
 from .problem import Call, Cut, Gradients, Into, strides
 
-SUM_BLOCK = 1024
-
 
 def chunk_size(call: Call) -> int:
     """Tokens of a chunk."""
@@ -82,11 +80,11 @@ def gradients(
         dy = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         launch(
             gate_backward_kernel,
-            (cdiv(tokens, 8), cdiv(heads * P, 512), batch),
+            (cdiv(tokens, tables.GATE_ROWS), cdiv(heads * P, tables.GATE_BLOCK), batch),
             *(dout, z, dy, tokens, heads * P, *strides(dout), *strides(z)),
             P=P,
-            BLOCK=512,
-            ROWS=8,
+            BLOCK=tables.GATE_BLOCK,
+            ROWS=tables.GATE_ROWS,
         )
 
     # The state on entering every chunk, and its gradient on leaving it, (chunks, H, N, P).
@@ -160,10 +158,10 @@ def sum_blocks(partial: Tensor, dB: Tensor, dC: Tensor) -> None:
     width = groups * N
     launch(
         sum_kernel,
-        (cdiv(batch * tokens * width, SUM_BLOCK), 2),
+        (cdiv(batch * tokens * width, tables.SUM_BLOCK), 2),
         *(partial, dB, dC, batch * tokens * width, width, dB.stride(1)),
         BLOCKS=blocks,
-        BLOCK=SUM_BLOCK,
+        BLOCK=tables.SUM_BLOCK,
     )
 
 

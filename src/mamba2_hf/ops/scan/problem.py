@@ -17,8 +17,6 @@ from ..spec import Packing, SSDShape
 from .op import Scan
 from .prep import layout_kernel, prep_kernel
 
-LAYOUT_BLOCK, PREP_HEADS = 128, 16
-
 
 class Call(NamedTuple):
     """A scan's arguments made ready for kernels, and what follows from them."""
@@ -51,7 +49,7 @@ class Call(NamedTuple):
         """Options of both kernels in ``prep.py``."""
         return {
             "Q": Q,
-            "BH": PREP_HEADS,
+            "BH": tables.PREP_HEADS,
             "HAS_BIAS": self.args.dt_bias is not None,
             "SOFTPLUS": self.args.dt_softplus,
             "CLAMP": not self.args.dt_softplus or self.args.dt_limit != (0.0, math.inf),
@@ -145,7 +143,7 @@ def cut(call: Call, Q: int, *, marks: bool = False) -> Cut:
             (sequences,),
             *(cu_seqlens, chunk_table, segment_table, first_segment, sequences, per_segment),
             Q=Q,
-            BLOCK=LAYOUT_BLOCK,
+            BLOCK=tables.LAYOUT_BLOCK,
         )
     document = None
     marked = seq_idx if marks else None
@@ -156,7 +154,7 @@ def cut(call: Call, Q: int, *, marks: bool = False) -> Cut:
     steps = torch.empty(chunks, heads, 2, Q, dtype=torch.float32, device=device)
     launch(
         prep_kernel,
-        (chunks, cdiv(heads, PREP_HEADS)),
+        (chunks, cdiv(heads, tables.PREP_HEADS)),
         *(call.args.dt, call.args.dt_bias, call.args.A, steps, marked, chunk_table),
         *(tokens, per_row, heads, *call.args.dt_limit, *call.args.dt.stride()[:2]),
         *((0, 0) if marked is None else marked.stride()),

@@ -16,28 +16,11 @@ from ..runtime.launch import launch
 from ..runtime.op import op
 from ..runtime.sums import sum_rows
 from ..runtime.tables import cdiv
-from ..spec import SSDShape
 from . import portable
 from .forward_kernels import link_kernel
 from .op import Scan
 from .prep import prep_backward_kernel
-from .problem import PREP_HEADS, Call, Into, cut, fits_tma, last_contiguous, prepare
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LARGEST_HEAD = 256
-LARGEST_STATE = 256
-LINK_BLOCK = 1024
-
-
-def supports(*, shape: SSDShape, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether a scan of these sizes can be served, and why (not)."""
-    if dtype not in DTYPES:
-        return False, f"dtype {dtype} is not bfloat16, float16 or float32"
-    if shape.head_dim > LARGEST_HEAD:
-        return False, f"head_dim {shape.head_dim} is above {LARGEST_HEAD}"
-    if shape.state > LARGEST_STATE:
-        return False, f"state size {shape.state} is above {LARGEST_STATE}"
-    return True, "the Triton scan serves it"
+from .problem import Call, Into, cut, fits_tma, last_contiguous, prepare
 
 
 class ScanPasses:
@@ -82,7 +65,7 @@ class ScanPasses:
         shares = torch.empty(pieces.chunks, 3 if dots == 4 else 2, heads, dtype=torch.float32, device=dy.device)
         launch(
             prep_backward_kernel,
-            (pieces.chunks, cdiv(heads, PREP_HEADS)),
+            (pieces.chunks, cdiv(heads, tables.PREP_HEADS)),
             *(
                 call.args.dt,
                 call.args.dt_bias,
@@ -132,11 +115,11 @@ class ScanPasses:
         states, decay = self.kernels.summaries(self.call, self.cut, reverse=reverse, inputs=inputs, maps=maps)
         launch(
             link_kernel,
-            (self.call.shape.states, cdiv(P * N, LINK_BLOCK), heads),
+            (self.call.shape.states, cdiv(P * N, tables.LINK_BLOCK), heads),
             *(states, decay, outer, self.cut.first_segment, self.cut.per_sequence, heads),
             P=P,
             N=N,
-            BLOCK=LINK_BLOCK,
+            BLOCK=tables.LINK_BLOCK,
             REVERSE=reverse,
             HAS_OUTER=outer is not None,
             PACKED=self.call.packed,

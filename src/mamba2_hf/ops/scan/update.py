@@ -10,12 +10,9 @@ from torch import Tensor
 from ..runtime.launch import launch
 from ..runtime.op import op
 from ..runtime.rows import dense
-from ..runtime.tables import DTYPES, LARGEST_STATE, cdiv, power_of_two, state_programs
-from ..spec import SSDShape
+from ..runtime.tables import cdiv, power_of_two, state_programs
 from .op import Update
 from .prep import _silu, clamp, softplus
-
-NO_GRADIENT = "a step that updates its states in place has no gradient here"
 
 
 @triton.jit
@@ -57,17 +54,6 @@ def state_update_kernel(state, x, dt, A, B, C, D, z, dt_bias, y, low, high, H,
     if z is not None:
         out *= _silu(tl.load(z + row * sz_b + head * sz_h + p * sz_p, mask=mask_p, other=0.0).to(tl.float32))
     tl.store(y + (row * H + head) * P + p, out.to(y.dtype.element_ty), mask=mask_p)
-
-
-def supports(*, shape: SSDShape, dtype: torch.dtype, differentiable: bool = False) -> tuple[bool, str]:
-    """Whether a state update can be served, and why (not)."""
-    if differentiable:
-        return False, NO_GRADIENT
-    if dtype not in DTYPES:
-        return False, f"dtype {dtype} is not bfloat16, float16 or float32"
-    if max(shape.head_dim, shape.state) > LARGEST_STATE:
-        return False, f"head_dim {shape.head_dim} or state size {shape.state} is above {LARGEST_STATE}"
-    return True, "the Triton update serves it"
 
 
 @op("ssd_state_update", fake=lambda call: call.x.new_empty(call.x.shape))
