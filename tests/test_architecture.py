@@ -32,7 +32,6 @@ FLOORS = {
     "models": 2,
     "checkpoints": 3,
     "training": 3,
-    "integrations": 4,
     "registration": 4,
     "cli": 4,
     "__init__": 5,
@@ -158,7 +157,7 @@ class TestImports:
     def test_optional_packages_load_when_used(self, path):
         """A package without its extras, or without triton, must import."""
         module = name_of(path)
-        if module in needing_triton() or module.startswith("mamba2_hf.integrations."):
+        if module in needing_triton():
             return
         eager = [
             found
@@ -199,6 +198,21 @@ class TestImportingThePackage:
         assert python("import mamba2_hf; mamba2_hf.register(); import mamba2_hf") == ""
 
 
+class TestOps:
+    LONGEST_CHAIN = 8  # files that have to be open to follow a call from where it comes in to a kernel
+
+    def test_chains_of_imports_are_short(self):
+        imports = {name: found for name, found in eager_imports().items() if name.startswith("mamba2_hf.ops.")}
+
+        @cache
+        def longest(name: str) -> tuple[str, ...]:
+            below = (longest(found) for found in imports[name] if found in imports)
+            return (name, *max(below, key=len, default=()))
+
+        chain = max((longest(name) for name in imports), key=len)
+        assert len(chain) <= self.LONGEST_CHAIN, " > ".join(chain)
+
+
 class TestPublicNames:
     @pytest.mark.parametrize("module", [mamba2_hf, mamba2_hf.ops], ids=lambda module: module.__name__)
     def test_each_is_documented(self, module):
@@ -214,7 +228,7 @@ class TestPublicNames:
         functions = {
             name
             for name, value in vars(mamba2_hf.ops).items()
-            if inspect.isfunction(value) and not name.startswith("_") and value.__module__ == "mamba2_hf.ops"
+            if inspect.isfunction(value) and not name.startswith("_") and value.__module__.startswith("mamba2_hf.ops.")
         }
         assert functions <= set(mamba2_hf.ops.__all__)
 

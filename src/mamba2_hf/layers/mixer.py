@@ -156,9 +156,9 @@ class Mamba2Mixer(KeepsFp32):
     def _weights(self) -> ops.MixerWeights | None:
         """The weights between the projections; None where a module has to be called."""
         conv, norm = plain_weight(self.conv1d), plain_weight(self.norm)
-        if conv is None or norm is None:
-            return None
-        return ops.MixerWeights(conv.squeeze(1), self.conv1d.bias, self.dt_bias, None, self.A_log, self.D, norm)
+        if conv is not None and norm is not None:
+            return ops.MixerWeights(conv.squeeze(1), self.conv1d.bias, self.dt_bias, None, self.A_log, self.D, norm)
+        return None
 
     def _spec(self, norm_eps: float = 1e-5) -> ops.MixerSpec:
         """What the mixer is, beside its weights; ``norm_eps`` is of the norm before it."""

@@ -148,6 +148,11 @@ class MixerSpec(NamedTuple):
     """A tiling hint for the scan; None leaves it to the backend."""
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of decays, states and sums: fp64 for fp64 inputs, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def decay_rates(A_log: Tensor) -> Tensor:
     """``-exp(A_log)``, at least in fp32."""
-    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+    return -torch.exp(A_log.to(compute_dtype(A_log.dtype)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..packing import document_ids, document_numbers
 from ..runtime.modes import plus
-from ..scan.reference import compute_dtype
+from ..spec import compute_dtype
 from .op import Conv, ConvUpdate, activate
 
 

@@ -17,7 +17,7 @@ from ...errors import BackendError
 from .. import dispatch
 from ..checks import check_devices, check_floating, check_rank, check_same_dtype, check_shape, check_whole, fail
 from ..runtime.modes import needs_grad, product_dtype, without_autocast
-from ..scan.reference import compute_dtype
+from ..spec import compute_dtype
 
 CHUNK_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 25}  # logits of a chunk, at most, for large products
 _ALIGNED = 16  # elements: rows of logits start at multiples of it

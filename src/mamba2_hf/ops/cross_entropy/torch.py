@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..scan.reference import compute_dtype
+from ..spec import compute_dtype
 
 
 def cross_entropy_rows(logits: Tensor, labels: Tensor, scale: float, ignore_index: int, gradient: bool) -> Tensor:

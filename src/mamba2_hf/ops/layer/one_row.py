@@ -10,7 +10,7 @@ first, project and convolve them, and the others wait for those when they need t
 that wait and the longer way from weights to results cost more than the launch.
 
 Launches overlap (``overlap.py``): before it waits for the one before, a kernel reads its weights. Several sequences are
-for ``rows_step.py``.
+for ``rows.py``.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.modes import times
-from ..scan.reference import compute_dtype
+from ..spec import compute_dtype
 from .op import Norm
 
 

@@ -14,9 +14,7 @@ Result = TypeVar("Result")
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which matrix products keep the dtype of their operands: what the ops promise to compute in fp32 is
-    no matter of taste.
-    """
+    """A context in which matrix products keep the dtype of their operands, as the ops promise."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

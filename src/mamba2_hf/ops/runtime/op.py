@@ -65,11 +65,13 @@ class Op(Generic[Record]):
         self.tensors = sum(field.is_tensor for field in fields)
         self.differentiable = [i for i, field in enumerate(fields) if field.has_gradient]
         self.schema = ", ".join(_lettered(fields))
-        self._order = [fields.index(field) for field in nested]
-        # A function of its own, as namedtuple has them: attributes one by one are what such a call is made of.
+        # Functions of their own, as namedtuple has them, from a record to its fields and back: nothing takes less time.
         self.flatten: Callable[[Record], tuple[Any, ...]] = eval(
             f"lambda record: ({', '.join(f'record.{field.path}' for field in fields)},)"
         )
+        records: dict[str, Any] = {}
+        source = _constructor(self.record, iter([fields.index(field) for field in nested]), records)
+        self.build: Callable[[tuple[Any, ...]], Record] = eval(f"lambda args: {source}", records)
         self._forward = self._run = on_its_device(lambda *args: forward(self.build(args)))
         _register(f"{name}({self.schema}) -> {_tensors(self.results)}", self._run, lambda *args: fake(self.build(args)))
         self.registered = getattr(getattr(torch.ops, NAMESPACE), name)
@@ -78,10 +80,6 @@ class Op(Generic[Record]):
         """Runs the op."""
         args = self.flatten(record)
         return self.registered(*args) if _is_watched(args[0]) else self._run(*args)
-
-    def build(self, args: tuple[Any, ...]) -> Record:
-        """The record of some arguments, or of what stands for them."""
-        return _built(self.record, iter([args[i] for i in self._order]))
 
     def backward(self, run: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
         """Decorates the op's backward.
@@ -197,7 +195,7 @@ def _register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any])
     name = f"{NAMESPACE}::{schema[: schema.index('(')]}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(name, "default", lambda *args: launch(*map(_frozen, args)), lib=_LIBRARY)
-    torch.library.register_fake(name, fake, lib=_LIBRARY)
+    torch.library.register_fake(name, lambda *args: fake(*map(_frozen, args)), lib=_LIBRARY)
 
 
 def _fields(record: type[Any], before: str = "") -> Iterator[Field]:
@@ -225,24 +223,19 @@ def _lettered(fields: list[Field]) -> Iterator[str]:
         yield field.argument.replace("(!)", f"({next(letters)}!)") if "(!)" in field.schema else field.argument
 
 
-def _built(record: type[Any], values: Iterator[Any]) -> Any:
-    """A record of values in the order of :func:`_fields`."""
-    return record(
-        *(_built(kind, values) if hasattr(kind, "_fields") else _frozen(next(values)) for kind in _kinds(record))
-    )
-
-
-_KINDS: dict[type[Any], list[Any]] = {}
-
-
-def _kinds(record: type[Any]) -> list[Any]:
-    if record not in _KINDS:
-        _KINDS[record] = list(get_type_hints(record).values())
-    return _KINDS[record]
+def _constructor(record: type[Any], places: Iterator[int], records: dict[str, Any]) -> str:
+    """Python that makes a record of ``args``, given the places of its fields in the order of :func:`_fields`."""
+    name = f"record_{len(records)}"
+    records[name] = record
+    parts = [
+        _constructor(kind, places, records) if hasattr(kind, "_fields") else f"args[{next(places)}]"
+        for kind in get_type_hints(record).values()
+    ]
+    return f"{name}({', '.join(parts)})"
 
 
 def _frozen(value: Any) -> Any:
-    """A value as records hold it: PyTorch's dispatcher gives lists for tuples."""
+    """A value as records hold it: PyTorch's dispatcher makes lists of tuples."""
     return tuple(value) if type(value) is list else value
 
 

@@ -5,8 +5,8 @@ what is in them. Walking there takes Python several times as long as the launche
 needs for a layer of a few thousand tokens. So the second call of a kind is watched and written down as a plan: memory,
 PyTorch's operations and launches, in order. Further calls of that kind carry the plan out with other addresses.
 
-A call that a plan cannot say is made as ever: one that reads a value off the GPU, takes arguments that share memory, or
-uses a tensor that is neither an argument nor made on the way.
+A call that no plan can express is made as ever: one that reads a value off the GPU, takes arguments that share memory,
+or uses a tensor that is neither an argument nor made on the way.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ class Allocation(NamedTuple):
     device: torch.device
 
     def run(self, held: list[Any], at: list[int], stream: Any) -> None:
-        """Takes it."""
+        """Allocates the tensor."""
         tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
         held[self.slot] = tensor
         at[self.slot] = tensor.data_ptr()
 
     @property
     def size(self) -> int:
-        """Bytes, rounded up."""
+        """Bytes of the tensor, rounded up to ``ALIGNED``."""
         return -(-math.prod(self.shape) * self.dtype.itemsize // ALIGNED) * ALIGNED
 
 
@@ -83,7 +83,7 @@ class Arena(NamedTuple):
     device: torch.device
 
     def run(self, held: list[Any], at: list[int], stream: Any) -> None:
-        """Takes it."""
+        """Allocates the memory of all parts."""
         held[self.slot] = memory = torch.empty(self.size // 2, dtype=torch.bfloat16, device=self.device)
         start = memory.data_ptr()
         for slot, offset in self.parts:
@@ -91,7 +91,7 @@ class Arena(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """An operation of PyTorch."""
+    """An operation of PyTorch that a plan runs."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -102,7 +102,7 @@ class Operation(NamedTuple):
     single: bool  # whether it returns one tensor rather than several
 
     def run(self, held: list[Any], at: list[int], stream: Any) -> None:
-        """Computes it."""
+        """Runs the operation and keeps its results."""
         args = list(self.args)
         for i, place in self.places:
             args[i] = place.of(held)
@@ -125,7 +125,7 @@ class Launch(NamedTuple):
     tiles: tuple[tuple[int, Place], ...]  # of the tensors behind tile descriptors
 
     def run(self, held: list[Any], at: list[int], stream: Any) -> None:
-        """Launches it."""
+        """Launches the kernel."""
         args = list(self.args)
         for i, place in self.places:
             args[i] = at[place.slot] + place.offset
@@ -149,7 +149,7 @@ class InterpretedLaunch(NamedTuple):
     tiles: tuple[tuple[int, Place], ...]
 
     def run(self, held: list[Any], at: list[int], stream: Any) -> None:
-        """Launches it."""
+        """Launches the kernel."""
         args = list(self.args)
         for i, place in self.places:
             args[i] = place.of(held)
@@ -167,7 +167,7 @@ class Address:
         self._address = address
 
     def data_ptr(self) -> int:
-        """The address."""
+        """The address, as of a tensor."""
         return self._address
 
 
@@ -198,7 +198,7 @@ class Plan:
         self.results, self.single, self.device = results, single, device
 
     def run(self, args: tuple[Any, ...]) -> Any:
-        """Carries it out."""
+        """Carries the plan out with the arguments of a call."""
         held: list[Any] = [None] * self.slots
         at = [0] * self.slots
         for slot, position in self.given:
@@ -216,8 +216,8 @@ class Plan:
         return tuple(None if place is None else place.of(held) for place in self.results)
 
 
-class Unsayable(Exception):
-    """A call does what a plan has no words for."""
+class NotReplayable(Exception):
+    """A call does what no plan can express."""
 
 
 class Recorder(TorchDispatchMode):
@@ -244,11 +244,11 @@ class Recorder(TorchDispatchMode):
         return found
 
     def attempt(self, record: Callable[..., None], *what: Any) -> None:
-        """Records, as long as nothing unsayable came."""
+        """Records, until something comes that no plan can express."""
         if self.fault is None:
             try:
                 record(*what)
-            except Unsayable as fault:
+            except NotReplayable as fault:
                 self.fault = str(fault)
 
     def slot(self, tensor: Tensor) -> int:
@@ -261,10 +261,10 @@ class Recorder(TorchDispatchMode):
         """Where a tensor lies."""
         slot = self.slots.get(_storage(tensor))
         if slot is None:
-            raise Unsayable("a tensor came from elsewhere")
+            raise NotReplayable("a tensor came from elsewhere")
         dtype, start, *first = self.first[slot]
         if tensor.dtype != dtype:
-            raise Unsayable("memory is seen in another dtype")
+            raise NotReplayable("memory is seen in another dtype")
         offset = _offset(tensor) - start
         return Place(slot, offset, _view(tensor, offset // dtype.itemsize, *first))
 
@@ -273,9 +273,9 @@ class Recorder(TorchDispatchMode):
         single = isinstance(found, Tensor)
         results = (found,) if single else found
         if not isinstance(results, tuple | list) or not all(isinstance(t, Tensor) for t in results):
-            raise Unsayable(f"{func} gives a number")
+            raise NotReplayable(f"{func} gives a number")
         if any(isinstance(value, Tensor) for value in kwargs.values()):
-            raise Unsayable(f"{func} takes a tensor by name")
+            raise NotReplayable(f"{func} takes a tensor by name")
         places = tuple((i, self.place(arg)) for i, arg in enumerate(args) if isinstance(arg, Tensor))
         plain = [
             [self.place(part) if isinstance(part, Tensor) else part for part in arg] if _is_list(arg) else arg
@@ -310,13 +310,13 @@ class Recorder(TorchDispatchMode):
             self.steps.append(Launch(code, (*grid, 1, 1)[:3], (*plain, *tail), places, tiles))
 
     def plan(self, results: Any, device: torch.device) -> Plan | None:
-        """The plan of what was recorded, None where it cannot be said."""
+        """The plan of what was recorded; None where there can be none."""
         single = isinstance(results, Tensor)
         returned: list[Place | None] = []
         for tensor in (results,) if single else results:
             try:
                 returned.append(None if tensor is None else self.place(tensor))
-            except Unsayable as fault:
+            except NotReplayable as fault:
                 self.fault = self.fault or str(fault)
         if self.fault is not None:
             return None
@@ -403,7 +403,7 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
         plan = plans.get(key)
         if plan is not None:
             return plan.run(args)
-        if key in plans:  # it cannot be said
+        if key in plans:  # there can be no plan
             return function(*args)
         if key not in seen:
             if len(seen) >= REMEMBERED:

@@ -11,9 +11,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.tables import Config, cdiv
-from .backward_kernels import gate_backward_kernel, inputs_backward_kernel, maps_backward_kernel, sum_kernel
-from .forward_kernels import state_kernel, walk_kernel
 from .problem import Call, Cut, Gradients, Into, strides
+from .ssd_backward import gate_backward_kernel, inputs_backward_kernel, maps_backward_kernel, sum_kernel
+from .ssd_forward import state_kernel, walk_kernel
 
 
 def chunk_size(call: Call) -> int:

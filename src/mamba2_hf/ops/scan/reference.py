@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import document_numbers
-from ..spec import INF
+from ..spec import INF, compute_dtype
 
 
 def step_size(
@@ -171,11 +171,6 @@ def ssd_chunked(
         ys.append(y)
     assert state is not None  # T >= 1, so one chunk ran
     return _skip_and_gate(torch.cat(ys, 1), x, D, z), state
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of decays, states and sums: fp64 for fp64 inputs, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _per_head(tensor: Tensor, heads: int) -> Tensor:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..packing import chunk_layout
 from ..runtime.modes import known, recomputed, times, without_autocast
+from ..spec import compute_dtype
 from .chunks import Chunks, per_channel, scan_chunks
 from .op import Scan, Update
-from .reference import compute_dtype, step_size
+from .reference import step_size
 
 CHUNK_SIZE = 64  # tokens of a chunk: the quadratic part costs Q per token, passing states costs N P / Q
 
@@ -45,12 +46,12 @@ def _scan_rows(call: Scan) -> tuple[Tensor, Tensor]:
         count = (tokens + 2 * size - 1) // size
     pad = count * size - tokens
 
-    def cut(tensor: Tensor) -> Tensor:
+    def chunked(tensor: Tensor) -> Tensor:
         padded = tensor if known(pad == 0) else F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, pad))
         return padded.unflatten(1, (count, size))
 
     dt = step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)
-    chunks = Chunks(cut(x.to(dtype)), cut(dt), cut(B.to(dtype)), cut(C.to(dtype)))
+    chunks = Chunks(chunked(x.to(dtype)), chunked(dt), chunked(B.to(dtype)), chunked(C.to(dtype)))
     document = None
     if seq_idx is not None:  # padding continues the last document, so that the final state is the last document's
         document = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], 1).unflatten(1, (count, size))
@@ -69,11 +70,11 @@ def _scan_packed(call: Scan) -> tuple[Tensor, Tensor]:
     size = tokens if known(tokens <= chunk_size) else chunk_size
     layout = chunk_layout(cu_seqlens.to(x.device), tokens, size)
 
-    def cut(tensor: Tensor) -> Tensor:
+    def chunked(tensor: Tensor) -> Tensor:
         return tensor[:, layout.source].to(dtype).unflatten(1, (-1, size))
 
     steps = step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)
-    chunks = Chunks(cut(x), cut(steps) * layout.valid.view(-1, size, 1), cut(B), cut(C))
+    chunks = Chunks(chunked(x), chunked(steps) * layout.valid.view(-1, size, 1), chunked(B), chunked(C))
     if initial_states is None:
         initial_states = x.new_zeros(cu_seqlens.shape[0] - 1, *x.shape[2:], B.shape[-1], dtype=dtype)
     entering = initial_states.to(dtype)[layout.document.clamp(max=initial_states.shape[0] - 1)]  # (c, H, P, N)

@@ -17,10 +17,10 @@ from ..runtime.op import op
 from ..runtime.sums import sum_rows
 from ..runtime.tables import cdiv
 from . import portable
-from .forward_kernels import link_kernel
 from .op import Scan
 from .prep import prep_backward_kernel
 from .problem import Call, Into, cut, fits_tma, last_contiguous, prepare
+from .ssd_forward import link_kernel
 
 
 class ScanPasses:
