@@ -173,4 +173,5 @@ def test_registrations_hold() -> None:
         layer: Layer(stream, weights, spec, UNPACKED, torch.float32, True),
     }
     for op, call in calls.items():
+        assert op.build(op.flatten(call)) == call
         torch.library.opcheck(op.registered.default, op.flatten(call), test_utils=tests)
