@@ -31,13 +31,22 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 from mamba2_hf import Mamba2Config, Mamba2ForCausalLM, Mamba2HybridConfig, Mamba2HybridForCausalLM
 from mamba2_hf.errors import ArgumentError
 from mamba2_hf.layers import Mamba2Mixer
-from mamba2_hf.training import fully_shard_model
+from mamba2_hf.layers.fp32 import KeepsFp32
+from mamba2_hf.training import fsdp1_wrap_policy, fully_shard_model
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 FP32 = Mamba2Mixer.fp32_parameters
@@ -373,6 +382,72 @@ def half_precision_is_refused_in_one_group_and_trained_in_two(folder: Path) -> N
     whole_precision = fully_shard_model(make_model())
     assert not isinstance(whole_precision.backbone.layers[0].norm, FSDPModule)
     assert_trains_like(make_model(), whole_precision, 1e-5, steps=1)
+
+
+def fsdp1(model: Any, policy: Any = None, **options: Any) -> Any:
+    policy = fsdp1_wrap_policy(model) if policy is None else policy
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"), **options).train()
+
+
+def assert_fsdp1_trains_like(reference: Any, model: Any, tolerance: float) -> None:
+    """The first step's loss and gradients. ``model`` keeps its parameters' names (``use_orig_params=True``)."""
+    loss = model(MINE, labels=MINE).loss
+    loss.backward()
+    expected = torch.stack([reference(part, labels=part).loss / WORLD for part in PARTS])
+    expected.sum().backward()
+    assert abs(mean_over_processes(loss) - float(expected.sum())) < 0.005 * float(expected.sum())
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+            assert p.grad.dtype == p.dtype, name
+            assert distance(p.grad, q.grad) < tolerance, (name, distance(p.grad, q.grad))
+
+
+@check("fsdp")
+def fsdp1_trains_half_precision_and_mixed_precision(folder: Path) -> None:
+    mixed = MixedPrecision(torch.bfloat16, torch.float32, torch.bfloat16)
+    for make, dtype, precision in (
+        (make_model, torch.bfloat16, None),
+        (make_model, torch.float32, mixed),
+        (make_hybrid, torch.bfloat16, mixed),
+    ):
+        seen: dict[str, set[torch.dtype]] = {}
+
+        def look(module: Any, args: Any, seen: dict[str, set[torch.dtype]] = seen) -> None:
+            for name in module.fp32_parameters:
+                seen.setdefault(name, set()).add(getattr(module, name).dtype)
+
+        for whole_names in (True, False):
+            model = fsdp1(make().to(dtype), mixed_precision=precision, use_orig_params=whole_names)
+            keeping = [module for module in model.modules() if isinstance(module, KeepsFp32)]
+            handles = [module.register_forward_pre_hook(look) for module in keeping]
+            if whole_names:
+                # bf16 itself is up to 0.13 away from fp32 in the gradients of the hybrid.
+                assert_fsdp1_trains_like(make().bfloat16().train(), model, 0.03 if make is make_model else 0.2)
+            else:
+                model(MINE, labels=MINE).loss.backward()
+            for handle in handles:
+                handle.remove()
+        assert set(FP32) <= seen.keys()
+        assert set().union(*seen.values()) == {torch.float32}, seen
+
+
+@check("fsdp")
+def fsdp1_in_fp32_is_exact_whatever_is_a_unit(folder: Path) -> None:
+    assert_fsdp1_trains_like(make_hybrid().train(), fsdp1(make_hybrid(), use_orig_params=True), 1e-5)
+    for kinds in ({Mamba2Mixer}, {type(make_model().backbone.layers[0])}):  # also a mixer without its children
+        model = fsdp1(make_model(), ModuleWrapPolicy(kinds), use_orig_params=True)
+        assert_fsdp1_trains_like(make_model().train(), model, 1e-5)
+
+
+@check("fsdp")
+def fsdp1_has_the_state_of_the_plain_model(folder: Path) -> None:
+    plain = make_hybrid().bfloat16()
+    expected = plain.state_dict()
+    found = fsdp1(make_hybrid().bfloat16(), use_orig_params=True).state_dict()
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert torch.equal(found[name], value), name
 
 
 @check("fsdp")

@@ -9,6 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 from mamba2_hf import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, Mamba2HybridConfig, Mamba2HybridForCausalLM
 from mamba2_hf.models.graphs import DecodeGraph, why_not
@@ -277,6 +279,12 @@ class TestAnywhere:
             assert steps(labels=ids[:, :1]) == 0
             with torch.autocast("cpu"):
                 assert steps() == 0
+            with BaseTorchDispatchMode():
+                assert steps() == 0
+            hook = register_module_forward_hook(lambda *_: None)
+            assert steps() == 0
+            hook.remove()
+            assert steps() == 1
             model.train()
             assert steps(use_cache=True) == 0
             model.eval()
@@ -297,6 +305,18 @@ class TestAnywhere:
     def test_a_reason_is_given(self) -> None:
         model = pure()
         assert why_not(model) == "the model is on cpu, not on one GPU"
+
+    @pytest.mark.gpu
+    def test_a_hook_for_all_modules_is_one(self) -> None:
+        model, modules = pure().cuda(), []
+        assert why_not(model) is None
+        hook = register_module_forward_hook(lambda module, *_: modules.append(module))
+        try:
+            assert why_not(model) == "hooks are registered for all modules, which a graph would skip"
+            model.generate(**prompts(1, "cuda"), **LENGTHS)
+        finally:
+            hook.remove()
+        assert modules.count(model.backbone.layers[0].mixer.conv1d) == 12
 
     def test_generate_uses_no_graph_on_a_cpu(self) -> None:
         out = pure().generate(**prompts(1, "cpu"), **LENGTHS, return_dict_in_generate=True)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.runtime.modes import transformed
+from ..ops.runtime.modes import observed, transformed
 from .weights import plain_weight
 
 SKINNY_ROWS = 4
@@ -20,8 +20,9 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
 
     A few rows times a weight is a matter of reading the weight once, at the speed of the memory. For fp32 on a CPU
     PyTorch leaves that to its BLAS, which may take two to six times as long: MKL multiplies one row on one core, and
-    up to about 16 as slowly. So outside of autograd and graphs, where :func:`plain_weight` lets the weight be read, up
-    to ``SKINNY_ROWS`` are taken as columns, two at least, and more, up to ``ONEDNN_OUTPUTS``, by oneDNN.
+    up to about 16 as slowly. So outside of autograd, graphs and dispatch modes, where :func:`plain_weight` lets the
+    weight be read, up to ``SKINNY_ROWS`` are taken as columns, two at least, and more, up to ``ONEDNN_OUTPUTS``, by
+    oneDNN.
     """
     weight = plain_weight(module)
     if weight is not None and _on_plain_cpu(x, weight):
@@ -38,9 +39,11 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _on_plain_cpu(*tensors: Tensor) -> bool:
-    """Whether nothing but their values is asked of these tensors: fp32 on a CPU, no gradient, graph or transform."""
+    """Whether nothing but their values is asked of these tensors: fp32 on a CPU, no gradient, graph or transform, and
+    nobody who counts products.
+    """
     return (
-        not (torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed())
+        not (torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed() or observed())
         and not torch.is_autocast_enabled("cpu")
         and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as every_module
 
 from ..ops import Linear, LowRank
 from .norm import GatedRMSNorm, RMSNorm
@@ -19,9 +20,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def is_unhooked(module: nn.Module) -> bool:
     """Whether calling ``module`` runs the ``forward`` of its class, and nothing before or after it."""
-    if hasattr(module, "_hf_hook") or "forward" in module.__dict__:
+    if hasattr(module, "_hf_hook") or "forward" in module.__dict__ or all_hooked():
         return False
     return not any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def all_hooked() -> bool:
+    """Whether a hook is registered for all modules, as by ``torch.nn.modules.module.register_module_forward_hook``."""
+    return any(getattr(every_module, f"_global{hooks}") for hooks in _HOOKS)
 
 
 def plain_weight(module: nn.Module) -> Tensor | None:

@@ -15,8 +15,9 @@ from transformers.utils import logging
 
 from ..errors import ArgumentError, CacheError
 from ..layers import SequenceLayout, linear, plain_weight
+from ..layers.weights import all_hooked
 from ..ops import linear_cross_entropy
-from ..ops.runtime.modes import transformed
+from ..ops.runtime.modes import observed
 from . import prefill
 from .backbone import SSDBackbone, batch_and_tokens
 from .cache import Mamba2Cache, as_mamba2_cache, one_cache
@@ -132,7 +133,8 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         if inputs["use_cache"] is False or any(inputs[name] or getattr(self.config, name) for name in wanted):
             return None
         refused = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        return None if refused or torch.is_autocast_enabled(ids.device.type) else cache
+        watched = all_hooked() or observed()  # a replay shows neither modules nor operations
+        return None if refused or watched or torch.is_autocast_enabled(ids.device.type) else cache
 
     def _captured_step(self, input_ids: Tensor, cache: Mamba2Cache, layout: SequenceLayout) -> Tensor:
         """Logits ``(B, 1, vocab)``."""
@@ -152,12 +154,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
     ) -> Tensor | None:
         """The loss without logits; None where the head has to be called, or the loss is one of the user's own."""
         weight = plain_weight(self.lm_head)
-        if (
-            weight is None
-            or self.lm_head.bias is not None
-            or self.loss_function is not ForCausalLMLoss
-            or transformed()
-        ):
+        if weight is None or self.lm_head.bias is not None or self.loss_function is not ForCausalLMLoss:
             return None
         labels = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(hidden_states.device)  # (B T,)
         loss = linear_cross_entropy(hidden_states.flatten(0, 1), weight, labels, scale=self._logits_scale)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..layers.weights import is_unhooked
+from ..layers.weights import all_hooked, is_unhooked
 
 if TYPE_CHECKING:
     from .cache import Mamba2Cache
@@ -91,6 +91,8 @@ def why_not(model: nn.Module) -> str | None:
         return f"the model is on {', '.join(sorted(map(str, devices)))}, not on one GPU"
     if model.training:
         return "the model is in training mode"
+    if all_hooked():
+        return "hooks are registered for all modules, which a graph would skip"
     for name, module in model.named_modules():
         if not is_unhooked(module) and name:
             return f"{name} is hooked, which a graph would skip"

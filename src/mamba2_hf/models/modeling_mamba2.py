@@ -61,9 +61,10 @@ class Mamba2Block(GradientCheckpointingLayer):
         if output_attentions:
             mixed, attention = self.mixer(self.norm(hidden_states), layout, state, output_attentions=True)
             return hidden_states + mixed, (attention,), ()
-        after = self.mixer.whole_layer(hidden_states, self.norm, layout, state)
-        if after is not None:
-            return after
+        if isinstance(self.mixer, Mamba2Mixer):  # what wraps one may hand on its methods, and has to be called
+            after = self.mixer.whole_layer(hidden_states, self.norm, layout, state)
+            if after is not None:
+                return after
         return hidden_states + self.mixer(self.norm(hidden_states), layout, state)
 
 

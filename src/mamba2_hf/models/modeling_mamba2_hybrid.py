@@ -148,6 +148,8 @@ class MixerBlock(nn.Module):
         return (self.attention_kind, self.scale, self.ssm_scales) == (None, 1, (1, 1))
 
     def _whole(self, stream: Tensor, call: _Call) -> Tensor | None:
+        if not isinstance(self.mixer, VariantMixer):  # what wraps one may hand on its methods, and has to be called
+            return None
         return self.mixer.whole_layer(stream, self.norm, call.layout, call.state(self.state_index[SSD]))
 
     def _mix(self, normed: Tensor, call: _Call) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import BackendError
+from .runtime.modes import transformed
 
 ENVIRONMENT_VARIABLE = "MAMBA2_HF_BACKEND"
 BACKENDS = ("triton", "torch")  # fastest first
@@ -169,5 +170,7 @@ def _usable(device: torch.device) -> tuple[bool, str]:
 def _supports(name: str, op: str, device: torch.device, call: dict[str, Any]) -> tuple[bool, str]:
     if name == "torch":
         return True, "PyTorch serves every call"
+    if transformed():
+        return False, "torch.func and forward differentiation see PyTorch's own operations only"
     ok, reason = _usable(device)
     return backend_module(name).supports(op, **call) if ok else (False, reason)

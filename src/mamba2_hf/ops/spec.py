@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 INF = math.inf
+CHUNK_SIZE = 64  # tokens of a chunk on PyTorch: the quadratic part costs Q per token, passing states costs N P / Q
 
 Index = Annotated[Tensor, "index"]
 """Integers, which have no gradient."""

@@ -1,14 +1,20 @@
-"""FSDP2 for models in half precision."""
+"""FSDP2 and FSDP 1 for models in half precision."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..layers import Mamba2Mixer
+from ..layers.fp32 import KeepsFp32
 from ..models.modeling_mamba2 import Mamba2Block
 from ..models.modeling_mamba2_hybrid import Mamba2HybridLayer, SharedBlock
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp.wrap import CustomPolicy
+
+LAYERS = (Mamba2Block, Mamba2HybridLayer, SharedBlock)
 
 
 def fully_shard_model(model: nn.Module, **options: Any) -> nn.Module:
@@ -28,13 +34,34 @@ def fully_shard_model(model: nn.Module, **options: Any) -> nn.Module:
     """
     from torch.distributed.fsdp import fully_shard  # not in every build of PyTorch
 
-    kinds = (Mamba2Block, Mamba2HybridLayer, SharedBlock)
-    for block in [module for module in model.modules() if isinstance(module, kinds)]:
+    for block in [module for module in model.modules() if isinstance(module, LAYERS)]:
         if len({parameter.dtype for parameter in block.parameters() if parameter.requires_grad}) > 1:
             fully_shard(_around_mixers(block), **options)
         fully_shard(block, **options)
     fully_shard(model, **options)
     return model
+
+
+def fsdp1_wrap_policy(model: nn.Module) -> CustomPolicy:
+    """The ``auto_wrap_policy`` for ``torch.distributed.fsdp.FullyShardedDataParallel`` (FSDP 1).
+
+    FSDP 1 flattens the parameters of a unit into one of one dtype. So beside the layers, every module with parameters
+    that stay in fp32 is a unit, as are the modules inside it: bf16 weights can be wrapped, and whatever
+    ``MixedPrecision`` says of the others, these parameters are fp32 inside the forward.
+
+    Args:
+        model: to be wrapped, or what holds it; not wrapped yet.
+    """
+    from torch.distributed.fsdp.wrap import CustomPolicy  # not in every build of PyTorch
+
+    units: dict[nn.Module, bool | dict[str, Any]] = {}
+    for module in model.modules():
+        if isinstance(module, KeepsFp32):
+            units[module] = {"mixed_precision": None}
+            units.update(dict.fromkeys(module.children(), True))
+        elif isinstance(module, LAYERS):
+            units[module] = True
+    return CustomPolicy(lambda module: units.get(module, False))
 
 
 def _around_mixers(module: nn.Module) -> list[nn.Module]:

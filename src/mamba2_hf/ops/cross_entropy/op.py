@@ -11,12 +11,13 @@ import re
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import BackendError
-from .. import dispatch
+from .. import dispatch, flops
 from ..checks import check_devices, check_floating, check_rank, check_same_dtype, check_shape, check_whole, fail
-from ..runtime.modes import needs_grad, product_dtype, without_autocast
+from ..runtime.modes import needs_grad, product_dtype, transformed, without_autocast
 from ..spec import compute_dtype
 
 CHUNK_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 25}  # logits of a chunk, at most, for large products
@@ -56,6 +57,9 @@ def linear_cross_entropy(
     check_linear_cross_entropy(hidden, weight, labels, scale)
     dtype = product_dtype(hidden)
     backend = dispatch.choose("linear_cross_entropy", hidden.device, backend, dtype=dtype).name
+    if transformed():  # from logits that are held whole
+        logits = F.linear(hidden.to(dtype), weight.to(dtype)).to(compute_dtype(dtype))
+        return F.cross_entropy(scale * logits, labels.long(), ignore_index=ignore_index, reduction="sum")
     wants = (needs_grad(hidden), needs_grad(weight))
     loss: Tensor = getattr(torch.ops, _NAMESPACE).linear_cross_entropy(
         *(hidden, weight, labels, scale, ignore_index, dtype, *wants, backend)
@@ -183,3 +187,4 @@ _LIBRARY.define(
 torch.library.impl(_OP, "default", loss_and_gradients, lib=_LIBRARY)
 torch.library.register_fake(_OP, _fake, lib=_LIBRARY)
 torch.library.register_autograd(_OP, _scaled, setup_context=_keep, lib=_LIBRARY)
+flops.register(_NAMESPACE, "linear_cross_entropy", flops.linear_cross_entropy)

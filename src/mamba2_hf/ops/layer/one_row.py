@@ -15,11 +15,14 @@ for ``rows.py``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import flops
 from ..conv.kernels import columns_of, convolve_columns, load_taps, move_columns
 from ..runtime import tables
 from ..runtime.launch import launch
@@ -227,7 +230,13 @@ def leave_kernel(raw, squares, u, weight, bias, x, y, conv, ready, outputs, prog
         _shift(pid - programs, u, conv, 1, WIDTH, channels, 0, 0, sc_b, sc_c, sc_l, L, BLOCK)
 
 
-@op("mamba2_layer_step", fake=lambda call: call.stream.new_empty(call.stream.shape))
+def _flops(call: Any) -> int:
+    rows, weights = call.stream[0], call.weights
+    projections = flops.product(rows, weights.in_proj.weight) + flops.product(rows, weights.out_proj.weight)
+    return projections + flops.step(call.ssm_state)
+
+
+@op("mamba2_layer_step", fake=lambda call: call.stream.new_empty(call.stream.shape), flops=(_flops,))
 def mamba2_layer_step(call: LayerStep) -> Tensor:
     """See :func:`mamba2_hf.ops.mamba2_layer_step`."""
     return one_row_step(call) if call.stream.shape[0] == 1 else rows_step(call)

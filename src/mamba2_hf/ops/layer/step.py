@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import flops
 from ..conv.kernels import _advance, _window, load_taps
 from ..runtime import tables
 from ..runtime.launch import launch
@@ -145,7 +146,7 @@ def _fake(call: Step) -> Tensor:
     return call.zxbcdt.new_empty(*call.zxbcdt.shape[:2], heads * head_dim)
 
 
-@op("mamba2_step", fake=_fake)
+@op("mamba2_step", fake=_fake, flops=(lambda call: flops.step(call.ssm_state, call.zxbcdt[1]),))
 def mamba2_step(call: Step) -> Tensor:
     """See :func:`mamba2_hf.ops.mamba2_step`."""
     zxbcdt, conv_state, ssm_state, weights, spec = call

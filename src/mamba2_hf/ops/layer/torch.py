@@ -14,8 +14,8 @@ from ..norm.op import Norm
 from ..norm.torch import gated_rms_norm
 from ..runtime.modes import in_steps, recomputed, without_autocast
 from ..scan.op import Scan, Update
-from ..scan.torch import CHUNK_SIZE, ssd_chunk_scan, ssd_state_update
-from ..spec import Linear, MixerWeights
+from ..scan.torch import ssd_chunk_scan, ssd_state_update
+from ..spec import CHUNK_SIZE, Linear, MixerWeights
 from .op import Inner, Layer, LayerStep, Step
 
 SEGMENT_TOKENS = 512  # of all rows, on a CPU: what they need stays in the caches and in the allocator

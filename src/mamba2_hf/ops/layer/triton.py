@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import flops
 from ..conv.op import Conv
 from ..conv.triton import conv_backward, conv_forward, documents
 from ..norm.op import Norm
@@ -122,7 +123,13 @@ def _inner_fake(call: Inner) -> tuple[Tensor, Tensor, Tensor]:
     return y, u.new_empty(states, weight.shape[0], weight.shape[1] - 1), final
 
 
-@op("mamba2_inner", fake=_inner_fake)
+def _inner_flops(call: Any) -> int:
+    weights, spec = call.weights, call.spec
+    channels, heads = weights.conv_weight[0], (weights.A or weights.A_log)[0]
+    return flops.inner(call.zxbcdt, channels, heads, spec.head_dim, spec.n_groups, call.packing.cu_seqlens)
+
+
+@op("mamba2_inner", fake=_inner_fake, flops=(_inner_flops, lambda call: flops.BACKWARD * _inner_flops(call)))
 def mamba2_inner(call: Inner) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mamba2_hf.ops.mamba2_inner`; states that are not asked for are empty."""
     mixer = Mixer(call)
@@ -217,7 +224,20 @@ def _layer_fake(call: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-@op("mamba2_layer", fake=_layer_fake, kept=3)
+def _layer_parts(call: Any) -> tuple[int, int, int]:
+    """Operations of the projections, of what LoRA adds to them, and of the scan."""
+    rows, linears = call.stream[0] * call.stream[1], (call.weights.in_proj, call.weights.out_proj)
+    weights = sum(flops.product(rows, linear.weight) for linear in linears)
+    lora = sum(flops.product(rows, factor) for linear in linears for factor in linear[2:4] if factor is not None)
+    return weights, lora, _inner_flops(Inner(call.stream, call.weights.mixer, call.spec, call.packing))
+
+
+def _layer_backward_flops(call: Any) -> int:
+    weights, lora, scan = _layer_parts(call)
+    return weights * (1 + call.trains) + 2 * lora + flops.BACKWARD * scan
+
+
+@op("mamba2_layer", fake=_layer_fake, kept=3, flops=(lambda call: sum(_layer_parts(call)), _layer_backward_flops))
 def layer(call: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The stream after the layer; and for the backward the outputs of in_proj and of the scan, and A."""
     with without_autocast(call.stream.device):

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 Result = TypeVar("Result")
@@ -34,8 +35,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def recomputed(run: Callable[..., Result], *args: Any) -> Result:
-    """``run(*args)``, of which autograd keeps the tensors among ``args`` and runs the rest again in the backward."""
-    if not needs_grad(*(arg for arg in args if isinstance(arg, Tensor))):
+    """``run(*args)``, of which autograd keeps the tensors among ``args`` and runs the rest again in the backward.
+
+    Transforms differentiate no recomputation, so that under them everything is kept.
+    """
+    if transformed() or not needs_grad(*(arg for arg in args if isinstance(arg, Tensor))):
         return run(*args)
     result: Result = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
     return result
@@ -56,7 +60,7 @@ def in_steps(device: torch.device) -> bool:
 
 
 # On a CPU, touching fresh memory costs several times the arithmetic, so these write over an operand that nothing else
-# holds. Under ``torch.func`` they do not: there, an operand may be too small for the result.
+# holds. Under transforms they do not: there, an operand may be too small for the result.
 
 
 def times(fresh: Tensor, factor: Tensor) -> Tensor:
@@ -72,5 +76,12 @@ def plus(fresh: Tensor, more: Tensor, factor: Tensor | None = None) -> Tensor:
 
 
 def transformed() -> bool:
-    """Whether ``torch.func`` (vmap, jvp) rewrites operations."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether ``torch.func`` (grad, vmap, jvp) or ``torch.autograd.forward_ad`` sees more in tensors than values."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def observed() -> bool:
+    """Whether a dispatch mode (``torch.utils.flop_counter``, fake tensors, ``make_fx``) looks at operations."""
+    return torch._C._len_torch_dispatch_stack() > 0

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BackendError
+from ..flops import register as count_flops
 from .plan import replayed
 
 NAMESPACE = "mamba2_hf"
@@ -51,10 +52,17 @@ class Op(Generic[Record]):
         forward: takes the record and returns a tensor or a tuple of tensors.
         fake: returns tensors like those of ``forward``, from tensors without data.
         kept: how many results, the last ones, are for the backward only.
+        flops: floating-point operations of the op and of its backward, from the record with shapes in place of tensors;
+            None for none.
     """
 
     def __init__(
-        self, name: str, forward: Callable[[Record], Any], fake: Callable[[Record], Any], kept: int = 0
+        self,
+        name: str,
+        forward: Callable[[Record], Any],
+        fake: Callable[[Record], Any],
+        kept: int = 0,
+        flops: tuple[Callable[[Record], int], ...] | None = None,
     ) -> None:
         hints = get_type_hints(forward)
         self.name, self.kept = name, kept
@@ -74,6 +82,8 @@ class Op(Generic[Record]):
         self.build: Callable[[tuple[Any, ...]], Record] = eval(f"lambda args: {source}", records)
         self._forward = self._run = on_its_device(lambda *args: forward(self.build(args)))
         _register(f"{name}({self.schema}) -> {_tensors(self.results)}", self._run, lambda *args: fake(self.build(args)))
+        count_flops(NAMESPACE, name, lambda *args: flops[0](self.build(args)) if flops else 0)
+        self._flops = flops
         self.registered = getattr(getattr(torch.ops, NAMESPACE), name)
 
     def __call__(self, record: Record) -> Any:
@@ -109,12 +119,15 @@ class Op(Generic[Record]):
         gradients = [f"Tensor{'?' if 0 < i < known else ''} given_{i}" for i in range(self.results)]
         schema = f"{self.name}_backward({', '.join(gradients)}, {self.schema})"
         _register(f"{schema} -> {_tensors(len(self.differentiable))}", filled, fake)
-        registered = getattr(getattr(torch.ops, NAMESPACE), f"{self.name}_backward")
+        name, flops = f"{self.name}_backward", self._flops
+        count_flops(NAMESPACE, name, lambda *args: flops[1](self.build(args[self.results :])) if flops else 0)
+        registered = getattr(getattr(torch.ops, NAMESPACE), name)
         setup_context, differentiate = self._autograd(registered)
         torch.library.register_autograd(
             f"{NAMESPACE}::{self.name}", differentiate, setup_context=setup_context, lib=_LIBRARY
         )
-        self._run = self._recorded(*self._autograd(launch))
+        watched = lambda *args: (registered if _is_watched(args[0]) else launch)(*args)  # noqa: E731
+        self._run = self._recorded(*self._autograd(watched))
         return run
 
     def _recorded(self, keep: Callable[..., None], differentiate: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,9 +184,11 @@ class Op(Generic[Record]):
         return setup_context, differentiate
 
 
-def op(name: str, *, fake: Callable[[Any], Any], kept: int = 0) -> Callable[[Callable[[Record], Any]], Op[Record]]:
+def op(
+    name: str, *, fake: Callable[[Any], Any], kept: int = 0, flops: tuple[Callable[[Any], int], ...] | None = None
+) -> Callable[[Callable[[Record], Any]], Op[Record]]:
     """Makes an :class:`Op` of a function of a record."""
-    return lambda forward: Op(name, forward, fake, kept)
+    return lambda forward: Op(name, forward, fake, kept, flops)
 
 
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:

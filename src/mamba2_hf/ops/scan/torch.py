@@ -13,12 +13,10 @@ from torch import Tensor
 
 from ..packing import chunk_layout
 from ..runtime.modes import known, recomputed, times, without_autocast
-from ..spec import compute_dtype
+from ..spec import CHUNK_SIZE, compute_dtype
 from .chunks import Chunks, per_channel, scan_chunks
 from .op import Scan, Update
 from .reference import step_size
-
-CHUNK_SIZE = 64  # tokens of a chunk: the quadratic part costs Q per token, passing states costs N P / Q
 
 
 def ssd_chunk_scan(call: Scan, *, recompute: bool = True) -> tuple[Tensor, Tensor]:

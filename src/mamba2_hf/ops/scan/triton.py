@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import flops
 from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.op import op
@@ -132,7 +134,11 @@ def _fake(call: Scan) -> tuple[Tensor, Tensor]:
     return call.x.new_empty(call.x.shape), call.x.new_empty(states, heads, P, N, dtype=torch.float32)
 
 
-@op("ssd_chunk_scan", fake=_fake)
+def _flops(call: Any) -> int:
+    return flops.scan(call.x, call.B, call.packing.cu_seqlens)
+
+
+@op("ssd_chunk_scan", fake=_fake, flops=(_flops, lambda call: flops.BACKWARD * _flops(call)))
 def scan(call: Scan) -> tuple[Tensor, Tensor]:
     """``y`` and the final states."""
     return ScanPasses(call).forward()

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import flops
 from ..runtime.launch import launch
 from ..runtime.op import op
 from ..runtime.rows import dense
@@ -56,7 +57,11 @@ def state_update_kernel(state, x, dt, A, B, C, D, z, dt_bias, y, low, high, H,
     tl.store(y + (row * H + head) * P + p, out.to(y.dtype.element_ty), mask=mask_p)
 
 
-@op("ssd_state_update", fake=lambda call: call.x.new_empty(call.x.shape))
+@op(
+    "ssd_state_update",
+    fake=lambda call: call.x.new_empty(call.x.shape),
+    flops=(lambda call: flops.step(call.state),),
+)
 def ssd_state_update(call: Update) -> Tensor:
     """See :func:`mamba2_hf.ops.ssd_state_update`."""
     state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit = call
