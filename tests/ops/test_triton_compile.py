@@ -119,10 +119,10 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
     from mamba2_hf.ops.conv import triton as conv
     from mamba2_hf.ops.conv.op import Conv, ConvUpdate
     from mamba2_hf.ops.cross_entropy import triton as loss
-    from mamba2_hf.ops.layer import one_row
-    from mamba2_hf.ops.layer import step as mixer_step
-    from mamba2_hf.ops.layer import triton as training
-    from mamba2_hf.ops.layer.op import LayerStep, Step
+    from mamba2_hf.ops.mixer import one_row
+    from mamba2_hf.ops.mixer import step as mixer_step
+    from mamba2_hf.ops.mixer import triton as training
+    from mamba2_hf.ops.mixer.op import LayerStep, Step
     from mamba2_hf.ops.norm import triton as norm
     from mamba2_hf.ops.norm.op import Norm
     from mamba2_hf.ops.scan import update as scan_update

@@ -12,8 +12,8 @@ from mamba2_hf.errors import BackendError
 from mamba2_hf.ops import causal_conv1d, gated_rms_norm, mamba2_inner, mamba2_step
 from mamba2_hf.ops.conv import triton as conv
 from mamba2_hf.ops.conv.op import Conv, ConvUpdate
-from mamba2_hf.ops.layer.op import Layer
-from mamba2_hf.ops.layer.triton import layer
+from mamba2_hf.ops.mixer.op import Layer
+from mamba2_hf.ops.mixer.triton import layer
 from mamba2_hf.ops.norm.op import Norm
 from mamba2_hf.ops.norm.triton import gated_rms_norm as norm
 from mamba2_hf.ops.spec import UNPACKED, LayerWeights, Linear, MixerSpec, MixerWeights

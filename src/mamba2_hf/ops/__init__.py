@@ -13,7 +13,7 @@ from . import torch as torch
 from .conv.op import activate, causal_conv1d, causal_conv1d_update
 from .cross_entropy.op import linear_cross_entropy
 from .dispatch import use_backend
-from .layer.op import (
+from .mixer.op import (
     Inner,
     LayerStep,
     Step,

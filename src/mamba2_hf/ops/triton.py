@@ -9,10 +9,10 @@ import torch
 from .conv.triton import causal_conv1d as causal_conv1d
 from .conv.triton import causal_conv1d_update as causal_conv1d_update
 from .cross_entropy.triton import cross_entropy_rows as cross_entropy_rows
-from .layer.one_row import mamba2_layer_step as mamba2_layer_step
-from .layer.step import mamba2_step as mamba2_step
-from .layer.triton import mamba2_inner as mamba2_inner
-from .layer.triton import mamba2_layer as mamba2_layer
+from .mixer.one_row import mamba2_layer_step as mamba2_layer_step
+from .mixer.step import mamba2_step as mamba2_step
+from .mixer.triton import mamba2_inner as mamba2_inner
+from .mixer.triton import mamba2_layer as mamba2_layer
 from .norm.triton import gated_rms_norm as gated_rms_norm
 from .runtime import tables
 from .scan.triton import ssd_chunk_scan as ssd_chunk_scan
