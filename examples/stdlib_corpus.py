@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import sysconfig
 from collections import Counter
@@ -15,16 +16,26 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 SPLITS = ("train", "validation", "test")
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 
-# A newline is always its own token and indentation is one run that stops before the first word, so a prompt may end at
-# either without leaving the model at a boundary it never saw in training. Identifiers keep their underscores.
-PIECES = r"\n| ?[\p{L}_]+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}_]+| +(?=\S)|[^\S\n]+"
+UNKNOWN = "<unk>"  # SentencePiece wants one; with all bytes there, no text needs it
+SPACE = "\u2581"  # how SentencePiece writes a space
+
+# What merges may join. A newline stands alone, and so does a run of spaces: runs come first in rank, which keeps an
+# indentation apart from the word behind it. So a prompt may end at either without leaving the model at a boundary that
+# it never saw in training. Identifiers keep their underscores.
+ALONE = rf"{SPACE}{{2,}}|\s"
+PIECES = rf"{SPACE}?[\p{{L}}_]+|{SPACE}?\p{{N}}{{1,2}}|{SPACE}?[^\s\p{{L}}\p{{N}}_{SPACE}]+"
+RUNS = tuple(SPACE * length for length in range(2, 33))
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+ASCII = tuple(chr(code) for code in range(0x21, 0x7F))
+SMALLEST = 3 + len(BYTES) + len(RUNS) + len(ASCII) + 1
+"""Entries of a vocabulary without merges."""
 
 # Nobody wrote these by hand: records of how the interpreter was built, and its manual as one string of 750 KB.
 GENERATED = ("_sysconfigdata", "config-", "pydoc_data/")
@@ -109,23 +120,26 @@ def shared_lines(files: list[SourceFile]) -> float:
     return len(held_out & lines("train")) / max(1, len(held_out))
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that gives back every text exactly; `<|endoftext|>` both starts and ends a document."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A BPE of SentencePiece's kind: a space goes before each text, and what has no entry is spelled in bytes.
+
+    It gives back every text without U+2581 exactly; that character comes back as a space, which it stands for.
+    `<|endoftext|>` both starts and ends a document. Runtimes that read `tokenizer.model` split alike.
+    """
+    pieces = [END_OF_TEXT, PAD, UNKNOWN, *BYTES, *RUNS, *learn_pieces(texts, vocab_size - SMALLEST)]
+    known = {piece: index for index, piece in enumerate(pieces)}
+    # Any two neighbors that make a piece are joined, not only those from which training made it.
+    merges = [
+        (piece[:at], piece[at:])
+        for piece in pieces[3 + len(BYTES) :]
+        for at in range(len(piece) - 1, 0, -1)
+        if piece[:at] in known and piece[at:] in known
+    ]
+    tokenizer = Tokenizer(models.BPE(known, merges, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -133,6 +147,54 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
         pad_token=PAD,
         clean_up_tokenization_spaces=False,
     )
+
+
+def learn_pieces(texts: Iterable[str], merges: int) -> list[str]:
+    """The printable characters of ASCII, the space, and what BPE merges of them within words, best first."""
+    if merges < 0:
+        raise ValueError(f"a vocabulary of {SMALLEST + merges} entries has no room for {SMALLEST} of bytes and spaces")
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.Replace(" ", SPACE)
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(ALONE), "removed"), pre_tokenizers.Split(Regex(PIECES), "isolated")]
+    )
+    alphabet = [*ASCII, SPACE]
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(alphabet) + merges,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    pieces = learner.get_vocab()
+    return sorted(pieces, key=pieces.__getitem__)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write it for transformers 4 and 5, and as the `tokenizer.model` that SentencePiece and llama.cpp read."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that both know
+    config |= {"add_bos_token": False, "add_eos_token": False}  # llama.cpp would add the first
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    kinds = ModelProto.SentencePiece
+    special = {END_OF_TEXT: kinds.CONTROL, PAD: kinds.CONTROL, UNKNOWN: kinds.UNKNOWN}
+    special |= dict.fromkeys(BYTES, kinds.BYTE)
+    model = ModelProto()
+    for piece, index in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]):
+        # The higher score is merged first.
+        model.pieces.add(piece=piece, score=-float(index), type=special.get(piece, kinds.NORMAL))
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, trainer.byte_fallback, trainer.vocab_size = trainer.BPE, True, len(model.pieces)
+    trainer.unk_piece, trainer.bos_piece, trainer.eos_piece, trainer.pad_piece = UNKNOWN, END_OF_TEXT, END_OF_TEXT, PAD
+    trainer.bos_id, trainer.eos_id, trainer.pad_id, trainer.unk_id = 0, 0, 1, 2
+    normalizer.name, normalizer.add_dummy_prefix = "identity", True
+    normalizer.remove_extra_whitespaces, normalizer.escape_whitespaces = False, True
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
 
 
 def encode_split(tokenizer: PreTrainedTokenizerFast, files: Iterable[SourceFile]) -> np.ndarray:

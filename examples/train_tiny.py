@@ -4,10 +4,12 @@
     python examples/train_tiny.py train        # tokens -> model, curves, model card; minutes on a GPU
 
 The models that ship in the package were made by these two commands: a Mamba-2, and with `--kind hybrid` one with
-attention in one layer. `--kind attention` trains a Transformer of their size, to compare with. To watch every part work
+attention in one layer, of the shape of Granite 4, so that whatever serves Granite 4 serves it after `mamba2-hf convert
+--to granitemoehybrid`. `--kind attention` trains a Transformer of their size, to compare with. To watch every part work
 on a CPU within a minute, add `--tiny` to both. Training goes on from where it stopped when it is given `--resume`;
 `evaluate` measures a model again and renews its card, with the losses of others beside its own after `--compare`.
-Between the two commands only the data folder is needed (20 MB), so they may run on different machines.
+Between the two commands only the data folder is needed (20 MB), so they may run on different machines; `prepare` also
+needs `pip install sentencepiece protobuf`.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ transformers.utils.logging.disable_progress_bar()
 app = typer.Typer(help=__doc__.partition("\n")[0], no_args_is_help=True, add_completion=False)
 
 FLOAT32 = ("A_log", "D", "dt_bias")  # kept in fp32 whatever the model's dtype is
+SAMPLE_TOKENS = 128
 PROMPTS = ("def read_json(path):", "class Stack:\n    def __init__(self", "import os\nimport sys\n\n")
 
 DataOption = Annotated[Path, typer.Option("--data", help="Folder of tokenizer, tokens, manifest and baselines.")]
@@ -84,7 +87,8 @@ class Recipe:
     layers: int = 6
     state_size: int = 128
     head_dim: int = 64
-    intermediate_size: int = 0  # of the MLP behind each attention
+    intermediate_size: int = 0  # of the MLPs: behind each attention, in a hybrid behind each SSD too
+    key_value_heads: int | None = None  # as many as heads of queries
     window: int = 2048
     batch: int = 32
     steps: int = 5000
@@ -99,11 +103,11 @@ class Recipe:
         self.warmup = min(self.warmup, self.steps // 5)
 
 
-# Alike in the number of parameters: a layer of attention and a narrow MLP has as many as one of SSD, and four layers
-# of attention and a usual MLP have as many as six of SSD.
+# Alike in the number of parameters: five layers with a narrow MLP in each, or four of attention with a usual one, have
+# as many as six of SSD alone. Rows of MLPs are multiples of 32, the block of what llama.cpp quantizes to.
 RECIPES = {
     "mamba2": Recipe(),
-    "hybrid": Recipe(kind="hybrid", intermediate_size=264),
+    "hybrid": Recipe(kind="hybrid", layers=5, intermediate_size=192, key_value_heads=2),
     "attention": Recipe(kind="attention", layers=4, intermediate_size=568),
 }
 
@@ -138,7 +142,7 @@ def prepare(
     console.print(f"training a tokenizer of {vocab_size} entries on {len(splits['train'])} files")
     tokenizer = corpus.train_tokenizer((file.text for file in splits["train"]), vocab_size)
     data.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(data / "tokenizer")
+    corpus.save_tokenizer(tokenizer, data / "tokenizer")
     counts = {}
     for split, members in splits.items():
         stream = corpus.encode_split(tokenizer, members)
@@ -247,8 +251,11 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help=f"Peak [default: {Recipe.learning_rate}].")] = None,
     weight_decay: Annotated[float | None, typer.Option(help=f"On matrices [default: {Recipe.weight_decay}].")] = None,
     hidden_size: Annotated[int | None, typer.Option(help=f"Width [default: {Recipe.hidden_size}].")] = None,
-    layers: Annotated[int | None, typer.Option(help="Depth [default: 6; 4 for attention].")] = None,
-    intermediate_size: Annotated[int | None, typer.Option(help="Width of the MLP behind each attention.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Depth [default: 6; 5 for a hybrid, 4 for attention].")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(help="Width of the MLPs.")] = None,
+    key_value_heads: Annotated[
+        int | None, typer.Option(help="Of attention [default: 2 in a hybrid, else all].")
+    ] = None,
     state_size: Annotated[int | None, typer.Option(help=f"N [default: {Recipe.state_size}].")] = None,
     head_dim: Annotated[int | None, typer.Option(help=f"P [default: {Recipe.head_dim}].")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the weights and the order of the windows [default: 0].")] = None,
@@ -449,16 +456,17 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedM
     if recipe.kind == "mamba2":
         ssd = {"num_heads": heads, "head_dim": recipe.head_dim, "state_size": recipe.state_size, "n_groups": 1}
         return Mamba2ForCausalLM(Mamba2Config(**ssd, **common))
-    blocks = spread_layers(recipe.layers, None if recipe.kind == "hybrid" else recipe.layers)
+    hybrid = recipe.kind == "hybrid"
     config = Mamba2HybridConfig(
-        layer_blocks=["attention mlp" if kind == "attention" else kind for kind in blocks],
+        layer_blocks=spread_layers(recipe.layers, None if hybrid else recipe.layers, then="mlp"),
         ssm_num_heads=heads,
         ssm_head_dim=recipe.head_dim,
         ssm_state_size=recipe.state_size,
         num_attention_heads=recipe.hidden_size // recipe.head_dim,
-        num_key_value_heads=None,
+        num_key_value_heads=recipe.key_value_heads,
         head_dim=recipe.head_dim,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        # SSD layers tell positions apart, as in Granite 4; attention alone cannot.
+        rope_parameters=None if hybrid else {"rope_type": "default", "rope_theta": 10000.0},
         max_position_embeddings=recipe.window,
         intermediate_size=recipe.intermediate_size,
         rescale_prenorm_residual=False,
@@ -494,9 +502,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: P
         if name.rpartition(".")[2] not in FLOAT32:
             parameter.data = parameter.data.bfloat16()
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model.generation_config = GenerationConfig(
-        do_sample=True, temperature=0.7, top_p=0.9, repetition_penalty=1.15, max_new_tokens=128, **ids
-    )
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, **ids)
     model.save_pretrained(folder)
 
 
@@ -582,7 +588,7 @@ def write_card(data: Path, out: Path, compare: Sequence[Path]) -> None:
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
     torch.manual_seed(0)
     ids = tokenizer(prompt, return_tensors="pt").to(model.device)
-    return tokenizer.decode(model.generate(**ids)[0], skip_special_tokens=True)
+    return tokenizer.decode(model.generate(**ids, max_new_tokens=SAMPLE_TOKENS)[0], skip_special_tokens=True)
 
 
 def rival(folder: Path, summary: dict) -> list[str]:
@@ -663,8 +669,7 @@ def card(model: PreTrainedModel, summary: dict, run: dict, metrics: dict, others
         nats=f"{metrics['nats_per_token']:.3f}",
         bits_per_byte=f"{metrics['bits_per_byte']:.3f}",
         table="\n".join(f"| {name} | {bits:.3f} |" for name, bits in rows),
-        sampling=f"temperature {sampling.temperature}, top-p {sampling.top_p}, repetition penalty "
-        f"{sampling.repetition_penalty}, {sampling.max_new_tokens} tokens",
+        sampling=f"temperature {sampling.temperature}, top-p {sampling.top_p}, {SAMPLE_TOKENS} tokens",
         samples="\n\n".join(f"```python\n{text}\n```" for text in metrics["samples"]),
     )
 
@@ -687,7 +692,9 @@ KIND_TEXTS = {
         "what": "A hybrid of Mamba-2 and attention",
         "purpose": _SHIPS,
         "path": 'from mamba2_hf.pretrained import shipped_model_path\n\npath = shipped_model_path("hybrid")',
-        "format": _FORMAT.format("mamba2_hybrid", "this package"),
+        "format": _FORMAT.format("mamba2_hybrid", "this package")
+        + " `mamba2-hf convert --to granitemoehybrid`\nwrites the format of Granite 4, which transformers, vLLM, "
+        "llama.cpp and mlx-lm read.",
         "longer": _LONGER.format("with the keys and values of the attention layer as the only memory that grows"),
     },
     "attention": {
@@ -709,14 +716,16 @@ def describe(config: Mamba2Config | Mamba2HybridConfig, recipe: dict) -> str:
     )
     if isinstance(config, Mamba2Config):
         return f"{start}, {ssd}, tied embeddings"
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
     attention = (
-        f"attention with {config.num_attention_heads} rotary heads of {config.head_dim}, then a SwiGLU of width "
-        f"{config.intermediate_size}"
+        f"attention with {heads}{'' if config.rope_parameters is None else ' rotary'} heads of {config.head_dim}"
+        + (f", {shared} of keys and values" if shared < heads else "")
     )
+    then = f"then a SwiGLU of width {config.intermediate_size}; tied embeddings"
     places = [str(index + 1) for index, kinds in enumerate(config.blocks) if "attention" in kinds]
     if len(places) == len(config.blocks):
-        return f"{start}, each {attention}; tied embeddings"
-    return f"{start}: SSD with {ssd}, and in place of it in layer {', '.join(places)} {attention}; tied embeddings"
+        return f"{start}, each {attention}, {then}"
+    return f"{start}, each SSD with {ssd}, and in place of it in layer {', '.join(places)}\n{attention}, {then}"
 
 
 def _records(data: Path, out: Path) -> list[Path]:

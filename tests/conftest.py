@@ -35,13 +35,17 @@ def pytest_report_header() -> str:
     return f"torch {torch.__version__}, GPU: {gpu}"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--readers", metavar="FOLDER", help="install other programs there, and run tests marked readers")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    deselected = [item for item in items if item.get_closest_marker("gpu")]
+    here = {"gpu": torch.cuda.is_available(), "readers": config.getoption("--readers") is not None}
+    lacking = [name for name, found in here.items() if not found]
+    deselected = [item for item in items if any(map(item.get_closest_marker, lacking))]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if item not in deselected]
 
 
 @pytest.fixture(scope="session")

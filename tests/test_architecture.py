@@ -271,7 +271,7 @@ class TestRepository:
         place = re.compile(r"(?<![\w.:/])/(?:work|root|home|opt|mnt|Users)/[\w.]")
         found = []
         for path in tracked_files():
-            if path.suffix in {".safetensors", ".png", ".pdf"} or path.name == "tokenizer.json":
+            if path.suffix in {".safetensors", ".png", ".pdf", ".model"} or path.name == "tokenizer.json":
                 continue
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
                 if place.search(line):

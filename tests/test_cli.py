@@ -64,10 +64,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def continuation(checkpoint: Path, tokens: int) -> str:
+def continuation(checkpoint: Path, tokens: int, **options: float) -> str:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    ids = model.generate(**tokenizer(PROMPT, return_tensors="pt"), do_sample=False, max_new_tokens=tokens)
+    ids = model.generate(**tokenizer(PROMPT, return_tensors="pt"), do_sample=False, max_new_tokens=tokens, **options)
     return tokenizer.decode(ids[0], skip_special_tokens=True).removeprefix(PROMPT)
 
 
@@ -86,6 +86,12 @@ class TestGenerate:
     def test_the_prompt_can_be_left_out_and_come_from_stdin(self, checkpoint):
         result = run("generate", "-", "--no-echo", "--model", str(checkpoint), "-n", "8", "-t", "0", stdin=PROMPT)
         assert result.stdout == continuation(checkpoint, 8) + "\n"
+
+    def test_a_repetition_penalty_is_for_the_user_to_give(self, checkpoint):
+        arguments = ["generate", PROMPT, "--model", str(checkpoint), "-n", "24", "-t", "0"]
+        penalized = run(*arguments, "--repetition-penalty", "5").stdout
+        assert penalized == PROMPT + continuation(checkpoint, 24, repetition_penalty=5.0) + "\n"
+        assert penalized != run(*arguments).stdout
 
     def test_sampling_follows_the_seed(self, checkpoint):
         arguments = ["generate", PROMPT, "--model", str(checkpoint), "-n", "24", "--temperature", "1.5"]

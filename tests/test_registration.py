@@ -14,13 +14,22 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hybrids import make_hybrid
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    pipeline,
 )
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import Modality
+from transformers.models.auto import modeling_auto
 
 import mamba2_hf
 from mamba2_hf import registration
@@ -65,6 +74,72 @@ class TestAutoClasses:
         mamba2_hf.register()
         assert sys.meta_path == finders
         assert type(AutoModelForCausalLM.from_config(config)) is mamba2_hf.Mamba2ForCausalLM
+
+
+class TestTables:
+    """Of model types and class names, which other code reads directly."""
+
+    def test_list_hybrids_where_pure_models_are(self) -> None:
+        tables = {
+            name: table
+            for name, table in vars(modeling_auto).items()
+            if name.startswith("MODEL_") and name.endswith("_NAMES") and "mamba2" in table
+        }
+        assert {"MODEL_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"} <= tables.keys()
+        for table in tables.values():
+            name = table["mamba2_hybrid"]
+            assert name == table["mamba2"].replace("Mamba2", "Mamba2Hybrid")
+            assert hasattr(mamba2_hf, name)
+
+    def test_name_nothing_that_the_auto_classes_would_look_for(self) -> None:
+        """Walking through one imports every class of the table."""
+        mapping = AutoModelForCausalLM._model_mapping
+        assert mapping[mamba2_hf.Mamba2HybridConfig] is mamba2_hf.Mamba2HybridForCausalLM
+        assert set(mapping._model_mapping) & set(mapping._config_mapping) >= {"mamba2", "llama"}
+        assert "mamba2_hybrid" not in mapping._config_mapping
+
+
+class TestClassesByName:
+    """What reads ``architectures`` builds what the Auto class builds, and never more leniently."""
+
+    @pytest.fixture(params=["pure", "hybrid"])
+    def folder(self, request: pytest.FixtureRequest, config: Any, tmp_path: Path) -> Path:
+        model = mamba2_hf.Mamba2ForCausalLM(config) if request.param == "pure" else make_hybrid()
+        model.save_pretrained(tmp_path)
+        tokenizer = Tokenizer(WordLevel({"<pad>": 0, "a": 1}, unk_token="<pad>"))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(tmp_path)
+        return tmp_path
+
+    def test_in_transformers_serve(self, folder: Path) -> None:
+        manager = ModelManager(device="cpu", dtype="auto")
+        model = manager._load_model(f"{folder}@main")
+        assert type(model) is type(AutoModelForCausalLM.from_pretrained(folder))
+        assert manager.get_model_modality(model) == Modality.LLM
+
+    def test_in_pipelines(self, folder: Path) -> None:
+        expected = type(AutoModelForCausalLM.from_pretrained(folder))
+        loaded = pipeline("text-generation", str(folder), assistant_model=str(folder), device="cpu")
+        assert type(loaded.model) is type(loaded.assistant_model) is expected
+
+    def test_no_pipeline_builds_what_was_refused(self, folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        lost = next(name for name in weights if name.endswith("A_log"))
+        del weights[lost]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"{lost} is missing"):
+            pipeline("text-generation", str(folder), device="cpu")
+
+    def test_stock_s_own_names_give_stock_s_classes(self) -> None:
+        module = SimpleNamespace(transformers=transformers)
+        registration._find_ours_by_name(module)
+        once = module.transformers
+        registration._find_ours_by_name(module)
+        assert module.transformers is once
+        assert once.Mamba2ForCausalLM is mamba2_hf.Mamba2ForCausalLM
+        assert once.LlamaForCausalLM is transformers.LlamaForCausalLM
+        assert once.__version__ == transformers.__version__
+        assert not hasattr(once, "NoSuchModel")
+        assert transformers.Mamba2ForCausalLM is not mamba2_hf.Mamba2ForCausalLM
 
 
 class TestWhenImported:
@@ -165,7 +240,7 @@ class TestChangedUpstream:
         registration._return_logits_to_sft(SimpleNamespace(SFTTrainer=Trainer))
         ids = torch.arange(5)[None]
         model = mamba2_hf.Mamba2ForCausalLM(config).train()
-        assert model(ids, labels=ids).logits is None
+        assert "logits" not in model(ids, labels=ids)
         assert Trainer().compute_loss(model, {"input_ids": ids, "labels": ids}, return_outputs=True).shape == (1, 5, 13)
         stock = transformers.Mamba2ForCausalLM(transformers.Mamba2Config.from_dict(config.to_dict()))
         assert Trainer().compute_loss(stock, {"input_ids": ids}).shape == (1, 5, 13)
@@ -175,6 +250,13 @@ class TestChangedUpstream:
         before = trainer.compute_loss
         registration._return_logits_to_sft(SimpleNamespace(SFTTrainer=trainer, add_fused_lm_head=None))
         assert trainer.compute_loss is before
+
+    def test_what_looks_no_class_up_needs_nothing(self) -> None:
+        module = SimpleNamespace()
+        registration._find_ours_by_name(module)
+        registration._load_ours_in_pipelines(module)
+        registration._refuse_cached_prompts(module)
+        assert vars(module) == {}
 
     def test_peft_s_own_defaults_stand(self) -> None:
         mapping = {"mamba2": ["in_proj"]}

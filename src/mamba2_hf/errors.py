@@ -26,5 +26,11 @@ class CacheError(Mamba2HFError, ValueError):
     """A generation cache does not belong to this model, batch or call."""
 
 
+class LogitsError(Mamba2HFError, AttributeError, KeyError):
+    """Logits are read from an output that was made without them. ``hasattr`` and ``getattr`` with a default work."""
+
+    __str__ = Exception.__str__  # a KeyError's would put the message in quotes
+
+
 class CheckpointError(Mamba2HFError, ValueError):
     """A checkpoint on disk is missing something, broken, or not of a format that can be read."""

@@ -2,16 +2,24 @@
 
 * Auto classes build our models for ``model_type: mamba2`` and ``mamba2_hybrid``; the stock classes stay reachable by
   their own names.
+* transformers' tables of model types and class names list the hybrids, so that Trainer shifts labels for label
+  smoothing, and evaluation, serving and model cards know them as language models.
+* Where TRL's trainers, pipelines and ``transformers serve`` look a class up by the ``architectures`` of a config of
+  ours, they find our class, as the Auto classes do.
+* A model that holds one of ours, such as a LLaVA, ties its head to the embedding by the name that it is kept and
+  offloaded under, and its ``generate`` makes a cache with places for states.
 * ``Mamba2HybridForCausalLM.from_pretrained`` reads the formats of other hybrids.
 * Trainer keeps weight decay off ``A_log``, ``D``, ``dt_bias`` and the norms of our models.
 * TRL's SFTTrainer gets logits in training, in those of its versions that read them for their metrics.
-* PEFT may put LoRA on every linear of our models, ``out_proj`` included, and knows the default targets.
+* PEFT may put LoRA on every linear of our models, ``out_proj`` included, and knows the default targets. Adapters that
+  are made of cached keys and values are refused when they are added.
 
 Libraries that are not imported yet are not imported here; they are met when they come.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.abc
 import sys
@@ -28,8 +36,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.generation.utils import ALL_CACHE_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 
+from .errors import ArgumentError
 from .models import (
     Mamba2Config,
     Mamba2ForCausalLM,
@@ -43,9 +61,15 @@ from .models import (
     SSDForCausalLM,
     SSDPreTrainedModel,
 )
+from .models.base_config import SSDConfig
+from .models.cache import as_mamba2_cache
 from .training import no_decay_parameter_names
 
 _MARK = "_mamba2_hf"
+# Configuration, backbone, language model, classifier.
+_PURE = (Mamba2Config, Mamba2Model, Mamba2ForCausalLM, Mamba2ForSequenceClassification)
+_HYBRID = (Mamba2HybridConfig, Mamba2HybridModel, Mamba2HybridForCausalLM, Mamba2HybridForSequenceClassification)
+_BY_NAME = {cls.__name__: cls for cls in (*_PURE[1:], *_HYBRID[1:])}
 _OF_MIXERS = ["in_proj", "out_proj"]
 _OF_ATTENTION, _OF_MLPS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 LORA_TARGETS = {"mamba2": _OF_MIXERS, "mamba2_hybrid": [*_OF_MIXERS, *_OF_ATTENTION, *_OF_MLPS]}
@@ -53,21 +77,43 @@ LORA_TARGETS = {"mamba2": _OF_MIXERS, "mamba2_hybrid": [*_OF_MIXERS, *_OF_ATTENT
 
 def register() -> None:
     """Makes every change of this module; calling it again changes nothing."""
-    for config, model, causal_lm, classifier in (
-        (Mamba2Config, Mamba2Model, Mamba2ForCausalLM, Mamba2ForSequenceClassification),
-        (Mamba2HybridConfig, Mamba2HybridModel, Mamba2HybridForCausalLM, Mamba2HybridForSequenceClassification),
-    ):
+    for config, model, causal_lm, classifier in (_PURE, _HYBRID):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)
         AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
         AutoModelForPreTraining.register(config, causal_lm, exist_ok=True)
         AutoModelForSequenceClassification.register(config, classifier, exist_ok=True)
+    _list_hybrids()
+    _wrap(PreTrainedModel, "get_expanded_tied_weights_keys", _with_kept_names)
+    _wrap(GenerationMixin, "_prepare_cache_for_generation", _with_our_cache)
     Mamba2HybridConfig.foreign_reader = staticmethod(_read_foreign_config)
     Mamba2HybridPreTrainedModel.foreign_reader = staticmethod(_read_foreign)
     when_imported("transformers.trainer", _keep_decay_off)
     when_imported("trl.trainer.sft_trainer", _return_logits_to_sft)
+    when_imported("trl.trainer.utils", _find_ours_by_name)
+    when_imported("transformers.cli.serving.model_manager", _find_ours_by_name)
+    when_imported("transformers.pipelines.base", _load_ours_in_pipelines)
+    when_imported("transformers.pipelines", _load_ours_in_pipelines)
     when_imported("peft.utils.constants", _name_lora_targets)
     when_imported("peft.tuners.tuners_utils", _allow_lora_everywhere)
+    when_imported("peft.peft_model", _refuse_cached_prompts)
+
+
+def _list_hybrids() -> None:
+    """Adds the hybrids to tables in which registered classes are missing, and which other code reads directly.
+
+    The pure models are there, as stock ones have the same names. transformers builds nothing by these entries: it does
+    so for model types that it has a configuration of.
+    """
+    tables = (
+        MODEL_MAPPING_NAMES,
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    )
+    config, model, causal_lm, classifier = _HYBRID
+    for table, cls in zip(tables, (model, causal_lm, causal_lm, classifier), strict=True):
+        table[config.model_type] = cls.__name__
 
 
 def _read_foreign_config(raw: dict[str, Any]) -> Any:
@@ -137,6 +183,41 @@ def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable
     return function is not None
 
 
+def _with_kept_names(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``get_expanded_tied_weights_keys`` that names weights of our models as checkpoints and device maps do."""
+
+    def kept(model: nn.Module, name: str) -> str:
+        *path, weight = name.split(".")
+        for place, part in enumerate(path):
+            if isinstance(model, SSDPreTrainedModel):
+                path[place] = model.other_names.get(part, part)
+            model = getattr(model, path[place])
+        return ".".join([*path, weight])
+
+    def get_expanded_tied_weights_keys(self: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
+        tied: dict[str, str] = original(self, *args, **kwargs)
+        if not tied or not any(isinstance(module, SSDPreTrainedModel) for module in self.modules()):
+            return tied
+        return {kept(self, target): kept(self, source) for target, source in tied.items()}
+
+    return get_expanded_tied_weights_keys
+
+
+def _with_our_cache(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``_prepare_cache_for_generation`` whose caches know how many tokens they have seen before any layer is called:
+    one of transformers cannot say where no layer has keys.
+    """
+
+    def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        original(self, generation_config, model_kwargs, *args, **kwargs)
+        config = self.config.get_text_config(decoder=True)
+        if isinstance(config, SSDConfig):
+            for name in ALL_CACHE_NAMES & model_kwargs.keys():
+                as_mamba2_cache(model_kwargs[name], config)  # in place
+
+    return prepare
+
+
 def _keep_decay_off(trainer: Any) -> None:
     """Wraps ``Trainer.get_decay_parameter_names``, which knows norms by their class and name patterns only."""
 
@@ -174,6 +255,66 @@ def _return_logits_to_sft(sft_trainer: Any) -> None:
         return compute_loss
 
     _wrap(getattr(sft_trainer, "SFTTrainer", None), "compute_loss", around)
+
+
+class _Transformers:
+    """transformers to a module that looks up in it what a config's ``architectures`` name: the names of our models give
+    our models, all others what they give anywhere. That config came from ``AutoConfig``, so it is one of ours too.
+    """
+
+    def __init__(self, original: ModuleType) -> None:
+        self._original = original
+        setattr(self, _MARK, True)
+
+    def __getattr__(self, name: str) -> Any:
+        return _BY_NAME.get(name) or getattr(self._original, name)
+
+
+def _find_ours_by_name(module: Any) -> None:
+    """Has a module that reads ``getattr(transformers, config.architectures[0])`` find our classes."""
+    original = getattr(module, "transformers", None)
+    if original is not None and not hasattr(original, _MARK):
+        module.transformers = _Transformers(original)
+
+
+def _load_ours_in_pipelines(pipelines: Any) -> None:
+    """Wraps ``load_model``, which tries the stock class of that name once the Auto class has refused a checkpoint, and
+    for an assistant nothing else.
+    """
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def load_model(model: Any, config: Any, model_classes: Any = None, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(config, SSDConfig):
+                named = config.architectures or ()
+                model_classes = model_classes or tuple(_BY_NAME[name] for name in named if name in _BY_NAME)
+                config = copy.copy(config)
+                config.architectures = None
+            return original(model, config, model_classes, *args, **kwargs)
+
+        return load_model
+
+    _wrap(pipelines, "load_model", around)
+
+
+def _refuse_cached_prompts(peft_model: Any) -> None:
+    """Wraps ``PeftModel.add_adapter``: keys and values that nobody computed are no past that an SSD layer can have."""
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def add_adapter(self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+            kind = getattr(peft_config.peft_type, "value", peft_config.peft_type)
+            if kind in ("PREFIX_TUNING", "CARTRIDGE") and any(
+                isinstance(module, SSDPreTrainedModel) for module in self.modules()
+            ):
+                raise ArgumentError(
+                    f"{type(peft_config).__name__}: {kind} learns keys and values that every layer attends to, and the "
+                    "SSD layers of this model keep a state instead. Use PromptTuningConfig or PromptEncoderConfig, "
+                    "which learn embeddings in front of the prompt, or LoraConfig"
+                )
+            return original(self, adapter_name, peft_config, *args, **kwargs)
+
+        return add_adapter
+
+    _wrap(getattr(peft_model, "PeftModel", None), "add_adapter", around)
 
 
 def _name_lora_targets(constants: Any) -> None:

@@ -115,4 +115,4 @@ class TestForOtherReaders:
         self, vocabulary: int, said: int | None
     ) -> None:
         config = mapping.mamba2_config({"model_type": "mamba2", "vocab_size": vocabulary}, 64)
-        assert getattr(config, "pad_vocab_size_multiple", None) == said
+        assert mapping.write_own(config).get("pad_vocab_size_multiple") == said

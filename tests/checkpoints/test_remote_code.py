@@ -25,7 +25,9 @@ assert importlib.util.find_spec("mamba2_hf") is None
 assert not [found for found in importlib.metadata.distributions() if found.name == "mamba2-hf"]
 
 import torch
+from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import PreTrainedTokenizerFast
 from transformers import Mamba2ForCausalLM as Stock
 
 folder, out = sys.argv[1:]
@@ -47,6 +49,13 @@ with torch.no_grad():
         "beams": model.generate(given["ids"], num_beams=3, max_new_tokens=5, do_sample=False),
         "attentions": torch.stack(model(given["ids"], output_attentions=True, use_cache=False).attentions),
     }
+# What generate takes for itself does not reach the forward.
+words = {f"w{index}" if index else "abcdef": index for index in range(model.config.vocab_size)}
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="abcdef")))
+for beams in (1, 3):
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams, "prefill_chunk_size": 4}
+    stopped = model.generate(given["ids"], stop_strings=["no word"], tokenizer=tokenizer, **options)
+    assert torch.equal(stopped, model.generate(given["ids"], **options))
 loss = model.train()(given["ids"], labels=given["ids"]).loss
 loss.backward()
 found["loss"], found["gradient"] = loss.detach(), model.backbone.layers[0].mixer.A_log.grad

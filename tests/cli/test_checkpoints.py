@@ -13,9 +13,9 @@ from hybrid_families import CASES, stock
 from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
-from mamba2_hf.checkpoints import FORMATS, hub
+from mamba2_hf.checkpoints import FORMATS, READERS, hub
 from mamba2_hf.cli import app
-from mamba2_hf.cli.checkpoints import Source, Target
+from mamba2_hf.cli.checkpoints import ReaderName, Source, Target
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +50,25 @@ class TestConvert:
         result = run("convert", source, tmp_path / "out", "--quiet")
         assert result.stderr == ""
         assert result.stdout == f"{tmp_path / 'out'}\n"
+
+    def test_says_which_programs_read_it_and_what_is_left_to_do(self, source: Path, tmp_path: Path) -> None:
+        said = run("convert", source, tmp_path / "out").stderr
+        assert "transformers (5.23 and 5.24): reads it\n" in said
+        assert "mlx-lm (0.32.2): no, n_groups is 2: it norms all channels" in said
+        assert (
+            "llama.cpp (of October 2026): reads it\n  its converter knows the splitting of a BPE tokenizer by" in said
+        )
+
+    def test_for_one_program(self, source: Path, tmp_path: Path) -> None:
+        result = run("convert", source, tmp_path / "out", "--for", "vllm")
+        assert result.exit_code == 0, result.output
+        assert "vLLM (0.33.0): reads it" in result.stderr
+        assert "llama.cpp" not in result.stderr
+        result = run("convert", source, tmp_path / "refused", "--for", "mlx-lm")
+        assert result.exit_code == 1
+        assert "mlx-lm (0.32.2) does not compute it: n_groups is 2: it norms all channels" in result.stderr
+        assert not (tmp_path / "refused").exists()
+        assert "--for is of models" in run("convert", source, tmp_path / "a", "--for", "vllm", "--base", source).stderr
 
     def test_options(self, source: Path, tmp_path: Path) -> None:
         options = ["--dtype", "bfloat16", "--max-shard-size", "20KB", "--remote-code", "--from", "mamba2"]
@@ -171,3 +190,4 @@ def test_every_format_can_be_named() -> None:
     writable = {name for name, entry in FORMATS.items() if entry.write_config}
     writable = {name for name, entry in FORMATS.items() if entry.write_config}
     assert {entry.value for entry in Target} == {"auto", *writable}
+    assert {entry.value for entry in ReaderName} == READERS.keys()

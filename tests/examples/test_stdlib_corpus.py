@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import stdlib_corpus as corpus
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 SOURCE = '''def read(path, mode="r"):
     """Read a file."""
@@ -44,7 +47,7 @@ def library(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> corpus.PreTrainedTokenizerFast:
-    return corpus.train_tokenizer(iter([SOURCE] * 3), vocab_size=300)
+    return corpus.train_tokenizer([SOURCE] * 3, vocab_size=corpus.SMALLEST + 60)
 
 
 def test_reads_source_and_counts_what_it_leaves_out(library: Path) -> None:
@@ -82,9 +85,64 @@ def test_manifest_lists_every_file_once(library: Path) -> None:
     assert str(library) not in corpus.manifest(files)
 
 
-@given(text=st.text(st.characters(exclude_categories=["Cs"])) | st.text("\n\t\r a_1(.é", max_size=60))
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=corpus.SPACE)) | st.text(
+    "\n\t\r a_1(.=é", max_size=60
+)
+
+
+@given(text=TEXTS)
 def test_tokenizer_gives_back_every_text(tokenizer: corpus.PreTrainedTokenizerFast, text: str) -> None:
     assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer: corpus.PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    corpus.save_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor(saved: Path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(saved / "tokenizer.model"))
+
+
+@given(text=TEXTS | st.lists(st.sampled_from([" ", "=", "-", "a", "de", "\n", "(", "1"])).map("".join))
+def test_sentencepiece_splits_alike(
+    tokenizer: corpus.PreTrainedTokenizerFast, processor: sentencepiece.SentencePieceProcessor, text: str
+) -> None:
+    text = text.replace("\0", "")
+    ids = processor.encode(text)
+    assert ids == tokenizer(text).input_ids
+    assert processor.decode(ids) == text
+
+
+def test_special_tokens_are_the_same_in_both_files(
+    saved: Path, processor: sentencepiece.SentencePieceProcessor
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    assert len(tokenizer) == processor.vocab_size()
+    for token in (corpus.END_OF_TEXT, corpus.PAD):
+        assert processor.is_control(tokenizer.convert_tokens_to_ids(token))
+    assert processor.eos_id() == tokenizer.eos_token_id
+    assert processor.pad_id() == tokenizer.pad_token_id
+    config = json.loads((saved / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # the name that transformers 4 knows
+    assert config["add_bos_token"] is config["add_eos_token"] is False
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 8, 12, 31, 32])
+def test_an_indentation_is_one_token_apart_from_what_follows(
+    tokenizer: corpus.PreTrainedTokenizerFast, length: int
+) -> None:
+    tokens = tokenizer.tokenize("x\n" + " " * length + "return")
+    assert corpus.SPACE * length in tokens
+    assert "".join(tokens[tokens.index(corpus.SPACE * length) + 1 :]) == "return"
+
+
+def test_too_small_a_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match="300 entries has no room"):
+        corpus.train_tokenizer(["text"], 300)
 
 
 def test_tokens_end_where_a_prompt_may_end(tokenizer: corpus.PreTrainedTokenizerFast) -> None:

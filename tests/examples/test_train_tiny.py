@@ -15,10 +15,11 @@ import pytest
 import torch
 import train_tiny
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeHybridForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 from mamba2_hf import Mamba2ForCausalLM, Mamba2HybridForCausalLM
+from mamba2_hf.checkpoints import convert
 
 SCRIPT = Path(train_tiny.__file__)
 END = 0
@@ -64,7 +65,7 @@ def others(data: Path) -> list[Path]:
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     torch.manual_seed(0)
     recipe = train_tiny.Recipe(request.param, hidden_size=16, layers=2, state_size=8, head_dim=8, intermediate_size=24)
-    tokenizer = train_tiny.corpus.train_tokenizer(iter(["text"]), 258)
+    tokenizer = train_tiny.corpus.train_tokenizer(["text"], train_tiny.corpus.SMALLEST)
     return train_tiny.new_model(recipe, tokenizer).eval()
 
 
@@ -89,8 +90,9 @@ def test_prepare_writes_a_corpus_that_adds_up(data: Path) -> None:
             "bytes": sum(int(row["bytes"]) for row in mine),
             "tokens": len(stream) - 1,
         }
-        text = tokenizer.decode(stream.tolist(), skip_special_tokens=True)
-        assert len(text.encode()) == counts["bytes"]
+        documents = train_tiny.corpus.documents(stream, tokenizer.eos_token_id)
+        texts = [tokenizer.decode(document[1:-1].tolist()) for document in documents]
+        assert sum(len(text.encode()) for text in texts) == counts["bytes"]
 
 
 def test_baselines_are_in_the_order_that_their_knowledge_gives(data: Path) -> None:
@@ -159,21 +161,34 @@ def test_held_out_loss_is_the_documents_own_loss(model: PreTrainedModel, batch: 
 
 
 def test_kinds_have_the_same_number_of_parameters() -> None:
-    tokenizer = train_tiny.corpus.train_tokenizer(iter(["text"]), 258)
+    tokenizer = train_tiny.corpus.train_tokenizer(["text"], train_tiny.corpus.SMALLEST)
     with torch.device("meta"):
         counts = [train_tiny.new_model(recipe, tokenizer).num_parameters() for recipe in train_tiny.RECIPES.values()]
     assert max(counts) < 1.002 * min(counts)
 
 
 def test_a_hybrid_is_mostly_ssd_and_attention_alone_has_none() -> None:
-    tokenizer = train_tiny.corpus.train_tokenizer(iter(["text"]), 258)
+    tokenizer = train_tiny.corpus.train_tokenizer(["text"], train_tiny.corpus.SMALLEST)
     kinds = {
         kind: train_tiny.new_model(train_tiny.RECIPES[kind], tokenizer).config.layer_blocks
         for kind in ("hybrid", "attention")
     }
-    assert sorted(kinds["hybrid"]) == ["attention mlp", *["ssd"] * 5]
-    assert kinds["hybrid"][0] == kinds["hybrid"][-1] == "ssd"
+    assert sorted(kinds["hybrid"]) == ["attention mlp", *["ssd mlp"] * 4]
+    assert kinds["hybrid"][0] == kinds["hybrid"][-1] == "ssd mlp"
     assert set(kinds["attention"]) == {"attention mlp"}
+
+
+def test_a_hybrid_is_of_a_published_shape(others: list[Path], tmp_path: Path) -> None:
+    """So that the programs that serve Granite 4 serve it: the same logits from transformers' own class."""
+    convert(others[0], tmp_path / "granite", to="granitemoehybrid")
+    stock = GraniteMoeHybridForCausalLM.from_pretrained(tmp_path / "granite", dtype=torch.float32).eval()
+    ours = AutoModelForCausalLM.from_pretrained(others[0], dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "granite")
+    ids = tokenizer("def parse(self):\n    return", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(stock(ids).logits, ours(ids).logits, atol=1e-4, rtol=1e-4)
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        assert (tmp_path / "granite" / name).read_bytes() == (others[0] / name).read_bytes()
 
 
 def test_cards_show_the_losses_of_all_kinds(trained: Path, others: list[Path], data: Path) -> None:

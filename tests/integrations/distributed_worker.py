@@ -479,6 +479,22 @@ def generation_and_attention_matrices(folder: Path) -> None:
 
 
 @check("fsdp")
+@torch.no_grad()
+def tokens_are_taken_back(folder: Path) -> None:
+    """After the forward, when the weights are shards again."""
+    for make in (make_model, make_hybrid):
+        plain, model = make(), shard(make())
+        cache = model(MINE[:, :5]).past_key_values
+        for start, stop, stay in ((5, 6, 6), (6, 10, 8), (8, 12, 8), (8, 9, 9)):
+            cache.activate_past_recording()
+            model(MINE[:, start:stop], past_key_values=cache)
+            cache.crop(stay - stop)
+        cache.stop_recording()
+        found = model(MINE[:, 9:], past_key_values=cache).logits
+        torch.testing.assert_close(found, plain(MINE).logits[:, 9:], rtol=1e-5, atol=1e-5)
+
+
+@check("fsdp")
 def lora_on_a_sharded_model(folder: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -592,6 +608,9 @@ def tensor_parallel_plan(folder: Path) -> None:
         for options in ({}, {"num_beams": 2}):
             options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, **options}
             assert torch.equal(model.generate(same, **options), plain.generate(same, **options))
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "prompt_lookup_num_tokens": 3}
+        again = torch.cat([same[:1], same[:1, :9]], 1)  # something to look up
+        assert torch.equal(model.generate(again, **options), plain.generate(again, **options))
     model(same, labels=same).loss.backward()
     plain(same, labels=same).loss.backward()
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):

@@ -156,6 +156,11 @@ def test_offloaded(name: str, place: str, tmp_path: Path) -> None:
     cache = placed(IDS[:, :9]).past_key_values
     steps = [placed(part, past_key_values=cache).logits for part in IDS[:, 9:].split([1, 2, 1], 1)]
     torch.testing.assert_close(torch.cat(steps, 1), plain(IDS).logits[:, 9:], **CLOSE)
+    ids = torch.cat([IDS[:1], IDS[:1, :9]], 1)  # something to look up
+    greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    expected = plain.generate(ids, **greedy)
+    for guesses in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": placed}):
+        assert torch.equal(placed.generate(ids, **guesses, **greedy), expected)
 
 
 class TestTrainer:

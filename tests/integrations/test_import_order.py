@@ -1,4 +1,6 @@
-"""PEFT and Trainer know our models whether they were imported before or after, and know the stock ones as ever."""
+"""PEFT, Trainer, TRL and pipelines know our models whether they were imported before or after, and know the stock ones
+as ever.
+"""
 
 from __future__ import annotations
 
@@ -57,4 +59,36 @@ def test_order_of_imports_does_not_matter(order: str, run_python: Callable[..., 
         "['layers.0.mixer.A_log', 'layers.0.mixer.D', 'norm_f.weight']",
         "2 adapters",
         *["refused"] * 3,
+    ]
+
+
+BY_NAME = f"""
+import tempfile, warnings
+import transformers
+from transformers.pipelines.base import load_model
+from trl.trainer.utils import create_model_from_path
+warnings.simplefilter("ignore")
+for cls, config in ((mamba2_hf.Mamba2ForCausalLM, mamba2_hf.Mamba2Config({SIZES})), (
+    mamba2_hf.Mamba2HybridForCausalLM,
+    mamba2_hf.Mamba2HybridConfig(
+        vocab_size=13, hidden_size=8, num_hidden_layers=1, layer_blocks=["ssd"], ssm_num_heads=2, ssm_head_dim=8
+    ),
+)):
+    with tempfile.TemporaryDirectory() as folder:
+        cls(config).save_pretrained(folder)
+        loaded = [create_model_from_path(folder, device_map=None)]
+        for load in (load_model, transformers.pipelines.load_model):
+            loaded.append(load(folder, config=transformers.AutoConfig.from_pretrained(folder)))
+        print([type(model) is cls for model in loaded])
+        if cls is mamba2_hf.Mamba2ForCausalLM:
+            print(type(transformers.Mamba2ForCausalLM.from_pretrained(folder)).__module__)
+"""
+
+
+@pytest.mark.parametrize("first", ["", "import transformers.pipelines, trl.trainer.utils, trl.trainer.sft_trainer\n"])
+def test_classes_are_found_by_name_in_any_order(first: str, run_python: Callable[..., str]) -> None:
+    assert run_python(first + "import mamba2_hf\n" + BY_NAME).splitlines() == [
+        "[True, True, True]",
+        "transformers.models.mamba2.modeling_mamba2",
+        "[True, True, True]",
     ]

@@ -12,7 +12,13 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor
 
-from mamba2_hf import Mamba2ForCausalLM, Mamba2ForSequenceClassification
+from mamba2_hf import (
+    Mamba2Cache,
+    Mamba2ForCausalLM,
+    Mamba2ForSequenceClassification,
+    Request,
+    generate_batch,
+)
 from mamba2_hf.errors import CheckpointError
 from mamba2_hf.layers import Mamba2Mixer
 from mamba2_hf.layers.sequence import sequence_layout
@@ -32,6 +38,12 @@ def from_cpu(model: Any, folder: Path) -> Any:
 
 def from_disk(model: Any, folder: Path) -> Any:
     disk_offload(model, str(folder), execution_device=CPU)
+    return model
+
+
+def by_blocks(model: Any, folder: Path) -> Any:
+    """A block brings the weights of all that is in it, which nothing inside knows."""
+    disk_offload(model, str(folder), execution_device=CPU, preload_module_classes=["Mamba2Block"])
     return model
 
 
@@ -58,6 +70,7 @@ SPLIT = {
 PLACEMENTS: dict[str, Callable[[Any, Path], Any]] = {
     "cpu_offload": from_cpu,
     "disk_offload": from_disk,
+    "disk_offload of whole blocks": by_blocks,
     "dispatch_model": dispatched,
     "device_map of the cpu": mapped({"": "cpu"}),
     "device_map auto": mapped("auto"),
@@ -102,6 +115,50 @@ class TestPlacements:
         for options in ({}, {"num_beams": 3}):
             options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, **options}
             assert torch.equal(placed.generate(input_ids, **options), plain.generate(input_ids, **options))
+
+    @pytest.mark.parametrize("way", ["lookup", "its own assistant", "another assistant"])
+    def test_assisted_generation(
+        self, models: tuple[Any, Any], make_model: Callable[..., Any], input_ids: Tensor, way: str
+    ) -> None:
+        placed, plain = models
+        ids = torch.cat([input_ids[:1], input_ids[:1, :9]], 1)  # something to look up
+        assert placed.device == plain.device
+        guesses: dict[str, Any] = {
+            "lookup": {"prompt_lookup_num_tokens": 4},
+            "its own assistant": {"assistant_model": placed},
+            "another assistant": {"assistant_model": make_model(seed=1)},
+        }[way]
+        options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+        expected = plain.generate(ids, **options)
+        assert torch.equal(placed.generate(ids, **guesses, **options), expected)
+        if way == "its own assistant":
+            assert torch.equal(plain.generate(ids, **guesses, **options), expected)
+
+    def test_tokens_that_are_taken_back(self, models: tuple[Any, Any], input_ids: Tensor) -> None:
+        placed, plain = models
+        cache = placed(input_ids[:, :5]).past_key_values
+        for start, stop, stay in ((5, 6, 6), (6, 10, 8), (8, 12, 8), (8, 9, 8), (8, 9, 9)):
+            cache.activate_past_recording()
+            placed(input_ids[:, start:stop], past_key_values=cache)
+            cache.crop(stay - stop)
+        cache.stop_recording()
+        found = placed(input_ids[:, 9:], past_key_values=cache).logits
+        torch.testing.assert_close(found, plain(input_ids).logits[:, 9:], atol=1e-5, rtol=1e-5)
+
+    def test_states_that_are_kept(self, models: tuple[Any, Any], input_ids: Tensor, tmp_path: Path) -> None:
+        """A placed model makes and takes the files of a plain one."""
+        expected = models[1](input_ids).logits[:, 9:]
+        for writer, reader in (models, models[::-1]):
+            writer.read(input_ids[:, :9]).save(tmp_path / "state.safetensors", writer)
+            cache = Mamba2Cache.load(tmp_path / "state.safetensors", reader)
+            found = reader(input_ids[:, 9:], past_key_values=cache).logits
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+    def test_continuous_batching(self, models: tuple[Any, Any], input_ids: Tensor) -> None:
+        settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+        requests = [Request(input_ids[0], settings), Request(input_ids[1, :9], settings)]
+        placed, plain = (generate_batch(model, requests) for model in models)
+        assert placed == plain
 
     def test_attention_matrices(self, models: tuple[Any, Any], input_ids: Tensor) -> None:
         placed, plain = models

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from hybrids import make_hybrid
+from peft import (
+    CartridgeConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from mamba2_hf import Mamba2ForCausalLM, Mamba2ForSequenceClassification
+from mamba2_hf.errors import ArgumentError, CacheError
 from mamba2_hf.layers import mixer
+from mamba2_hf.models import prefill
+from mamba2_hf.models.outputs import CACHE
 from mamba2_hf.ops import LayerWeights
 from mamba2_hf.pretrained import shipped_model_path
 
@@ -23,6 +36,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file"),
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1"),
 ]
+
+WITH_CACHE = pytest.mark.skipif(
+    CACHE != "past_key_values", reason="PEFT looks for a cache by the name it had before transformers 5.24"
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "no target_modules": {},
@@ -158,6 +175,32 @@ READ: dict[str, tuple[dict[str, Any], bool]] = {  # options of the adapter, and 
 }
 
 
+class TestPrefixTuning:
+    """Keys and values of tokens that nobody read: an SSD layer has no place for them."""
+
+    CONFIG = {"task_type": TaskType.CAUSAL_LM, "num_virtual_tokens": 4}
+
+    @pytest.mark.parametrize("config", [PrefixTuningConfig, CartridgeConfig])
+    @pytest.mark.parametrize("hybrid", [False, True])
+    def test_is_refused_when_the_adapter_is_made(
+        self, hybrid: bool, config: Any, make_model: Callable[..., Any]
+    ) -> None:
+        model = make_hybrid() if hybrid else make_model()
+        with pytest.raises(ArgumentError, match=rf"{config.__name__}: .*Use PromptTuningConfig"):
+            get_peft_model(model, config(**self.CONFIG))
+
+    def test_is_refused_as_another_adapter(self, make_model: Callable[..., Any]) -> None:
+        adapted = get_peft_model(make_model(), PromptTuningConfig(**self.CONFIG))
+        with pytest.raises(ArgumentError, match="PREFIX_TUNING learns keys and values"):
+            adapted.add_adapter("other", PrefixTuningConfig(**self.CONFIG))
+
+    def test_others_are_left_alone(self, input_ids: Tensor) -> None:
+        sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+        llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+        adapted = get_peft_model(llama, PrefixTuningConfig(**self.CONFIG))
+        assert adapted(input_ids).logits.shape == (2, 17, 61)
+
+
 class TestTraining:
     """LoRA of the common kind is a part of the op of a whole layer; every other kind is called."""
 
@@ -287,7 +330,7 @@ def test_adapters_over_4_bit_weights(make_model: Callable[..., Any], input_ids: 
     assert "4bit" in type(mixer.in_proj.base_layer).__name__
     assert mixer.A_log.dtype == torch.float32
     out = adapted(input_ids, labels=input_ids)
-    assert out.logits is None
+    assert "logits" not in out
     assert out.loss.item() == pytest.approx(plain(input_ids, labels=input_ids).loss.item(), rel=0.05)
     optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=0.02)
     for _ in range(5):
@@ -338,3 +381,91 @@ def test_adapters_over_int8_weights_of_torchao(name: str, input_ids: Tensor, tmp
     reloaded = PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
     with torch.no_grad():
         torch.testing.assert_close(reloaded(input_ids).logits, adapted(input_ids).logits)
+
+
+class TestPromptsInPieces:
+    """What PEFT does to a prompt in ``generate`` is the same however much of it is read at once."""
+
+    GREEDY: ClassVar[dict[str, Any]] = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": None}
+    INVOCATION: ClassVar[list[int]] = [5, 6, 7]
+
+    def adapted(self, kind: str, tuner: str, make_model: Callable[..., Any]) -> Any:
+        torch.manual_seed(0)
+        if kind == "llama":
+            sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+            model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, pad_token_id=0))
+        else:
+            model = make_model() if kind == "pure" else make_hybrid("plain")
+        width = model.config.hidden_size
+        shape = {"num_virtual_tokens": 8, "token_dim": width, "num_layers": 2, "num_attention_heads": 4}
+        config = {
+            "prompt tuning": lambda: PromptTuningConfig(task_type=TaskType.CAUSAL_LM, **shape),
+            "p-tuning": lambda: PromptEncoderConfig(task_type=TaskType.CAUSAL_LM, encoder_hidden_size=16, **shape),
+            "LoRA": lambda: LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules="all-linear"),
+            "activated LoRA": lambda: LoraConfig(
+                task_type=TaskType.CAUSAL_LM, target_modules="all-linear", alora_invocation_tokens=self.INVOCATION
+            ),
+        }[tuner]()
+        adapted = get_peft_model(model, config)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.5 if "LoRA" not in tuner else 0.2, generator=generator)
+        return adapted.eval()
+
+    def logits(self, model: Any, **options: Any) -> Tensor:
+        out = model.generate(**options, **self.GREEDY, return_dict_in_generate=True, output_logits=True)
+        return torch.stack(out.logits, 1)
+
+    @pytest.mark.parametrize("tuner", ["prompt tuning", "p-tuning", "LoRA", "activated LoRA"])
+    @pytest.mark.parametrize("kind", ["pure", "hybrid"])
+    def test_they_give_what_one_call_gives(
+        self, kind: str, tuner: str, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = self.adapted(kind, tuner, make_model)
+        ids = torch.randint(8, 61, (3, 300), generator=torch.Generator().manual_seed(0))
+        ids[:, 100:103] = torch.tensor(self.INVOCATION)
+        mask = torch.ones_like(ids)
+        if tuner != "activated LoRA":
+            mask[1, :40] = 0
+        prompt = {"input_ids": ids, "attention_mask": mask}
+        expected = self.logits(model, **prompt)
+        for size in (1, 64, 299):
+            torch.testing.assert_close(
+                self.logits(model, **prompt, prefill_chunk_size=size), expected, rtol=0, atol=1e-5
+            )
+        beams = self.logits(model, **prompt, num_beams=2) if tuner != "activated LoRA" else None
+        monkeypatch.setattr(prefill, "TOKENS_AT_ONCE", 256)
+        torch.testing.assert_close(self.logits(model, **prompt), expected, rtol=0, atol=1e-5)
+        if beams is not None:
+            torch.testing.assert_close(self.logits(model, **prompt, num_beams=2), beams, rtol=0, atol=1e-5)
+
+    @pytest.mark.filterwarnings("ignore:Position ids are not supported")  # Llama has them
+    @pytest.mark.parametrize(
+        "tuner", [pytest.param("prompt tuning", marks=WITH_CACHE), pytest.param("p-tuning", marks=WITH_CACHE), "LoRA"]
+    )
+    @pytest.mark.parametrize("kind", ["pure", "hybrid", "llama"])
+    def test_generation_continues_what_the_adapted_forward_gives(
+        self, kind: str, tuner: str, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = self.adapted(kind, tuner, make_model)
+        ids = torch.randint(8, 61, (64, 30), generator=torch.Generator().manual_seed(0))
+        monkeypatch.setattr(prefill, "TOKENS_AT_ONCE", 64)
+        monkeypatch.setattr(prefill, "_MULTIPLE", 16)
+        out = model.generate(input_ids=ids, **self.GREEDY, return_dict_in_generate=True, output_logits=True)
+        with torch.no_grad():
+            whole = model(out.sequences).logits[:, -4:-1]
+        torch.testing.assert_close(torch.stack(out.logits, 1), whole, rtol=0, atol=1e-5)
+
+    @WITH_CACHE
+    def test_soft_prompts_do_not_continue_a_cache(self, make_model: Callable[..., Any], input_ids: Tensor) -> None:
+        """PEFT feeds the last token only, once a cache holds any."""
+        model = self.adapted("pure", "prompt tuning", make_model)
+        out = model.generate(input_ids=input_ids, **self.GREEDY, return_dict_in_generate=True)
+        more = torch.cat([out.sequences, input_ids], 1)
+        prompt = {"input_ids": more, "attention_mask": torch.ones_like(more)}
+        with pytest.raises(CacheError, match=r"makes 1 of 18 new tokens.*PEFT's soft prompts cannot continue a cache"):
+            model.generate(**prompt, past_key_values=out.past_key_values, **self.GREEDY)
+        with pytest.raises(ArgumentError, match="8 soft tokens of what wraps the model"):
+            model.generate(input_ids=input_ids[:1], prompt_lookup_num_tokens=2, **self.GREEDY)

@@ -10,15 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hybrids import make_hybrid
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DataCollatorWithFlattening, Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Seq2SeqTrainer,
+    Trainer,
+    TrainingArguments,
+)
 from transformers import Mamba2Config as StockConfig
 from transformers import Mamba2ForCausalLM as StockForCausalLM
 from transformers.trainer_pt_utils import get_parameter_names
 
 from mamba2_hf import Mamba2ForSequenceClassification
+from mamba2_hf.errors import LogitsError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT reads it
 
@@ -193,6 +202,24 @@ class TestTraining:
         for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
             torch.testing.assert_close(one, other)
 
+    def test_accumulated_gradients_of_a_classifier_are_those_of_the_whole_batch(
+        self, make_model: Callable[..., Any], documents: Any, make_trainer: Any
+    ) -> None:
+        def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+            return {**padded(examples), "labels": torch.tensor([len(example["input_ids"]) % 2 for example in examples])}
+
+        def train(**arguments: Any) -> Any:
+            model = make_model(Mamba2ForSequenceClassification, num_labels=2)
+            trainer = make_trainer(model, collate=collate, max_steps=1, **arguments)
+            trainer.train()
+            return trainer
+
+        whole = train(per_device_train_batch_size=8)
+        parts = train(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+        assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+        norms = [trainer.state.log_history[0]["grad_norm"] for trainer in (whole, parts)]
+        assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
     def test_classification(self, make_model: Callable[..., Any], documents: Any, make_trainer: Any) -> None:
         for index, document in enumerate(documents):
             document["labels"] = index % 2
@@ -207,6 +234,53 @@ class TestTraining:
         trainer = make_trainer(model, collate=collate, max_steps=20, compute_metrics=accuracy)
         trainer.train()
         assert trainer.evaluate()["eval_accuracy"] == 1.0
+
+
+class TestLabelSmoothing:
+    @pytest.mark.parametrize("hybrid", [False, True])
+    def test_smooths_the_loss_of_the_next_token(
+        self, hybrid: bool, make_model: Callable[..., Any], make_trainer: Callable[..., Any], documents: Any
+    ) -> None:
+        model = make_hybrid() if hybrid else make_model()
+        trainer = make_trainer(model, label_smoothing_factor=0.1)
+        batch = padded(documents)
+        with torch.no_grad():
+            logp = model(**{name: value for name, value in batch.items() if name != "labels"}).logits.log_softmax(-1)
+        targets = batch["labels"][:, 1:]
+        picked = -logp[:, :-1].gather(2, targets.clamp(min=0)[..., None])[..., 0]
+        smoothed = 0.9 * picked - 0.1 * logp[:, :-1].mean(-1)
+        expected = smoothed[targets != -100].mean()
+        assert trainer.compute_loss(model, {**batch}).item() == pytest.approx(expected.item(), rel=1e-5)
+
+    def test_is_that_of_other_models(self, make_trainer: Callable[..., Any], documents: Any) -> None:
+        """The smoother is told to shift by the class of the model: given the same logits, it gives the same loss."""
+        sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+        ours = make_hybrid()
+        llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).eval()
+        llama.forward = ours.forward
+        batch = padded(documents)
+        losses = [make_trainer(m, label_smoothing_factor=0.1).compute_loss(m, {**batch}) for m in (ours, llama)]
+        torch.testing.assert_close(*losses)
+
+
+class TestLogitsInTraining:
+    @pytest.mark.parametrize("bf16", [False, True])  # accelerate makes the outputs anew
+    def test_a_loss_of_the_user_s_is_told_how_to_get_them(self, bf16: bool, make_trainer: Callable[..., Any]) -> None:
+        class OwnLoss(Trainer):
+            more: dict[str, Any] = {}
+
+            def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+                logits = model(**inputs, **self.more).logits[:, :-1].flatten(0, 1)
+                return nn.functional.cross_entropy(logits, inputs["labels"][:, 1:].flatten())
+
+        trainer = make_trainer(trainer=OwnLoss, bf16=bf16)
+        with pytest.raises(LogitsError, match="return_logits=True"):
+            trainer.train()
+        OwnLoss.more = {"return_logits": True}
+        own, usual = make_trainer(trainer=OwnLoss, bf16=bf16), make_trainer(bf16=bf16)
+        own.train()
+        usual.train()
+        assert losses(own)[0] == pytest.approx(losses(usual)[0], rel=1e-3)
 
 
 class TestEvaluation:

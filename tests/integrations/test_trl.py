@@ -10,16 +10,30 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from hybrids import make_hybrid
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated"),  # TRL and PEFT read it
+    pytest.mark.filterwarnings(
+        "ignore:`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated"
+    ),  # TRL and PEFT use it
     pytest.mark.filterwarnings("ignore:`(return_outputs=True|label_smoothing_factor)`:FutureWarning"),
 ]
 
@@ -167,3 +181,54 @@ def test_generation_is_unchanged_by_the_replaced_forward(
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     expected = make_model().generate(input_ids, **options)
     assert torch.equal(trainer.model.eval().generate(input_ids, **options), expected)
+
+
+PAIRS = [{"prompt": "5 8", "chosen": " 11 14", "rejected": " 3 3"}] * 4
+FROM_A_PATH: dict[str, tuple[Any, Any, list[dict[str, Any]], dict[str, Any]]] = {
+    "SFT": (SFTTrainer, SFTConfig, [{"text": "5 8 11 14 17"}] * 4, {"packing": True, "max_length": 8}),
+    "DPO": (DPOTrainer, DPOConfig, PAIRS, {}),
+    "KTO": (
+        KTOTrainer,
+        KTOConfig,
+        [{"prompt": "5 8", "completion": " 11", "label": bool(n % 2)} for n in range(4)],
+        {},
+    ),
+    "GRPO": (
+        GRPOTrainer,
+        GRPOConfig,
+        [{"prompt": "5 8"}] * 4,
+        {"beta": 0.1, "num_generations": 2, "max_completion_length": 3},
+    ),
+    "reward": (RewardTrainer, RewardConfig, PAIRS, {}),
+}
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize("name", FROM_A_PATH)
+def test_a_path_gives_what_the_auto_class_builds(
+    name: str, hybrid: bool, make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    """The model itself, and the one that it is compared with."""
+    folder = tmp_path / "model"
+    (make_hybrid() if hybrid else make_model()).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    trainer_class, config_class, rows, options = FROM_A_PATH[name]
+    arguments = config_class(
+        **{"output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": "none", "disable_tqdm": True},
+        **{"max_steps": 1, "logging_steps": 1, "save_strategy": "no", "bf16": False, "dataloader_pin_memory": False},
+        **{"per_device_train_batch_size": 4, **options},
+    )
+    rewards = {"reward_funcs": lambda completions, **_: [float(len(text)) for text in completions]}
+    trainer = trainer_class(
+        str(folder),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        **(rewards if name == "GRPO" else {}),
+    )
+    auto = AutoModelForSequenceClassification if name == "reward" else AutoModelForCausalLM
+    built = [trainer.model, getattr(trainer, "ref_model", None)]
+    assert [type(model) for model in built if model is not None] == [type(auto.from_pretrained(folder))] * (
+        2 if name in ("DPO", "KTO", "GRPO") else 1
+    )
+    trainer.train()
+    assert [entry for entry in trainer.state.log_history if "loss" in entry]

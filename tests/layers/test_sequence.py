@@ -69,7 +69,7 @@ class TestPadding:
     def test_matrices_of_aligned_rows_find_their_positions(self, mask: list[list[bool]]) -> None:
         layout, keep = layout_of(attention_mask=mask), torch.tensor(mask)
         ids = torch.arange(1, keep.numel() + 1).view(keep.shape)
-        aligned = layout.align(layout.pack(ids[..., None]))[..., 0]  # (B, T)
+        aligned = layout.align(ids)  # (B, T)
         for row, counts in enumerate(keep):
             assert aligned[row, : int(counts.sum())].tolist() == ids[row, counts].tolist()
         pairs = torch.stack([aligned[:, :, None].expand(-1, -1, 6), aligned[:, None, :].expand(-1, 6, -1)], 1)

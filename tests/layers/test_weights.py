@@ -195,7 +195,7 @@ class TestSubstitutions:
         mask = torch.ones(BATCH, TOKENS)
         mask[0, :4] = mask[1, 9:] = 0
         layout = sequence_layout(BATCH, TOKENS, attention_mask=mask)
-        out = layout.unpack(mixer(layout.pack(hidden_states), layout))
+        out = mixer(hidden_states, layout)
         torch.testing.assert_close(out[:1, 4:], composed(mixer, hidden_states[:1, 4:]), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(out[1:, :9], composed(mixer, hidden_states[1:, :9]), atol=1e-5, rtol=1e-4)
 

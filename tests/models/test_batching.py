@@ -159,6 +159,19 @@ def test_ends_at_the_models_eos_token_and_at_others(tiny_model: Callable[..., An
     assert ended.tokens == free[: free.index(free[2]) + 1]
 
 
+@pytest.mark.parametrize("kind", ["pure", "plain"])
+def test_a_length_with_the_prompt_wins_over_the_models_own(kind: str, tiny_model: Callable[..., Any]) -> None:
+    model = build(kind, tiny_model)
+    model.generation_config.max_new_tokens = 3
+    own = {name: value for name, value in BASE.items() if name != "max_new_tokens"}
+    found = generate_batch(model, [Request(prompt(length), {**own, "max_length": 12}) for length in (4, 9)])
+    assert [len(ended.tokens) for ended in found] == [8, 3]
+    assert found[0].tokens == alone(model, Request(prompt(4), BASE))
+    assert len(generate_batch(model, [Request(prompt(4), own)])[0].tokens) == 3
+    with pytest.raises(ArgumentError, match="max_length=9 leaves no room behind a prompt of 9 tokens"):
+        generate_batch(model, [Request(prompt(9), {**own, "max_length": 9})])
+
+
 def test_tokens_are_streamed_as_they_come(tiny_model: Callable[..., Any]) -> None:
     model, order = tiny_model(), []
     requests = [

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from hybrids import make_hybrid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, QuantizedCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, StaticCache
 
-from mamba2_hf import Mamba2Cache, Mamba2ForCausalLM, Mamba2Model
+from mamba2_hf import Mamba2Cache, Mamba2ForCausalLM, Mamba2Model, Request, generate_batch
 from mamba2_hf.errors import ArgumentError, CacheError
 
 TOKENS = 24
@@ -241,12 +242,29 @@ def test_refuses_caches_of_another_kind(model: Any, ids: Tensor) -> None:
     filled = DynamicCache(config=model.config)
     filled.update_conv_state(torch.zeros(3, 5, 4), 0)
     filled.update_conv_state(torch.zeros(3, 5, 4), 1)
-    wrong = [DynamicCache(config=attention), filled, DynamicCache(offloading=True), (torch.zeros(1), torch.zeros(1))]
-    for cache in wrong:
+    states, keys = "SSM states, whose size is constant", "keys and values of attention on the device"
+    hybrid = make_hybrid("plain")
+    keyed = DynamicCache()
+    keyed.update(torch.zeros(1, 2, 3, 10), torch.zeros(1, 2, 3, 10), 0)
+    wrong = [
+        (model, DynamicCache(config=attention), "the DynamicCache is made for another model"),
+        (hybrid, DynamicCache(config=LlamaConfig(num_hidden_layers=5)), "the DynamicCache is made for another model"),
+        (model, filled, "the DynamicCache is not empty"),
+        (hybrid, keyed, "the DynamicCache is not empty"),
+        (model, DynamicCache(offloading=True), rf"DynamicCache\(offloading=True\): .*{states}"),
+        (hybrid, DynamicCache(offloading=True), rf"DynamicCache\(offloading=True\): .*{keys}"),
+        (
+            hybrid,
+            StaticCache(config=hybrid.config, max_cache_len=9, offloading=True),
+            rf"StaticCache\(offloading=True\): .*{keys}",
+        ),
+        (model, EncoderDecoderCache(DynamicCache(), DynamicCache()), "type EncoderDecoderCache, which has no place"),
+        (hybrid, (torch.zeros(1), torch.zeros(1)), "type tuple, which has no place for SSM states"),
+    ]
+    for each, cache, reason in wrong:
         for name in ("past_key_values", "cache_params"):
-            with pytest.raises(CacheError, match=f"{type(cache).__name__}.*Mamba2Cache"):
-                model(ids, **{name: cache})
-    assert QuantizedCache not in {type(cache) for cache in wrong}
+            with pytest.raises(CacheError, match=rf"{reason}.*; pass a mamba2_hf.Mamba2Cache\(model.config\), or"):
+                each(ids, **{name: cache})
 
 
 def test_state_dtype_is_an_option(model: Any, ids: Tensor) -> None:
@@ -362,25 +380,63 @@ def test_a_cache_made_in_inference_mode_serves_everywhere(tiny_model: Callable[.
         model(ids[:, :1], past_key_values=other)
 
 
-def test_gradient_checkpointing_runs_layers_twice_and_so_without_a_cache(
+def checkpoint(model: Any, reentrant: bool = False) -> Any:
+    """In training mode, with gradient checkpointing on; it was renamed between the supported versions."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": reentrant})
+    return model.train()
+
+
+def test_gradient_checkpointing_refuses_a_cache_where_gradients_are_recorded(
     tiny_model: Callable[..., Any], ids: Tensor
 ) -> None:
+    """Its backward runs every layer again, which would write the cache a second time."""
     model = tiny_model().train()
     expected = gradients(model, model(ids).logits)
-    # Renamed between the supported versions of transformers.
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     empty = Mamba2Cache(model.config)
-    for arguments in ({"use_cache": True}, {"past_key_values": empty}):
-        out = model(ids, **arguments)
-        assert out.past_key_values is None
-        for name, gradient in gradients(model, out.logits).items():
-            torch.testing.assert_close(gradient, expected[name])
-    assert empty.seen_tokens == 0
     _, filled = run(model.eval(), ids, [])
-    with pytest.raises(CacheError, match="gradient checkpointing cannot continue a cache of 24 tokens"):
-        model.train()(ids, past_key_values=filled)
-    logits, _ = run(model.eval(), ids, [3])  # in eval mode checkpointing does nothing
-    torch.testing.assert_close(logits, run(model, ids, [])[0], rtol=0, atol=1e-5)
+    checkpoint(model)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"use_cache": True}, "use_cache=True"),
+        ({"past_key_values": empty}, "a cache of 0 tokens"),
+        ({"past_key_values": filled, "use_cache": False}, "a cache of 24 tokens"),
+    ]
+    for arguments, named in refused:
+        with pytest.raises(CacheError, match=rf"{named} in training mode with gradient checkpointing.*torch.no_grad"):
+            model(ids, **arguments)
+    assert (empty.seen_tokens, filled.seen_tokens) == (0, 24)
+    out = model(ids)
+    assert out.past_key_values is None
+    for name, gradient in gradients(model, out.logits).items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", ["pure", "sliding"])
+def test_gradient_checkpointing_keeps_caches_where_none_are(
+    kind: str, mode: Any, reentrant: bool, tiny_model: Callable[..., Any], ids: Tensor
+) -> None:
+    model = tiny_model() if kind == "pure" else make_hybrid(kind)
+    greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
+    requests = [Request(row.tolist(), greedy) for row in ids]
+
+    def results() -> list[Any]:
+        with mode():
+            out = model(ids[:, :9], use_cache=True)
+            return [
+                out.logits,
+                model(ids[:, 9:], past_key_values=out.past_key_values, use_cache=True).logits,
+                model.generate(ids, **greedy),
+                model.generate(ids[:1], prompt_lookup_num_tokens=2, **greedy),
+                model.generate(ids, past_key_values=model.read(ids[:, :9]), **greedy),
+                torch.tensor([done.tokens for done in generate_batch(model, requests)]),
+            ]
+
+    expected = results()
+    checkpoint(model, reentrant)
+    for ours, theirs in zip(results(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_packed_rows_continue_their_first_document(model: Any, ids: Tensor) -> None:

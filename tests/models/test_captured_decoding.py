@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
+import pickle
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +70,120 @@ def prompts(rows: int, device: str) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+class AddressCheck(DecodeGraph):
+    """Stands in for a graph on a machine without a GPU: a replay runs the step, if all buffers are where they were."""
+
+    def _capture(self, run: Any, input_ids: Tensor, cache: Mamba2Cache) -> None:
+        cache.leave_inference_mode()
+        with torch.inference_mode(False):
+            self._ids, self._logits = input_ids.clone(), torch.zeros(*input_ids.shape, SIZES["vocab_size"])
+        replay = functools.partial(self._replay, run, cache, addresses(cache), torch.is_inference_mode_enabled())
+        self._graph = SimpleNamespace(replay=replay)
+
+    def _replay(self, run: Any, cache: Mamba2Cache, places: list[int | None], inference: bool) -> None:
+        assert addresses(cache) == places
+        with torch.inference_mode(inference), torch.no_grad():  # kernels write wherever they are told to
+            logits = run(self._ids)
+        self._logits.copy_(logits)
+        cache.advance(-1)  # a replay does not count
+
+
+def addresses(cache: Mamba2Cache) -> list[int | None]:
+    held = [getattr(buffers, name) for buffers in cache._buffers for name in buffers.names]
+    return [None if buffer is None else buffer.data_ptr() for buffer in held]
+
+
+def block(tokens: int, **options: Any) -> Any:
+    def feed(cache: Mamba2Cache, model: Any) -> None:
+        ids = torch.arange(7, 7 + cache.batch_size * tokens, device=model.device).view(cache.batch_size, tokens)
+        model(ids, past_key_values=cache, **{name: value.to(ids.device) for name, value in options.items()})
+
+    return feed
+
+
+def put(cache: Mamba2Cache, model: Any) -> None:
+    cache.put(1, model.read(torch.tensor([[5, 9, 4, 8]], device=model.device)))
+    cache.set_lengths([cache.seen_tokens, 4, cache.seen_tokens])
+
+
+def taken_back(cache: Mamba2Cache, model: Any) -> None:
+    cache.activate_past_recording()
+    block(4)(cache, model)
+    cache.crop(-3)
+    cache.stop_recording()
+
+
+def start_again(rows: int) -> Any:
+    def start(cache: Mamba2Cache, model: Any) -> None:
+        cache.reset()
+        model(torch.arange(20, 20 + 4 * rows, device=model.device).view(rows, 4), past_key_values=cache)
+
+    return start
+
+
+def replaced(cache: Mamba2Cache, model: Any) -> None:
+    for buffers in cache._buffers:
+        for name in buffers.names:
+            buffer = getattr(buffers, name)
+            buffers.replace(**{name: None if buffer is None else buffer.clone()})
+
+
+CHANGES: dict[str, tuple[Any, Any]] = {
+    "reordered": (lambda cache, model: cache.reorder_cache(torch.tensor([2, 0, 0])), False),
+    "selected, as many": (lambda cache, model: cache.batch_select_indices(torch.tensor([1, 1, 0])), False),
+    "selected, fewer": (lambda cache, model: cache.batch_select_indices(torch.tensor([2, 0])), True),
+    "repeated": (lambda cache, model: cache.batch_repeat_interleave(2), True),
+    "a row replaced": (put, False),
+    "lengths told": (lambda cache, model: cache.set_lengths([3, 9, 5]), False),
+    "tokens taken back": (taken_back, False),
+    "a block": (block(3), False),
+    "a block with padding": (block(3, attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1], [1, 0, 1]])), False),
+    "a block at given positions": (block(2, position_ids=torch.tensor([[30, 31]])), "rotary"),
+    "more room": (lambda cache, model: cache.reserve(60), "attention"),
+    "room enough": (lambda cache, model: cache.reserve(20), False),
+    "to its own device": (lambda cache, model: cache.to(model.device), False),
+    "inference mode left": (lambda cache, model: cache.leave_inference_mode(), False),
+    "reset": (start_again(3), False),
+    "reset, other rows": (start_again(2), True),
+    "every buffer": (replaced, True),
+}
+"""What may happen to a cache between steps, and whether buffers move: always, never, or in which models."""
+
+
+@torch.no_grad()
+def check_change(make: Any, way: str, graph: DecodeGraph, device: str, inference: bool = False) -> None:
+    """A captured cache, changed and decoded on, against one without a graph."""
+    model, (change, moves) = make().to(device), CHANGES[way]
+    cache = Mamba2Cache(model.config, static=True, captured=True, max_length=30)
+    cache.graph = graph
+    given = {name: value.to(device) for name, value in prompts(3, "cpu").items()}
+    with torch.inference_mode(inference), torch.no_grad():
+        model(**given, past_key_values=cache)
+        for token in (3, 4, 5):
+            model(torch.full((3, 1), token, device=device), past_key_values=cache)
+    assert graph.is_captured
+    twin = copy.deepcopy(cache)
+    assert not twin.graph.is_captured
+    twin.graph = None
+    before = [getattr(buffers, name) for buffers in cache._buffers for name in buffers.names]  # kept from being freed
+    places = addresses(cache)
+    for each in (cache, twin):
+        change(each, model)
+    attends = cache.key_counts is not None
+    if not inference:
+        rotary = attends and model.config.rope_parameters is not None
+        moved = {"rotary": rotary, "attention": "attention" in model.config.mixer_kinds}.get(moves, moves)
+        assert (addresses(cache) != places) == moved
+    assert graph.is_captured == (addresses(cache) == places)
+    del before
+    for token in (6, 7, 8):
+        ids = torch.full((cache.batch_size, 1), token, device=device)
+        ids[0] += 9
+        found = model(ids, past_key_values=cache).logits
+        torch.testing.assert_close(found, model(ids, past_key_values=twin).logits, atol=2e-5, rtol=1e-4)
+    assert graph.is_captured
+
+
 class TestOnAGPU:
     pytestmark = pytest.mark.gpu
 
@@ -105,6 +224,27 @@ class TestOnAGPU:
         out = model.generate(**prompts(2, "cuda"), **LENGTHS, past_key_values=cache)
         assert cache.graph.is_captured
         assert torch.equal(out, model.generate(**prompts(2, "cuda"), **LENGTHS, disable_compile=True))
+
+    @pytest.mark.parametrize("inference", [False, True], ids=["", "inference mode"])
+    @pytest.mark.parametrize("way", CHANGES)
+    @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+    def test_a_changed_cache_is_decoded_on(self, make: Any, way: str, inference: bool) -> None:
+        check_change(make, way, DecodeGraph(), "cuda", inference)
+
+    @pytest.mark.parametrize("make", [pure, hybrid])
+    @torch.no_grad()
+    def test_a_cache_waits_elsewhere(self, make: Any) -> None:
+        model = make().cuda()
+        ids = prompts(3, "cuda")["input_ids"]
+        cache = Mamba2Cache(model.config, captured=True, max_length=30)
+        parts = [model(part, past_key_values=cache).logits for part in ids[:, :7].split([4, 1, 1, 1], 1)]
+        assert cache.graph.is_captured
+        cache.to("cpu")
+        assert not cache.graph.is_captured
+        cache.to("cuda")
+        parts += [model(part, past_key_values=cache).logits.clone() for part in ids[:, 7:].split(1, 1)]
+        torch.testing.assert_close(torch.cat(parts, 1)[:, -2:], model(ids).logits[:, -2:], atol=2e-5, rtol=1e-4)
+        assert cache.graph.is_captured
 
     def test_speculation_goes_without(self) -> None:
         model = pure().cuda()
@@ -171,20 +311,82 @@ class Recorder(DecodeGraph):
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps, self.drops = 0, 0
+        self.steps, self.drops, self.captured = 0, 0, False
 
     def step(self, run: Any, input_ids: Tensor, cache: Mamba2Cache) -> Tensor:
         self.steps += 1
+        self.captured = True
         return run(input_ids)
 
     def fits(self, input_ids: Tensor) -> bool:
         return self.steps > 0
 
     def drop(self) -> None:
-        self.drops += 1
+        self.drops += self.captured
+        self.captured = False
 
 
 class TestAnywhere:
+    @pytest.mark.parametrize("way", CHANGES)
+    @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+    def test_a_graph_lives_as_long_as_the_buffers_it_writes_to(self, make: Any, way: str) -> None:
+        check_change(make, way, AddressCheck(), "cpu")
+
+    @pytest.mark.parametrize("way", CHANGES)
+    @pytest.mark.parametrize("make", [pure, MODELS["rotary"]])
+    def test_and_no_longer_than_they_may_be_written(self, make: Any, way: str) -> None:
+        """Buffers of inference mode are made anew by the first call outside of it that writes them itself."""
+        check_change(make, way, AddressCheck(), "cpu", inference=True)
+
+    @pytest.mark.parametrize("make", [pure, hybrid])
+    def test_buffers_that_leave_their_device_are_told_of(self, make: Any) -> None:
+        model = make()
+        for move in (lambda cache: cache.to("meta"), lambda cache: cache.layers[1].to("meta")):
+            cache = Mamba2Cache(model.config, captured=True, max_length=30)
+            cache.graph = graph = AddressCheck()
+            with torch.no_grad():
+                for ids in prompts(2, "cpu")["input_ids"].split([7, 1, 1], 1):
+                    model(ids, past_key_values=cache)
+            assert graph.is_captured
+            move(cache)
+            assert not graph.is_captured
+
+    @pytest.mark.parametrize("make", [pure, hybrid])
+    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+    def test_copies_have_a_graph_of_their_own(self, make: Any, duplicate: Any) -> None:
+        """It is theirs that is dropped when their buffers move, and the original keeps its own."""
+        model = make()
+        cache = Mamba2Cache(model.config, captured=True, max_length=30)
+        ids = prompts(2, "cpu")["input_ids"]
+        with torch.no_grad():
+            model(ids[:, :7], past_key_values=cache)
+        twin = duplicate(cache)
+        assert twin.graph is not cache.graph
+        assert all(buffers.on_move.__self__ is twin.graph for buffers in twin._buffers)
+        graphs = cache.graph, twin.graph
+        for graph in graphs:
+            graph._graph = graph  # as if it were captured
+        twin.batch_select_indices(torch.tensor([1]))
+        assert [graph.is_captured for graph in graphs] == [True, False]
+        twin.graph = None
+        cache.batch_select_indices(torch.tensor([1]))
+        assert not graphs[0].is_captured
+        layer = copy.deepcopy(cache.layers[0])  # and a layer by itself drags no cache along
+        assert layer.on_move.__self__ is not cache.graph
+
+    def test_a_cache_is_freed_with_the_last_reference(self) -> None:
+        model = hybrid()
+        cache = Mamba2Cache(model.config, captured=True, max_length=30)
+        with torch.no_grad():
+            model(prompts(2, "cpu")["input_ids"], past_key_values=cache)
+        state = weakref.ref(cache.layers[0].conv)
+        gc.disable()
+        try:
+            del cache
+            assert state() is None
+        finally:
+            gc.enable()
+
     @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
     def test_buffers_stay_where_they_are(self, make: Any) -> None:
         """Between steps, also of a beam search; they move where the number of sequences changes."""
@@ -213,7 +415,7 @@ class TestAnywhere:
             whole = model(ids).logits
         torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
         assert graph.steps == 4
-        assert graph.drops == (0 if make is pure else 2)
+        assert graph.drops == {pure: 0, hybrid: 2}.get(make, 1)  # a window has its full size after the first time
 
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from hybrids import make_hybrid
 from torch import Tensor, nn
 from torch.export import Dim
 
 from mamba2_hf import Mamba2Cache, Mamba2ForSequenceClassification
-from mamba2_hf.errors import ArgumentError
+from mamba2_hf.errors import ArgumentError, CacheError
 
 TOKENS = 12
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -217,6 +219,43 @@ def test_inductor(tiny_model: Callable[..., Any]) -> None:
         cache = model(ids[:, :-1]).past_key_values
         out = compiled(ids[:, -1:], past_key_values=cache)
         torch.testing.assert_close(out.logits[:, 0], expected[:, -1], **CLOSE)
+
+
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0}
+
+
+@torch.no_grad()
+def test_prompt_lookup_with_a_compiled_forward(small: Any) -> None:
+    """It cannot look at a mask's values, and would take one that leaves nothing out for padding."""
+    model, ids = copy.deepcopy(small), tokens(1, 4).repeat(1, 2)
+    ones = torch.ones_like(ids)
+    expected = model.generate(ids, prompt_lookup_num_tokens=1, **GREEDY)
+    model.forward = torch.compile(model.forward, backend=Graphs(), dynamic=True)
+    cache = model.read(ids[:, :5], ones[:, :5])
+    text = model.generate(ids, attention_mask=ones, past_key_values=cache, prompt_lookup_num_tokens=1, **GREEDY)
+    assert torch.equal(text, expected)
+    cache = model.read(ids[:, :5], ones[:, :5])
+    cache.activate_past_recording()
+    with pytest.raises(CacheError, match="A compiled forward takes every attention_mask for padding"):
+        model(ids[:, 5:], attention_mask=ones, past_key_values=cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pure", "sliding"])
+def test_generation_with_a_compiled_forward(kind: str, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model(num_hidden_layers=1) if kind == "pure" else make_hybrid(kind)
+    ids = tokens(1, 4).repeat(1, 2)
+    padded = torch.ones_like(ids).index_fill(1, torch.arange(2), 0)
+    ways: list[dict[str, Any]] = [
+        {"prompt_lookup_num_tokens": 1},
+        {"attention_mask": padded, "prompt_lookup_num_tokens": 1},
+        {"attention_mask": padded, "prefill_chunk_size": 5},
+    ]
+    expected = [model.generate(ids, **way, **GREEDY) for way in ways]
+    model.forward = torch.compile(model.forward, backend=Graphs(), dynamic=True)
+    with torch._dynamo.config.patch(recompile_limit=64):
+        for way, theirs in zip(ways, expected, strict=True):
+            assert torch.equal(model.generate(ids, **way, **GREEDY), theirs)
 
 
 # Export

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hybrids import make_hybrid
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, StoppingCriteriaList, TextIteratorStreamer
 from transformers.generation.stopping_criteria import StoppingCriteria
@@ -372,13 +373,31 @@ def test_generates_under_any_mode(model: Any, ids: Tensor, expected: Tensor, mod
     assert not out.requires_grad
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_embeddings_are_read_in_pieces_too(model: Any, ids: Tensor, side: str) -> None:
+    tokens, mask = padded(ids, side)
+    embeds = model.get_input_embeddings()(tokens)
+    expected = model.generate(inputs_embeds=embeds, attention_mask=mask, **GREEDY)
+    for size in (1, 5, 12):
+        chunked = model.generate(inputs_embeds=embeds, attention_mask=mask, prefill_chunk_size=size, **GREEDY)
+        assert torch.equal(chunked, expected)
+
+
 # What is refused
 
 
-@pytest.mark.parametrize("kind", ["offloaded", "quantized", "offloaded_static", "sliding_window"])
+UNAVAILABLE = ["offloaded", "quantized", "offloaded_static", "sliding_window", "hybrid_chunked"]
+
+
+@pytest.mark.parametrize("kind", UNAVAILABLE)
 def test_refuses_caches_that_mean_nothing_here(model: Any, ids: Tensor, kind: str) -> None:
-    with pytest.raises(ArgumentError, match=f"cache_implementation='{kind}'.*'static'"):
-        model.generate(ids, cache_implementation=kind, **GREEDY)
+    """What is said of the cache is true of the model, and memory is spoken of where memory was meant."""
+    states = "SSM states, whose size is constant, so that there is little to offload"
+    keys = "keys and values of attention on the device and in the dtype of their layer.*with a window slide already"
+    for each, about in ((model, states), (make_hybrid("sliding"), keys)):
+        with pytest.raises(ArgumentError, match=f"cache_implementation='{kind}'.*{about}.*'static'") as refused:
+            each.generate(ids, cache_implementation=kind, **GREEDY)
+        assert ("state_dtype=torch.bfloat16" in str(refused.value)) == (kind not in UNAVAILABLE[-2:])
 
 
 def test_refuses_contradictions(model: Any, ids: Tensor) -> None:
@@ -386,13 +405,12 @@ def test_refuses_contradictions(model: Any, ids: Tensor) -> None:
     for options in ({"cache_implementation": "static"}, {"use_cache": False}):
         with pytest.raises(ArgumentError, match=f"{next(iter(options))}=.* and a cache were both given"):
             model.generate(ids, past_key_values=cache, **options, **GREEDY)
-    embeds = model.get_input_embeddings()(ids)
-    with pytest.raises(ArgumentError, match="prefill_chunk_size cuts input_ids, not inputs_embeds"):
-        model.generate(inputs_embeds=embeds, prefill_chunk_size=3, **GREEDY)
+    with pytest.raises(ArgumentError, match="prefill_chunk_size=3 needs a cache"):
+        model.generate(ids, prefill_chunk_size=3, use_cache=False, **GREEDY)
     refused = r"two different caches|Both .cache_params. and .cache. are set"  # by transformers itself from 5.24 on
     with pytest.raises((CacheError, FutureWarning), match=refused):
         model.generate(ids, past_key_values=cache, cache_params=Mamba2Cache(model.config), **GREEDY)
-    with pytest.raises(CacheError, match="the cache is a tuple"):
+    with pytest.raises(CacheError, match="the cache is of type tuple"):
         model.generate(ids, past_key_values=((ids, ids),), **GREEDY)
 
 

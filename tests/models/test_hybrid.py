@@ -374,7 +374,7 @@ class TestCache:
             assert isinstance(cache, Mamba2Cache)
         filled = DynamicCache()
         filled.update(torch.zeros(3, 2, 4, 10), torch.zeros(3, 2, 4, 10), 0)
-        with pytest.raises(CacheError, match="DynamicCache that is not empty"):
+        with pytest.raises(CacheError, match="the DynamicCache is not empty"):
             model(ids, past_key_values=filled)
 
     @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])

@@ -30,6 +30,8 @@ SHARED = ARCHITECTURES["shared"]
     [
         ({"num_hidden_layers": 3}, r"layer_blocks has 2 layers and num_hidden_layers is 3"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"num_hidden_layers": 0, "layer_blocks": []}, "num_hidden_layers is 0: a count of at least 1"),
+        ({"add_cross_attention": True}, "add_cross_attention=True: these models attend to no encoder"),
         (
             {"layer_blocks": ["ssd", "attn"]},
             r"layer_blocks\[1\] is 'attn': 'attn' is no kind of block; there are ssd, ",
@@ -98,6 +100,11 @@ SHARED = ARCHITECTURES["shared"]
 def test_what_no_model_can_be_built_from(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigurationError, match=match):
         make_config(**changes)
+
+
+def test_no_layers_are_refused_where_none_are_named() -> None:
+    with pytest.raises(ConfigurationError, match="num_hidden_layers is 0: a count of at least 1"):
+        Mamba2HybridConfig(num_hidden_layers=0)
 
 
 def test_fields_assigned_later_are_judged_when_a_model_is_made() -> None:

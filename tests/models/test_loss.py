@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils.operations import convert_to_fp32
 from hybrids import make_hybrid
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from mamba2_hf import ops
-from mamba2_hf.errors import ArgumentError
+from mamba2_hf.errors import ArgumentError, LogitsError
 from mamba2_hf.ops.cross_entropy import op as fused
 
 B, T, VOCAB = 2, 23, 61
@@ -49,8 +53,8 @@ def assert_same_training(model: Any, tolerance: float = 1e-5, **inputs: Any) -> 
     """With and without logits."""
     whole, expected = loss_and_gradients(model, return_logits=True, **inputs)
     out, actual = loss_and_gradients(model, **inputs)
-    assert whole.logits is not None
-    assert out.logits is None
+    assert "logits" in whole
+    assert "logits" not in out
     torch.testing.assert_close(out.loss, whole.loss, rtol=tolerance, atol=0)
     assert out.loss.dtype == whole.loss.dtype
     assert actual.keys() == expected.keys()
@@ -127,14 +131,14 @@ class TestWhenLogitsAreReturned:
         with torch.no_grad():
             out, without = model(ids, labels=ids), model(ids, labels=ids, return_logits=False)
         assert out.logits.shape == (B, T, VOCAB)
-        assert without.logits is None
+        assert "logits" not in without
         torch.testing.assert_close(without.loss, out.loss)
 
     def test_in_training_without_labels_or_on_demand(self, tiny_model: Callable[..., Any], ids: Tensor) -> None:
         model = tiny_model().train()
         assert model(ids).logits.shape == (B, T, VOCAB)
         assert model(ids, labels=ids, return_logits=True).logits.shape == (B, T, VOCAB)
-        assert model(ids, labels=ids).logits is None
+        assert "logits" not in model(ids, labels=ids)
         assert len(model(ids, labels=ids, return_dict=False)) == 1
 
     def test_a_head_that_does_more_than_its_weight_is_called(self, tiny_model: Callable[..., Any], ids: Tensor) -> None:
@@ -155,13 +159,48 @@ class TestWhenLogitsAreReturned:
             logits = out.logits if model is biased else out.logits / 2
             torch.testing.assert_close(logits - (biased.lm_head.bias if model is biased else 0), plain(ids).logits)
             assert (out.loss - expected.loss).abs() > 0.01
-            assert model(ids, labels=ids, return_logits=False).logits is None
+            assert "logits" not in model(ids, labels=ids, return_logits=False)
 
     def test_a_loss_function_of_the_user_gets_them(self, tiny_model: Callable[..., Any], ids: Tensor) -> None:
         model = tiny_model().train()
         model.loss_function = lambda logits, labels, **_: logits.square().mean()
         out = model(ids, labels=ids)
         torch.testing.assert_close(out.loss, out.logits.square().mean())
+
+    def test_reading_what_was_left_out_says_how_to_get_it(self, tiny_model: Callable[..., Any], ids: Tensor) -> None:
+        out = tiny_model().train()(ids, labels=ids)
+        for read in (lambda: out.logits, lambda: out["logits"]):
+            with pytest.raises(LogitsError, match="return_logits=True"):
+                read()
+        assert not hasattr(out, "logits")
+        assert getattr(out, "logits", None) is out.get("logits") is None
+        assert repr(out) == f"Mamba2CausalLMOutput(loss={out.loss!r})"
+
+    @pytest.mark.parametrize(
+        "rebuild",
+        [
+            copy.deepcopy,
+            lambda out: pickle.loads(pickle.dumps(out)),
+            convert_to_fp32,  # accelerate, in mixed precision
+            lambda out: type(out)((key, out[key]) for key in out),  # DataParallel
+            lambda out: tree_unflatten(*reversed(tree_flatten(out))),  # DDP
+        ],
+        ids=["copy", "pickle", "accelerate", "DataParallel", "pytree"],
+    )
+    def test_an_output_stays_what_it_is(
+        self, rebuild: Callable[[Any], Any], tiny_model: Callable[..., Any], ids: Tensor
+    ) -> None:
+        model = tiny_model().train()
+        with torch.no_grad():
+            without, whole = model(ids, labels=ids), model(ids, labels=ids, return_logits=True)
+        again = rebuild(without)
+        assert type(again) is type(without)
+        assert torch.equal(again.loss, without.loss)
+        with pytest.raises(LogitsError, match="return_logits=True"):
+            _ = again.logits
+        again = rebuild(whole)
+        assert torch.equal(again.logits, whole.logits)
+        assert torch.equal(again["logits"], again.to_tuple()[1])
 
     def test_what_contradicts_is_refused(self, tiny_model: Callable[..., Any], ids: Tensor) -> None:
         model = tiny_model()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hybrids import make_hybrid
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import Mamba2ForCausalLM as StockForCausalLM
@@ -32,6 +33,11 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 @pytest.fixture(scope="module")
 def model(tiny_model: Make) -> Mamba2ForCausalLM:
     return tiny_model()
+
+
+@pytest.fixture(params=[Mamba2ForCausalLM, Mamba2ForSequenceClassification, None], ids=["pure", "classifier", "hybrid"])
+def any_model(request: pytest.FixtureRequest, tiny_model: Make) -> Any:
+    return make_hybrid() if request.param is None else tiny_model(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +247,59 @@ class TestArguments:
                 model(ids, labels=ids, atention_mask=MASK)
             with pytest.raises(TypeError, match="shift_labels"):  # what trainers pass with shards of a sequence
                 model(ids, labels=ids, shift_labels=ids)
+
+    def test_what_code_for_any_model_passes_changes_nothing(self, any_model: Any, ids: Tensor) -> None:
+        """As in transformers' own models, in which it vanishes."""
+        generic = {
+            **{"cache_position": torch.arange(14), "num_logits_to_keep": 1, "head_mask": None, "is_causal": True},
+            **{"num_items_in_batch": torch.tensor(3), "special_tokens_mask": ids, "output_router_logits": False},
+        }
+        backbone = any_model.backbone
+        with torch.no_grad():
+            for part in (any_model, backbone):
+                torch.testing.assert_close(part(ids, **generic)[0], part(ids)[0], **SAME)
+            torch.testing.assert_close(backbone(ids, logits_to_keep=1)[0], backbone(ids)[0], **SAME)
+
+    def test_what_would_be_missing_from_the_result_is_refused(self, any_model: Any, ids: Tensor) -> None:
+        with pytest.raises(ArgumentError, match="is_causal=False"):
+            any_model(ids, is_causal=False)
+        with pytest.raises(ArgumentError, match="head_mask"):
+            any_model(ids, head_mask=torch.ones(2, 6))
+
+    def test_a_misspelt_argument_is_named_with_the_right_one(self, any_model: Any, ids: Tensor) -> None:
+        for part in (any_model, any_model.backbone):
+            with pytest.raises(TypeError, match="'past_key_value': did you mean 'past_key_values'"):
+                part(ids, past_key_value=None)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64, torch.uint8])
+    def test_ids_of_another_dtype_are_refused(self, any_model: Any, ids: Tensor, dtype: torch.dtype) -> None:
+        model, wrong = any_model, ids.to(dtype)
+        ran: list[int] = []
+        model.get_input_embeddings().register_forward_pre_hook(lambda *_: ran.append(1))
+        for call in (model, model.backbone, *([model.read] if model.can_generate() else [])):
+            with pytest.raises(ArgumentError, match=rf"input_ids has dtype {dtype}.*input_ids.long\(\)"):
+                call(wrong)
+        assert not ran
+        torch.testing.assert_close(model(ids.int()).logits, model(ids).logits, **SAME)
+
+    def test_embeddings_that_are_ids_are_refused(self, any_model: Any, ids: Tensor) -> None:
+        with pytest.raises(ArgumentError, match=r"inputs_embeds has dtype torch\.int64.*input_ids"):
+            any_model(inputs_embeds=ids[..., None].expand(-1, -1, 32))
+
+    def test_ids_that_have_no_embedding_are_named(self, any_model: Any, ids: Tensor) -> None:
+        for wrong in (ids + 61 - ids.min(), ids - 62):
+            with pytest.raises(ArgumentError, match=rf"from {wrong.min()} to {wrong.max()}, and vocab_size=61.*resize"):
+                any_model(wrong)
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_labels_that_are_no_token_ids_are_refused(self, tiny_model: Make, ids: Tensor, training: bool) -> None:
+        model = tiny_model().train(training)
+        for wrong in (ids.float(), ids > 5):
+            with pytest.raises(ArgumentError, match=r"labels has dtype .*labels.long\(\)"):
+                model(ids, labels=wrong)
+        with pytest.raises(ArgumentError, match=r"labels has shape \(3, 13\), expected \(B, T\) = \(3, 14\)"):
+            model(ids, labels=ids[:, 1:])
+        torch.testing.assert_close(model(ids, labels=ids.int()).loss, model(ids, labels=ids).loss, **SAME)
 
     @pytest.mark.parametrize("cls", [Mamba2Model, Mamba2ForCausalLM, Mamba2ForSequenceClassification])
     def test_token_types_of_a_tokenizer_are_accepted(self, tiny_model: Make, ids: Tensor, cls: type[Any]) -> None:
@@ -484,12 +543,6 @@ class TestModules:
     def test_copies(self, model: Any, ids: Tensor, duplicate: Callable[[Any], Any]) -> None:
         with torch.no_grad():
             torch.testing.assert_close(duplicate(model)(ids).logits, model(ids).logits, **SAME)
-
-    def test_no_layers(self, tiny_model: Make, ids: Tensor) -> None:
-        model = tiny_model(num_hidden_layers=0)
-        with torch.no_grad():
-            embeddings = model.get_input_embeddings()(ids)
-            torch.testing.assert_close(model(ids).logits, model.lm_head(model.backbone.norm_f(embeddings)), **SAME)
 
     def test_batches_are_independent(self, model: Any, ids: Tensor) -> None:
         with torch.no_grad():

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from hybrids import make_hybrid
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -26,9 +28,9 @@ CHAT = "{% for message in messages %}{{ message['role'] + ' ' + message['content
 
 
 def make_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
-    """One token per word, w0 to w56."""
+    """One token per word, w0 to w55 and one that transformers tries on a tokenizer that is to find stop strings."""
     special = ["<pad>", "<bos>", "<eos>", "<unk>"]
-    vocabulary = {word: index for index, word in enumerate([*special, *(f"w{index}" for index in range(57))])}
+    vocabulary = {word: index for index, word in enumerate([*special, *(f"w{index}" for index in range(56)), "abcdef"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=True))
@@ -104,6 +106,72 @@ def test_text_streams_as_it_is_written(language_model: Path) -> None:
     prompt = tokenizer(TEXTS[0], return_tensors="pt")
     out = model.generate(**prompt, streamer=streamer, max_new_tokens=6, do_sample=False)
     assert "".join(streamer) == tokenizer.decode(out[0, 3:])
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "beams": {"num_beams": 3},
+    "sampled beams": {"num_beams": 3, "do_sample": True},
+    "prompt lookup": {"prompt_lookup_num_tokens": 2},
+    "pieces": {"prefill_chunk_size": 2},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("kind", ["pure", "hybrid"])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_generate_takes_for_itself_does_not_reach_the_forward(
+    way: str, kind: str, tiny_model: Callable[..., Any]
+) -> None:
+    """A tokenizer, for one: stop strings end the text where one is first complete."""
+    model = tiny_model(seed=3) if kind == "pure" else make_hybrid("sliding")
+    tokenizer = make_tokenizer(padding_side="left")
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **WAYS[way]}
+
+    def write(prompts: Any, **more: Any) -> Tensor:
+        torch.manual_seed(0)
+        return model.generate(**prompts, **options, **more)
+
+    one = tokenizer(TEXTS[:1], return_tensors="pt")
+    expected = write(one)[0].tolist()
+    assert write(one, tokenizer=tokenizer, synced_gpus=False, nothing=None)[0].tolist() == expected
+    if "num_beams" in options:
+        return
+    words = tokenizer.convert_ids_to_tokens(expected)
+    stop = words[5]
+    end = next(place for place in range(3, len(words)) if stop in words[place]) + 1
+    assert write(one, tokenizer=tokenizer, stop_strings=[stop])[0].tolist() == expected[:end]
+    if way not in ("sampling", "prompt lookup"):
+        batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+        rows = write(batch, tokenizer=tokenizer, stop_strings=[stop])
+        start = batch.input_ids.shape[1]
+        assert rows[0, start : start + end - 3].tolist() == expected[3:end]
+
+
+def test_misspelt_arguments_of_generate_are_refused(tiny_model: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"not used by the model: \['max_new_token'\]"):
+        tiny_model().generate(torch.tensor([[5, 6]]), max_new_token=3, tokenizer=make_tokenizer())
+
+
+def test_healing_of_the_last_token(tiny_model: Callable[..., Any]) -> None:
+    model, tokenizer = tiny_model(seed=3), make_tokenizer()
+    ids = tokenizer("w1 w2 w3", return_tensors="pt").input_ids
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    healed = model.heal_tokens(ids, tokenizer)
+    assert healed[0, :2].tolist() == ids[0, :2].tolist()
+    assert tokenizer.convert_ids_to_tokens(int(healed[0, 2])).startswith("w3")
+    out = model.generate(ids, token_healing=True, tokenizer=tokenizer, **options)
+    assert torch.equal(out, model.generate(healed, **options))
+
+
+def test_text_generation_stops_at_a_sequence(language_model: Path) -> None:
+    pipe = pipeline("text-generation", model=str(language_model))
+    options = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
+    words = pipe(TEXTS[0], **options)[0]["generated_text"].split()
+    stopped = pipe(TEXTS[0], stop_sequence=words[3], **options)[0]["generated_text"].split()
+    assert stopped == words[: words.index(words[3]) + 1]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +14,9 @@ from devices import on_each_device
 from hybrids import ARCHITECTURES, make_hybrid
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mamba2_hf import Mamba2Cache, Mamba2ForCausalLM
 from mamba2_hf.errors import ArgumentError, CacheError
@@ -102,7 +104,7 @@ def test_only_recorded_tokens_can_be_removed(tiny_model: Callable[..., Any]) -> 
 
 
 def test_recording_keeps_little(tiny_model: Callable[..., Any]) -> None:
-    """Of a block of tokens, what the mixers projected; the states once; and nothing after it is settled."""
+    """Of a block of tokens, what the states depend on; the states once; and nothing after it is settled."""
     model = tiny_model()
     with torch.no_grad():
         cache = model(prompt(0)).past_key_values
@@ -110,7 +112,7 @@ def test_recording_keeps_little(tiny_model: Callable[..., Any]) -> None:
         for _ in range(3):
             model(prompt(1)[:, :2], past_key_values=cache)
         layer = cache.layers[0]
-        assert [tuple(block.shape[:2]) for block in layer.recorded] == [(1, 2)] * 3
+        assert [{tuple(part.shape[:2]) for part in block} for block in layer.recorded] == [{(1, 2)}] * 3
         cache.crop(-2)
     assert layer.recorded == []
     assert layer._before is None
@@ -311,6 +313,41 @@ def test_sampling_with_prompt_lookup_is_seeded(tiny_model: Callable[..., Any]) -
         torch.manual_seed(1)
         drawn.append(model.generate(ids, prompt_lookup_num_tokens=3, **{**GREEDY, "do_sample": True}))
     assert torch.equal(*drawn)
+
+
+def letters(text: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with a token for each of these characters, in their order."""
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *text])}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+@pytest.mark.parametrize("chunk", [None, 5], ids=["at once", "in chunks"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "own head"])
+@pytest.mark.parametrize("kind", ["pure", "sliding"])
+def test_an_assistant_with_another_tokenizer_reads_the_prompt_as_it_is(
+    kind: str, tied: bool, chunk: int | None, tiny_model: Callable[..., Any]
+) -> None:
+    """transformers cuts its head to the tokens that both know, and wraps its embedding to map what it proposes."""
+    text = "abcdefgh. "
+    tokenizer, others = letters(text), letters("#%@" + text[::-1])
+    vocabulary = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": tied}
+    make = tiny_model if kind == "pure" else functools.partial(make_hybrid, kind)
+    model = make(vocab_size=len(tokenizer), **vocabulary)
+    assistant = make(vocab_size=len(others) + 7, **vocabulary)  # padded
+    assistant.generation_config.prefill_chunk_size = chunk
+    read: list[Tensor] = []
+    assistant.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    options = {**GREEDY, "do_sample": True, "assistant_model": assistant}
+    for prompt in ("bad cabbage face. a", "face. a bad cab"):  # "a" and "b" are beyond what the cut head has
+        del read[:]
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        out = model.generate(ids, tokenizer=tokenizer, assistant_tokenizer=others, **options)
+        assert out.shape[1] == ids.shape[1] + NEW
+        expected = others(prompt, return_tensors="pt").input_ids
+        assert torch.equal(torch.cat(read, 1)[:, : expected.shape[1]], expected)
 
 
 # What is refused

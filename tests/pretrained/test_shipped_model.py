@@ -14,10 +14,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GraniteMoeHybridForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 import mamba2_hf
 from mamba2_hf import Mamba2ForCausalLM, Mamba2HybridForCausalLM
+from mamba2_hf.checkpoints import convert
 from mamba2_hf.pretrained import SHIPPED, shipped_model_path
 
 
@@ -52,7 +60,7 @@ def test_the_default_is_the_pure_one_and_the_hybrid_has_attention_in_one_layer()
     assert shipped_model_path() == shipped_model_path("mamba2")
     config = AutoConfig.from_pretrained(shipped_model_path("hybrid"))
     assert config.mixer_kinds.count("attention") == 1
-    assert config.mixer_kinds.count("ssd") == 5
+    assert config.mixer_kinds.count("ssd") == 4
 
 
 def test_another_name_is_refused_with_those_that_ship() -> None:
@@ -61,7 +69,7 @@ def test_another_name_is_refused_with_those_that_ship() -> None:
 
 
 def test_both_saw_the_same_files_as_the_same_tokens() -> None:
-    for name in ("manifest.tsv", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("manifest.tsv", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         assert len({(shipped_model_path(model) / name).read_bytes() for model in SHIPPED}) == 1
     runs = [json.loads((shipped_model_path(model) / "run.json").read_text()) for model in SHIPPED]
     assert runs[0]["tokens"] == runs[1]["tokens"]
@@ -90,6 +98,22 @@ def test_special_tokens_agree(tokenizer: PreTrainedTokenizerBase, model: Any) ->
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             assert getattr(owner, name) == getattr(tokenizer, name)
     assert len(tokenizer) == model.config.vocab_size
+
+
+def test_generation_is_left_to_the_caller_but_for_sampling(folder: Path) -> None:
+    """Nothing that would outlast `max_length`, or change what `do_sample=False` gives."""
+    config = json.loads((folder / "generation_config.json").read_text())
+    tokens = {f"{name}_token_id" for name in ("bos", "eos", "pad")}
+    assert config.keys() - {"transformers_version"} == {"do_sample", "temperature", "top_p", *tokens}
+
+
+def test_the_hybrid_converts_to_what_others_serve(tmp_path: Path) -> None:
+    convert(shipped_model_path("hybrid"), tmp_path / "granite", to="granitemoehybrid")
+    stock = GraniteMoeHybridForCausalLM.from_pretrained(tmp_path / "granite", dtype=torch.float32).eval()
+    ours = AutoModelForCausalLM.from_pretrained(shipped_model_path("hybrid"), dtype=torch.float32).eval()
+    ids = torch.arange(3, 90).view(1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(stock(ids).logits, ours(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_card_states_what_was_measured_and_it_beats_the_baselines(folder: Path) -> None:
@@ -127,6 +151,18 @@ def test_compresses_held_out_source_as_the_card_says(
     metrics = json.loads((folder / "metrics.json").read_text())
     assert bits / len(data) < metrics["baselines"]["xz"]
     assert bits < 8 * len(lzma.compress(data, preset=9))
+
+
+def test_the_generation_config_leaves_length_and_greedy_decoding_alone(
+    tokenizer: PreTrainedTokenizerBase, model: Any
+) -> None:
+    ids = tokenizer("def read_json(path):", return_tensors="pt").input_ids
+    assert model.generate(ids, max_length=31).shape[1] == 31
+    assert model.generate(ids, GenerationConfig(max_length=29)).shape[1] == 29
+    greedy = model.generate(ids, do_sample=False, max_new_tokens=40)
+    with torch.no_grad():
+        likeliest = model(greedy).logits[:, ids.shape[1] - 1 : -1].argmax(-1)
+    assert torch.equal(greedy[:, ids.shape[1] :], likeliest)
 
 
 def test_most_continuations_are_code_that_parses(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:

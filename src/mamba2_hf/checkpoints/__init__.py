@@ -6,14 +6,18 @@ from .adapters import AdapterConversion, convert_adapter
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import Conversion, convert
 from .formats import FORMATS, Format, detect
+from .readers import READERS, Reader, Verdict
 from .verify import Verification, verify
 
 __all__ = [
     "FORMATS",
+    "READERS",
     "AdapterConversion",
     "Checkpoint",
     "Conversion",
     "Format",
+    "Reader",
+    "Verdict",
     "Verification",
     "convert",
     "convert_adapter",

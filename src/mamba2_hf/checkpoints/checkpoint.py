@@ -50,6 +50,7 @@ class Checkpoint:
         folder: where it is.
         format: its entry in ``FORMATS``.
         config: its configuration.
+        own: the file of our own that it stands in, or that lies beside one of another format; None for none.
         weights: its files.
         tensors: those of the model, by our names; a tied head is not among them.
         dtype: of most of its values.
@@ -58,6 +59,7 @@ class Checkpoint:
     folder: Path
     format: Format
     config: Any
+    own: dict[str, Any] | None
     weights: Weights
     tensors: dict[str, ModelTensor]
     dtype: torch.dtype
@@ -109,8 +111,9 @@ def open_checkpoint(folder: Path, source: str | None = None) -> Checkpoint:
         raise ConfigurationError(f"{path}: {error}") from None
     weights = Weights(folder, entry.weights)
     count = len(weights.tensors)
-    if (folder / SIDECAR).exists() and entry.write_config is not None and entry.name != entry.family.name:
-        fields = _original(folder, entry, fields, count)
+    own = raw if entry.name == entry.family.name else None
+    if (folder / SIDECAR).exists() and entry.write_config is not None and own is None:
+        own = fields = _original(folder, entry, fields, count)
     try:
         config = entry.family.config(fields, count)
         shapes = mapping.expected_shapes(config)
@@ -133,7 +136,7 @@ def open_checkpoint(folder: Path, source: str | None = None) -> Checkpoint:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     dtype = max(sizes, key=lambda dtype: sizes[dtype])
     config.dtype = dtype
-    return Checkpoint(folder, entry, config, weights, tensors, dtype)
+    return Checkpoint(folder, entry, config, own, weights, tensors, dtype)
 
 
 def _original(folder: Path, entry: Format, fields: dict[str, Any], most_layers: int) -> dict[str, Any]:
@@ -149,8 +152,7 @@ def _original(folder: Path, entry: Format, fields: dict[str, Any], most_layers: 
         raise CheckpointError(
             f"{folder / SIDECAR}: says otherwise than {entry.config_file}; delete it, if that one is right"
         )
-    found: dict[str, Any] = original.to_dict()
-    return found
+    return raw
 
 
 def _named(entry: Format, weights: Weights, config: Any) -> dict[str, StoredTensor]:

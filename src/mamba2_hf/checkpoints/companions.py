@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig
 
 from ..errors import CheckpointError
 from . import remote_code
 from .checkpoint import SIDECAR
-from .files import check_regular, read_json, stays_inside, write_bytes
+from .files import check_regular, read_json, stays_inside, write_bytes, write_json
 from .formats import FORMATS
 
 CARD = "README.md"
@@ -67,8 +68,46 @@ def carry(folder: Path, tokenizer: Path | None, destination: Path) -> list[str]:
         elif name.endswith(".json") and name not in TOKENIZERS:
             read_json(home / name)
         (destination / name).parent.mkdir(exist_ok=True)
-        write_bytes(destination / name, (home / name).read_bytes())
+        spelled = _for_transformers_4(read_json(home / name)) if name == "tokenizer_config.json" else None
+        if spelled is None:
+            write_bytes(destination / name, (home / name).read_bytes())
+        else:
+            write_json(destination / name, spelled)
     return list(found)
+
+
+def _for_transformers_4(config: dict[str, Any]) -> dict[str, Any] | None:
+    """A ``tokenizer_config.json`` of transformers 5 with the class and the extra tokens under the names of 4, which 5
+    reads too; None for one that has none of 5's names.
+    """
+    spelled = dict(config)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        spelled["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):  # 4 has a dictionary under that name
+        spelled.setdefault("additional_special_tokens", spelled.pop("extra_special_tokens"))
+    return None if spelled == config else spelled
+
+
+def tokenizer_steps(reader: str, folder: Path) -> list[str]:
+    """What is left to do by hand so that a program reads the tokenizer of a converted checkpoint.
+
+    Args:
+        reader: the program, by its name in ``READERS``.
+        folder: the checkpoint.
+    """
+    if reader != "llama.cpp" or (folder / "tokenizer.model").exists():
+        return []
+    if (folder / "tokenizer.model.v3").exists():
+        return ["rename tokenizer.model.v3 to tokenizer.model"]
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return ["put a tokenizer beside the model: without one it takes that of GPT-NeoX"]
+    if b'"Metaspace"' in path.read_bytes():
+        return ["put the SentencePiece tokenizer.model beside tokenizer.json, whose Metaspace it does not read"]
+    return [
+        "its converter knows the splitting of a BPE tokenizer by a hash: where it says that the pre-tokenizer was not "
+        "recognized, name the one that splits alike in get_vocab_base_pre of its conversion/base.py"
+    ]
 
 
 def _check_generation_config(path: Path) -> None:

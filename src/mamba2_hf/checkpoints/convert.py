@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import functools
-import json
 import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigurationError
-from . import io, remote_code
+from . import io, mapping, remote_code
 from .checkpoint import SIDECAR, Checkpoint, is_fp32, open_checkpoint
-from .companions import CARD, TOKENIZERS, WRITTEN, carry
+from .companions import CARD, TOKENIZERS, WRITTEN, carry, tokenizer_steps
 from .equations import Part, parts_of, same, shapes_of
+from .families.common import KEPT
 from .files import check_free, whole_folder, write_bytes, write_json
 from .formats import FORMATS, Format, format_named
 from .hub import local_folder
 from .mapping import EMBEDDING, HEAD
+from .readers import READERS, Verdict, complete, reader_named, refuse, verdict
 
 Progress = Callable[[int, int], None]
 """Is told the bytes written so far and those to be written in all."""
@@ -42,6 +44,7 @@ class Conversion:
         carried: files that travelled along.
         left: files of the source that did not.
         remarks: what a person may want to know.
+        readers: which other programs take the result.
     """
 
     destination: Path
@@ -54,6 +57,7 @@ class Conversion:
     carried: list[str]
     left: list[str]
     remarks: list[str] = field(default_factory=list)
+    readers: list[Verdict] = field(default_factory=list)
 
 
 def convert(
@@ -61,6 +65,7 @@ def convert(
     destination: str | Path,
     *,
     to: str | None = None,
+    for_reader: str | None = None,
     source_format: str | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
@@ -79,7 +84,9 @@ def convert(
         source: a folder, or a Hub id.
         destination: the folder to make.
         to: the name of a format that can be written; None for ``"mamba2"``, or ``"mamba2_hybrid"`` of a model with
-            attention or MLPs.
+            attention or MLPs, or for one that ``for_reader`` reads.
+        for_reader: the program that is to read the result, one of ``READERS``: its config is then written as that
+            program wants it, and what it would compute wrongly is refused. None for what most of them read.
         source_format: the name of the source's format; None to find out.
         dtype: of the weights, ``torch.float32``, ``bfloat16`` or ``float16``; ``A_log``, ``D`` and ``dt_bias`` are then
             stored in float32. None keeps every tensor as it is.
@@ -98,6 +105,8 @@ def convert(
         ConfigurationError: the model is of another kind, or cannot be expressed in the target format.
     """
     target = None if to is None else _writable(to)
+    if for_reader is not None:
+        reader_named(for_reader)
     if with_code and to not in (None, "mamba2"):
         raise CheckpointError(f"remote code is read by transformers, and {to} is not its format: use mamba2")
     size = _shard_size(max_shard_size)
@@ -109,7 +118,8 @@ def convert(
     _keep_apart(folder, destination)
     checkpoint = open_checkpoint(folder, source_format)
     family = checkpoint.format.family
-    target = target or FORMATS[family.name]
+    if target is None:
+        target = FORMATS[family.name] if for_reader is None else _format_for(for_reader, checkpoint)
     if target.family is not family:
         raise ConfigurationError(
             f"{folder} is a {family.title} and {target.name} a format of {target.family.title} models: use one of "
@@ -118,7 +128,7 @@ def convert(
     if with_code and target.name != "mamba2":
         raise CheckpointError(f"{target.name}: there is remote code for pure Mamba-2 models only")
     try:
-        config = _written_config(checkpoint.config, target, dtype, with_code)
+        config, verdicts = _written_config(checkpoint, target, dtype, with_code, for_reader)
         plan = _plan(checkpoint, target, dtype)
         nbytes = sum(tensor.nbytes for tensor in plan if not (tensor.copy_of and target.in_torch_file))
         with whole_folder(destination, replaceable=replaceable) as temporary:
@@ -150,6 +160,7 @@ def convert(
         nbytes=nbytes,
         carried=carried,
         left=_left(folder, checkpoint, carried),
+        readers=[replace(v, steps=[*v.steps, *tokenizer_steps(v.reader, destination)]) for v in verdicts],
     )
     if not TOKENIZERS & set(carried):
         result.remarks.append(
@@ -186,19 +197,64 @@ def _keep_apart(folder: Path, destination: Path) -> None:
 
 
 def _written_config(
-    config: Any, target: Format, dtype: torch.dtype | None, with_code: bool
-) -> dict[str, dict[str, Any]]:
-    """Config files by name."""
-    assert target.write_config is not None
+    checkpoint: Checkpoint, target: Format, dtype: torch.dtype | None, with_code: bool, for_reader: str | None
+) -> tuple[dict[str, dict[str, Any]], list[Verdict]]:
+    """Config files by name, and what other programs make of them.
+
+    Raises:
+        ConfigurationError: the format cannot express the model, or the reader does not compute it.
+    """
+    config = checkpoint.config
     if dtype is not None:
         config.dtype = dtype
-    own: dict[str, Any] = json.loads(config.to_json_string())
-    own.pop("auto_map", None)  # code does not travel along, and an entry that names it would only fail elsewhere
+    anew = _anew(config, target)
+    assert target.write_config is not None
+    own = mapping.write_own(config, checkpoint.own)
+    written = own if target.name == target.family.name else target.write_config(config)
+    written = complete(target.name, written, anew, for_reader)
+    verdicts = [verdict(name, target.name, config, written, anew) for name in READERS]
+    for found in verdicts:
+        if found.reader == for_reader:
+            refuse(found)
     if with_code:
-        own["auto_map"] = remote_code.AUTO_MAP
+        written["auto_map"] = remote_code.AUTO_MAP
     if target.name == target.family.name:
-        return {target.config_file: own}
-    return {target.config_file: target.write_config(config), SIDECAR: own}
+        return {target.config_file: written}, verdicts
+    return {target.config_file: written, SIDECAR: own}, verdicts
+
+
+def _anew(config: Any, target: Format) -> dict[str, Any]:
+    """The config of a model as a format has it that came from no file of that format."""
+    config = copy.deepcopy(config)
+    for name in (KEPT, mapping.KEPT):
+        if hasattr(config, name):
+            delattr(config, name)
+    assert target.write_config is not None
+    return target.write_config(config)
+
+
+def _format_for(reader: str, checkpoint: Checkpoint) -> Format:
+    """A format that can express a model and that a program reads: that of the source, or of the file that the model
+    once came from, before any other.
+
+    Raises:
+        ConfigurationError: there is none; the message says why each is none.
+    """
+    original = getattr(checkpoint.config, KEPT, None)
+    first = [checkpoint.format.name, original.get("model_type") if isinstance(original, dict) else None]
+    entries = [entry for entry in FORMATS.values() if entry.write_config and entry.family is checkpoint.format.family]
+    reasons = []
+    for entry in sorted(entries, key=lambda entry: entry.name not in first):
+        if entry.name not in READERS[reader].families:
+            continue
+        try:
+            anew = _anew(checkpoint.config, entry)
+            refuse(verdict(reader, entry.name, checkpoint.config, anew, anew))
+        except ConfigurationError as error:
+            reasons.append(f"{entry.name}: {error}")
+        else:
+            return entry
+    raise ConfigurationError(f"no format that {READERS[reader].title} reads can hold this model. {'. '.join(reasons)}")
 
 
 def _plan(checkpoint: Checkpoint, target: Format, dtype: torch.dtype | None) -> list[io.PlannedTensor]:

@@ -126,7 +126,7 @@ FORMATS: dict[str, Format] = {
             recognizes=lambda config: config.get("model_type") == "mamba2",
             keys=mapping.MAMBA2_KEYS,
             read_config=mapping.read_mamba2,
-            write_config=lambda config: config.to_dict(),
+            write_config=mapping.write_own,
         ),
         Format(
             name="mamba_ssm",
@@ -158,7 +158,7 @@ FORMATS: dict[str, Format] = {
             recognizes=lambda config: config.get("model_type") == "mamba2_hybrid",
             family=HYBRID,
             read_config=mapping.read_hybrid,
-            write_config=lambda config: config.to_dict(),
+            write_config=mapping.write_own,
         ),
         _of_transformers(bamba, "Bamba"),
         _of_transformers(granite, "Granite 4 H"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 
 from ..errors import ConfigurationError
 from ..models import Mamba2Config, Mamba2ForCausalLM, Mamba2HybridConfig, Mamba2HybridForCausalLM
+from ..models.base_config import strict_json
 from ..models.mamba_ssm_config import as_mamba_ssm_config, translate_mamba_ssm_config
 
 LABELS_LIMIT = 100_000
@@ -86,17 +88,15 @@ def expected_shapes(config: Mamba2Config | Mamba2HybridConfig) -> dict[str, tupl
 # What other readers of config.json act on although the format does not define it, and the only value it may have here:
 # llama.cpp's converter takes inner width, head size and layers from these names first, vLLM the inner width.
 _MISLEADING: dict[str, Callable[[Mamba2Config], int]] = {
-    **dict.fromkeys(("intermediate_size", "mamba_d_ssm", "d_inner"), lambda config: config.num_heads * config.head_dim),
+    **dict.fromkeys(("mamba_d_ssm", "d_inner"), lambda config: config.intermediate_size),
     "mamba_d_head": lambda config: config.head_dim,
     "n_layers": lambda config: config.num_hidden_layers,
 }
-# llama.cpp's converter rounds the vocabulary up to this, unless the config names another multiple.
-_GGUF_VOCABULARY = 16
 # How to run a model is for whoever runs it to say: a file could name code on the Hub here. And parts that other models
 # have; llama.cpp's converter would take their sizes.
 _DROPPED = frozenset(
     {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
-    | {"text_config", "llm_config", "vision_config", "audio_config"}
+    | {"text_config", "llm_config", "vision_config", "audio_config", "auto_map"}
 )
 QUANTIZED = ("quantization_config", "compression_config", "quantization")
 
@@ -116,9 +116,6 @@ def mamba2_config(fields: Mapping[str, Any], most_layers: int) -> Mamba2Config:
     for key, value_of in _MISLEADING.items():
         if hasattr(config, key) and getattr(config, key) != value_of(config):
             delattr(config, key)
-    multiple = getattr(config, "pad_vocab_size_multiple", _GGUF_VOCABULARY)
-    if not isinstance(multiple, int) or multiple < 1 or config.vocab_size % multiple:
-        config.pad_vocab_size_multiple = 1
     config.architectures = [Mamba2ForCausalLM.__name__]
     config.rescale_prenorm_residual = False
     return config
@@ -181,15 +178,50 @@ def write_mamba_ssm(config: Mamba2Config) -> dict[str, Any]:
     Raises:
         ConfigurationError: mamba_ssm has no option for a value.
     """
-    written = as_mamba_ssm_config(config.to_dict())
+    written = strict_json(as_mamba_ssm_config(config.to_dict()))
     original = getattr(config, KEPT, None)
     if isinstance(original, dict):
         try:
-            if translate_mamba_ssm_config(original) == translate_mamba_ssm_config(written):
-                return original
+            before = as_mamba_ssm_config(Mamba2Config.from_dict(translate_mamba_ssm_config(original)).to_dict())
+            kept = strict_json(key_for_key(original, written, strict_json(before)))
+            if strict_json(translate_mamba_ssm_config(kept)) == strict_json(translate_mamba_ssm_config(written)):
+                written = kept
         except ConfigurationError:
             pass
-    return written
+    found: dict[str, Any] = written
+    return found
+
+
+def write_own(config: Mamba2Config | Mamba2HybridConfig, original: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The ``config.json`` of ``mamba2`` or ``mamba2_hybrid``, with the keys that other readers look up.
+
+    Args:
+        config: of the model.
+        original: the file that it came from, which is then written key for key, but for what was changed since.
+    """
+    written: dict[str, Any] = json.loads(config.to_json_string())
+    if original is None:
+        return written
+    read = mamba2_config if isinstance(config, Mamba2Config) else hybrid_config
+    kept = key_for_key(original, written, write_own(read(original, config.num_hidden_layers)))
+    if "dtype" in written:
+        kept.pop("dtype", None)
+        kept["torch_dtype" if "torch_dtype" in original else "dtype"] = written["dtype"]
+    found: dict[str, Any] = strict_json(kept)
+    return found
+
+
+def key_for_key(original: Mapping[str, Any], written: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """A file that was read, with what was changed since.
+
+    Args:
+        original: the file.
+        written: what the configuration is spelled as now.
+        before: what it was spelled as when it had been read.
+    """
+    dropped = {*_DROPPED, *(before.keys() - written.keys())}
+    changed = {key: value for key, value in written.items() if key not in before or before[key] != value}
+    return {**{key: value for key, value in original.items() if key not in dropped}, **changed}
 
 
 def read_codestral(raw: Mapping[str, Any]) -> dict[str, Any]:

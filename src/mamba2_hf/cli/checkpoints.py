@@ -48,6 +48,17 @@ class Target(str, Enum):
     zamba2 = "zamba2"
 
 
+class ReaderName(str, Enum):
+    """What ``--for`` accepts."""
+
+    llama_cpp = "llama.cpp"
+    mlx_lm = "mlx-lm"
+    vllm = "vllm"
+    transformers_4 = "transformers-4"
+    transformers_5_20 = "transformers-5.20"
+    transformers_5 = "transformers-5"
+
+
 CONVERT_EXAMPLES = r"""[bold]Examples[/bold]
 
 [cyan]mamba2-hf convert state-spaces/mamba2-130m mamba2-130m --tokenizer EleutherAI/gpt-neox-20b[/cyan]
@@ -58,7 +69,7 @@ CONVERT_EXAMPLES = r"""[bold]Examples[/bold]
 
 [cyan]mamba2-hf convert ./my-mamba2 ./to-share --remote-code[/cyan]
 
-[cyan]mamba2-hf convert ibm-ai-platform/Bamba-9B-v2 ./bamba[/cyan]   and back, to serve it: [cyan]--to bamba[/cyan]
+[cyan]mamba2-hf convert ibm-granite/granite-4.0-h-1b ./granite[/cyan]   and back, to serve it: [cyan]--for vllm[/cyan]
 """
 WHAT, WHERE = "What is written", "Where it comes from"
 
@@ -76,6 +87,16 @@ def convert(
             rich_help_panel=WHAT,
         ),
     ] = Target.auto,
+    reader: Annotated[
+        ReaderName | None,
+        typer.Option(
+            "--for",
+            metavar="NAME",
+            help="The program that is to read it: llama.cpp, mlx-lm, vllm, transformers-4, transformers-5.20 (to 5.22) "
+            "or transformers-5. The config is written as that one wants it, and what it would compute wrongly refused.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     dtype: Annotated[
         DType,
         typer.Option(
@@ -130,6 +151,8 @@ def convert(
     Prints the folder it made. The folder appears when all of it is written; when anything goes wrong, nothing is left.
     """
     if base is not None:
+        if reader is not None:
+            fail("--for is of models: convert the model with it, and this adapter with --to and that model's format")
         with _errors():
             from ..checkpoints import convert_adapter
 
@@ -153,6 +176,7 @@ def convert(
             source,
             destination,
             to=None if to is Target.auto else to.value,
+            for_reader=None if reader is None else reader.value,
             source_format=None if source_format is Source.auto else source_format.value,
             dtype=None if dtype is DType.auto else getattr(torch, dtype.value),
             max_shard_size=max_shard_size,
@@ -174,7 +198,24 @@ def convert(
             err.print(f"left behind: {', '.join(map(escape, result.left))}", style="dim")
         for remark in result.remarks:
             err.print(f"note: {escape(remark)}", style="yellow")
+        for found in result.readers:
+            if reader is None or found.reader == reader.value:
+                _print_verdict(found)
     write(f"{result.destination}\n")
+
+
+def _print_verdict(found: Any) -> None:
+    """Whether a program reads what was written, and what is left to do."""
+    from ..checkpoints import READERS
+
+    title = f"{READERS[found.reader].title} ({READERS[found.reader].version})"
+    if found.wrong:
+        err.print(f"{title}: no, {escape('; '.join(found.wrong))}", style="dim")
+        return
+    missing = f", converted with --for {found.reader}, for {', '.join(found.missing)}" if found.missing else ""
+    err.print(f"{title}: reads it{escape(missing)}")
+    for step in (*found.cautions, *found.steps):
+        err.print(f"  {escape(step)}", style="yellow")
 
 
 VERIFY_EXAMPLES = r"""[bold]Examples[/bold]

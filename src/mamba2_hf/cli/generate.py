@@ -125,6 +125,15 @@ def generate(
             rich_help_panel=HOW,
         ),
     ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            metavar="R",
+            min=0.01,
+            help="Above 1 makes what is already written less likely: 1.15 keeps a tiny model from repeating itself.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     seed: Annotated[
         int,
         typer.Option(
@@ -182,6 +191,8 @@ def generate(
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=state is None).to(where)
     prompt_tokens = inputs["input_ids"].shape[1]
     sampling = _sampling(temperature, top_p)
+    if repetition_penalty is not None:
+        sampling["repetition_penalty"] = repetition_penalty
     torch.manual_seed(seed)
     echo = echo and max_new_tokens > 0
     if echo:

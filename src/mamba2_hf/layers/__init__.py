@@ -13,13 +13,14 @@ from .norm import GatedRMSNorm, RMSNorm
 from .placement import KeyCounts, Placement, place
 from .projection import linear
 from .sequence import SequenceLayout
-from .state import SSDState
+from .state import Buffers, SSDState
 from .variant_mixer import VariantMixer
 from .weights import plain_weight
 
 __all__ = [
     "MLP",
     "Attention",
+    "Buffers",
     "Experts",
     "GatedRMSNorm",
     "KeyCounts",

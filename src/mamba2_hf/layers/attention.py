@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .causal_conv1d import CausalConv1d
 from .conv import causal_convolution
 from .kv import KeyValueState
 from .placement import Placement
@@ -107,8 +108,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(input_size, self.sizes[1], bias=bias)
         self.v_proj = nn.Linear(input_size, self.sizes[2], bias=bias)
         if conv_kernel is not None:
-            width = sum(self.sizes)
-            self.conv1d = nn.Conv1d(width, width, conv_kernel, groups=width, padding=conv_kernel - 1, bias=conv_bias)
+            self.conv1d = CausalConv1d.depthwise(sum(self.sizes), conv_kernel, conv_bias)
         self.o_proj = nn.Linear(self.sizes[0], output_size, bias=out_bias)
 
     def forward(
@@ -121,7 +121,7 @@ class Attention(nn.Module):
         added: tuple[Tensor, Tensor, Tensor] | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """``(B, T, d)``, or ``(1, R, d)`` where there was padding, to the same; continues ``state`` and adds to it.
+        """``(B, T, d)`` to the same; continues ``state`` and adds to it.
 
         Args:
             hidden_states: the input.
@@ -140,9 +140,10 @@ class Attention(nn.Module):
         if self.conv_kernel is not None:
             projected = self._convolve(projected, placement, layout, state)
         queries, keys, values = (tensor.unflatten(-1, (-1, self.head_dim)) for tensor in projected)  # (B, T, ., D)
+        queries, keys, values = map(placement.align, (queries, keys, values))
         if placement.rotary is not None:
             queries, keys = (rotate(tensor, *placement.rotary) for tensor in (queries, keys))
-        queries, keys, values = (placement.align(tensor).transpose(1, 2) for tensor in (queries, keys, values))
+        queries, keys, values = (tensor.transpose(1, 2) for tensor in (queries, keys, values))
         if state is not None:
             keys, values = state.extend(keys, values, placement)
         attended, weights = self.attend(self, queries, keys, values, placement, output_attentions)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import CacheError
 from .placement import Placement
-from .state import Recorder, pick
+from .state import NOT_RECORDED, Recorder
 
 
 class KeyValueState(Recorder):
@@ -26,6 +26,8 @@ class KeyValueState(Recorder):
         capacity: tokens of a row to make buffers for; None to grow.
     """
 
+    names = ("keys", "values", "conv")
+
     def __init__(self, window: int | None = None, capacity: int | None = None) -> None:
         self.window, self.capacity = window, capacity
         self.keys: Tensor | None = None
@@ -41,10 +43,7 @@ class KeyValueState(Recorder):
 
     def _record(self, keys: Tensor, values: Tensor, placement: Placement) -> None:
         if placement.fresh is not None or placement.starts is not None:
-            raise CacheError(
-                "the cache is recorded, to take tokens back, and padding or packed documents came: read those before "
-                "activate_past_recording()"
-            )
+            raise CacheError(NOT_RECORDED)
         if not self.recorded_tokens:
             self._was_started = self.started
         self.recorded_tokens += keys.shape[2]
@@ -61,7 +60,7 @@ class KeyValueState(Recorder):
             assert tokens <= self.recorded_tokens
             self.started = self._was_started or tokens < self.recorded_tokens
             if self.window is None and self.capacity is None:
-                self.keys, self.values = self.keys[:, :, :-tokens], self.values[:, :, :-tokens]
+                self.replace(keys=self.keys[:, :, :-tokens], values=self.values[:, :, :-tokens])
             for name, parts in self._past.items():
                 if name == "conv":
                     joined = torch.cat(parts, 2)
@@ -72,7 +71,7 @@ class KeyValueState(Recorder):
                 assert self.limit is not None
                 held = held[:, :, max(held.shape[2] - self.limit, 0) :]
                 if self.capacity is None:
-                    setattr(self, name, held.clone())
+                    self.replace(**{name: held.clone()})
                 elif held.shape[2]:
                     getattr(self, name)[:, :, -held.shape[2] :] = held
         self._forget()
@@ -91,7 +90,7 @@ class KeyValueState(Recorder):
             CacheError: the state belongs to another batch size.
         """
         self._check_rows(keys.shape[0])
-        self._leave_inference_mode()
+        self.leave_inference_mode()
         if self.record_past:
             self._record(keys, values, placement)
         if self.capacity is None:
@@ -109,7 +108,7 @@ class KeyValueState(Recorder):
             stored = self.keys.shape[2]
             keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
         width, index = placement.kept(stored, self.limit)
-        self.keys, self.values = _keep(keys, width, index), _keep(values, width, index)
+        self.replace(keys=_keep(keys, width, index), values=_keep(values, width, index))
         self.started = True
         return keys, values
 
@@ -165,8 +164,10 @@ class KeyValueState(Recorder):
         """
         assert self.capacity is not None
         length = self.capacity if self.limit is None else self.limit
-        self.keys = keys.new_zeros(*keys.shape[:2], length, keys.shape[3])
-        self.values = values.new_zeros(*values.shape[:2], length, values.shape[3])
+        self.replace(
+            keys=keys.new_zeros(*keys.shape[:2], length, keys.shape[3]),
+            values=values.new_zeros(*values.shape[:2], length, values.shape[3]),
+        )
 
     def reserve(self, capacity: int) -> None:
         """Makes room for ``capacity`` tokens of a row, no fewer than now, keeping what is there."""
@@ -175,7 +176,7 @@ class KeyValueState(Recorder):
         more = (self.limit or capacity) - before
         places = (0, 0, 0, more) if self.limit is None else (0, 0, more, 0)  # as they are aligned
         if self.keys is not None and self.values is not None and more:
-            self.keys, self.values = F.pad(self.keys, places), F.pad(self.values, places)
+            self.replace(keys=F.pad(self.keys, places), values=F.pad(self.values, places))
 
     def own_keys(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``(B, H, S, D)``, each row's own at the right end: as many as the longest of ``lengths (B,)``
@@ -194,7 +195,7 @@ class KeyValueState(Recorder):
     def restore(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
         """Takes what :meth:`own_keys` gave, in whatever kind of buffers this state has."""
         if self.capacity is None:
-            self.keys, self.values = keys.clone(), values.clone()
+            self.replace(keys=keys.clone(), values=values.clone())
         else:
             self.allocate(keys, values)
             self.write_rows(slice(None), keys, values, lengths)
@@ -219,7 +220,7 @@ class KeyValueState(Recorder):
         """Replaces a sequence by the only one of another state, with as many keys as ``lengths (1,)`` says, or by none,
         in place.
         """
-        self._leave_inference_mode()
+        self.leave_inference_mode()
         if other is not None:
             self.write_rows(slice(row, row + 1), *other.own_keys(lengths), lengths)
         if self.conv is not None:
@@ -233,7 +234,7 @@ class KeyValueState(Recorder):
         if not self.started or self.conv is None:
             return None
         self._check_rows(rows)
-        self._leave_inference_mode()
+        self.leave_inference_mode()
         return self.conv.clone() if torch.is_grad_enabled() else self.conv
 
     def update_conv(self, conv: Tensor, inputs: Tensor | None = None) -> None:
@@ -244,8 +245,9 @@ class KeyValueState(Recorder):
                 self._past["conv"] = [self.conv.clone() if known else torch.zeros_like(conv)]  # type: ignore[union-attr]
             self._past["conv"].append(inputs.detach().transpose(1, 2))  # (B, C, T)
         if self.conv is None or self.conv.shape != conv.shape:
-            self.conv = conv.detach().clone(memory_format=torch.contiguous_format)
+            self.replace(conv=conv.detach().clone(memory_format=torch.contiguous_format))
         else:
+            self.leave_inference_mode()
             self.conv.copy_(conv.detach())
 
     def _check_rows(self, rows: int) -> None:
@@ -254,15 +256,6 @@ class KeyValueState(Recorder):
                 f"the cache holds {self.batch_size} sequences and the input has {rows}: use batch_repeat_interleave or "
                 "batch_select_indices, or start with an empty cache"
             )
-
-    def _leave_inference_mode(self) -> None:
-        """Replaces buffers made under ``torch.inference_mode``, which nothing outside of it may write."""
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-            return
-        for name in ("keys", "values", "conv"):
-            buffer = getattr(self, name)
-            if buffer is not None and buffer.is_inference():
-                setattr(self, name, buffer.clone())
 
     @property
     def batch_size(self) -> int:
@@ -274,23 +267,17 @@ class KeyValueState(Recorder):
         self.started = False
         self._forget()
         if self.capacity is None:
-            self.keys, self.values = None, None
+            self.replace(keys=None, values=None)
 
     def select(self, indices: Tensor) -> None:
-        """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
+        """As there; what was recorded is settled."""
         self._forget()
-        for name in ("keys", "values", "conv"):
-            buffer = getattr(self, name)
-            if buffer is not None:
-                setattr(self, name, pick(buffer, indices))
+        super().select(indices)
 
     def to(self, device: torch.device | str) -> KeyValueState:
-        """Moves the buffers, in place; returns itself, as hooks that move a module's inputs expect."""
-        for name in ("keys", "values", "conv"):
-            buffer = getattr(self, name)
-            if buffer is not None:
-                setattr(self, name, buffer.to(device))
+        """As there, with what was recorded."""
         self._past = {name: [part.to(device) for part in parts] for name, parts in self._past.items()}
+        super().to(device)
         return self
 
 

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import CacheError
 from ..ops.checks import limits
+from ..ops.packing import document_ids
 from ..ops.spec import decay_rates
+from .causal_conv1d import CausalConv1d
 from .conv import causal_convolution
 from .fp32 import KeepsFp32
 from .norm import GatedRMSNorm, RMSNorm
 from .projection import linear
 from .sequence import PLAIN, SequenceLayout
-from .state import SSDState
+from .state import NOT_RECORDED, SSDState
 from .weights import is_unhooked, plain_linear, plain_weight
 
 FP32_PARAMETERS = ("A_log", "D", "dt_bias")
@@ -68,12 +70,7 @@ class Mamba2Mixer(KeepsFp32):
         self.activation, self.dt_limit, self.chunk_size = activation, limits(dt_limit), chunk_size
 
         self.in_proj = nn.Linear(hidden_size, self.inner_size + self.conv_size + num_heads, bias=use_bias)
-        self.conv1d = nn.Conv1d(
-            *(self.conv_size, self.conv_size, conv_kernel),
-            groups=self.conv_size,
-            padding=conv_kernel - 1,
-            bias=use_conv_bias,
-        )
+        self.conv1d = CausalConv1d.depthwise(self.conv_size, conv_kernel, use_conv_bias)
         at_least_fp32 = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.A_log = nn.Parameter(torch.zeros(num_heads, dtype=at_least_fp32))
         self.D = nn.Parameter(torch.ones(num_heads, dtype=at_least_fp32))
@@ -141,7 +138,8 @@ class Mamba2Mixer(KeepsFp32):
             dtypes |= {tensor.dtype for tensor in (weight, down, up) if tensor is not None}
         if len(dtypes) > 1 and not torch.is_autocast_enabled(stream.device.type):
             return None
-        return ops.layer(stream, weights, self._spec(norm.eps), ops.Packing(layout.seq_idx, layout.cu_seqlens))
+        packing = ops.Packing(layout.seq_idx, layout.cu_seqlens)
+        return layout.unpack(ops.layer(layout.pack(stream), weights, self._spec(norm.eps), packing))
 
     def _layer_weights(self, norm: RMSNorm) -> ops.LayerWeights | None:
         """The weights of the layer around the mixer, ``norm`` among them; None where a module has to be called."""
@@ -170,35 +168,25 @@ class Mamba2Mixer(KeepsFp32):
 
     def _inner(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         """What is between the projections: ``(B, T, 2 H P + 2 G N + H)`` to ``(B, T, H P)``."""
-        if state is not None and state.record_past:
-            if not layout.is_plain:
-                raise CacheError(
-                    "the cache is recorded, to take tokens back, and padding or packed documents came: read those "
-                    "before activate_past_recording()"
-                )
-            state.record(zxbcdt, self)
-        return self._advance(zxbcdt, layout, state)
-
-    def replay(self, projected: Tensor, state: SSDState) -> None:
-        """Brings ``state`` to where it is after what :meth:`SSDState.record` was given, ``(B, T, C)``."""
-        self._advance(projected, PLAIN, state)
-
-    def _advance(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         one_token = zxbcdt.shape[1] == 1 and layout.is_plain and not torch.is_grad_enabled()
         if state is not None and state.started and one_token:
             return self._step(zxbcdt, state)
         conv_initial, ssm_initial = self._initial(zxbcdt, layout, state)
-        weights = self._weights()
+        weights = None if _records(state) else self._weights()
         if weights is not None:
-            packing = ops.Packing(layout.seq_idx, layout.cu_seqlens)
-            call = ops.Inner(zxbcdt, weights, self._spec(), packing, conv_initial, ssm_initial, state is not None)
+            u, packing = layout.pack(zxbcdt), ops.Packing(layout.seq_idx, layout.cu_seqlens)
+            call = ops.Inner(u, weights, self._spec(), packing, conv_initial, ssm_initial, state is not None)
             y, *final = ops.inner(call)
+            y = layout.unpack(y)
         else:
-            z, xbc, dt = self._split(zxbcdt)
-            xbc, conv_final = self._convolve(xbc, conv_initial, layout)
+            z, inputs, dt = self._split(zxbcdt)
+            xbc, conv_final = self._convolve(inputs, conv_initial, layout)
             x, B, C = self._split_xbc(xbc)
+            A = self.A
+            self._record(state, layout, inputs, x, dt, B, A)
+            x, dt, B, C = map(layout.pack, (x, dt, B, C))
             y, ssm_final = ops.ssd_chunk_scan(
-                *(x, dt, self.A, B, C),
+                *(x, dt, A, B, C),
                 D=self.D,
                 dt_bias=self.dt_bias,
                 dt_softplus=True,
@@ -209,10 +197,27 @@ class Mamba2Mixer(KeepsFp32):
                 cu_seqlens=layout.cu_seqlens,
                 return_final_states=True,
             )
-            y, final = self.norm(y.flatten(-2), z), [conv_final, ssm_final]
+            y, final = self.norm(layout.unpack(y.flatten(-2)), z), [conv_final, ssm_final]
         if state is not None:
             state.update(*map(layout.gather_states, final))
         return y
+
+    def _record(
+        self,
+        state: SSDState | None,
+        layout: SequenceLayout,
+        inputs: Tensor,
+        x: Tensor,
+        dt: Tensor,
+        B: Tensor,
+        A: Tensor,
+    ) -> None:
+        """Lets ``state`` note the tokens, if it records; see :meth:`SSDState.record`."""
+        if state is None or not _records(state):
+            return
+        if not layout.is_plain:
+            raise CacheError(NOT_RECORDED)
+        state.record(inputs, x, dt.to(A.dtype) + self.dt_bias, B, A, self.dt_limit)
 
     def _attention_matrix(self, zxbcdt: Tensor, layout: SequenceLayout) -> Tensor:
         """``(B, H, T, T)``."""
@@ -220,8 +225,8 @@ class Mamba2Mixer(KeepsFp32):
         _, B, C = self._split_xbc(self._convolve(xbc, None, layout)[0])
         seq_idx = layout.seq_idx
         if layout.cu_seqlens is not None:
-            positions = torch.arange(dt.shape[1], device=dt.device)
-            seq_idx = layout.align(torch.searchsorted(layout.cu_seqlens[1:].to(positions), positions, right=True)[None])
+            documents = document_ids(layout.cu_seqlens.to(dt.device), layout.pack(dt).shape[1])
+            seq_idx = layout.align(layout.unpack(documents[None]))
         matrix = ops.ssd_attention_matrix(
             *(layout.align(dt), self.A, layout.align(B), layout.align(C)),
             dt_bias=self.dt_bias,
@@ -241,15 +246,17 @@ class Mamba2Mixer(KeepsFp32):
         conv_state, ssm_state = state.initial(zxbcdt.shape[0])
         assert conv_state is not None  # the state has started
         assert ssm_state is not None
-        weights = self._weights()
+        weights = None if _records(state) else self._weights()
         if weights is not None:
             return ops.step(ops.Step(zxbcdt, conv_state, ssm_state, weights, self._spec()))
-        z, xbc, dt = self._split(zxbcdt)
-        xbc, final = self._convolve(xbc, conv_state, PLAIN)
+        z, inputs, dt = self._split(zxbcdt)
+        xbc, final = self._convolve(inputs, conv_state, PLAIN)
+        x, B, C = self._split_xbc(xbc)
+        A = self.A
+        self._record(state, PLAIN, inputs, x, dt, B, A)
         conv_state.copy_(final)
-        x, B, C = self._split_xbc(xbc[:, 0])
         y = ops.ssd_state_update(
-            *(ssm_state, x, dt[:, 0], self.A, B, C),
+            *(ssm_state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0]),
             D=self.D,
             dt_bias=self.dt_bias,
             dt_softplus=True,
@@ -285,3 +292,8 @@ class Mamba2Mixer(KeepsFp32):
         x, B, C = xbc.split([self.inner_size, bc, bc], -1)
         groups = (self.n_groups, self.state_size)
         return x.unflatten(-1, (self.num_heads, self.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+
+def _records(state: SSDState | None) -> bool:
+    """Whether a state wants what the convolution gives, which ops that do everything at once keep to themselves."""
+    return state is not None and state.record_past

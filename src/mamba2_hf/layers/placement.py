@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CacheError
-from .sequence import SequenceLayout
-from .state import pick
+from .sequence import SequenceLayout, kept_first, rank, take
+from .state import Buffers
 
 Visible = Callable[[Any, Any, Any, Any], Tensor]
 """Of row, head, query and key: whether the query sees the key. Indices may be numbers or tensors that broadcast."""
@@ -49,12 +49,14 @@ class FlatDocuments:
     most_keys: int
 
 
-class KeyCounts:
+class KeyCounts(Buffers):
     """How many keys the attention layers of a cache hold for each row, the same for all layers without a window.
 
     Args:
         capacity: keys of a row for which buffers are made once and for all; None for buffers that grow.
     """
+
+    names = ("lengths", "shift")
 
     def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity
@@ -64,25 +66,37 @@ class KeyCounts:
 
     def reset(self) -> None:
         """No keys."""
-        self.width, self.shift = 0, None
-        if self.capacity is None or self.lengths is None:
-            self.lengths = None
-        else:
+        self.width = 0
+        if self.capacity is None:
+            self.replace(lengths=None, shift=None)
+            return
+        self.replace(shift=None)
+        if self.lengths is not None:
+            self.leave_inference_mode()
             self.lengths.zero_()
 
     def crop(self, tokens: int) -> None:
         """Forgets the last ``tokens`` of every row."""
         self.width -= tokens
         if self.lengths is not None and self.capacity is not None:
+            self.leave_inference_mode()
             self.lengths.sub_(tokens)
         elif self.lengths is not None:
-            self.lengths = self.lengths - tokens
+            self.replace(lengths=self.lengths - tokens)
 
-    def select(self, indices: Tensor) -> None:
-        """Keeps the rows at ``indices``."""
-        for name in ("lengths", "shift"):
-            if (counts := getattr(self, name)) is not None:
-                setattr(self, name, pick(counts, indices))
+    def put(self, row: int, length: Tensor) -> None:
+        """Says that ``row`` of buffers with a capacity holds ``length (1,)`` keys."""
+        if self.lengths is not None:
+            self.leave_inference_mode()
+            self.lengths[row : row + 1] = length.to(self.lengths.device)
+            self.width = max(int(self.lengths.max()), 1)
+
+    def set(self, lengths: list[int]) -> None:
+        """Says how many keys each row of buffers with a capacity holds."""
+        if self.lengths is not None:
+            self.leave_inference_mode()
+            self.lengths.copy_(torch.tensor(lengths))
+            self.width = max(*lengths, 1)
 
 
 @dataclass
@@ -99,11 +113,11 @@ class Placement:
             row is one document.
         width: as ``stored``, after this call.
         lengths: as ``past``, after this call.
-        to_grid: ``(B, T)`` place in the packed row of each token of the grid; None if the input is the grid.
-        from_grid: ``(R,)`` place in the flat grid of each token of the packed row.
+        to_grid: ``(B, T)`` place in the flat input of each token of the grid; None if the input is the grid.
+        from_grid: place in the flat grid of each token of the input, in the input's shape, ``(B, T)``.
         masks: whatever attention makes of :meth:`visible` or :meth:`flat`, by window.
         device: of all tensors.
-        rotary: cosines and sines, ``(1, R, D')`` or ``(B, T, D')``.
+        rotary: cosines and sines on the grid, ``(1, T, D')`` or ``(B, T, D')``.
     """
 
     rows: int
@@ -132,12 +146,19 @@ class Placement:
         return self.starts is None and (self.past is None or not self.stored)
 
     def align(self, tensor: Tensor) -> Tensor:
-        """``(1, R, ...)`` to the grid ``(B, T, ...)``; behind a row's tokens is anything finite."""
-        return tensor if self.to_grid is None else tensor[0, self.to_grid]
+        """The input's ``(B, T, ...)`` to the grid; behind a row's tokens is anything finite."""
+        return tensor if self.to_grid is None else take(tensor.flatten(0, 1), self.to_grid)
 
     def unalign(self, tensor: Tensor) -> Tensor:
-        """Inverse of :meth:`align`."""
-        return tensor if self.from_grid is None else tensor.flatten(0, 1)[self.from_grid][None]
+        """Inverse of :meth:`align`; what comes out for padding is anything finite."""
+        return tensor if self.from_grid is None else take(tensor.flatten(0, 1), self.from_grid)
+
+    def of_row(self, layout: SequenceLayout) -> Placement:
+        """The placement of what :meth:`SequenceLayout.pack` makes of the input, ``(1, R, ...)``."""
+        if self.to_grid is None or self.from_grid is None or layout.slot is None or layout.source is None:
+            return self
+        to_grid = take(layout.slot.flatten(), self.to_grid)
+        return replace(self, to_grid=to_grid, from_grid=self.from_grid.flatten()[layout.source][None])
 
     def first(self) -> Tensor | None:
         """``(B, T)`` the first key that each token may see, if there is no window; None if regular."""
@@ -280,14 +301,14 @@ class Placement:
             shift = counts.shift.to(self.device)
             if self.starts is not None:
                 shift = torch.where(self.starts.gather(1, self._last()[:, None])[:, 0] == 0, shift, 0)
-        counts.shift = shift
+        counts.replace(shift=shift)
         counts.width = self.width
         known, lengths = counts.lengths, self.lengths
         fits = self.is_static and known is not None and lengths is not None and len(known) == len(lengths)
         if fits and known is not None and lengths is not None and _is_writable(known):
             known.copy_(lengths)  # its address stays fixed for compiled and captured graphs
         else:
-            counts.lengths = lengths
+            counts.replace(lengths=lengths)
 
     def _last(self) -> Tensor:
         """``(B,)`` the column of each row's last token."""
@@ -316,6 +337,8 @@ def place(layout: SequenceLayout, rows: int, tokens: int, counts: KeyCounts | No
     stored, past, capacity = 0, None, None
     if counts is not None:
         stored, past, capacity = counts.width, counts.lengths, counts.capacity
+        if past is not None and past.shape[0] != rows and not stored:
+            past = None  # of the rows before a reset
         if past is not None:
             past = past.to(device)
             if past.shape[0] != rows:
@@ -335,13 +358,9 @@ def place(layout: SequenceLayout, rows: int, tokens: int, counts: KeyCounts | No
             past = torch.zeros(rows, dtype=torch.long, device=device)
     fresh = None if layout.keep is None else layout.keep.sum(1)
     to_grid, from_grid = None, None
-    if layout.source is not None and fresh is not None:
-        before = fresh.cumsum(0) - fresh  # (B,) tokens of earlier rows
-        columns = torch.arange(tokens, device=fresh.device)
-        to_grid = (before[:, None] + columns).clamp(max=layout.source.shape[0] - 1)
-        row = layout.source // tokens  # (R,)
-        column = torch.arange(layout.source.shape[0], device=row.device) - before[row]
-        from_grid = row * tokens + column.clamp(0, tokens - 1)
+    if layout.keep is not None:
+        start = torch.arange(0, rows * tokens, tokens, device=layout.keep.device)[:, None]  # of each row
+        to_grid, from_grid = start + kept_first(layout.keep), start + rank(layout.keep)
     starts = _document_starts(layout, rows, tokens, to_grid)
     width, lengths = _after(rows, tokens, stored, past, fresh, starts, capacity)
     return Placement(
@@ -371,7 +390,9 @@ def _document_starts(layout: SequenceLayout, rows: int, tokens: int, to_grid: Te
         flags = torch.zeros(length + 1, dtype=torch.bool, device=bounds.device)
         flags = flags.index_fill(0, bounds.clamp(max=length), True)[:length]
         flags = flags | (torch.arange(length, device=bounds.device) >= bounds[-1])  # what belongs to no document
-        changes = flags[None] if to_grid is None else flags[to_grid]
+        changes = flags[None]
+        if layout.slot is not None and to_grid is not None:
+            changes = take(flags, take(layout.slot.flatten(), to_grid))
     else:
         return None
     columns = torch.arange(tokens, device=changes.device)

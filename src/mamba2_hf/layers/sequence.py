@@ -1,8 +1,9 @@
 """From the many ways to say which tokens belong together to one layout.
 
 Masks (either side, also in the middle), ``seq_idx``, ``cu_seq_lens`` and ``position_ids`` all come in here and leave as
-a :class:`SequenceLayout`. Padding is not masked but left out: the tokens that count are laid end to end in one row,
-a document each, so it can reach neither the convolution nor the state.
+a :class:`SequenceLayout`. Padding is not masked but left out: what mixes tokens (convolution and scan, attention) gets
+those that count, end to end in one row or at the left of their rows, so that padding can reach neither the convolution
+nor the state. Modules still take and return ``(B, T, ...)``, as the caller gave it.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from ..ops.checks import check_packing
 class SequenceLayout:
     """Tokens of a batch, grouped into documents.
 
-    With ``source`` None the batch is used as it is, ``(B, T)``; else its tokens move to one row (:meth:`pack`,
+    With ``source`` None the batch is used as it is, ``(B, T)``; else its tokens move to one row for ops (:meth:`pack`,
     :meth:`unpack`). The first document of a row continues the row's cached state and its last one leaves the next.
 
     Attributes:
         seq_idx: ``(B, T)`` documents of the batch as it is.
         cu_seqlens: ``(S + 1,)`` bounds of the documents of one row.
         source: ``(R,)`` position in the flat batch that each token of the packed row comes from.
-        slot: ``(B T,)`` position in the packed row of each token of the flat batch.
+        slot: ``(B, T)`` position in the packed row of each token.
         keep: ``(B, T)`` whether a token counts (padding does not).
         first, last: ``(B,)`` first and last document of each row; None if document b is row b.
         breaks: ``(B, T)`` whether a token may not be predicted from the one before it; None if every one may.
@@ -57,32 +58,49 @@ class SequenceLayout:
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return SequenceLayout(**{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
+    @property
+    def row(self) -> SequenceLayout:
+        """The layout of what :meth:`pack` returns."""
+        return SequenceLayout(cu_seqlens=self.cu_seqlens, first=self.first, last=self.last)
+
     def pack(self, tensor: Tensor) -> Tensor:
-        """``(B, T, ...)`` to ``(1, R, ...)`` where the layout asks for it."""
-        return tensor if self.source is None else tensor.flatten(0, 1)[self.source][None]
+        """``(B, T, ...)`` to ``(1, R, ...)`` where there is padding: the tokens that count."""
+        return tensor if self.source is None else tensor.flatten(0, 1).index_select(0, self.source)[None]
 
     def unpack(self, tensor: Tensor) -> Tensor:
         """Inverse of :meth:`pack`; padding comes out as zeros."""
-        slot, keep = self.to(tensor.device).slot, self.to(tensor.device).keep
-        if slot is None or keep is None:
-            return tensor
-        counts = keep.view(*keep.shape, *[1] * (tensor.dim() - 2))
-        return torch.where(counts, tensor[0, slot].unflatten(0, tuple(keep.shape)), 0)
+        return tensor if self.slot is None else self.blank(take(tensor[0], self.slot))
+
+    def blank(self, tensor: Tensor) -> Tensor:
+        """``(B, T, ...)`` with zeros for padding."""
+        keep = self.to(tensor.device).keep
+        return tensor if keep is None else torch.where(keep.view(*keep.shape, *[1] * (tensor.dim() - 2)), tensor, 0)
+
+    @property
+    def order(self) -> Tensor | None:
+        """``(B, T)`` the columns of each row: those of tokens that count, then those of padding."""
+        return None if self.keep is None else kept_first(self.keep)
 
     def align(self, tensor: Tensor) -> Tensor:
-        """``(1, R, ...)`` to ``(B, T, ...)`` with the tokens of each row at its left; behind them is anything."""
-        slot, keep = self.to(tensor.device).slot, self.to(tensor.device).keep
-        if slot is None or keep is None:
+        """``(B, T, ...)`` with the tokens of each row at its left, padding behind them."""
+        order = self.to(tensor.device).order
+        if order is None:
             return tensor
-        order = torch.argsort(~keep, dim=1, stable=True)  # (B, T) positions that count, then padding
-        return tensor[0, slot.view(keep.shape).gather(1, order)]
+        return tensor.gather(1, order.view(*order.shape, *[1] * (tensor.dim() - 2)).expand_as(tensor))
+
+    def unalign(self, tensor: Tensor) -> Tensor:
+        """Inverse of :meth:`align`; padding comes out as zeros."""
+        keep = self.to(tensor.device).keep
+        if keep is None:
+            return tensor
+        return self.blank(tensor.gather(1, rank(keep).view(*keep.shape, *[1] * (tensor.dim() - 2)).expand_as(tensor)))
 
     def unalign_matrix(self, matrix: Tensor) -> Tensor:
         """``(B, H, T, T)`` over aligned rows to the batch's own positions; rows and columns of padding are zero."""
         keep = self.to(matrix.device).keep
         if keep is None:
             return matrix
-        position = (keep.long().cumsum(1) - 1).clamp(min=0)  # (B, T) of each token in its aligned row
+        position = rank(keep)
         row = torch.arange(len(keep), device=matrix.device)[:, None, None]
         matrix = matrix[row, :, position[:, :, None], position[:, None, :]].permute(0, 3, 1, 2)
         return torch.where((keep[:, :, None] & keep[:, None, :])[:, None], matrix, 0)
@@ -100,6 +118,23 @@ class SequenceLayout:
 
 
 PLAIN = SequenceLayout()
+
+
+def rank(keep: Tensor) -> Tensor:
+    """How many tokens of its row count before each one that does, ``(B, T)``; any number in reach for padding."""
+    return (keep.long().cumsum(1) - 1).clamp(min=0)
+
+
+def kept_first(keep: Tensor) -> Tensor:
+    """The columns of each row of ``keep (B, T)``: those that are true, then the others, both in order."""
+    place = torch.where(keep, rank(keep), keep.sum(1, keepdim=True) + rank(~keep))
+    columns = torch.arange(keep.shape[1], device=keep.device).expand_as(place)
+    return torch.zeros_like(place).scatter(1, place, columns)  # a sort would do, but ONNX has no stable one
+
+
+def take(tensor: Tensor, places: Tensor) -> Tensor:
+    """``tensor[places]`` along the first axis. Its gradient is a sum into rows, where that of indexing sorts first."""
+    return tensor.index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 def sequence_layout(
@@ -207,12 +242,12 @@ def _from_positions(position_ids: Tensor, keep: Tensor | None, batch: int, token
 
 def _kept(keep: Tensor) -> tuple[Tensor, Tensor]:
     """Where each token of the packed row comes from, and where each of the batch goes: ``source`` and ``slot``."""
-    flat = keep.flatten()
-    slot = (flat.long().cumsum(0) - 1).clamp(min=0)
+    flat = keep.flatten()[None]
+    slot = rank(flat).view_as(keep)
     if torch.compiler.is_compiling():
-        return torch.argsort(~flat, stable=True), slot  # padding stays behind the last document
-    source = flat.nonzero()[:, 0]
-    return source if source.numel() else slot[:1], slot  # ops want a token: any one, which no document owns
+        return kept_first(flat)[0], slot  # padding stays behind the last document
+    source = flat[0].nonzero()[:, 0]
+    return source if source.numel() else source.new_zeros(1), slot  # ops want a token: any one, which no document owns
 
 
 def _gaps(keep: Tensor) -> Tensor:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Protocol
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..errors import CacheError
+
+NOT_RECORDED = (
+    "the cache is recorded, to take tokens back, and padding or packed documents came: read those before "
+    "activate_past_recording(). A compiled forward takes every attention_mask for padding: leave it out where all "
+    "tokens count"
+)
+"""What a state says that records, and gets what it cannot take back."""
 
 
 def pick(buffer: Tensor, indices: Tensor) -> Tensor:
@@ -18,14 +26,58 @@ def pick(buffer: Tensor, indices: Tensor) -> Tensor:
     return buffer.copy_(picked) if picked.shape == buffer.shape and writable else picked
 
 
-class Replays(Protocol):
-    """A mixer that can run again on what it projected."""
+class Recorded(NamedTuple):
+    """Tokens of one call, as far as a mixer's states depend on them: ``inputs (B, T, C)`` of the convolution, and of
+    the scan ``x (B, T, H, P)``, ``dt (B, T, H)`` with its bias, before softplus, and ``B (B, T, G, N)``.
+    """
 
-    def replay(self, projected: Tensor, state: SSDState) -> None:
-        """Brings ``state`` to where it is after ``projected (B, T, C)``."""
+    inputs: Tensor
+    x: Tensor
+    dt: Tensor
+    B: Tensor
 
 
-class Recorder:
+class Buffers:
+    """Tensors that calls write in place, so that compiled and captured graphs find them where they were.
+
+    A buffer is replaced by :meth:`replace`, and by nothing else. It calls ``on_move``, by which the owner of a graph
+    learns that the graph would write to memory that nobody reads. A copy of the owner is told by copies of its buffers.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+    """Of the attributes that hold buffers, or None."""
+    on_move: Callable[[], None] | None = None
+
+    def replace(self, **buffers: Tensor | None) -> None:
+        """Puts other tensors, or None, in the place of buffers; the same ones do not count."""
+        moved = self.on_move is not None and any(getattr(self, name) is not new for name, new in buffers.items())
+        for name, new in buffers.items():
+            setattr(self, name, new)
+        if moved and self.on_move is not None:
+            self.on_move()
+
+    def leave_inference_mode(self) -> None:
+        """Replaces buffers made under ``torch.inference_mode``, which nothing outside of it may write."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return
+        held = {name: getattr(self, name) for name in self.names}
+        stale = {name: buffer.clone() for name, buffer in held.items() if buffer is not None and buffer.is_inference()}
+        if stale:
+            self.replace(**stale)
+
+    def select(self, indices: Tensor) -> None:
+        """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
+        held = {name: getattr(self, name) for name in self.names}
+        self.replace(**{name: pick(buffer, indices) for name, buffer in held.items() if buffer is not None})
+
+    def to(self, device: torch.device | str) -> Buffers:
+        """Moves the buffers; returns itself, as hooks that move a module's inputs expect."""
+        held = {name: getattr(self, name) for name in self.names}
+        self.replace(**{name: buffer.to(device) for name, buffer in held.items() if buffer is not None})
+        return self
+
+
+class Recorder(Buffers):
     """A state that can take back the tokens since it was told to record."""
 
     record_past = False
@@ -47,16 +99,17 @@ class Recorder:
 class SSDState(Recorder):
     """The convolution's last inputs ``(B, C, K - 1)`` and the SSM state ``(B, H, P, N)`` of one layer.
 
-    Buffers are made by the first :meth:`update` and then written in place, so their addresses stay fixed for compiled
-    and captured graphs. The state holds no autograd graph.
+    Buffers are made by the first :meth:`update`. The state holds no autograd graph.
 
     A state cannot be run backwards. While it is recorded, it keeps a copy from before the recorded tokens, and of every
-    token what the mixer projected; :meth:`crop` puts the copy back and runs the tokens that stay through convolution
-    and scan again, which reads no weight matrix.
+    token what it depends on; :meth:`crop` scans the tokens that stay again, from that copy. It calls no module and
+    reads no parameter, as their weights need not be there outside of a forward: offloaded and sharded ones are not.
 
     Args:
         ssm_dtype: of the SSM state; None for what the scan computes in, fp32 (fp64 in an fp64 model).
     """
+
+    names = ("conv", "ssm", "ready")
 
     def __init__(self, ssm_dtype: torch.dtype | None = None) -> None:
         self.ssm_dtype = ssm_dtype
@@ -64,41 +117,59 @@ class SSDState(Recorder):
         self.ssm: Tensor | None = None
         self.ready: Tensor | None = None  # (1,) int32, zero between steps: for ops.mamba2_layer_step
         self.started = False
-        self.recorded: list[Tensor] = []  # (B, T, C) of every call
+        self.recorded: list[Recorded] = []
         self._before: tuple[Tensor, Tensor] | None = None
-        self._mixer: weakref.ref[Replays] | None = None  # a copy of the state should not copy the model
+        self._decay: tuple[Tensor, tuple[float, float]] | None = None
 
-    def record(self, projected: Tensor, mixer: Replays) -> None:
-        """Notes what the mixer is about to run on, ``(B, T, C)``; B rows of a document each, without padding."""
+    def record(
+        self, inputs: Tensor, x: Tensor, dt: Tensor, B: Tensor, A: Tensor, dt_limit: tuple[float, float]
+    ) -> None:
+        """Notes what is about to change the states: B rows of a document each, without padding.
+
+        Args:
+            inputs, x, dt, B: see :class:`Recorded`.
+            A: ``(H,)`` decay rates, a tensor of its own: what is kept of a parameter may be gone after the forward.
+            dt_limit: clamp of the step sizes.
+        """
         if not self.recorded:
             started = self.started and self.conv is not None and self.ssm is not None
             self._before = (self.conv.clone(), self.ssm.clone()) if started else None  # type: ignore[union-attr]
-            self._mixer = weakref.ref(mixer)
-        self.recorded.append(projected.detach())
+            self._decay = A.detach(), dt_limit
+        self.recorded.append(Recorded(inputs.detach(), x.detach(), dt.detach(), B.detach()))
 
     @property
     def recorded_tokens(self) -> int:
         """How many tokens :meth:`crop` can remove."""
-        return sum(projected.shape[1] for projected in self.recorded)
+        return sum(block.x.shape[1] for block in self.recorded)
 
+    @torch.no_grad()
     def crop(self, tokens: int) -> None:
         """Forgets the last ``tokens`` of those recorded, and settles the others: they cannot be removed later."""
-        recorded, kept = self.recorded, self.recorded_tokens - tokens
-        mixer = None if self._mixer is None else self._mixer()
-        if tokens:
-            assert kept >= 0
-            assert mixer is not None
-            if self._before is None:
-                self.started = False
-            else:
-                self.update(*self._before)
-            if kept:
-                with torch.no_grad():
-                    mixer.replay(torch.cat(recorded, 1)[:, :kept], self)
+        kept = self.recorded_tokens - tokens
+        if tokens and kept:
+            self._scan_again(kept)
+        elif tokens and self._before is not None:
+            self.update(*self._before)
+        elif tokens:
+            self.started = False
         self._forget()
 
+    def _scan_again(self, kept: int) -> None:
+        """Brings the states to where they are after the first ``kept`` of the recorded tokens."""
+        assert self.conv is not None  # the recorded tokens have made it
+        assert self._decay is not None
+        inputs, x, dt, B = (torch.cat(parts, 1)[:, :kept] for parts in zip(*self.recorded, strict=True))
+        conv, ssm = (torch.zeros_like(self.conv), None) if self._before is None else self._before
+        A, dt_limit = self._decay
+        # C is of the output alone, which nobody reads.
+        _, ssm = ops.ssd_chunk_scan(
+            *(x, dt, A, B, B), dt_softplus=True, dt_limit=dt_limit, initial_states=ssm, return_final_states=True
+        )
+        inputs = inputs.transpose(1, 2)  # (B, C, T)
+        self.update(torch.cat([conv.to(inputs.dtype), inputs], 2)[:, :, kept:], ssm)
+
     def _forget(self) -> None:
-        self.recorded, self._before, self._mixer = [], None, None
+        self.recorded, self._before, self._decay = [], None, None
 
     def update(self, conv: Tensor, ssm: Tensor) -> None:
         """Stores the states after a block of tokens."""
@@ -106,16 +177,18 @@ class SSDState(Recorder):
         if self.conv is None or self.ssm is None or (not self.started and self.conv.shape != conv.shape):
             self.allocate(conv, ssm)
         else:
-            self._leave_inference_mode()
+            self.leave_inference_mode()
             self.conv.copy_(conv)
             self.ssm.copy_(ssm)
         self.started = True
 
     def allocate(self, conv: Tensor, ssm: Tensor) -> None:
         """Makes the buffers, holding copies of these states."""
-        self.conv = conv.clone(memory_format=torch.contiguous_format)
-        self.ssm = ssm.to(self.ssm_dtype or ssm.dtype, copy=True, memory_format=torch.contiguous_format)
-        self.ready = torch.zeros(1, dtype=torch.int32, device=conv.device)
+        self.replace(
+            conv=conv.clone(memory_format=torch.contiguous_format),
+            ssm=ssm.to(self.ssm_dtype or ssm.dtype, copy=True, memory_format=torch.contiguous_format),
+            ready=torch.zeros(1, dtype=torch.int32, device=conv.device),
+        )
 
     def initial(self, batch: int) -> tuple[Tensor | None, Tensor | None]:
         """The states to continue from, or a pair of None before the first update: the buffers themselves, but copies
@@ -131,16 +204,8 @@ class SSDState(Recorder):
                 f"the cache holds {self.conv.shape[0]} sequences and the input has {batch}: "
                 "use batch_repeat_interleave or batch_select_indices, or start with an empty cache"
             )
-        self._leave_inference_mode()
+        self.leave_inference_mode()
         return (self.conv.clone(), self.ssm.clone()) if torch.is_grad_enabled() else (self.conv, self.ssm)
-
-    def _leave_inference_mode(self) -> None:
-        """Replaces buffers made under ``torch.inference_mode``, which nothing outside of it may write."""
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-            return
-        if self.conv is not None and self.ssm is not None and self.conv.is_inference():
-            self.conv, self.ssm = self.conv.clone(), self.ssm.clone()
-            self.ready = None if self.ready is None else self.ready.clone()
 
     @property
     def batch_size(self) -> int:
@@ -154,7 +219,7 @@ class SSDState(Recorder):
 
     def put(self, row: int, other: SSDState | None) -> None:
         """Replaces a sequence by the only one of another state, or by none, in place."""
-        self._leave_inference_mode()
+        self.leave_inference_mode()
         for name in ("conv", "ssm"):
             buffer = getattr(self, name)[row]
             if other is None:
@@ -163,17 +228,17 @@ class SSDState(Recorder):
                 buffer.copy_(getattr(other, name)[0])
 
     def select(self, indices: Tensor) -> None:
-        """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
+        """As there; what was recorded is settled."""
         self._forget()
-        if self.conv is not None and self.ssm is not None:
-            self.conv, self.ssm = pick(self.conv, indices), pick(self.ssm, indices)
+        if self.conv is not None and self.ssm is not None:  # `ready` is not by sequence
+            self.replace(conv=pick(self.conv, indices), ssm=pick(self.ssm, indices))
 
     def to(self, device: torch.device | str) -> SSDState:
-        """Moves the buffers, in place; returns itself, as hooks that move a module's inputs expect."""
-        if self.conv is not None and self.ssm is not None:
-            self.conv, self.ssm = self.conv.to(device), self.ssm.to(device)
-        if self.ready is not None:
-            self.ready = self.ready.to(device)
+        """As there, with what was recorded."""
+        self.recorded = [Recorded(*(part.to(device) for part in block)) for block in self.recorded]
         if self._before is not None:
             self._before = self._before[0].to(device), self._before[1].to(device)
+        if self._decay is not None:
+            self._decay = self._decay[0].to(device), self._decay[1]
+        super().to(device)
         return self

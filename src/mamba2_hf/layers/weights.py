@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as every_module
 
 from ..ops import Linear, LowRank
+from .causal_conv1d import PLAIN_TENSORS, CausalConv1d
 from .norm import GatedRMSNorm, RMSNorm
 
-_PLAIN_TYPES = (nn.Linear, nn.Conv1d, RMSNorm, GatedRMSNorm)
-_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # torch.export traces with fake tensors
+_PLAIN_TYPES = (nn.Linear, nn.Conv1d, CausalConv1d, RMSNorm, GatedRMSNorm)
+_SHAPELESS = (__name__.partition(".")[0] + ".", "torch.nn.modules.", "peft.tuners.", "bitsandbytes.nn.")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -27,7 +27,12 @@ def is_unhooked(module: nn.Module) -> bool:
 
 def all_hooked() -> bool:
     """Whether a hook is registered for all modules, as by ``torch.nn.modules.module.register_module_forward_hook``."""
-    return any(getattr(every_module, f"_global{hooks}") for hooks in _HOOKS)
+    return bool(  # looked at several times per layer and step, so without a loop
+        every_module._global_forward_hooks
+        or every_module._global_forward_pre_hooks
+        or every_module._global_backward_hooks
+        or every_module._global_backward_pre_hooks
+    )
 
 
 def plain_weight(module: nn.Module) -> Tensor | None:
@@ -39,7 +44,7 @@ def plain_weight(module: nn.Module) -> Tensor | None:
     if type(module) not in _PLAIN_TYPES or not is_unhooked(module):
         return None
     weight: Any = module.weight
-    if type(weight) not in _PLAIN_TENSORS or weight.is_meta:
+    if type(weight) not in PLAIN_TENSORS or weight.is_meta:
         return None
     return weight
 
@@ -75,3 +80,14 @@ def plain_linear(module: nn.Module) -> Linear | None:
     if down is None or up is None:
         return None
     return base.adapted(LowRank(down, up, lora.scaling[name]))
+
+
+def is_unobserved(*modules: nn.Module) -> bool:
+    """Whether nothing in these modules can tell if it is called on a batch or on one row of the tokens that count: all
+    is this package's, or works on each token alone, and nothing is hooked.
+    """
+    return all(
+        type(module).__module__.startswith(_SHAPELESS) and is_unhooked(module)
+        for root in modules
+        for module in root.modules()
+    )

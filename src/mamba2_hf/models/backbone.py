@@ -6,13 +6,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ArgumentError, CacheError
 from ..layers import SequenceLayout
 from ..layers.sequence import sequence_layout
+from ..layers.weights import is_unobserved
 from .cache import Mamba2Cache, as_mamba2_cache
 from .outputs import Mamba2Output
 from .pretrained import SSDPreTrainedModel
+
+
+class SSDLayer(GradientCheckpointingLayer):
+    """A layer that gradient checkpointing runs twice where gradients are recorded, and nowhere else: without them there
+    is no backward, and the layer may write a cache, in training mode too. So does transformers itself from 5.24 on.
+    """
+
+    _is_checkpointed = False
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether a call runs through the checkpointing function."""
+        return self._is_checkpointed and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self._is_checkpointed = value
 
 
 class SSDBackbone(SSDPreTrainedModel):
@@ -22,14 +41,17 @@ class SSDBackbone(SSDPreTrainedModel):
     layers: nn.ModuleList
     norm_f: nn.Module
     gradient_checkpointing = False
+    other_names = {"embed_tokens": "embeddings", "norm": "norm_f"}
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding layer."""
+    @property
+    def embed_tokens(self) -> nn.Embedding:
+        """``embeddings``, as most models name them."""
         return self.embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the embedding layer."""
-        self.embeddings = value  # type: ignore[assignment]
+    @property
+    def norm(self) -> nn.Module:
+        """``norm_f``, as most models name it."""
+        return self.norm_f
 
     def _run(
         self,
@@ -50,8 +72,8 @@ class SSDBackbone(SSDPreTrainedModel):
         cache = as_mamba2_cache(past_key_values, self.config)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
-            use_cache, cache = _refuse_filled(cache)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            _refuse_cache(cache, use_cache)
         if cache is None and use_cache:
             cache = Mamba2Cache(self.config)
         if cache is not None:
@@ -61,11 +83,15 @@ class SSDBackbone(SSDPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         return_dict = self.config.return_dict if return_dict is None else return_dict
 
-        hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, d)
+        hidden_states = inputs_embeds if input_ids is None else self._embed(input_ids)  # (B, T, d)
+        assert hidden_states is not None
         if output_attentions:
             self._check_attentions(batch, tokens, cache)
-        hidden_states = layout.pack(self._scale_embeddings(hidden_states))  # (1, R, d) where there was padding
-        options, counted = self._layer_options(hidden_states, layout, batch, tokens, position_ids, cache)
+        hidden_states = layout.blank(self._scale_embeddings(hidden_states))  # what padding holds may be anything
+        # Padding is no work where nobody looks at what is between the layers.
+        inner = [part for part in self.children() if part is not self.embeddings and part is not self.norm_f]
+        packed = layout.source is not None and not (output_hidden_states or output_attentions) and is_unobserved(*inner)
+        options, counted = self._layer_options(hidden_states, layout, batch, tokens, position_ids, cache, packed)
         if output_attentions:
             options["output_attentions"] = True
         if output_router_logits:
@@ -73,16 +99,20 @@ class SSDBackbone(SSDPreTrainedModel):
         every_state: list[Tensor] = []
         attentions: list[Tensor] = []
         router_logits: list[Tensor] = []
+        inside, restore = (layout.row, layout.unpack) if packed else (layout, layout.blank)
+        hidden_states = layout.pack(hidden_states) if packed else hidden_states  # (1, R, d) or (B, T, d)
         for layer in self.layers:
             if output_hidden_states:
-                every_state.append(layout.unpack(hidden_states))
+                every_state.append(hidden_states)
+            hidden_states = layer(hidden_states, inside, past_key_values=cache, **options)
             if output_attentions or output_router_logits:
-                hidden_states, matrices, logits = layer(hidden_states, layout, past_key_values=cache, **options)
+                hidden_states, matrices, logits = hidden_states
                 attentions.extend(matrices)
-                router_logits.extend(layout.unpack(routed).flatten(0, 1) for routed in logits)
-            else:
-                hidden_states = layer(hidden_states, layout, past_key_values=cache, **options)
-        hidden_states = layout.unpack(self.norm_f(hidden_states))
+                router_logits.extend(restore(routed).flatten(0, 1) for routed in logits)
+            if not packed:
+                hidden_states = layout.blank(hidden_states)
+        hidden_states = restore(hidden_states)
+        hidden_states = self.norm_f(hidden_states)
         if output_hidden_states:
             every_state.append(hidden_states)
         if cache is not None:
@@ -97,6 +127,16 @@ class SSDBackbone(SSDPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        try:
+            return self.embeddings(input_ids)  # type: ignore[no-any-return]
+        except IndexError:  # on a CPU; a GPU stops the program
+            low, high = input_ids.aminmax()
+            raise ArgumentError(
+                f"input_ids holds ids from {int(low)} to {int(high)}, and vocab_size={self.config.vocab_size}: use the "
+                "model's own tokenizer, or model.resize_token_embeddings(len(tokenizer)) for one that has grown"
+            ) from None
+
     def _scale_embeddings(self, embeddings: Tensor) -> Tensor:
         return embeddings
 
@@ -108,9 +148,10 @@ class SSDBackbone(SSDPreTrainedModel):
         tokens: int,
         position_ids: Tensor | None,
         cache: Mamba2Cache | None,
+        packed: bool,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """More arguments for every layer, and for :meth:`Mamba2Cache.count`; ``hidden_states (1, R, d)`` or ``(B, T,
-        d)`` are the embeddings.
+        """More arguments for every layer, and for :meth:`Mamba2Cache.count`; ``hidden_states (B, T, d)`` are the
+        embeddings, and ``packed`` says whether layers get what ``layout`` packs of them.
         """
         return {}, {}
 
@@ -119,25 +160,34 @@ class SSDBackbone(SSDPreTrainedModel):
         raise NotImplementedError
 
 
-def _refuse_filled(cache: Mamba2Cache | None) -> tuple[bool, None]:
-    """Gradient checkpointing runs a layer twice, so it cannot write a cache: no cache, if none is lost by that."""
-    if cache is not None and cache.seen_tokens:
+def _refuse_cache(cache: Mamba2Cache | None, use_cache: bool) -> None:
+    """Gradient checkpointing runs a layer again in the backward, which would write the cache a second time."""
+    if cache is not None or use_cache:
+        given = "use_cache=True" if cache is None else f"a cache of {cache.seen_tokens} tokens"
         raise CacheError(
-            f"gradient checkpointing cannot continue a cache of {cache.seen_tokens} tokens: its layers run twice; "
-            "turn it off, or pass the whole sequence"
+            f"{given} in training mode with gradient checkpointing, which runs every layer twice: use torch.no_grad() "
+            "if no gradients are needed, else pass the whole sequence without a cache, or turn checkpointing off"
         )
-    return False, None
 
 
 def batch_and_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
-    """B and T of whichever was given."""
+    """B and T of whichever was given, once its shape and dtype are known to fit."""
     if input_ids is not None and inputs_embeds is None:
         if input_ids.dim() != 2:
             raise ArgumentError(f"input_ids has shape {tuple(input_ids.shape)}, expected (B, T)")
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise ArgumentError(
+                f"input_ids has dtype {input_ids.dtype}, expected int64 or int32: pass input_ids.long(), or embeddings "
+                "as inputs_embeds"
+            )
         return input_ids.shape[0], input_ids.shape[1]
     if inputs_embeds is not None and input_ids is None:
         if inputs_embeds.dim() != 3:
             raise ArgumentError(f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (B, T, d)")
+        if not inputs_embeds.is_floating_point():
+            raise ArgumentError(
+                f"inputs_embeds has dtype {inputs_embeds.dtype}, expected a floating dtype: pass token ids as input_ids"
+            )
         return inputs_embeds.shape[0], inputs_embeds.shape[1]
     raise ArgumentError("pass either input_ids or inputs_embeds, and not both")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from dataclasses import fields
 from os import PathLike
@@ -14,6 +15,8 @@ from transformers.generation import GenerationConfig
 
 from ..errors import ConfigurationError
 
+NO_LIMIT = 65504.0
+"""What no upper limit of the step size is saved as: JSON has no infinity, and no step is above the largest float16."""
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Keyword arguments that PreTrainedConfig reads without declaring a field for them.
@@ -67,6 +70,17 @@ class SSDConfig(PreTrainedConfig):
         """:meth:`from_dict` of a file."""
         return cls.from_dict(cls._dict_from_json_file(json_file))
 
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """As in transformers, but JSON that every reader takes: an infinity is ``NO_LIMIT``; and with the keys that
+        other readers of the format look up.
+        """
+        content: dict[str, Any] = json.loads(super().to_json_string(use_diff))
+        return json.dumps(strict_json({**content, **self._for_other_readers()}), indent=2, sort_keys=True) + "\n"
+
+    def _for_other_readers(self) -> dict[str, Any]:
+        """Keys of a ``config.json`` that follow from fields, and that other readers look up."""
+        return {}
+
     def _check_common(self) -> None:
         """Judges the fields that every model has."""
         for name, usual in (("layer_norm_epsilon", 1e-5), ("initializer_range", 0.02)):
@@ -102,6 +116,11 @@ class SSDConfig(PreTrainedConfig):
             raise ConfigurationError(f"{name} is {getattr(self, name)!r}: {remedy}")
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("add_cross_attention"):
+            raise ConfigurationError(
+                "add_cross_attention=True: these models attend to no encoder, so they cannot be the decoder of one; "
+                "models such as LLaVA put what an encoder found among the embeddings instead"
+            )
         known = {field.name for field in fields(self)}
         for key, value in kwargs.items():
             if key not in _UNDECLARED:
@@ -117,3 +136,23 @@ class SSDConfig(PreTrainedConfig):
         dtype = self.dtype if self.dtype is not None else kwargs.get("torch_dtype")
         if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ConfigurationError(f"dtype is {dtype!r}: the name of a torch dtype, such as 'float32' or 'bfloat16'")
+
+
+def as_limits(values: Any) -> tuple[float, ...]:
+    """``time_step_limit`` as floats; ``NO_LIMIT`` and above are infinity again."""
+    return tuple(math.inf if value >= NO_LIMIT else float(value) for value in values)
+
+
+def strict_json(value: Any) -> Any:
+    """A value of a ``config.json`` without infinities, bare or as the objects that transformers makes of them, and with
+    NaN as such an object.
+    """
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity"):
+            return strict_json(float(value["__float__"]))
+        return {key: strict_json(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict_json(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": "NaN"} if math.isnan(value) else math.copysign(NO_LIMIT, value)
+    return value

@@ -31,9 +31,11 @@ from transformers.generation import (
 from transformers.utils import logging
 
 from ..errors import ArgumentError
+from . import prefill
 from .cache import Mamba2Cache
 from .causal_lm import SSDForCausalLM
 from .graphs import DecodeGraph, ModelWatch, why_not
+from .outputs import CACHE
 
 logger = logging.get_logger(__name__)
 
@@ -68,9 +70,9 @@ class Request:
 
     Args:
         input_ids: ``(T,)`` its tokens, at least one.
-        settings: any that ``generate`` takes for one sequence, greedy or sampled: ``max_new_tokens`` (needed, unless
-            the model's generation config has it), ``do_sample``, ``temperature``, ``top_p``, ``eos_token_id``, ... The
-            others are the model's.
+        settings: any that ``generate`` takes for one sequence, greedy or sampled: ``max_new_tokens`` or ``max_length``
+            (needed, unless the model's generation config has the former), ``do_sample``, ``temperature``, ``top_p``,
+            ``eos_token_id``, ... The others are the model's.
         seed: of its own random numbers; None draws one from PyTorch's.
         on_token: is called with every new token, as soon as it is there.
     """
@@ -150,6 +152,14 @@ def _choose(logits: Tensor, requests: Sequence[_Running]) -> Tensor:
     return chosen
 
 
+def _most(settings: Mapping[str, Any], tokens: int, default: int | None) -> int | None:
+    """How many tokens to write behind a prompt of ``tokens``: what the request says in either way, or the default."""
+    if settings.get("max_new_tokens") is None and settings.get("max_length") is not None:
+        return int(settings["max_length"]) - tokens
+    given: int | None = settings.get("max_new_tokens")
+    return default if given is None else given
+
+
 class ContinuousBatch:
     """A batch that requests join and leave while it runs: :meth:`add` some, and call :meth:`step` until it is idle.
 
@@ -202,11 +212,28 @@ class ContinuousBatch:
     @torch.no_grad()
     def _allocate(self) -> None:
         """Makes the buffers, on whatever devices the layers are, by a step that is forgotten."""
-        self.model(
-            torch.zeros(len(self._rows), 1, dtype=torch.long, device=self.model.device), past_key_values=self.cache
-        )
+        ids = torch.zeros(len(self._rows), 1, dtype=torch.long, device=self.model.device)
+        inputs = self._inputs(ids, is_first_iteration=True)
+        if (tokens := prefill.token_count(inputs)) != 1:
+            raise ArgumentError(
+                f"prepare_inputs_for_generation of the model makes {tokens} tokens of one: a row of a batch has no "
+                "place for soft prompts; call generate"
+            )
+        self.model(**inputs)
         for row in range(len(self._rows)):
             self.cache.put(row, None)
+
+    def _inputs(self, ids: Tensor, *, is_first_iteration: bool = False) -> dict[str, Any]:
+        """What the forward gets for the next token of every row, ``(slots, 1)``."""
+        inputs: dict[str, Any] = self.model.prepare_inputs_for_generation(
+            ids,
+            next_sequence_length=1,
+            is_first_iteration=is_first_iteration,
+            use_cache=True,
+            logits_to_keep=1,
+            **{CACHE: self.cache},
+        )
+        return inputs
 
     @property
     def why_not_captured(self) -> str | None:
@@ -289,8 +316,11 @@ class ContinuousBatch:
         for name, neutral in _NEUTRAL.items():
             if (value := getattr(config, name, None)) not in neutral:
                 raise ArgumentError(f"{name}={value!r}: a row of a batch cannot have that; call generate")
+        config.max_new_tokens = _most(settings, tokens, config.max_new_tokens)
         if config.max_new_tokens is None:
             raise ArgumentError("max_new_tokens is missing: say how many tokens to write at most")
+        if config.max_new_tokens < 1:
+            raise ArgumentError(f"max_length={config.max_length} leaves no room behind a prompt of {tokens} tokens")
         config.max_length = tokens + config.max_new_tokens
         self.model._prepare_special_tokens(config, True, device=self.model.device)
         return config
@@ -360,7 +390,7 @@ class ContinuousBatch:
         replays = graph is not None and graph.fits(ids)
         # generate runs experts in another way in steps than in prompts, on a GPU.
         with contextlib.nullcontext() if replays else self.model._optimize_model_for_decode():
-            return self.model(ids, past_key_values=self.cache, use_cache=True).logits[:, -1].float()
+            return self.model(**self._inputs(ids)).logits[:, -1].float()
 
     def _tokens(self, logits: Tensor) -> list[int]:
         """The next token of every row, by logits ``(slots, V)``; those of rows that are free mean nothing."""
@@ -425,9 +455,9 @@ def generate_batch(
     """
     if max_length is None and set(model.config.mixer_kinds) - {"ssd"}:
         requests = list(requests)
-        default = model.generation_config.max_new_tokens or 0
-        lengths = [len(each.input_ids) + (each.settings.get("max_new_tokens") or default) for each in requests]
-        max_length = max(lengths, default=1)
+        prompts = [(each.settings, len(each.input_ids)) for each in requests]
+        default = model.generation_config.max_new_tokens
+        max_length = max((length + (_most(given, length, default) or 0) for given, length in prompts), default=1)
     batch = ContinuousBatch(model, slots=slots, max_length=max_length, state_dtype=state_dtype, captured=captured)
     if isinstance(requests, Sequence):
         for request in requests:

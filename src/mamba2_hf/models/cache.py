@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from ..errors import CacheError
-from ..layers import KeyCounts, KeyValueState, Placement, SSDState
+from ..errors import ArgumentError, CacheError
+from ..layers import Buffers, KeyCounts, KeyValueState, Placement, SSDState
 from . import prompt_state
 from .graphs import DecodeGraph
 from .prompt_state import TokenHashes
@@ -74,15 +74,33 @@ class Mamba2Cache(Cache):
                 "model has attention"
             )
         self.static, self.captured, self.state_dtype = static, captured, state_dtype
-        self.graph: DecodeGraph | None = DecodeGraph() if captured else None
+        self.graph = DecodeGraph() if captured else None
         self.seen_tokens = 0
+        self.soft_tokens = 0  # of those seen, no token's: a soft prompt's, which no ids and no mask of a text hold
         self.padding: Tensor | None = None  # (B,) how many of them did not count
         self.token_hashes: TokenHashes | None = None  # of the first of them, once saved or loaded
 
-    def _drop_graph(self) -> None:
-        """What was captured writes to buffers that are no longer the cache's."""
-        if self.graph is not None:
-            self.graph.drop()
+    @property
+    def graph(self) -> DecodeGraph | None:
+        """Through which steps run, if they may be captured. It is dropped when a buffer of the cache moves."""
+        return self._graph
+
+    @graph.setter
+    def graph(self, graph: DecodeGraph | None) -> None:
+        self._graph = graph
+        for buffers in self._buffers:
+            # Of the graph, not of the cache: that would keep the memory of every cache until Python looks for cycles.
+            buffers.on_move = None if graph is None else graph.drop
+
+    @property
+    def _buffers(self) -> list[Buffers]:
+        counts = [] if self.key_counts is None else [self.key_counts]
+        return [*self.layers, *counts]
+
+    def leave_inference_mode(self) -> None:
+        """Makes buffers that ``torch.inference_mode`` made anew, outside of it, where nothing may write those."""
+        for buffers in self._buffers:
+            buffers.leave_inference_mode()
 
     def advance(self, tokens: int) -> None:
         """Counts tokens, without padding, that a captured step has fed; its graph has counted them on the GPU."""
@@ -95,7 +113,6 @@ class Mamba2Cache(Cache):
         capacity = self.get_max_length()
         if not self.captured or self.key_counts is None or capacity >= tokens:
             return
-        self._drop_graph()
         self.key_counts.capacity = max(tokens, capacity * 3 // 2)
         for layer in self.layers:
             if isinstance(layer, KeyValueState):
@@ -240,18 +257,16 @@ class Mamba2Cache(Cache):
                 layer.put(row, other)
             else:
                 layer.put(row, other, lengths)
-        if self.key_counts is not None and self.key_counts.lengths is not None:
-            self.key_counts.lengths[row : row + 1] = lengths.to(self.key_counts.lengths.device)
-            self.key_counts.width = max(int(self.key_counts.lengths.max()), 1)
+        if self.key_counts is not None:
+            self.key_counts.put(row, lengths)
         self.padding = self.token_hashes = None
 
     def set_lengths(self, lengths: list[int]) -> None:
         """Says how many keys each row of a static cache holds, for rows that :meth:`put` filled at different times and
         that have stepped together since; what is beyond is forgotten. It does nothing in a model without attention.
         """
-        if self.key_counts is not None and self.key_counts.lengths is not None:
-            self.key_counts.lengths.copy_(torch.tensor(lengths))
-            self.key_counts.width = max(*lengths, 1)
+        if self.key_counts is not None:
+            self.key_counts.set(lengths)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follows a beam search: sequence ``i`` becomes the former ``beam_idx[i]``."""
@@ -259,12 +274,8 @@ class Mamba2Cache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
-        if len(indices) != self.batch_size:
-            self._drop_graph()
-        for layer in self.layers:
-            layer.select(indices)
-        if self.key_counts is not None:
-            self.key_counts.select(indices)
+        for buffers in self._buffers:
+            buffers.select(indices)
         if self.padding is not None:
             self.padding = self.padding[indices.to(self.padding.device)]
         if self.token_hashes is not None:
@@ -324,10 +335,9 @@ class Mamba2Cache(Cache):
     def reset(self) -> None:
         """Forgets everything, keeping the buffers where they are."""
         super().reset()
-        self._drop_graph()
         if self.key_counts is not None:
             self.key_counts.reset()
-        self.seen_tokens, self.padding, self.token_hashes = 0, None, None
+        self.seen_tokens, self.soft_tokens, self.padding, self.token_hashes = 0, 0, None, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens, of those since :meth:`activate_past_recording` or the last ``crop``; the others stay
@@ -346,7 +356,6 @@ class Mamba2Cache(Cache):
                 "negative number of at most those, and call activate_past_recording() before the tokens that may have "
                 "to go, or continue from a copy (copy.deepcopy)"
             )
-        self._drop_graph()
         for layer in self.layers:
             layer.crop(-tokens_to_remove)
         if not tokens_to_remove:
@@ -359,9 +368,10 @@ class Mamba2Cache(Cache):
 
     def to(self, device: torch.device | str) -> Mamba2Cache:
         """Moves every state to a device, in place."""
-        self._drop_graph()
-        for layer in self.layers:
-            layer.to(device)
+        for buffers in self._buffers:
+            buffers.to(device)
+        if self.padding is not None:
+            self.padding = self.padding.to(device)
         return self
 
     def __repr__(self) -> str:
@@ -395,26 +405,62 @@ def as_mamba2_cache(cache: Any, config: Config) -> Mamba2Cache | None:
         if [isinstance(layer, SSDState) for layer in cache.layers] != [kind == "ssd" for kind in config.mixer_kinds]:
             raise CacheError("the cache is another model's: it holds states of other mixers than this model has")
         return cache
-    if type(cache) in (DynamicCache, StaticCache) and _is_fresh(cache, config):
-        # The caller keeps the object and will pass it again, so it is the object that has to change.
-        static = isinstance(cache, StaticCache)
-        lengths = [getattr(layer, "max_cache_len", 0) for layer in cache.layers]
-        vars(cache).clear()
-        cache.__class__ = Mamba2Cache
-        cache.__init__(config, static=static, max_length=max(lengths, default=0) or None)
-        return cache
-    raise CacheError(
-        f"the cache is a {type(cache).__name__} that is not empty or has no place for SSM states: pass a "
-        "mamba2_hf.Mamba2Cache(model.config), or nothing and take the one that the forward returns"
+    reason = _why_not_ours(cache, config)
+    if reason is not None:
+        raise CacheError(
+            f"{reason}; pass a mamba2_hf.Mamba2Cache(model.config), or nothing and take the one that the forward "
+            "returns"
+        )
+    # The caller keeps the object and will pass it again, so it is the object that has to change.
+    static = isinstance(cache, StaticCache)
+    lengths = [getattr(layer, "max_cache_len", 0) for layer in cache.layers]
+    vars(cache).clear()
+    cache.__class__ = Mamba2Cache
+    cache.__init__(config, static=static, max_length=max(lengths, default=0) or None)
+    return cache
+
+
+def check_implementation(name: str | None, config: Config) -> None:
+    """Checks a ``cache_implementation`` of ``generate``.
+
+    Raises:
+        ArgumentError: a :class:`Mamba2Cache` has no such kind.
+    """
+    if name in (None, "dynamic", "static"):
+        return
+    less = "take fewer rows at once, or past_key_values=Mamba2Cache(model.config, state_dtype=torch.bfloat16)"
+    remedy = f"; where memory is short, {less}" if "offloaded" in name or name == "quantized" else ""
+    raise ArgumentError(
+        f"cache_implementation={name!r}: {_what_it_keeps(config)}; use 'dynamic' (the default) or 'static'{remedy}"
     )
 
 
-def _is_fresh(cache: Cache, config: Config) -> bool:
-    """Whether a cache of transformers is made for any model or for one such as this, and is empty."""
+def _what_it_keeps(config: Config) -> str:
+    if set(config.mixer_kinds) == {"ssd"}:
+        return (
+            "this model's cache holds SSM states, whose size is constant, so that there is little to offload, quantize "
+            "or slide"
+        )
+    return (
+        "this model's cache keeps the keys and values of attention on the device and in the dtype of their layer, "
+        "beside SSM states of constant size; those of a layer with a window slide already"
+    )
+
+
+def _why_not_ours(cache: Any, config: Config) -> str | None:
+    """Why something cannot become a :class:`Mamba2Cache`; None if it is an empty cache of transformers, made for any
+    model or for one such as this.
+    """
+    name = type(cache).__name__
+    if type(cache) not in (DynamicCache, StaticCache):
+        return f"the cache is of type {name}, which has no place for SSM states"
     if cache.offloading:
-        return False
-    if set(config.mixer_kinds) - {"ssd"}:
-        kept = [vars(layer).get("keys") for layer in cache.layers]
-        kept += [state for layer in cache.layers for state in vars(layer).get("conv_states", {}).values()]
-        return len(cache.layers) in (0, config.num_hidden_layers) and not any(state is not None for state in kept)
-    return not cache.layers or (all(cache.is_linear) and not cache.has_previous_state())
+        return f"{name}(offloading=True): {_what_it_keeps(config)}"
+    kept = [vars(layer).get("keys") for layer in cache.layers]
+    kept += [state for layer in cache.layers for state in vars(layer).get("conv_states", {}).values()]
+    if any(state is not None for state in kept):
+        return f"the {name} is not empty, and what transformers' layers have put into it is no state of this model"
+    attends = set(config.mixer_kinds) - {"ssd"}
+    if len(cache.layers) not in (0, config.num_hidden_layers) or not (attends or all(cache.is_linear)):
+        return f"the {name} is made for another model: its layers are not those of this configuration"
+    return None

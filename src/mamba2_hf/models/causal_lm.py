@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..ops import linear_cross_entropy
 from ..ops.runtime.modes import observed
 from . import prefill
 from .backbone import SSDBackbone, batch_and_tokens
-from .cache import Mamba2Cache, as_mamba2_cache, one_cache
+from .cache import Mamba2Cache, as_mamba2_cache, check_implementation, one_cache
 from .graphs import DecodeGraph, why_not
 from .outputs import CACHE, Mamba2CausalLMOutput, Mamba2Output, step_output
 from .pretrained import SSDPreTrainedModel
@@ -41,6 +41,9 @@ _WHOLE_FORWARD = ("output_hidden_states", "output_attentions", "output_router_lo
 _OF_A_STEP = {"use_cache", "logits_to_keep", "position_ids", *_WHOLE_FORWARD}
 """What ``generate`` passes at every step of its own; anything else is the caller's."""
 
+_OF_GENERATE = {*inspect.signature(GenerationMixin._assisted_decoding).parameters, "debug_io", "mm_encoder_outputs"}
+"""What ``generate`` takes for itself and may pass on, as some ways of generating have no parameter for it."""
+
 
 class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
     """Backbone and head. A model adds the two and the signature of its forward."""
@@ -52,13 +55,12 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
     backbone: SSDBackbone
     lm_head: nn.Module
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding layer."""
-        return self.backbone.get_input_embeddings()
+    other_names = {"model": "backbone"}
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the embedding layer."""
-        self.backbone.set_input_embeddings(value)
+    @property
+    def model(self) -> SSDBackbone:
+        """``backbone``, as most models name it."""
+        return self.backbone
 
     def _run(
         self,
@@ -82,6 +84,10 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             raise ArgumentError(f"return_logits=False and {contrary} were given: return_logits=None leaves it open")
         # Some of the logits with all of the labels is for the loss function to refuse.
         without_logits = return_logits is False or (return_logits is None and self.training and not some)
+        if labels is not None and self.loss_function is ForCausalLMLoss:
+            labels = _token_labels(
+                labels, None if some else batch_and_tokens(inputs["input_ids"], inputs["inputs_embeds"])
+            )
         outputs = self.backbone(**inputs, return_dict=True, layout=layout)
         hidden_states = outputs.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
@@ -178,7 +184,8 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Mamba2Cache | None = None
     ) -> Mamba2Cache:
         """The cache after a prompt, read in pieces that fit the memory (``models.prefill``): to be saved, or copied for
-        many continuations.
+        many continuations. It reads with the model's own ``prepare_inputs_for_generation``; an adapter's soft prompt,
+        which PEFT puts in front in its own ``generate``, is not read.
 
         Args:
             input_ids: ``(B, T)``, the tokens that the cache has not seen.
@@ -189,12 +196,42 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             ArgumentError: shapes do not fit.
             CacheError: the cache is another model's, or full.
         """
-        rows, tokens = batch_and_tokens(input_ids, None)
+        _, tokens = batch_and_tokens(input_ids, None)
         given = as_mamba2_cache(past_key_values, self.config)
         cache = Mamba2Cache(self.config) if given is None else given
-        at_once = prefill.tokens_at_once(self, rows, tokens, cache.seen_tokens)
-        prefill.read(self, input_ids, attention_mask, cache, at_once)
+        if tokens:
+            prompt = {"attention_mask": attention_mask, "use_cache": True, "logits_to_keep": 1, CACHE: cache}
+            prefill.read(self, self._prompt_inputs(input_ids, tokens, prompt))
         return cache
+
+    def _prompt_inputs(
+        self, input_ids: Tensor, new: int, model_kwargs: dict[str, Any], is_first_iteration: bool = True
+    ) -> dict[str, Any]:
+        """What the forward gets for a whole prompt, by way of ``prepare_inputs_for_generation``: it may be overridden,
+        and put soft tokens in front.
+
+        Args:
+            input_ids: ``(B, T)``.
+            new: the last tokens of it, or of ``inputs_embeds``, that the cache has not seen.
+            model_kwargs: the other arguments, with names that ``generate`` uses.
+            is_first_iteration: as ``generate`` says it.
+
+        Raises:
+            CacheError: new tokens were left out.
+        """
+        inputs: dict[str, Any] = self.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=new, is_first_iteration=is_first_iteration, **model_kwargs
+        )
+        cache, soft = model_kwargs.get(CACHE), prefill.token_count(inputs) - new
+        if cache is not None and cache.seen_tokens and soft < 0:
+            raise CacheError(
+                f"prepare_inputs_for_generation of what wraps the model makes {new + soft} of {new} new tokens, as the "
+                f"cache has seen {cache.seen_tokens}: PEFT's soft prompts cannot continue a cache, pass the whole text "
+                "without one"
+            )
+        if cache is not None:
+            cache.soft_tokens += max(soft, 0)
+        return inputs
 
     def prepare_inputs_for_generation(
         self,
@@ -207,6 +244,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in transformers, with a cache that counts its tokens and no positions."""
+        kwargs = {name: value for name, value in kwargs.items() if value is not None and name not in _OF_GENERATE}
         given = kwargs.pop("cache_params", None)
         past_key_values = kwargs.pop("cache", past_key_values)
         cache, ids = past_key_values, input_ids[:, -1:]
@@ -215,7 +253,8 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             # What is below comes to the same, in the time of a small model's step.
             kwargs.pop("position_ids", None)
             return {"input_ids": ids, CACHE: cache, "attention_mask": None, **kwargs}
-        if is_first_iteration and isinstance(past_key_values, Mamba2Cache) and past_key_values.recording:
+        recording = isinstance(past_key_values, Mamba2Cache) and past_key_values.recording
+        if is_first_iteration and recording and next_sequence_length is None:
             # Assisted decoding, which has read the prompt up to its last token.
             next_sequence_length = input_ids.shape[1] - past_key_values.seen_tokens
         inputs = super().prepare_inputs_for_generation(
@@ -230,6 +269,8 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         inputs.pop("position_ids", None)
         if next_sequence_length == 1 and not is_first_iteration:  # every token that generate adds counts
             inputs["attention_mask"] = None
+        elif attention_mask is not None:
+            inputs["attention_mask"] = prefill.relevant_mask(attention_mask, prefill.token_count(inputs))
         return inputs
 
     def _update_model_kwargs_for_generation(
@@ -240,35 +281,39 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     def _prefill(
-        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
     ) -> Any:
         """Feeds what the cache has not seen, with its padding moved to the front, so that each row ends in a token."""
         cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
         embeds = model_kwargs.get("inputs_embeds")
         tokens = input_ids.shape[1] if embeds is None else embeds.shape[1]
         total = getattr(generation_config, "_mask_length", tokens) if mask is None else mask.shape[1]
-        past = 0 if cache is None else cache.get_seq_length()
+        past = 0 if cache is None else cache.seen_tokens - cache.soft_tokens
+        at_once = generation_config.prefill_chunk_size
+        if at_once is not None and cache is None:
+            raise ArgumentError(f"prefill_chunk_size={at_once} needs a cache, and use_cache=False leaves it out")
         _refuse_packed(model_kwargs)
         if cache is not None and cache.recording and not generation_config.is_assistant:
             cache.stop_recording()
         if cache is not None and cache.recording:
             # An assistant that goes on: all that the target wrote counts. What generate makes of a mask that is missing
             # takes every pad token that was written for padding.
-            new = tokens - past
-            model_kwargs = {**model_kwargs, "attention_mask": None}
-            return super()._prefill(input_ids[:, -new:], generation_config, model_kwargs, *args, **kwargs)
-        if embeds is not None and generation_config.prefill_chunk_size is not None:
-            raise ArgumentError("prefill_chunk_size cuts input_ids, not inputs_embeds: pass one or the other")
-        if past and not (total > past and tokens in (total, total - past)):
-            raise CacheError(
-                f"the cache has seen {past} tokens, the input holds {tokens} and the attention mask {total}: pass the "
-                "ids of all tokens, seen and new, or the new ones with an attention_mask over all of them"
-            )
-        if cache is not None and past:
-            cache.check_padding(input_ids.new_ones(len(input_ids), past) if mask is None else mask[:, :past])
-            if cache.token_hashes is not None and embeds is None and tokens == total:
-                cache.token_hashes.check(input_ids, mask)
-        new = total - past if past else tokens
+            new, mask = tokens - past, None
+        else:
+            if past and not (total > past and tokens in (total, total - past)):
+                raise CacheError(
+                    f"the cache has seen {past} tokens, the input holds {tokens} and the attention mask {total}: pass "
+                    "the ids of all tokens, seen and new, or the new ones with an attention_mask over all of them"
+                )
+            if cache is not None and past:
+                cache.check_padding(input_ids.new_ones(len(input_ids), past) if mask is None else mask[:, :past])
+                if cache.token_hashes is not None and embeds is None and tokens == total:
+                    cache.token_hashes.check(input_ids, mask)
+            new = total - past if past else tokens
         if embeds is None:
             input_ids = input_ids[:, -new:]
         if mask is not None:
@@ -280,27 +325,21 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             if not bool(keep[:, -1].all()):
                 order = torch.argsort(keep, dim=1, stable=True)  # (B, T) padding first, tokens as they were
                 mask = torch.cat([mask[:, :-new], mask[:, -new:].gather(1, order)], 1)
-                model_kwargs = {**model_kwargs, "attention_mask": mask}
                 if embeds is None:
                     input_ids = input_ids.gather(1, order)
                 else:
                     moved = embeds[:, -new:].gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
-                    model_kwargs["inputs_embeds"] = torch.cat([embeds[:, :-new], moved], 1)
-        chunk = generation_config.prefill_chunk_size
-        assists = generation_config.is_assistant and cache is not None
-        if chunk is None and embeds is None and (assists or not generation_config.output_hidden_states):
-            chunk = prefill.tokens_at_once(self, len(input_ids), new, past)
-        if cache is not None and chunk is not None:
-            # Not left to generate: before transformers 5.21 it reads the mask of a continuation's chunks from its first
-            # column on. An assistant may have to take back its last token, and with it all that it proposes.
-            before = new - 1 if assists else (new - 1) // chunk * chunk
-            prefill.read(self, input_ids[:, :before], None if mask is None else mask[:, : past + before], cache, chunk)
-            input_ids = input_ids[:, before:]
-            generation_config = copy.copy(generation_config)
-            generation_config.prefill_chunk_size = None
-        if assists and cache is not None:
+                    model_kwargs = {**model_kwargs, "inputs_embeds": torch.cat([embeds[:, :-new], moved], 1)}
+        given = {**model_kwargs, "attention_mask": mask}
+        inputs = {**self._prompt_inputs(input_ids, new, given, is_first_iteration), "return_dict": True}
+        if cache is not None and generation_config.is_assistant and not cache.recording:
+            # It may have to take back its last token, and with it all that it proposes.
+            before = 0 if prefill.why_not_cut(inputs) else prefill.token_count(inputs) - 1
+            if before:
+                prefill.read(self, prefill.cut(inputs, 0, before), at_once)
+                inputs = prefill.cut(inputs, before, before + 1)
             cache.activate_past_recording()
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        return prefill.read(self, inputs, at_once)
 
     def _assisted_decoding(
         self,
@@ -336,8 +375,14 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                 cache.check_padding(mask[:, :past])
                 if cache.token_hashes is not None:
                     cache.token_hashes.check(input_ids, mask)
-            chunk = generation_config.prefill_chunk_size or prefill.tokens_at_once(self, 1, tokens - past, past)
-            prefill.read(self, input_ids[:, past:-1], mask[:, :-1], cache, chunk)
+            inputs = self._prompt_inputs(input_ids[:, past:], tokens - past, kwargs)
+            if cache.soft_tokens:
+                raise ArgumentError(
+                    f"assisted decoding takes tokens back by their place in the text, and {cache.soft_tokens} soft "
+                    "tokens of what wraps the model stand before it: generate without an assistant or prompt lookup"
+                )
+            if tokens - past > 1 and not prefill.why_not_cut(inputs):
+                prefill.read(self, prefill.cut(inputs, 0, tokens - past - 1), generation_config.prefill_chunk_size)
         try:
             return super()._assisted_decoding(
                 input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
@@ -390,11 +435,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                 given.reserve(max_cache_length)
             model_kwargs[CACHE] = given
         elif use_cache:
-            if kind not in (None, "dynamic", "static"):
-                raise ArgumentError(
-                    f"cache_implementation={kind!r}: the states of a Mamba-2 are constant in size, so that there is "
-                    "little to offload, quantize or slide; use 'dynamic' (the default) or 'static'"
-                )
+            check_implementation(kind, self.config)
             length = max(max_cache_length, generation_config.max_cache_len or 0, 1)
             model_kwargs[CACHE] = Mamba2Cache(
                 self.config,
@@ -411,6 +452,18 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         if reason is not None:
             logger.info(f"generate goes without a CUDA graph: {reason}")
         return reason is None
+
+
+def _token_labels(labels: Tensor, shape: tuple[int, int] | None) -> Tensor:
+    """Labels of the usual loss as int64; ``shape`` is theirs where they have to be as many as the tokens."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ArgumentError(f"labels has dtype {labels.dtype}, expected an integer dtype: pass labels.long()")
+    if shape is not None and tuple(labels.shape) != shape:
+        raise ArgumentError(
+            f"labels has shape {tuple(labels.shape)}, expected (B, T) = {shape} as the tokens have; they are shifted "
+            "inside"
+        )
+    return labels.long()
 
 
 def _refuse_packed(model_kwargs: dict[str, Any]) -> None:

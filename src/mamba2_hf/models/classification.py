@@ -17,17 +17,17 @@ class SSDForSequenceClassification(SSDPreTrainedModel):
     """Backbone and a linear head that reads the last token of each sequence. A model adds the two."""
 
     _fsdp_plan = {"score": "keep_full_weight"}
+    accepts_loss_kwargs = False  # Trainer would take that from **kwargs, and leave the loss undivided
     backbone: SSDBackbone
     score: nn.Module
     num_labels: int
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding layer."""
-        return self.backbone.get_input_embeddings()
+    other_names = {"model": "backbone"}
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the embedding layer."""
-        self.backbone.set_input_embeddings(value)
+    @property
+    def model(self) -> SSDBackbone:
+        """``backbone``, as most models name it."""
+        return self.backbone
 
     def forward(
         self,
@@ -44,6 +44,7 @@ class SSDForSequenceClassification(SSDPreTrainedModel):
         cache_params: Mamba2Cache | None = None,
         cache: Mamba2Cache | None = None,
         token_type_ids: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, ...] | Mamba2SequenceClassifierOutput:
         """:meth:`Mamba2Model.forward` and the head.
 
@@ -53,6 +54,7 @@ class SSDForSequenceClassification(SSDPreTrainedModel):
         Args:
             labels: ``(B,)`` classes, ``(B, num_labels)`` multi-label targets, or regression targets
                 (``config.problem_type``, or by dtype and ``num_labels``).
+            kwargs: more arguments of :meth:`Mamba2Model.forward`.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.backbone(
@@ -65,6 +67,7 @@ class SSDForSequenceClassification(SSDPreTrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
+            **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         batch, tokens = hidden_states.shape[:2]

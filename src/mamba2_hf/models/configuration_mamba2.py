@@ -5,12 +5,14 @@
 import math
 from typing import Any, ClassVar
 
-from .base_config import SSDConfig
+from .base_config import SSDConfig, as_limits
 from .mamba_ssm_config import is_mamba_ssm_config, translate_mamba_ssm_config
 from .strict_config import strict_config
 
 Number = int | float
 
+# llama.cpp's converter rounds the vocabulary up to this, unless the config names another multiple.
+_GGUF_VOCABULARY = 16
 _FLOATS = ("layer_norm_epsilon", "initializer_range", "time_step_min", "time_step_max", "time_step_floor")
 
 
@@ -36,7 +38,7 @@ class Mamba2Config(SSDConfig):
         layer_norm_epsilon: of every norm.
         residual_in_fp32: whether the residual stream is kept in fp32.
         time_step_min, time_step_max, time_step_floor: range of the initial step sizes, drawn log-uniformly.
-        time_step_limit: clamp of the step size, in the forward.
+        time_step_limit: clamp of the step size, in the forward; an upper limit of 65504 or more is none.
         initializer_range: standard deviation of new embeddings.
         rescale_prenorm_residual: whether new out_proj weights are scaled by ``1 / sqrt(num_hidden_layers)``. A saved
             model says False: its weights are scaled already, and stock transformers would scale them at every load.
@@ -96,7 +98,7 @@ class Mamba2Config(SSDConfig):
             self.time_step_rank = math.ceil(self.hidden_size / 16)
         for name in _FLOATS:  # a whole number is fine here, but not for stock transformers, which reads what we save
             setattr(self, name, float(getattr(self, name)))
-        self.time_step_limit = tuple(map(float, self.time_step_limit))
+        self.time_step_limit = as_limits(self.time_step_limit)
         self.expand = int(self.expand) if self.expand % 1 == 0 else self.expand
 
     @classmethod
@@ -107,7 +109,7 @@ class Mamba2Config(SSDConfig):
         """Refuses every value that no model can be built from (run on construction and on save)."""
         for name in ("num_heads", "head_dim", "vocab_size", "hidden_size", "state_size", "n_groups", "chunk_size"):
             self._require(getattr(self, name) >= 1, name, "a size of at least 1")
-        self._require(self.num_hidden_layers >= 0, "num_hidden_layers", "a count of at least 0")
+        self._require(self.num_hidden_layers >= 1, "num_hidden_layers", "a count of at least 1")
         self._require(self.expand > 0 and math.isfinite(self.expand), "expand", "a factor above 0, usually 2")
         self._require(self.conv_kernel >= 2, "conv_kernel", "a number of taps: 2 or more, usually 4")
         inner = self.hidden_size * self.expand
@@ -126,6 +128,21 @@ class Mamba2Config(SSDConfig):
         rank = self.time_step_rank
         self._require(isinstance(rank, int) and rank >= 1, "time_step_rank", "'auto' or a number of at least 1")
         self._check_common()
+
+    @property
+    def intermediate_size(self) -> int:
+        """The inner width, which other readers take from a key of this name."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def pad_vocab_size_multiple(self) -> int:
+        """What the vocabulary is a multiple of, to whoever would round it up."""
+        return 1 if self.vocab_size % _GGUF_VOCABULARY else _GGUF_VOCABULARY
+
+    def _for_other_readers(self) -> dict[str, Any]:
+        multiple = self.pad_vocab_size_multiple
+        padding = {} if multiple == _GGUF_VOCABULARY else {"pad_vocab_size_multiple": multiple}
+        return {"intermediate_size": self.intermediate_size, **padding}
 
     @property
     def layer_types(self) -> list[str]:

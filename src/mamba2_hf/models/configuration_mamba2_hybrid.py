@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..errors import ConfigurationError
 from ..layers.mlp import MLP_KINDS
 from ..layers.variant_mixer import NORMS
-from .base_config import SSDConfig
+from .base_config import SSDConfig, as_limits
 from .strict_config import strict_config
 
 Number = int | float
@@ -92,7 +92,7 @@ class Mamba2HybridConfig(SSDConfig):
         ssm_norm: ``"gate_first"``, ``"norm_first"`` or ``"none"`` (a gate alone).
         ssm_norm_group_size: channels that are normed together; None for those of one group.
         ssm_norm_epsilon: of that norm; None for ``layer_norm_epsilon``.
-        time_step_limit: clamp of the step size, in the forward.
+        time_step_limit: clamp of the step size, in the forward; an upper limit of 65504 or more is none.
         time_step_min, time_step_max, time_step_floor: range of the initial step sizes, drawn log-uniformly.
         chunk_size: tiling hint kept for other readers; it never changes a result here.
         num_attention_heads, num_key_value_heads, head_dim: of attention; None for as many key and value heads as query
@@ -243,8 +243,8 @@ class Mamba2HybridConfig(SSDConfig):
     eos_token_id: int | list[int] | None = 0
 
     def _normalize(self) -> None:
-        if self.layer_blocks is None and self.num_hidden_layers >= 0:
-            self.layer_blocks = spread_layers(self.num_hidden_layers, then=MLP) if self.num_hidden_layers else []
+        if self.layer_blocks is None and self.num_hidden_layers >= 1:
+            self.layer_blocks = spread_layers(self.num_hidden_layers, then=MLP)
         if self.num_attention_heads is not None and self.num_attention_heads > 0:
             if self.num_key_value_heads is None:
                 self.num_key_value_heads = self.num_attention_heads
@@ -254,7 +254,7 @@ class Mamba2HybridConfig(SSDConfig):
             self.router_aux_loss_coef = 0.001 if any(MOE in kinds for kinds in self.blocks) else 0.0
         for name in _FLOATS:
             setattr(self, name, float(getattr(self, name)))
-        self.time_step_limit = tuple(map(float, self.time_step_limit))
+        self.time_step_limit = as_limits(self.time_step_limit)
 
     @classmethod
     def _translate(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -339,7 +339,7 @@ class Mamba2HybridConfig(SSDConfig):
         """Nothing: ``layer_types`` follows from ``layer_blocks``, and transformers' list of names lacks ``"mlp"``."""
 
     def _check_layers(self) -> None:
-        self._require(self.num_hidden_layers >= 0, "num_hidden_layers", "a count of at least 0")
+        self._require(self.num_hidden_layers >= 1, "num_hidden_layers", "a count of at least 1")
         blocks = self.layer_blocks or []
         if len(blocks) != self.num_hidden_layers:
             raise ConfigurationError(

@@ -66,7 +66,10 @@ class DecodeGraph:
         return self._logits
 
     def _capture(self, run: Callable[[Tensor], Tensor], input_ids: Tensor, cache: Mamba2Cache) -> None:
-        graph, ids, counted = torch.cuda.CUDAGraph(), input_ids.clone(), cache.seen_tokens
+        cache.leave_inference_mode()  # what a capture clones would be cloned again by every replay
+        graph, counted = torch.cuda.CUDAGraph(), cache.seen_tokens
+        with torch.inference_mode(False):  # to be written by steps in either mode
+            ids = input_ids.clone()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 logits = run(ids)

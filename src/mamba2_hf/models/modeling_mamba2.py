@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ArgumentError
 from ..layers import Mamba2Mixer, RMSNorm, SequenceLayout
 from ..layers.sequence import PLAIN
-from .backbone import SSDBackbone, batch_and_tokens, read_layout
+from .arguments import check_ignored
+from .backbone import SSDBackbone, SSDLayer, batch_and_tokens, read_layout
 from .cache import Mamba2Cache, one_cache
 from .causal_lm import SSDForCausalLM
 from .classification import SSDForSequenceClassification
@@ -23,7 +23,7 @@ ATTENTION_BYTES_LIMIT = 8 * 2**30
 """Most bytes that ``output_attentions=True`` may take, over all layers."""
 
 
-class Mamba2Block(GradientCheckpointingLayer):
+class Mamba2Block(SSDLayer):
     """Pre-norm mixer on a residual stream."""
 
     def __init__(self, config: Mamba2Config, layer_idx: int) -> None:
@@ -124,6 +124,7 @@ class Mamba2Model(SSDBackbone, Mamba2PreTrainedModel):
         max_length_k: int | None = None,
         token_type_ids: Tensor | None = None,
         layout: SequenceLayout | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, ...] | Mamba2Output:
         """Runs the tokens through the layers.
 
@@ -143,11 +144,14 @@ class Mamba2Model(SSDBackbone, Mamba2PreTrainedModel):
             max_length_q, max_length_k: accepted from the same collator; not needed.
             token_type_ids: accepted because some tokenizers make them; a Mamba-2 has no use for them.
             layout: what all of these amount to, for callers that have worked it out.
+            kwargs: what code for any model passes, and this one has no use for (``arguments.IGNORED``).
 
         Raises:
             ArgumentError: inputs contradict each other or cannot be honored.
             CacheError: the cache is of another kind or batch.
+            TypeError: there is no argument of that name.
         """
+        check_ignored(self, kwargs)
         if layout is None:
             shape = batch_and_tokens(input_ids, inputs_embeds)
             layout = read_layout(*shape, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
@@ -221,6 +225,7 @@ class Mamba2ForCausalLM(SSDForCausalLM, Mamba2PreTrainedModel):
         token_type_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, ...] | Mamba2CausalLMOutput:
         """:meth:`Mamba2Model.forward` and the head.
 
@@ -229,13 +234,14 @@ class Mamba2ForCausalLM(SSDForCausalLM, Mamba2PreTrainedModel):
                 from another document.
             logits_to_keep: how many of the last positions to compute logits for (0 for all), or their indices.
             num_items_in_batch: what to divide the summed loss by, in place of the number of labels.
-            return_logits: whether to return logits beside the loss. By default they are left out, ``logits`` is None,
-                where the model is in training mode and labels are given: they are then never held whole, which saves
-                most of the memory of a small model with a large vocabulary. False does so in eval mode too. A head
-                that must be called as a module (adapters, quantization, hooks) computes them all the same.
+            return_logits: whether to return logits beside the loss. By default they are left out where the model is in
+                training mode and labels are given: they are then never held whole, which saves most of the memory of a
+                small model with a large vocabulary. Reading them raises a LogitsError. False does so in eval mode too.
+                A head that must be called as a module (adapters, quantization, hooks) computes them all the same.
 
         The other arguments are those of :meth:`Mamba2Model.forward`.
         """
+        check_ignored(self, kwargs)
         shape = batch_and_tokens(input_ids, inputs_embeds)
         layout = read_layout(*shape, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
         return self._run(

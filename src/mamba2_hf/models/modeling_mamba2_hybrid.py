@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from ..layers import (
@@ -28,7 +27,8 @@ from ..layers import (
 )
 from ..layers.mixer import FP32_PARAMETERS
 from ..layers.sequence import PLAIN
-from .backbone import SSDBackbone, batch_and_tokens, read_layout
+from .arguments import check_ignored
+from .backbone import SSDBackbone, SSDLayer, batch_and_tokens, read_layout
 from .cache import Mamba2Cache, one_cache
 from .causal_lm import SSDForCausalLM
 from .classification import SSDForSequenceClassification
@@ -309,7 +309,7 @@ def _moe(config: Mamba2HybridConfig) -> MoE:
     )
 
 
-class Mamba2HybridLayer(GradientCheckpointingLayer):
+class Mamba2HybridLayer(SSDLayer):
     """The blocks of one layer.
 
     Args:
@@ -492,6 +492,7 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
         max_length_k: int | None = None,
         token_type_ids: Tensor | None = None,
         layout: SequenceLayout | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, ...] | Mamba2Output:
         """Runs the tokens through the layers.
 
@@ -506,6 +507,7 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
             ArgumentError: inputs contradict each other or cannot be honored.
             CacheError: the cache is of another kind or batch, or static and full.
         """
+        check_ignored(self, kwargs)
         if layout is None:
             shape = batch_and_tokens(input_ids, inputs_embeds)
             layout = read_layout(*shape, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
@@ -535,10 +537,12 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
         tokens: int,
         position_ids: Tensor | None,
         cache: Mamba2Cache | None,
+        packed: bool,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         options: dict[str, Any] = {}
         if self.has_shared:
-            options |= {"embeddings": hidden_states, "shared_blocks": self.shared_blocks}
+            embeddings = layout.pack(hidden_states) if packed else hidden_states
+            options |= {"embeddings": embeddings, "shared_blocks": self.shared_blocks}
         if not self.windows:
             return options, {}
         counts = None if cache is None else cache.key_counts
@@ -547,14 +551,13 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
         if self.has_rotary:
             if position_ids is not None:
                 given = position_ids[:, position_ids.shape[1] - tokens :].expand(batch, -1)
-                positions = placement.align(layout.pack(given))  # (B, T) on the grid
+                positions = placement.align(given)  # (B, T) on the grid
             shift = None if counts is None else counts.shift
             counted = placement.positions(shift) if positions is None else positions
-            if layout.source is not None:
-                counted = placement.unalign(counted.expand(batch, -1))  # (1, R)
             placement.rotary = self.rotary(hidden_states, counted)
         prepare_masks(self.config, placement, self.windows, hidden_states.dtype)
-        return {**options, "placement": placement}, {"placement": placement, "positions": positions}
+        counted_by = {"placement": placement, "positions": positions}
+        return {**options, "placement": placement.of_row(layout) if packed else placement}, counted_by
 
     def _check_attentions(self, batch: int, tokens: int, cache: Mamba2Cache | None) -> None:
         heads = {SSD: self.config.ssm_num_heads}
@@ -595,6 +598,7 @@ class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
         token_type_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, ...] | Mamba2CausalLMOutput:
         """:meth:`Mamba2HybridModel.forward` and the head.
 
@@ -603,13 +607,14 @@ class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
                 from another document.
             logits_to_keep: how many of the last positions to compute logits for (0 for all), or their indices.
             num_items_in_batch: what to divide the summed loss by, in place of the number of labels.
-            return_logits: whether to return logits beside the loss. By default they are left out, ``logits`` is None,
-                where the model is in training mode and labels are given: they are then never held whole, which saves
-                most of the memory of a small model with a large vocabulary. False does so in eval mode too. A head
-                that must be called as a module (adapters, quantization, hooks) computes them all the same.
+            return_logits: whether to return logits beside the loss. By default they are left out where the model is in
+                training mode and labels are given: they are then never held whole, which saves most of the memory of a
+                small model with a large vocabulary. Reading them raises a LogitsError. False does so in eval mode too.
+                A head that must be called as a module (adapters, quantization, hooks) computes them all the same.
 
         The other arguments are those of :meth:`Mamba2HybridModel.forward`.
         """
+        check_ignored(self, kwargs)
         shape = batch_and_tokens(input_ids, inputs_embeds)
         layout = read_layout(*shape, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
         return self._run(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers.generation import utils as generation
 from transformers.utils import ModelOutput
 
+from ..errors import LogitsError
 from .cache import Mamba2Cache
 
 _Output = TypeVar("_Output")
@@ -61,11 +62,7 @@ class Mamba2Output(ModelOutput):
 
 @_named
 @dataclass
-class Mamba2CausalLMOutput(ModelOutput):
-    """Output of a language model: :class:`Mamba2Output` with ``loss ()``, ``logits (B, T, vocab)`` unless they were
-    left out (``return_logits``), and ``aux_loss ()`` where router logits were asked for.
-    """
-
+class _CausalLMFields(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Mamba2Cache | None = None
@@ -74,10 +71,45 @@ class Mamba2CausalLMOutput(ModelOutput):
     aux_loss: Tensor | None = None
     router_logits: tuple[Tensor, ...] | None = None
 
+
+class Mamba2CausalLMOutput(_CausalLMFields):
+    """Output of a language model: :class:`Mamba2Output` with ``loss ()``, ``logits (B, T, vocab)`` unless they were
+    left out (``return_logits``), and ``aux_loss ()`` where router logits were asked for.
+
+    Raises:
+        LogitsError: ``logits`` is read, by attribute or key, and was left out. ``"logits" in output`` tells.
+    """
+
+    @property
+    def logits(self) -> Tensor | None:
+        """``(B, T, vocab)``; None in an output without anything."""
+        logits = self.__dict__.get("logits")
+        if logits is None and self.__dict__.get("loss") is not None:
+            raise LogitsError(
+                "the logits were left out, as they are in training mode with labels and with return_logits=False: call "
+                "the model with return_logits=True, or without labels"
+            )
+        return logits
+
+    @logits.setter
+    def logits(self, value: Tensor | None) -> None:
+        self.__dict__["logits"] = value
+
     @property
     def cache_params(self) -> Mamba2Cache | None:
         """``past_key_values`` under the name that transformers' Mamba models use."""
         return getattr(self, CACHE)  # type: ignore[no-any-return]
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str) and key == "logits":
+            _ = self.logits  # which says what to do, if there are none
+        return super().__getitem__(key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(self.__dict__.get(field.name) for field in fields(self))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.items())})"
 
 
 _NOTHING: dict[str, None] = dict.fromkeys(field.name for field in fields(Mamba2CausalLMOutput))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ class SSDPreTrainedModel(PreTrainedModel):
     """Initialization, dtype policy and the flags by which transformers knows what the models can do."""
 
     base_model_prefix = "backbone"
+    _input_embed_layer = "embeddings"
     main_input_name = "input_ids"
     _keep_in_fp32_modules_strict = list(FP32_PARAMETERS)
     _skip_keys_device_placement = ["past_key_values", "cache_params", "cache"]
@@ -27,10 +29,28 @@ class SSDPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     old_names: ClassVar[dict[str, str]] = {}
     """Patterns of names that checkpoints may have for tensors, and the names now."""
+    other_names: ClassVar[dict[str, str]] = {}
+    """Names by which code for any model reaches for a part, and those by which the part is kept and saved. To read by
+    the former, a class has properties.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(self.other_names.get(name, name), value)  # a module would be added beside a property
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         config.validate()  # fields that were assigned one by one have not been judged together yet
         super().__init__(config, *args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong: the device of the first parameter or, if accelerate brings it from elsewhere for every
+        call, the one that it is brought to.
+        """
+        device: torch.device = super().device
+        if device.type != "meta":
+            return device
+        brought = (getattr(hook, "execution_device", None) for module in self.modules() for hook in _hooks(module))
+        return next((torch.device(each) for each in brought if each is not None), device)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -149,7 +169,7 @@ def _refuse_infinite(model: SSDPreTrainedModel, source: Any) -> None:
     """One NaN in a decay rate turns every state, and so every logit, into NaN."""
     for prefix, module in model.named_modules():
         for name in FP32_PARAMETERS if isinstance(module, Mamba2Mixer) else ():
-            value = stored_value(module, name)
+            value = stored_value(model, f"{prefix}.{name}")
             if value is not None and not bool(torch.isfinite(value).all()):
                 raise CheckpointError(
                     f"{source}: {prefix}.{name} holds NaN or Inf. The file is damaged or was saved after training "
@@ -157,14 +177,25 @@ def _refuse_infinite(model: SSDPreTrainedModel, source: Any) -> None:
                 )
 
 
-def stored_value(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter, also where accelerate keeps its value on the CPU or on disk; None on the meta device alone."""
-    parameter: Tensor = getattr(module, name)
-    if not parameter.is_meta:
-        return parameter
-    hook = getattr(module, "_hf_hook", None)
-    for inner in getattr(hook, "hooks", [hook]):
-        values = getattr(inner, "weights_map", None)
-        if values is not None and name in values:
-            return values[name]
+def stored_value(model: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer by its full name, also where accelerate keeps its value on the CPU or on disk; None on the
+    meta device alone.
+    """
+    path = name.split(".")
+    modules = list(accumulate(path[:-1], getattr, initial=model))
+    tensor: Tensor = getattr(modules[-1], path[-1])
+    if not tensor.is_meta:
+        return tensor
+    for depth, module in enumerate(modules):  # a module may bring the weights of all that is in it
+        rest = ".".join(path[depth:])
+        for hook in _hooks(module):
+            values = getattr(hook, "weights_map", None)
+            if values is not None and rest in values:
+                return values[rest]
     return None
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    """Those of accelerate."""
+    hook = getattr(module, "_hf_hook", None)
+    return tuple(getattr(hook, "hooks", (hook,)))

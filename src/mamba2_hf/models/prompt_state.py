@@ -89,7 +89,7 @@ def _weights(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if getattr(module, name) is None or (id(getattr(module, name)) in seen):
                 continue
             seen.add(id(getattr(module, name)))
-            tensor = stored_value(module, name)
+            tensor = stored_value(backbone, f"{prefix}.{name}" if prefix else name)
             if tensor is None or tensor.is_meta or isinstance(tensor, DTensor):
                 raise CacheError(
                     f"{prefix}.{name} is {'sharded' if isinstance(tensor, DTensor) else 'nowhere'}: only a model that "
@@ -154,6 +154,11 @@ def save(cache: Mamba2Cache, path: Path, model: SSDPreTrainedModel) -> None:
     """Writes a cache; see :meth:`Mamba2Cache.save`."""
     if cache.seen_tokens == 0:
         raise CacheError("the cache is empty: let the model read something before it is saved")
+    if cache.soft_tokens:
+        raise CacheError(
+            f"{cache.soft_tokens} soft tokens of what wraps the model are in the cache, and a file could not tell what "
+            "wrapped it: save the state of a text that the model read alone"
+        )
     _check_replaceable(path)
     tensors: dict[str, Tensor | None] = {"padding": cache.padding}
     counts = cache.key_counts
@@ -215,11 +220,11 @@ def load(
     tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
     lengths, counts = tensors.get("lengths"), cache.key_counts
     if lengths is not None and counts is not None:
-        counts.width, counts.shift = int(lengths.max()), tensors.get("shift")
+        counts.width = int(lengths.max())
         if counts.capacity is not None and counts.width > counts.capacity:
             raise CacheError(f"{path}: holds {counts.width} tokens, more than max_length={max_length}: raise it")
         uneven = counts.capacity is not None or not bool((lengths == counts.width).all())
-        counts.lengths = lengths if uneven else None
+        counts.replace(lengths=lengths if uneven else None, shift=tensors.get("shift"))
     for index, layer in enumerate(cache.layers):
         conv = tensors.get(f"layers.{index}.conv")
         if isinstance(layer, SSDState):
@@ -228,7 +233,7 @@ def load(
             layer.started = True
         else:
             layer.restore(tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"], lengths)
-            layer.conv = None if conv is None else conv.clone()
+            layer.replace(conv=None if conv is None else conv.clone())
     cache.seen_tokens, cache.padding = tokens, tensors.get("padding")
     if hashed:
         try:

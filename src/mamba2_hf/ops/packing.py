@@ -16,8 +16,13 @@ def document_numbers(seq_idx: Tensor) -> Tensor:
 
 def document_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """The document of each token, ``(T,)``; tokens past the last document get ``S``."""
-    positions = torch.arange(tokens, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens[1:].to(torch.int64), positions, right=True)
+    return _ended(cu_seqlens[1:].to(torch.int64), tokens)
+
+
+def _ended(ends: Tensor, count: int) -> Tensor:
+    """How many of ``ends (S,)`` are at most 0, 1, ..., ``count - 1``. A search would do, but ONNX has none."""
+    at = torch.zeros(count + 1, dtype=torch.int64, device=ends.device)
+    return at.scatter_add(0, ends.clamp(max=count), torch.ones_like(ends))[:count].cumsum(0)
 
 
 class ChunkLayout(NamedTuple):
@@ -45,7 +50,7 @@ def chunk_layout(cu_seqlens: Tensor, tokens: int, chunk_size: int) -> ChunkLayou
     first_chunk = F.pad(((lengths + chunk_size - 1) // chunk_size).cumsum(0), (1, 0))  # (S + 1,)
     chunks = tokens // chunk_size + documents
     chunk = torch.arange(chunks, device=device)
-    document = torch.searchsorted(first_chunk[1:].contiguous(), chunk, right=True)  # (chunks,)
+    document = _ended(first_chunk[1:], chunks)  # (chunks,)
     known = document.clamp(max=documents - 1)
     offset = (chunk - first_chunk[known]) * chunk_size  # (chunks,) position of the chunk inside its document
     position = offset[:, None] + torch.arange(chunk_size, device=device)  # (chunks, Q)

@@ -7,24 +7,27 @@ from typing import Any
 
 from ...errors import ConfigurationError
 from ...models import Mamba2HybridConfig
+from ...models.base_config import as_limits
 from ..equations import Equation, Shape
 from .common import (
     common_fields,
     in_blocks,
     layers_of,
-    limits,
     neutral,
+    own_limits,
     own_norm_epsilon,
     require,
+    rotary,
     same_bias,
     split_head_dim,
     stock_config,
     whole_expand,
-    write_stock,
+    write_published,
 )
 
 NAME = "bamba"
-_LAYERS = {"ssd mlp": "linear_attention", "attention mlp": "full_attention"}
+_LAYERS = {"ssd mlp": "mamba", "attention mlp": "attention"}
+_SHARE = 0.5  # of a head that is rotated, in every published model
 OUTER = {
     "backbone.embeddings.weight": "model.embed_tokens.weight",
     "backbone.norm_f.weight": "model.final_layernorm.weight",
@@ -37,7 +40,7 @@ def read_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     stock = stock_config(NAME, raw)
     if stock.hidden_act not in ("silu", "swish"):
         raise ConfigurationError(f"hidden_act is {stock.hidden_act!r}: only 'silu' is known here")
-    kinds = {theirs: ours for ours, theirs in _LAYERS.items()}
+    kinds = {"linear_attention": "ssd mlp", "full_attention": "attention mlp"}
     return {
         **common_fields(stock, raw),
         **mixer_fields(stock),
@@ -68,7 +71,7 @@ def mixer_fields(stock: Any) -> dict[str, Any]:
         "ssm_use_bias": stock.mamba_proj_bias,
         "ssm_use_conv_bias": stock.mamba_conv_bias,
         "chunk_size": stock.mamba_chunk_size,
-        **({} if limit is None else {"time_step_limit": tuple(limit)}),
+        **({} if limit is None else {"time_step_limit": as_limits(limit)}),
     }
 
 
@@ -83,12 +86,16 @@ def mixer_of(config: Mamba2HybridConfig) -> dict[str, Any]:
         "mamba_proj_bias": config.ssm_use_bias,
         "mamba_conv_bias": config.ssm_use_conv_bias,
         "mamba_chunk_size": config.chunk_size,
-        "time_step_limit": limits(config),
+        "hidden_act": "silu",
     }
 
 
 def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
     """The ``config.json`` of a model that this family can express."""
+    return write_published(NAME, "BambaForCausalLM", config, _fields, read_config)
+
+
+def _fields(config: Mamba2HybridConfig) -> dict[str, Any]:
     layers = layers_of(config, NAME, _LAYERS)
     require(config, NAME, ssm_norm="gate_first", mlp_type="swiglu", attention_scale=None, attention_conv_kernel=None)
     neutral(config, NAME)
@@ -98,21 +105,32 @@ def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
     split_head_dim(config, NAME)
     if config.rope_parameters is None:
         raise ConfigurationError("rope_parameters is None: attention of bamba always has a rotary embedding")
-    fields = {
+    return {
         **mixer_of(config),
+        **own_limits(config),
         "mamba_expand": whole_expand(config, NAME),
         "num_hidden_layers": config.num_hidden_layers,
-        "attn_layer_indices": [index for index, kind in enumerate(layers) if kind == "full_attention"],
+        "attn_layer_indices": [index for index, kind in enumerate(layers) if kind == "attention"],
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
         "attention_bias": config.attention_bias,
         "attention_dropout": config.attention_dropout,
-        "rope_parameters": {"partial_rotary_factor": 1.0, **config.rope_parameters},
+        **_rotary(config.rope_parameters, config.head_dim or 0),
         "intermediate_size": config.intermediate_size,
         "mlp_bias": config.mlp_bias,
         "rms_norm_eps": config.layer_norm_epsilon,
     }
-    return write_stock(NAME, "BambaForCausalLM", config, fields, read_config)
+
+
+def _rotary(rope: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    share = rope.get("partial_rotary_factor", 1.0)
+    spelled = {**rotary(rope), "partial_rotary_factor": share, "attn_rotary_emb": int(head_dim * share)}
+    if share == _SHARE:
+        return spelled
+    # From 5.0 on, transformers takes any other share from inside of the newer key alone.
+    if spelled["rope_scaling"] is None:
+        return {**spelled, "rope_parameters": {**rope, "partial_rotary_factor": share}}
+    return {**spelled, "rope_scaling": {**spelled["rope_scaling"], "partial_rotary_factor": share}}
 
 
 def equations(config: Mamba2HybridConfig, shapes: Mapping[str, Shape], stored: Collection[str] = ()) -> list[Equation]:

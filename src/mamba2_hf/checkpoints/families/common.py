@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -12,13 +11,18 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ...errors import ConfigurationError
 from ...models import Mamba2HybridConfig
+from ...models.base_config import strict_json
 from ..equations import Equation, Shape, same
-from ..mapping import QUANTIZED
+from ..mapping import QUANTIZED, key_for_key
 
 KEPT = "original_config"
 """Key of a converted config under which the original one stays readable; it has no effect."""
 
 LAYERS_LIMIT = 10_000
+NO_STEP = 1e-20
+"""The shortest step of a family that takes the logarithm of it in its initialization."""
+_SHARED = ("vocab_size", "hidden_size", "tie_word_embeddings", "max_position_embeddings", "initializer_range")
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 _BLOCK = re.compile(r"backbone\.layers\.(\d+)\.blocks\.(\d+)\.(.+)")
 
@@ -44,12 +48,10 @@ def stock_config(model_type: str, raw: Mapping[str, Any]) -> Any:
 
 def common_fields(stock: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of ``mamba2_hybrid`` that every family has under the same name, and the original."""
-    names = ("vocab_size", "hidden_size", "tie_word_embeddings", "max_position_embeddings", "initializer_range")
-    tokens = ("pad_token_id", "bos_token_id", "eos_token_id")
     optional = {name: raw[name] for name in ("id2label", "label2id", "problem_type") if name in raw}
     return {
         "model_type": Mamba2HybridConfig.model_type,
-        **{name: getattr(stock, name) for name in (*names, *tokens)},
+        **{name: getattr(stock, name) for name in (*_SHARED, *_TOKENS)},
         **optional,
         "use_cache": bool(stock.use_cache),
         "residual_in_fp32": bool(getattr(stock, "residual_in_fp32", False)),
@@ -58,44 +60,47 @@ def common_fields(stock: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_stock(
+def write_published(
     model_type: str,
     architecture: str,
     config: Mamba2HybridConfig,
-    fields: dict[str, Any],
+    fields: Callable[[Mamba2HybridConfig], dict[str, Any]],
     read: Callable[[Mapping[str, Any]], dict[str, Any]],
 ) -> dict[str, Any]:
-    """A family's ``config.json``: the original one if the model came from there and it still holds.
+    """A family's ``config.json``, with the keys of published ones. A model that came from a file of the family gets
+    that file again, key for key, but for what was changed since.
 
     Args:
         model_type: the family.
         architecture: its language model.
         config: of the model.
-        fields: of the family, those that every family has left out.
+        fields: of the family, from a configuration: those that every family has left out.
         read: the way back.
 
     Raises:
-        ConfigurationError: transformers' own class refuses a value.
+        ConfigurationError: the family cannot express the model, or transformers' own class refuses a value.
     """
-    names = ("vocab_size", "hidden_size", "tie_word_embeddings", "max_position_embeddings", "initializer_range")
-    shared = {name: getattr(config, name) for name in (*names, "pad_token_id", "bos_token_id", "eos_token_id")}
-    try:
-        stock: Any = CONFIG_MAPPING[model_type](**{**shared, "use_cache": config.use_cache, **fields})
-    except Exception as error:
-        raise ConfigurationError(f"transformers' {model_type} refuses it ({_line(error)})") from None
-    stock.architectures = [architecture]
-    written: dict[str, Any] = json.loads(stock.to_json_string(use_diff=False))
+
+    def spell(config: Mamba2HybridConfig) -> dict[str, Any]:
+        shared = {name: getattr(config, name) for name in (*_SHARED, *_TOKENS, "use_cache")}
+        return {"architectures": [architecture], "model_type": model_type, **shared, **fields(config)}
+
+    written = spell(config)
+    says = read(written)
     original = getattr(config, KEPT, None)
     if isinstance(original, dict) and original.get("model_type") == model_type:
         try:
-            now, then = ({**read(raw), KEPT: None} for raw in (written, original))
-            if now == then:
-                written = {key: value for key, value in original.items() if key not in ("torch_dtype", "auto_map")}
+            kept = key_for_key(original, written, spell(Mamba2HybridConfig.from_dict(read(original))))
+            said = read(kept)
         except ConfigurationError:
-            pass
+            said = {}
+        if all(said.get(name) == value for name, value in says.items() if name != KEPT):
+            written = kept
     if config.dtype is not None:
-        written["dtype"] = str(config.dtype).removeprefix("torch.")
-    return written
+        name = "dtype" if "dtype" in written else "torch_dtype"
+        written[name] = str(config.dtype).removeprefix("torch.")
+    published: dict[str, Any] = strict_json(written)
+    return published
 
 
 def require(config: Mamba2HybridConfig, family: str, **values: Any) -> None:
@@ -208,8 +213,22 @@ def neutral(config: Mamba2HybridConfig, family: str, *known: str) -> None:
 
 
 def limits(config: Mamba2HybridConfig) -> list[float]:
-    """``time_step_limit`` as JSON has it."""
+    """``time_step_limit``, low and high."""
     return [float(config.time_step_limit[0]), float(config.time_step_limit[1])]
+
+
+def own_limits(config: Mamba2HybridConfig) -> dict[str, Any]:
+    """``time_step_limit`` for a family whose published files lack it: only where it clamps anything."""
+    return {} if limits(config) == [0.0, math.inf] else {"time_step_limit": limits(config)}
+
+
+def rotary(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """A rotary embedding as published files spell it, which every version of transformers reads."""
+    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    return {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if scaling == {"rope_type": "default"} else scaling,
+    }
 
 
 def only_lower_limit(config: Mamba2HybridConfig, family: str) -> float:
@@ -219,7 +238,7 @@ def only_lower_limit(config: Mamba2HybridConfig, family: str) -> float:
     low, high = config.time_step_limit
     if high != math.inf:
         raise ConfigurationError(f"time_step_limit is {config.time_step_limit}: {family} has no upper limit")
-    return max(float(low), 1e-20)
+    return max(float(low), NO_STEP)
 
 
 def layers_of(config: Mamba2HybridConfig, family: str, kinds: Mapping[str, str]) -> list[str]:

@@ -14,13 +14,14 @@ from .common import (
     full_rotary,
     in_blocks,
     layers_of,
+    own_limits,
     own_norm_epsilon,
     require,
+    rotary,
     same_bias,
-    split_head_dim,
     stock_config,
     without_share,
-    write_stock,
+    write_published,
 )
 
 NAME = "falcon_h1"
@@ -65,28 +66,33 @@ def read_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
     """The ``config.json`` of a model that this family can express."""
+    return write_published(NAME, "FalconH1ForCausalLM", config, _fields, read_config)
+
+
+def _fields(config: Mamba2HybridConfig) -> dict[str, Any]:
     layers_of(config, NAME, _LAYERS)
     require(config, NAME, mlp_type="swiglu", attention_scale=None, attention_conv_kernel=None, residual_multiplier=1.0)
     own_norm_epsilon(config, NAME)
     same_bias(config, NAME, "attention_bias", "attention_out_bias")
-    split_head_dim(config, NAME)
     inner = config.ssm_num_heads * config.ssm_head_dim
     scale = config.lm_head_multiplier
     if scale is None:
         scale = 1.0 if config.logits_scaling is None else 1 / config.logits_scaling
     fields = {
         **bamba.mixer_of(config),
+        **own_limits(config),
         "mamba_d_ssm": inner,
         "mamba_expand": max(1, inner // config.hidden_size),
         "mamba_rms_norm": config.ssm_norm != "none",
-        "mamba_norm_before_gate": config.ssm_norm != "gate_first",
+        "mamba_norm_before_gate": config.ssm_norm == "norm_first",
         "projectors_bias": config.ssm_use_bias if config.ssm_out_bias is None else config.ssm_out_bias,
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
         "attention_bias": config.attention_bias,
         "attention_dropout": config.attention_dropout,
-        "rope_parameters": full_rotary(config, NAME),
+        **rotary(full_rotary(config, NAME)),
         "intermediate_size": config.intermediate_size,
         "mlp_bias": config.mlp_bias,
         "rms_norm_eps": config.layer_norm_epsilon,
@@ -95,8 +101,7 @@ def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
         "ssm_multipliers": list(config.ssm_multipliers or [1.0] * 5),
         "mlp_multipliers": list(config.mlp_multipliers or [1.0] * 2),
     }
-    floats = {key: float(value) if key.endswith("_multiplier") else value for key, value in fields.items()}
-    return write_stock(NAME, "FalconH1ForCausalLM", config, floats, read_config)
+    return {key: float(value) if key.endswith("_multiplier") else value for key, value in fields.items()}
 
 
 def equations(config: Mamba2HybridConfig, shapes: Mapping[str, Shape], stored: Collection[str] = ()) -> list[Equation]:

@@ -14,20 +14,23 @@ from .common import (
     full_rotary,
     in_blocks,
     layers_of,
+    limits,
     neutral,
     own_norm_epsilon,
     require,
+    rotary,
     same_bias,
     shared_expert,
     split_head_dim,
     stock_config,
     whole_expand,
     without_share,
-    write_stock,
+    write_published,
 )
 
 NAME = "granitemoehybrid"
 _KINDS = {"linear_attention": "ssd", "full_attention": "attention"}
+_PUBLISHED_KINDS = {"ssd": "mamba", "attention": "attention"}  # which every version of transformers reads
 _OUTER = {**bamba.OUTER, "backbone.norm_f.weight": "model.norm.weight"}
 _PARTS = {
     "mixer": "mamba",
@@ -89,8 +92,12 @@ def read_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
     """The ``config.json`` of a model that this family can express."""
+    return write_published(NAME, "GraniteMoeHybridForCausalLM", config, _fields, read_config)
+
+
+def _fields(config: Mamba2HybridConfig) -> dict[str, Any]:
     then = "moe" if any("moe" in kinds for kinds in config.blocks) else "mlp"
-    names = {f"{ours} {then}": theirs for theirs, ours in _KINDS.items()}
+    names = {f"{ours} {then}": theirs for ours, theirs in _PUBLISHED_KINDS.items()}
     layers = layers_of(config, NAME, names)
     require(config, NAME, ssm_norm="gate_first", mlp_type="swiglu", mlp_bias=False, attention_conv_kernel=None)
     neutral(config, NAME, "embedding_multiplier", "residual_multiplier", "logits_scaling", "lm_head_multiplier")
@@ -102,6 +109,7 @@ def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
     rope = None if config.rope_parameters is None else full_rotary(config, NAME)
     fields = {
         **bamba.mixer_of(config),
+        "time_step_limit": limits(config),  # mlx-lm clamps to limits of its own where there is none
         "mamba_expand": whole_expand(config, NAME),
         "num_hidden_layers": config.num_hidden_layers,
         "layer_types": layers,
@@ -110,8 +118,8 @@ def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
         "attention_bias": config.attention_bias,
         "attention_dropout": config.attention_dropout,
         "attention_multiplier": config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
-        "position_embedding_type": None if rope is None else "rope",
-        **({} if rope is None else {"rope_parameters": rope}),
+        "position_embedding_type": "nope" if rope is None else "rope",
+        **rotary({"rope_type": "default", "rope_theta": 10000.0} if rope is None else rope),
         "embedding_multiplier": config.embedding_multiplier,
         "residual_multiplier": config.residual_multiplier,
         "logits_scaling": logits_scaling(config),
@@ -119,6 +127,7 @@ def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
         "intermediate_size": config.intermediate_size,
         "shared_intermediate_size": config.intermediate_size,
         "num_local_experts": 0,
+        "num_experts_per_tok": 0,
     }
     if then == "moe":
         require(config, NAME, moe_router="softmax", moe_latent_size=None)
@@ -131,7 +140,7 @@ def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
             "router_aux_loss_coef": config.router_aux_loss_coef,
             "output_router_logits": config.output_router_logits,
         }
-    return write_stock(NAME, "GraniteMoeHybridForCausalLM", config, fields, read_config)
+    return fields
 
 
 def logits_scaling(config: Mamba2HybridConfig) -> float:

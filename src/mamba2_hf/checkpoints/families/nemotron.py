@@ -10,6 +10,7 @@ from ...errors import ConfigurationError
 from ...models import Mamba2HybridConfig
 from ..equations import Equation, Rows, Shape
 from .common import (
+    NO_STEP,
     common_fields,
     in_blocks,
     layers_of,
@@ -20,11 +21,12 @@ from .common import (
     same_bias,
     shared_expert,
     stock_config,
-    write_stock,
+    write_published,
 )
 
 NAME = "nemotron_h"
 _LAYERS = {"ssd": "linear_attention", "attention": "full_attention", "mlp": "mlp", "moe": "moe"}
+_PATTERN = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
 _ACTIVATIONS = {"relu2": "relu2", "gelu": "gelu"}
 _OUTER = {
     "backbone.embeddings.weight": "backbone.embeddings.weight",
@@ -101,6 +103,13 @@ def read_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
     """The ``config.json`` of a model that this family can express."""
+    written = write_published(NAME, "NemotronHForCausalLM", config, _fields, read_config)
+    if written.get("num_nextn_predict_layers"):  # their weights are left behind
+        written["num_nextn_predict_layers"] = 0
+    return written
+
+
+def _fields(config: Mamba2HybridConfig) -> dict[str, Any]:
     layers = layers_of(config, NAME, _LAYERS)
     require(config, NAME, ssm_norm="gate_first", attention_scale=None, attention_conv_kernel=None, rope_parameters=None)
     require(config, NAME, attention_bias=False)
@@ -112,7 +121,8 @@ def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
         raise ConfigurationError(f"mlp_type is {config.mlp_type!r}: the MLPs of {NAME} have no gate")
     low = only_lower_limit(config, NAME)
     fields = {
-        "layers_block_type": layers,
+        "hybrid_override_pattern": "".join(_PATTERN[kind] for kind in layers),
+        "num_hidden_layers": config.num_hidden_layers,
         "tie_word_embeddings": False,
         "mamba_num_heads": config.ssm_num_heads,
         "mamba_head_dim": config.ssm_head_dim,
@@ -124,17 +134,20 @@ def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
         "mamba_proj_bias": config.ssm_use_bias,
         "use_conv_bias": config.ssm_use_conv_bias,
         "chunk_size": config.chunk_size,
+        "mamba_hidden_act": "silu",
+        "time_step_limit": [0.0 if low == NO_STEP else low, config.time_step_limit[1]],
         "time_step_min": low,
         "time_step_max": max(config.time_step_max, low),
         "time_step_floor": config.time_step_floor,
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
+        "attention_bias": config.attention_bias,
         "attention_dropout": config.attention_dropout,
         "intermediate_size": config.intermediate_size,
         "mlp_hidden_act": config.mlp_type if config.mlp_type in _ACTIVATIONS else "relu2",
         "mlp_bias": config.mlp_bias,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
+        **dict.fromkeys(("layer_norm_epsilon", "rms_norm_eps"), config.layer_norm_epsilon),
         "residual_in_fp32": config.residual_in_fp32,
         "rescale_prenorm_residual": False,
     }
@@ -154,7 +167,7 @@ def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
             "routed_scaling_factor": config.routed_scaling_factor,
             "output_router_logits": config.output_router_logits,
         }
-    return write_stock(NAME, "NemotronHForCausalLM", config, fields, read_config)
+    return fields
 
 
 def equations(config: Mamba2HybridConfig, shapes: Mapping[str, Shape], stored: Collection[str] = ()) -> list[Equation]:

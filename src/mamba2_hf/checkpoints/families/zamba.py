@@ -18,15 +18,16 @@ from .common import (
     neutral,
     only_lower_limit,
     require,
+    rotary,
     same_bias,
     stock_config,
     whole_expand,
     without_share,
-    write_stock,
+    write_published,
 )
 
 NAME = "zamba2"
-_LAYERS = {"ssd": "linear_attention", "shared>ssd": "hybrid"}
+_LAYERS = {"ssd": "mamba", "shared>ssd": "hybrid"}
 _NORM_EPS = 1e-5  # of the gated norm, a constant there
 _SHARED = re.compile(r"backbone\.shared_blocks\.(\d+)\.(.+)")
 _ADAPTER = re.compile(r"([qkv]|mlp)_adapters\.(\d+)\.(.+)")
@@ -40,7 +41,7 @@ def read_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     stock = stock_config(NAME, raw)
     if stock.hidden_act != "gelu":
         raise ConfigurationError(f"hidden_act is {stock.hidden_act!r}: only 'gelu' is known here")
-    kinds = {theirs: ours for ours, theirs in _LAYERS.items()}
+    kinds = {"linear_attention": "ssd", "hybrid": "shared>ssd"}
     return {
         **common_fields(stock, raw),
         "num_hidden_layers": len(stock.layers_block_type),
@@ -75,6 +76,10 @@ def read_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
     """The ``config.json`` of a model that this family can express."""
+    return write_published(NAME, "Zamba2ForCausalLM", config, _fields, read_config)
+
+
+def _fields(config: Mamba2HybridConfig) -> dict[str, Any]:
     layers = layers_of(config, NAME, _LAYERS)
     if "hybrid" not in layers:
         raise ConfigurationError(f"no layer of layer_blocks is 'shared>ssd': without shared blocks this is no {NAME}")
@@ -100,14 +105,17 @@ def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
         raise ConfigurationError(f"shared_adapter_rank is 0: {NAME} always has adapters beside its shared MLPs")
     rope = None if config.rope_parameters is None else full_rotary(config, NAME)
     low = only_lower_limit(config, NAME)
-    fields = {
+    return {
         "num_hidden_layers": config.num_hidden_layers,
         "layers_block_type": layers,
+        "hybrid_layer_ids": config.shared_layers,
         "n_mamba_heads": config.ssm_num_heads,
+        "mamba_headdim": config.ssm_head_dim,
         "mamba_expand": whole_expand(config, NAME),
         "mamba_ngroups": config.ssm_n_groups,
         "mamba_d_state": config.ssm_state_size,
         "mamba_d_conv": config.ssm_conv_kernel,
+        "use_conv_bias": True,
         "add_bias_linear": config.ssm_use_bias,
         "chunk_size": config.chunk_size,
         "time_step_min": low,
@@ -115,9 +123,12 @@ def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
         "time_step_floor": config.time_step_floor,
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
+        "attention_head_dim": config.head_dim,
+        "attention_hidden_size": 2 * config.hidden_size,
         "attention_dropout": config.attention_dropout,
         "use_mem_rope": rope is not None,
-        **({} if rope is None else {"rope_parameters": rope}),
+        "use_long_context": False,
+        **({} if rope is None else rotary(rope)),
         "intermediate_size": config.intermediate_size,
         "hidden_act": "gelu",
         "num_mem_blocks": config.num_shared_blocks,
@@ -125,7 +136,6 @@ def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
         "use_shared_attention_adapter": config.shared_attention_adapters,
         "rms_norm_eps": config.layer_norm_epsilon,
     }
-    return write_stock(NAME, "Zamba2ForCausalLM", config, fields, read_config)
 
 
 def equations(config: Mamba2HybridConfig, shapes: Mapping[str, Shape], stored: Collection[str] = ()) -> list[Equation]:
