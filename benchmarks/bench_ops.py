@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mamba2_hf.ops import mamba2_inner, mamba2_step, ssd_chunk_scan
-from mamba2_hf.ops.reference import ssd_chunked
+from mamba2_hf.ops.scan.reference import ssd_chunked
 
 FIELDS = ("case", "impl", "ms_p20", "ms_p50", "ms_p80", "ratio_to_floor", "peak_mib", "device", "versions")
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias")

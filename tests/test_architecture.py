@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,6 @@ FLOORS = {
     "models": 2,
     "checkpoints": 3,
     "training": 3,
-    "integrations": 4,
     "registration": 4,
     "cli": 4,
     "__init__": 5,
@@ -80,7 +80,7 @@ def _imports(node: ast.AST, package: str, *, at_module_level: bool) -> Iterator[
             for alias in child.names:
                 # `from .. import ops` names a module, `from ..ops import scan` a name inside of one.
                 inner = SOURCE.parent.joinpath(*base.split("."), alias.name)
-                is_module = inner.is_dir() or inner.with_suffix(".py").is_file()
+                is_module = (inner / "__init__.py").is_file() or inner.with_suffix(".py").is_file()
                 yield Import(f"{base}.{alias.name}" if is_module else base, at_module_level, child.lineno)
         elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             for statement in child.orelse:
@@ -88,6 +88,33 @@ def _imports(node: ast.AST, package: str, *, at_module_level: bool) -> Iterator[
         else:
             inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
             yield from _imports(child, package, at_module_level=at_module_level and not inside)
+
+
+@cache
+def eager_imports() -> dict[str, set[str]]:
+    """The modules of the package that importing each of them alone runs at once."""
+    names = {name_of(path) for path in MODULES}
+    return {
+        name_of(path): {found.module for found in imports_of(path) if found.at_module_level} & names - {name_of(path)}
+        for path in MODULES
+    }
+
+
+@cache
+def needing_triton() -> set[str]:
+    """Modules of `ops` that import triton, or one that does."""
+    direct = {
+        name_of(path)
+        for path in MODULES
+        if any(found.at_module_level and found.module.split(".")[0] == "triton" for found in imports_of(path))
+    }
+    found = {name for name in direct if part_of(name) == "ops"}
+    while (
+        more := {name for name, imports in eager_imports().items() if part_of(name) == "ops" and imports & found}
+        - found
+    ):
+        found |= more
+    return found
 
 
 def tracked_files() -> list[Path]:
@@ -130,16 +157,12 @@ class TestImports:
     def test_optional_packages_load_when_used(self, path):
         """A package without its extras, or without triton, must import."""
         module = name_of(path)
-        if module.startswith(("mamba2_hf.ops.triton", "mamba2_hf.ops.library", "mamba2_hf.integrations.")):
+        if module in needing_triton():
             return
         eager = [
             found
             for found in imports_of(path)
-            if found.at_module_level
-            and (
-                found.module.split(".")[0] in OPTIONAL
-                or found.module.startswith(("mamba2_hf.ops.triton", "mamba2_hf.ops.library"))
-            )
+            if found.at_module_level and (found.module.split(".")[0] in OPTIONAL or found.module in needing_triton())
         ]
         assert not eager, f"import inside the function that needs it: {eager}"
 
@@ -148,6 +171,14 @@ class TestImports:
 
 
 class TestImportingThePackage:
+    def test_reaches_no_triton(self):
+        reached, more = set(), {"mamba2_hf"}
+        while more:
+            reached |= more
+            more = {found for name in more for found in eager_imports()[name]} - reached
+        assert "mamba2_hf.ops" in reached
+        assert not reached & needing_triton()
+
     def test_loads_nothing_optional(self):
         """Beyond what the parts of transformers that any model needs load by themselves."""
         names = repr(sorted(OPTIONAL | PEERS | {"transformers.trainer"}))
@@ -167,6 +198,21 @@ class TestImportingThePackage:
         assert python("import mamba2_hf; mamba2_hf.register(); import mamba2_hf") == ""
 
 
+class TestOps:
+    LONGEST_CHAIN = 8  # files that have to be open to follow a call from where it comes in to a kernel
+
+    def test_chains_of_imports_are_short(self):
+        imports = {name: found for name, found in eager_imports().items() if name.startswith("mamba2_hf.ops.")}
+
+        @cache
+        def longest(name: str) -> tuple[str, ...]:
+            below = (longest(found) for found in imports[name] if found in imports)
+            return (name, *max(below, key=len, default=()))
+
+        chain = max((longest(name) for name in imports), key=len)
+        assert len(chain) <= self.LONGEST_CHAIN, " > ".join(chain)
+
+
 class TestPublicNames:
     @pytest.mark.parametrize("module", [mamba2_hf, mamba2_hf.ops], ids=lambda module: module.__name__)
     def test_each_is_documented(self, module):
@@ -182,7 +228,7 @@ class TestPublicNames:
         functions = {
             name
             for name, value in vars(mamba2_hf.ops).items()
-            if inspect.isfunction(value) and not name.startswith("_") and value.__module__ == "mamba2_hf.ops"
+            if inspect.isfunction(value) and not name.startswith("_") and value.__module__.startswith("mamba2_hf.ops.")
         }
         assert functions <= set(mamba2_hf.ops.__all__)
 

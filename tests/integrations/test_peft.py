@@ -27,6 +27,7 @@ from mamba2_hf.errors import ArgumentError, CacheError
 from mamba2_hf.layers import mixer
 from mamba2_hf.models import prefill
 from mamba2_hf.models.outputs import CACHE
+from mamba2_hf.ops import LayerWeights
 from mamba2_hf.pretrained import shipped_model_path
 
 pytestmark = [
@@ -207,13 +208,14 @@ class TestTraining:
     def loras(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         """What the op was given."""
         found: list[Any] = []
-        whole = mixer.ops.mamba2_layer
+        whole = mixer.ops.layer
 
-        def layer(*args: Any, **options: Any) -> Tensor:
-            found.extend(lora for lora in (options["in_lora"], options["out_lora"]) if lora is not None)
-            return whole(*args, **options)
+        def layer(stream: Tensor, weights: LayerWeights, *args: Any) -> Tensor:
+            loras = (weights.in_proj.lora, weights.out_proj.lora)
+            found.extend(lora for lora in loras if lora is not None)
+            return whole(stream, weights, *args)
 
-        monkeypatch.setattr(mixer.ops, "mamba2_layer", layer)
+        monkeypatch.setattr(mixer.ops, "layer", layer)
         return found
 
     @staticmethod

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mamba2_hf.errors import CacheError
 from mamba2_hf.layers import Mamba2Mixer, RMSNorm, SSDState
 from mamba2_hf.layers.sequence import PLAIN, sequence_layout
-from mamba2_hf.ops.reference import ssd_recurrent
+from mamba2_hf.ops.scan.reference import ssd_recurrent
 
 BATCH, TOKENS, WIDTH = 2, 21, 16
 SIZES: dict[str, Any] = {"num_heads": 4, "head_dim": 8, "n_groups": 2, "state_size": 4}

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize, prune
 
 from mamba2_hf.layers import GatedRMSNorm, Mamba2Mixer, SSDState, linear, plain_weight
 from mamba2_hf.layers.sequence import sequence_layout
-from mamba2_hf.ops.reference import ssd_recurrent
+from mamba2_hf.ops.scan.reference import ssd_recurrent
 
 CHILDREN = ("in_proj", "conv1d", "norm", "out_proj")
 BATCH, TOKENS, WIDTH = 2, 13, 16

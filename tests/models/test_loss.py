@@ -19,7 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from mamba2_hf import ops
 from mamba2_hf.errors import ArgumentError, LogitsError
-from mamba2_hf.ops import loss as fused
+from mamba2_hf.ops.cross_entropy import op as fused
 
 B, T, VOCAB = 2, 23, 61
 

@@ -9,13 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from mamba2_hf.ops.triton import replay
+from mamba2_hf.ops import dispatch
+from mamba2_hf.ops.runtime import plan as replay
 
 
 @pytest.fixture(autouse=True)
 def no_plans() -> None:
     """No plan is left of a test that changed what leads to one."""
     replay.forget()
+
+
+@pytest.fixture
+def triton_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton serves the CPU too: in its interpreter, where there is no GPU."""
+    monkeypatch.setattr(dispatch, "_usable", lambda device: (True, "by test"))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from ssd_cases import scan_inputs, step_arguments
+from ssd_cases import inner_arguments, scan_inputs, step_arguments
 
 from mamba2_hf import ops
 from mamba2_hf.errors import ArgumentError
@@ -100,3 +100,17 @@ def test_convolution_and_norm():
         ops.mamba2_inner(
             x, torch.zeros(5, 4), None, None, torch.zeros(4), None, norm_weight=None, head_dim=6, n_groups=1
         )
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_unknown_activations_are_refused_at_every_level(backend):
+    inner, step = inner_arguments(0, 3), step_arguments(0)
+    calls = {
+        "activate": lambda: ops.activate(torch.ones(2), "gelu"),
+        "conv": lambda: ops.causal_conv1d(torch.ones(1, 3, 2), torch.ones(2, 4), activation="gelu", backend=backend),
+        "inner": lambda: ops.mamba2_inner(**inner, activation="gelu", backend=backend),
+        "step": lambda: ops.mamba2_step(**step, activation="gelu", backend=backend),
+    }
+    for call in calls.values():
+        with pytest.raises(ArgumentError, match="activation is 'gelu', expected one of None, 'silu', 'swish'"):
+            call()

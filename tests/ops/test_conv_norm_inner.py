@@ -69,7 +69,7 @@ def test_norm_is_the_mean_square_of_each_group(groups, gate):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("tokens", [50, 150], ids=["one segment", "segments"])
 def test_the_fused_body_is_the_ops_one_by_one(norm, dtype, tokens, monkeypatch):
-    monkeypatch.setattr("mamba2_hf.ops.torch.inner.SEGMENT_TOKENS", 64)
+    monkeypatch.setattr("mamba2_hf.ops.mixer.torch.SEGMENT_TOKENS", 64)
     arguments = inner_arguments(3, tokens)
     arguments = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     if not norm:

@@ -12,7 +12,7 @@ from ssd_cases import inner_arguments, scan_inputs, step_arguments
 from mamba2_hf import ops
 from mamba2_hf.errors import BackendError
 from mamba2_hf.ops import dispatch
-from mamba2_hf.ops.checks import SSDShape
+from mamba2_hf.ops.spec import SSDShape
 
 CPU = torch.device("cpu")
 

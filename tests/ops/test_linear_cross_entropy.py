@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mamba2_hf.errors import ArgumentError, BackendError
-from mamba2_hf.ops import linear_cross_entropy, loss
+from mamba2_hf.ops import linear_cross_entropy
+from mamba2_hf.ops.cross_entropy import op as loss
 from mamba2_hf.ops.dispatch import backend_module
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ssd_cases import documents, relative_error, scan_inputs
 
-from mamba2_hf.ops.reference import ssd_attention_matrix, ssd_chunked, ssd_quadratic, ssd_recurrent
+from mamba2_hf.ops.scan.reference import ssd_attention_matrix, ssd_chunked, ssd_quadratic, ssd_recurrent
 
 SIZES = [
     {"tokens": 1},

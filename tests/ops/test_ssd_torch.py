@@ -10,7 +10,7 @@ from ssd_cases import DIFFERENTIABLE, documents, relative_error, scan_inputs, sl
 from torch.utils.flop_counter import FlopCounterMode
 
 from mamba2_hf import ops
-from mamba2_hf.ops.reference import ssd_recurrent
+from mamba2_hf.ops.scan.reference import ssd_recurrent
 
 Q = 16
 SIZES = [
@@ -27,7 +27,7 @@ SIZES = [
 @pytest.fixture(params=[True, False], ids=["in steps", "in blocks"])
 def _both_ways_to_pass_states(request, monkeypatch):
     """A loop on CPUs, matrix products on GPUs and in graphs."""
-    monkeypatch.setattr("mamba2_hf.ops.torch.chunks.in_steps", lambda device: request.param)
+    monkeypatch.setattr("mamba2_hf.ops.scan.chunks.in_steps", lambda device: request.param)
 
 
 def with_gradients(function, inputs, **options):
@@ -60,7 +60,7 @@ def test_outputs_and_gradients(size, packed):
 
 @pytest.mark.usefixtures("_both_ways_to_pass_states")
 def test_what_decays_slowly_reaches_far(monkeypatch):
-    monkeypatch.setattr("mamba2_hf.ops.torch.chunks.SCAN_BLOCK", 2)  # blocks of blocks of blocks
+    monkeypatch.setattr("mamba2_hf.ops.scan.chunks.SCAN_BLOCK", 2)  # blocks of blocks of blocks
     inputs = scan_inputs(tokens=150)
     inputs["A"] = 1e-3 * inputs["A"]
     ours, expected = (

@@ -7,7 +7,6 @@ process of its own, since Triton decides at import whether kernels are compiled 
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -78,8 +77,9 @@ def compile_scan(
     import torch
     from compiling import compile_only
 
-    from mamba2_hf.ops.checks import SSDShape
-    from mamba2_hf.ops.triton import ssd
+    from mamba2_hf.ops.scan.op import Scan
+    from mamba2_hf.ops.scan.triton import ssd_chunk_scan
+    from mamba2_hf.ops.spec import Packing
 
     _set_chip(target)
     kind = getattr(torch, dtype)
@@ -87,28 +87,28 @@ def compile_scan(
     maps = torch.zeros(1, T, G, N, dtype=kind)
     per_head = torch.zeros(H)
     with compile_only(target) as kernels:
-        y, _ = ssd.ssd_chunk_scan(
-            *(x, torch.zeros(1, T, H, dtype=kind), per_head, maps, maps),
-            shape=SSDShape(1, T, H, P, G, N, 1),
-            D=per_head if D == 1 else torch.zeros(H, P),
-            z=torch.zeros_like(x) if z else None,
-            dt_bias=per_head,
-            dt_softplus=True,
-            dt_limit=(0.0, math.inf),
-            chunk_size=None,
-            initial_states=None,
-            seq_idx=torch.zeros(1, T, dtype=torch.int32) if documents else None,
-            cu_seqlens=torch.tensor([0, 10, T]) if packed else None,
+        y, _ = ssd_chunk_scan(
+            Scan(
+                *(x, torch.zeros(1, T, H, dtype=kind), per_head, maps, maps),
+                D=per_head if D == 1 else torch.zeros(H, P),
+                z=torch.zeros_like(x) if z else None,
+                dt_bias=per_head,
+                dt_softplus=True,
+                packing=Packing(
+                    torch.zeros(1, T, dtype=torch.int32) if documents else None,
+                    torch.tensor([0, 10, T]) if packed else None,
+                ),
+            )
         )
         y.sum().backward()
     return [kernel._asdict() for kernel in kernels]
 
 
 def _set_chip(target: str) -> None:
-    from mamba2_hf.ops.triton import configs
+    from mamba2_hf.ops.runtime import tables
 
     capability = CAPABILITIES[target]
-    configs.current_chip = lambda: configs.Chip("cuda" if capability else "hip", capability, 132)
+    tables.current_chip = lambda: tables.Chip("cuda" if capability else "hip", capability, 132)
 
 
 def compile_mixer(target: str) -> list[dict[str, Any]]:
@@ -116,7 +116,18 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
     import torch
     from compiling import compile_only
 
-    from mamba2_hf.ops.triton import conv, decode, layer, layer_step, loss, norm
+    from mamba2_hf.ops.conv import triton as conv
+    from mamba2_hf.ops.conv.op import Conv, ConvUpdate
+    from mamba2_hf.ops.cross_entropy import triton as loss
+    from mamba2_hf.ops.mixer import one_row
+    from mamba2_hf.ops.mixer import step as mixer_step
+    from mamba2_hf.ops.mixer import triton as training
+    from mamba2_hf.ops.mixer.op import LayerStep, Step
+    from mamba2_hf.ops.norm import triton as norm
+    from mamba2_hf.ops.norm.op import Norm
+    from mamba2_hf.ops.scan import update as scan_update
+    from mamba2_hf.ops.scan.op import Update
+    from mamba2_hf.ops.spec import LayerWeights, Linear, MixerSpec, MixerWeights, Packing
 
     _set_chip(target)
     H, P, N, K, T = 80, 64, 128, 4, 16
@@ -132,41 +143,49 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
     per_head = zeros(H, dtype=torch.float32)
     with compile_only(target) as kernels:
         for seq_idx, cu_seqlens in ((None, None), (zeros(1, T, dtype=torch.int32), None), (None, torch.tensor([0, T]))):
-            packing = conv.documents(xbc, seq_idx, cu_seqlens)
             initial = None if seq_idx is None and cu_seqlens is None else state
-            conv.conv_forward(xbc, weight, bias, initial, packing, True)
-            conv.conv_backward(dy, initial, xbc, weight, bias, initial, packing, True)
+            call = Conv(xbc, weight, bias, initial, Packing(seq_idx, cu_seqlens), "silu")
+            packing = conv.documents(xbc, call.packing)
+            conv.conv_forward(call, packing)
+            conv.conv_backward(dy, initial, call, packing)
         y, norm_weight = zeros(1, T, inner), zeros(inner)
         for group_size, norm_before_gate in ((inner, False), (inner // 8, True), (P, False)):
-            norm.norm_forward(y, z, norm_weight, 1e-5, group_size, norm_before_gate, y.dtype)
-            norm.norm_backward(y, y, z, norm_weight, 1e-5, group_size, norm_before_gate)
-        norm.norm_forward(y.float(), None, norm_weight, 1e-5, inner, False, y.dtype)
-        norm.norm_backward(y, y.float(), None, norm_weight, 1e-5, inner, False)
-        norm.norm_backward(y, y.float(), None, norm_weight, 1e-5, inner, False, more=y.float(), y=y)
-        norm.norm_backward(y, y, z, norm_weight, 1e-5, inner, False, y=y)
-        layer.add(y.float(), y)
-        limits = (0.0, math.inf)
+            gated = Norm(y, z, norm_weight, 1e-5, group_size, norm_before_gate, y.dtype)
+            norm.norm_forward(gated)
+            norm.norm_backward(y, gated)
+        plain = Norm(y.float(), None, norm_weight, 1e-5, inner, False, y.dtype)
+        norm.norm_forward(plain)
+        norm.norm_backward(y, plain)
+        norm.norm_backward(y, plain, more=y.float(), y=y)
+        norm.norm_backward(y, Norm(y, z, norm_weight, 1e-5, inner, False, y.dtype), y=y)
+        training.add(y.float(), y)
+        mixer = MixerWeights(weight, bias, per_head, per_head, None, per_head, norm_weight)
         for batch in (1, 64):
             ssm_state = zeros(batch, H, P, N, dtype=torch.float32)
             x, step, maps = zeros(batch, H, P), zeros(batch, H), zeros(batch, 1, N)
-            decode.state_update(ssm_state, x, step, per_head, maps, maps, per_head, x, per_head, True, *limits)
-            decode.conv_update(zeros(batch, 1, channels), zeros(batch, channels, K), weight, bias, True)
-            decode.mixer_step(
-                *(zeros(batch, 1 + batch % 2, rows.shape[-1]), zeros(batch, channels, K - 1), ssm_state),
-                *(weight, bias, per_head, per_head, per_head, norm_weight, 1, True, 1e-5, inner, False, *limits, False),
-            )
+            arguments = (ssm_state, x, step, per_head, maps, maps, per_head, x, per_head, True)
+            scan_update.ssd_state_update(Update(*arguments))
+            conv.update(ConvUpdate(zeros(batch, 1, channels), zeros(batch, channels, K), weight, bias, "silu"))
+            rows_of_step = zeros(batch, 1 + batch % 2, rows.shape[-1])
+            spec = MixerSpec(P, 1, group_size=inner)
+            mixer_step.mamba2_step(Step(rows_of_step, zeros(batch, channels, K - 1), ssm_state, mixer, spec))
         entering = rows.shape[-1]
+        mixer = mixer._replace(A=None, A_log=per_head)
         one = [(1, inner // 2, inner), (1, inner // 2, inner // 8), (1, 768, inner)]
         several = [(16, inner // 2, inner), (64, inner // 2, inner), (64, inner // 2, inner // 8)]
         for batch, width, group_size in one + several:
-            layer_step.layer_step(
-                *(zeros(batch, 1, width, dtype=torch.float32), zeros(batch, channels, K - 1)),
-                *(zeros(batch, H, P, N, dtype=torch.float32), zeros(width), zeros(entering, width), None),
-                *(weight, bias, per_head, per_head, per_head, norm_weight, zeros(width, inner), None),
-                *(1, True, 1e-5, 1e-5, group_size, width < 1000, *limits, None),
+            weights = LayerWeights(
+                *(zeros(width), Linear(zeros(entering, width)), mixer, Linear(zeros(width, inner))),
+            )
+            one_row.mamba2_layer_step(
+                LayerStep(
+                    *(zeros(batch, 1, width, dtype=torch.float32), zeros(batch, channels, K - 1)),
+                    *(zeros(batch, H, P, N, dtype=torch.float32), weights),
+                    MixerSpec(P, 1, group_size=group_size, norm_before_gate=width < 1000),
+                )
             )
         for gradient in (False, True):
-            loss.rows(zeros(4, 50288), torch.zeros(4, dtype=torch.long), 1.0, -100, gradient)
+            loss.rows(loss.Rows(zeros(4, 50288), torch.zeros(4, dtype=torch.long), 1.0, -100, gradient))
     return [kernel._asdict() for kernel in kernels]
 
 

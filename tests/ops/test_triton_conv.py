@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mamba2_hf.ops import causal_conv1d, causal_conv1d_update
 from mamba2_hf.ops.dispatch import backend_module
 
-pytestmark = pytest.mark.usefixtures("poison")
-torch_backend, triton_backend = backend_module("torch"), backend_module("triton")
+pytestmark = pytest.mark.usefixtures("poison", "triton_serves")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of the norm
 
@@ -42,9 +42,9 @@ def check(
     tensors |= {"initial": draw(states, C, K - 1)} if initial else {}
     gradients = draw(B, T, C), draw(states, C, K - 1)
 
-    def run(backend: Any, device: str, kind: torch.dtype) -> dict[str, Tensor]:
+    def run(backend: str, device: str, kind: torch.dtype) -> dict[str, Tensor]:
         given = {k: v.to(device, kind).clone().requires_grad_() for k, v in tensors.items()}
-        y, states = backend.causal_conv1d(
+        y, states = causal_conv1d(
             given["rows"][..., 3 : 3 + C],
             given["weight"],
             given.get("bias"),
@@ -52,14 +52,16 @@ def check(
             initial_states=given.get("initial"),
             seq_idx=None if seq_idx is None else torch.tensor(seq_idx, device=device),
             cu_seqlens=None if cu_seqlens is None else torch.tensor(cu_seqlens, device=device),
+            return_final_states=True,
+            backend=backend,
         )
         outputs = [y, states] if final and K > 1 else [y]
         grads = [g.to(device, kind) for g in gradients]
         found = torch.autograd.grad(outputs, list(given.values()), grads[: len(outputs)], allow_unused=True)
         return {"y": y, "states": states} | {f"d{k}": g for k, g in zip(given, found, strict=True) if g is not None}
 
-    expected = run(torch_backend, "cpu", torch.float64)
-    actual = run(triton_backend, DEVICE, dtype)
+    expected = run("torch", "cpu", torch.float64)
+    actual = run("triton", DEVICE, dtype)
     for name, tensor in expected.items():
         assert actual[name].dtype == dtype
         assert actual[name].shape == tensor.shape
@@ -110,11 +112,8 @@ def test_documents_across_runs() -> None:
 
 def test_the_same_bits_twice() -> None:
     x, weight = torch.randn(2, 50, 8, device=DEVICE), torch.randn(8, 4, device=DEVICE, requires_grad=True)
-    options = {"activation": "silu", "initial_states": None, "seq_idx": None, "cu_seqlens": None}
-    first, second = (
-        torch.autograd.grad(triton_backend.causal_conv1d(x, weight, None, **options)[0].sum(), weight)[0]
-        for _ in range(2)
-    )
+    options = {"activation": "silu", "backend": "triton"}
+    first, second = (torch.autograd.grad(causal_conv1d(x, weight, **options).sum(), weight)[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -128,13 +127,15 @@ def test_update(T: int | None, K: int, L: int) -> None:
         torch.randn(*size, generator=generator, dtype=torch.float64) for size in (shape, (B, C, L), (C, K), (C,))
     )
     given = [t.to(DEVICE, torch.float32) for t in (x, state.clone(), weight, bias)]
-    expected = torch_backend.causal_conv1d_update(x, state, weight, bias, activation="silu")
-    actual = triton_backend.causal_conv1d_update(*given, activation="silu")
+    expected = causal_conv1d_update(x, state, weight, bias, activation="silu", backend="torch")
+    actual = causal_conv1d_update(*given, activation="silu", backend="triton")
     torch.testing.assert_close(actual.cpu(), expected.float())
     torch.testing.assert_close(given[1].cpu(), state.float())
 
 
 def test_what_cannot_be_served_is_said() -> None:
-    assert triton_backend.supports("causal_conv1d", taps=4, dtype=torch.bfloat16)[0]
-    assert "9 taps" in triton_backend.supports("causal_conv1d", taps=9, dtype=torch.bfloat16)[1]
-    assert "float64" in triton_backend.supports("causal_conv1d", taps=4, dtype=torch.float64)[1]
+    supports = backend_module("triton").supports
+    assert supports("causal_conv1d", taps=4, dtype=torch.bfloat16)[0]
+    assert "9 taps" in supports("causal_conv1d", taps=9, dtype=torch.bfloat16)[1]
+    assert "float64" in supports("causal_conv1d", taps=4, dtype=torch.float64)[1]
+    assert "'gelu'" in supports("causal_conv1d", taps=4, dtype=torch.bfloat16, activation="gelu")[1]

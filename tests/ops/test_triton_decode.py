@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from mamba2_hf.errors import ArgumentError
-from mamba2_hf.ops import mamba2_inner, mamba2_layer_step
-from mamba2_hf.ops.checks import SSDShape
+from mamba2_hf.ops import mamba2_inner, mamba2_layer_step, mamba2_step, ssd_state_update
 from mamba2_hf.ops.dispatch import backend_module
-from mamba2_hf.ops.triton import layer_step
+from mamba2_hf.ops.runtime import tables
+from mamba2_hf.ops.spec import SSDShape
 
-pytestmark = pytest.mark.usefixtures("poison")
-torch_backend, triton_backend = backend_module("torch"), backend_module("triton")
+pytestmark = pytest.mark.usefixtures("poison", "triton_serves")
+supports = backend_module("triton").supports
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [(1, 4, 8, 2, 16), (9, 3, 5, 1, 7), (2, 2, 20, 1, 24)]  # B, H, P, G, N
 LIMITS = [(0.0, math.inf), (0.1, 0.5)]
@@ -42,11 +42,11 @@ def test_state_update(sizes: tuple[int, ...], limit: tuple[float, float], D: int
     tensors = [draw(B, H, P, N), draw(B, H, P), draw(B, H), -draw(H).abs(), draw(B, G, N), draw(B, G, N)]
     optional = {"D": (None, draw(H), draw(H, P))[D], "z": draw(B, H, P) if z else None, "dt_bias": draw(H)}
     results = []
-    for backend, device, kind in ((torch_backend, "cpu", torch.float64), (triton_backend, DEVICE, torch.float32)):
+    for backend, device, kind in (("torch", "cpu", torch.float64), ("triton", DEVICE, torch.float32)):
         state, *given = (t.to(device, kind, copy=True) for t in tensors)
-        y = backend.ssd_state_update(
+        y = ssd_state_update(
             *(state, *given),
-            shape=SSDShape(B, 1, H, P, G, N, B),
+            backend=backend,
             dt_softplus=softplus,
             dt_limit=limit,
             **{k: None if v is None else v.to(device, kind) for k, v in optional.items()},
@@ -65,18 +65,11 @@ def step_inputs(B: int, T: int, H: int, P: int, G: int, N: int, K: int, L: int) 
     return tensors
 
 
-def step(backend: object, tensors: list[Tensor], sizes: tuple[int, ...], **options: object) -> Tensor:
-    B, T, H, P, G, N = sizes
+def step(backend: str, tensors: list[Tensor], sizes: tuple[int, ...], **options: object) -> Tensor:
+    _, _, H, P, G, _ = sizes
     *arguments, norm_weight = tensors
-    defaults = {
-        "norm_weight": norm_weight,
-        "activation": "silu",
-        "eps": 1e-5,
-        "group_size": H * P // G,
-        "norm_before_gate": False,
-        "dt_limit": (0.0, math.inf),
-    }
-    return backend.mamba2_step(*arguments, shape=SSDShape(B, T, H, P, G, N, B), **(defaults | options))
+    defaults = {"norm_weight": norm_weight, "n_groups": G, "group_size": H * P // G}
+    return mamba2_step(*arguments, **(defaults | options), backend=backend)
 
 
 STEPS: list[tuple[tuple[int, ...], int, int, dict[str, object]]] = [  # sizes, T, L, options
@@ -95,7 +88,7 @@ def test_step(sizes: tuple[int, ...], T: int, L: int, options: dict[str, object]
     B, H, P, G, N = sizes
     tensors = step_inputs(B, T, H, P, G, N, 4, L)
     results = []
-    for backend, device, kind in ((torch_backend, "cpu", torch.float64), (triton_backend, DEVICE, torch.float32)):
+    for backend, device, kind in (("torch", "cpu", torch.float64), ("triton", DEVICE, torch.float32)):
         given = [t.to(device, kind, copy=True) for t in tensors]
         y = step(backend, given, (B, T, H, P, G, N), **options)
         results.append((y, given[1], given[2]))
@@ -112,7 +105,7 @@ def test_states_may_be_views() -> None:
     views[2] = torch.stack([tensors[2], tensors[2]], -1)[..., 0]
     assert not views[1].is_contiguous()
     assert not views[2].is_contiguous()
-    y, expected = step(triton_backend, views, (B, T, H, P, G, N)), step(triton_backend, tensors, (B, T, H, P, G, N))
+    y, expected = step("triton", views, (B, T, H, P, G, N)), step("triton", tensors, (B, T, H, P, G, N))
     for found, wanted in ((y, expected), (views[1], tensors[1]), (views[2], tensors[2])):
         close(found, wanted.double().cpu(), 1e-6)
 
@@ -131,7 +124,7 @@ def test_steps_continue_a_sequence() -> None:
         return_final_states=True,
         backend="torch",
     )
-    for backend, device in ((torch_backend, "cpu"), (triton_backend, DEVICE)):
+    for backend, device in (("torch", "cpu"), ("triton", DEVICE)):
         rest = [t.to(device) for t in (weight, bias, dt_bias, A, D, norm_weight)]
         states = [torch.zeros_like(conv, device=device), torch.zeros_like(state, device=device)]
         ys = [
@@ -149,15 +142,15 @@ def test_a_half_precision_state_is_rounded_once_a_call() -> None:
     tensors[2] = tensors[2].half()
     exact = [t.float().clone() for t in tensors]
     close(
-        step(triton_backend, [t.to(DEVICE) for t in tensors], (B, T, H, P, G, N)),
-        step(torch_backend, exact, (B, T, H, P, G, N)),
+        step("triton", [t.to(DEVICE) for t in tensors], (B, T, H, P, G, N)),
+        step("torch", exact, (B, T, H, P, G, N)),
     )
 
 
 def test_what_cannot_be_served_is_said() -> None:
     call = {"shape": SSDShape(1, 1, 2, 64, 1, 128, 1), "dtype": torch.bfloat16, "taps": 4}
-    assert triton_backend.supports("mamba2_step", group_size=128, **call)[0]
-    assert "group_size 32" in triton_backend.supports("mamba2_step", group_size=32, **call)[1]
+    assert supports("mamba2_step", group_size=128, **call)[0]
+    assert "group_size 32" in supports("mamba2_step", group_size=32, **call)[1]
 
 
 LAYERS: list[tuple[tuple[int, ...], int, dict[str, object]]] = [  # B, H, P, G, N; d; options
@@ -207,22 +200,16 @@ def layer_inputs(
 
 
 def run_layer(
-    backend: object,
+    backend: str,
     positional: list[Tensor],
     named: dict[str, Tensor | None],
     sizes: tuple[int, ...],
     **options: object,
 ) -> Tensor:
     """A layer's step; states are updated in place."""
-    B, H, P, G, N = sizes
-    defaults = {"activation": "silu", "norm_eps": 1e-5, "gated_norm_eps": 1e-5, "group_size": H * P // G}
-    defaults |= {
-        "norm_before_gate": False,
-        "ready": None,
-        "dt_limit": (0.0, math.inf),
-        "shape": SSDShape(B, 1, H, P, G, N, B),
-    }
-    return backend.mamba2_layer_step(*positional, **named, **(defaults | options))
+    _, H, P, G, _ = sizes
+    options = {"n_groups": G, "group_size": H * P // G} | options
+    return mamba2_layer_step(*positional, **named, **options, backend=backend)
 
 
 def check_layer(sizes: tuple[int, ...], width: int, options: dict[str, object], tokens: int) -> None:
@@ -231,7 +218,7 @@ def check_layer(sizes: tuple[int, ...], width: int, options: dict[str, object], 
     options = {key: value for key, value in options.items() if key not in given}
     positional, named = layer_inputs(sizes, width, **given)
     results = []
-    for backend, device, kind in ((torch_backend, "cpu", torch.float64), (triton_backend, DEVICE, torch.float32)):
+    for backend, device, kind in (("torch", "cpu", torch.float64), ("triton", DEVICE, torch.float32)):
         tensors = [t.to(device, kind, copy=True) for t in positional]
         weights = {k: None if t is None else t.to(device, kind) for k, t in named.items()}
         ready = torch.zeros(1, dtype=torch.int32, device=device)
@@ -250,7 +237,7 @@ def check_layer(sizes: tuple[int, ...], width: int, options: dict[str, object], 
 def test_layer_step(
     sizes: tuple[int, ...], width: int, options: dict[str, object], narrow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_step, "NARROW", width if narrow else 0)
+    monkeypatch.setattr(tables, "NARROW_LAYER", width if narrow else 0)
     check_layer(sizes, width, options, tokens=3)
 
 
@@ -268,12 +255,12 @@ def test_layer_step_in_16_bits_with_states_that_are_views(rows: int) -> None:
     rounded = {k: t if t is None else t.to(torch.float32 if k in fp32 else torch.float16) for k, t in named.items()}
     stream, conv, state = positional[0].float(), positional[1].half(), positional[2].half()
     exact = [stream.double(), conv.double(), state.double()]
-    expected = run_layer(torch_backend, exact, {k: t if t is None else t.double() for k, t in rounded.items()}, sizes)
+    expected = run_layer("torch", exact, {k: t if t is None else t.double() for k, t in rounded.items()}, sizes)
     results = []
     for _ in range(2):
         views = [torch.cat([stream, stream], 1).to(DEVICE)[:, 1:], conv.to(DEVICE).mT.contiguous().mT]
         views.append(torch.stack([state, state], -1).to(DEVICE)[..., 0])
-        y = run_layer(triton_backend, views, {k: t if t is None else t.to(DEVICE) for k, t in rounded.items()}, sizes)
+        y = run_layer("triton", views, {k: t if t is None else t.to(DEVICE) for k, t in rounded.items()}, sizes)
         results.append((y, views[1], views[2]))
     for first, second, wanted in zip(*results, (expected, exact[1], exact[2]), strict=True):
         assert torch.equal(first, second)

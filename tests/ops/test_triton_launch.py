@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from mamba2_hf.ops.triton import launch as launches
-from mamba2_hf.ops.triton.launch import launch
+from mamba2_hf.ops.runtime import launch as launches
+from mamba2_hf.ops.runtime.launch import launch
 
 
 class Kernel:

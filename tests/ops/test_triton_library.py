@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -10,10 +9,16 @@ import torch
 from torch import Tensor
 
 from mamba2_hf.errors import BackendError
-from mamba2_hf.ops.checks import SSDShape
-from mamba2_hf.ops.dispatch import backend_module
+from mamba2_hf.ops import causal_conv1d, gated_rms_norm, mamba2_inner, mamba2_step
+from mamba2_hf.ops.conv import triton as conv
+from mamba2_hf.ops.conv.op import Conv, ConvUpdate
+from mamba2_hf.ops.mixer.op import Layer
+from mamba2_hf.ops.mixer.triton import layer
+from mamba2_hf.ops.norm.op import Norm
+from mamba2_hf.ops.norm.triton import gated_rms_norm as norm
+from mamba2_hf.ops.spec import UNPACKED, LayerWeights, Linear, MixerSpec, MixerWeights
 
-torch_backend, triton_backend = backend_module("torch"), backend_module("triton")
+pytestmark = pytest.mark.usefixtures("triton_serves")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, T, H, P, G, N, K = 2, 37, 4, 8, 2, 16, 4
 C = H * P + 2 * G * N
@@ -39,17 +44,14 @@ def inputs(batch: int = B, states: int = B) -> dict[str, Tensor]:
     }
 
 
-def inner(backend: Any, given: dict[str, Tensor], states: int, **packing: Any) -> tuple[Tensor, ...]:
-    return backend.mamba2_inner(
+def inner(backend: str, given: dict[str, Tensor], **packing: Any) -> Any:
+    return mamba2_inner(
         **{name: given.get(name) for name in OPTIONAL} | given,
-        shape=SSDShape(given["zxbcdt"].shape[0], T, H, P, G, N, states),
-        activation="silu",
-        eps=1e-5,
+        head_dim=P,
+        n_groups=G,
         group_size=H * P // 2,
-        norm_before_gate=False,
-        dt_limit=(0.0, math.inf),
-        chunk_size=None,
-        **({"seq_idx": None, "cu_seqlens": None, "return_final_states": True} | packing),
+        backend=backend,
+        **({"return_final_states": True} | packing),
     )
 
 
@@ -69,9 +71,9 @@ def test_fused_mixer(packing: str, absent: tuple[str, ...]) -> None:
     rows, states = (1, 3) if packing == "cu_seqlens" else (B, B)
     tensors = {k: v for k, v in inputs(rows, states).items() if k not in absent}
     results = []
-    for backend, device, kind in ((torch_backend, "cpu", torch.float64), (triton_backend, DEVICE, torch.float32)):
+    for backend, device, kind in (("torch", "cpu", torch.float64), ("triton", DEVICE, torch.float32)):
         given = {k: v.to(device, kind).clone().requires_grad_() for k, v in tensors.items()}
-        found = inner(backend, given, states, **{k: v.to(device) for k, v in PACKING[packing].items()})
+        found = inner(backend, given, **{k: v.to(device) for k, v in PACKING[packing].items()})
         source = torch.Generator().manual_seed(1)
         gradients = [torch.randn(o.shape, generator=source).to(device, kind) for o in found]
         results.append([*found, *torch.autograd.grad(found, list(given.values()), gradients)])
@@ -90,10 +92,10 @@ def test_fused_mixer_in_training(packing: str) -> None:
         kept = slice(PACKING[packing]["cu_seqlens"][-1])
         tensors["zxbcdt"][:, kept.stop :, H * P :] = 3.0
     results = []
-    for backend, device, kind in ((torch_backend, "cpu", torch.float64), (triton_backend, DEVICE, torch.float32)):
+    for backend, device, kind in (("torch", "cpu", torch.float64), ("triton", DEVICE, torch.float32)):
         given = {k: v.to(device, kind).clone().requires_grad_() for k, v in tensors.items()}
         options = {k: v.to(device) for k, v in PACKING[packing].items()}
-        y, *_ = inner(backend, given, states, **options, return_final_states=False)
+        y = inner(backend, given, **options, return_final_states=False)
         gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(device, kind)
         found = torch.autograd.grad(y, list(given.values()), gradient)
         assert (y[:, kept.stop or T :] == 0).all()
@@ -109,17 +111,9 @@ def test_whole_graphs() -> None:
     given = {k: v.to(DEVICE, torch.float32).requires_grad_() for k, v in inputs().items()}
 
     def loss(given: dict[str, Tensor]) -> Tensor:
-        y, conv_state, ssm_state = inner(triton_backend, given, B)
-        gated = triton_backend.gated_rms_norm(
-            y * 2, y, given["norm_weight"], eps=1e-5, group_size=P, norm_before_gate=True
-        )
-        convolved, _ = triton_backend.causal_conv1d(
-            *(gated, given["conv_weight"][: H * P], None),
-            activation=None,
-            initial_states=None,
-            seq_idx=None,
-            cu_seqlens=None,
-        )
+        y, conv_state, ssm_state = inner("triton", given)
+        gated = gated_rms_norm(y * 2, y, given["norm_weight"], group_size=P, norm_before_gate=True, backend="triton")
+        convolved = causal_conv1d(gated, given["conv_weight"][: H * P], backend="triton")
         return convolved.square().mean() + conv_state.square().mean() + ssm_state.square().mean()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -134,15 +128,11 @@ def test_a_compiled_step_updates_its_states() -> None:
     names = ("conv_weight", "conv_bias", "dt_bias", "A", "D")
 
     def step(conv_state: Tensor, ssm_state: Tensor) -> Tensor:
-        return triton_backend.mamba2_step(
+        return mamba2_step(
             *(given["zxbcdt"][:, :1], conv_state, ssm_state, *(given[name] for name in names)),
             norm_weight=given["norm_weight"],
-            shape=SSDShape(B, 1, H, P, G, N, B),
-            activation="silu",
-            eps=1e-5,
-            group_size=H * P,
-            norm_before_gate=False,
-            dt_limit=(0.0, math.inf),
+            n_groups=G,
+            backend="triton",
         )
 
     results = []
@@ -155,7 +145,7 @@ def test_a_compiled_step_updates_its_states() -> None:
 
 def test_a_second_derivative_is_refused() -> None:
     x = torch.randn(2, 3, 4, device=DEVICE, requires_grad=True)
-    y = triton_backend.gated_rms_norm(x, None, x[0, 0], eps=1e-5, group_size=4, norm_before_gate=False)
+    y = gated_rms_norm(x, None, x[0, 0], backend="triton")
     with pytest.raises(BackendError, match=r"second derivative.*use_backend\('torch'\)"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
@@ -166,17 +156,22 @@ def test_registrations_hold() -> None:
     u, weight, bias, *_, norm_weight, conv_state, _ = (v.to(DEVICE, torch.float32) for v in given.values())
     x = u[..., :C].contiguous().requires_grad_()
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    ops = torch.ops.mamba2_hf
-    arguments = {
-        ops.causal_conv1d: (x, weight, bias, conv_state, None, None, True),
-        ops.rms_norm: (x[..., : H * P], u[..., : H * P], norm_weight, 1e-5, P, False, torch.float16),
-        ops.causal_conv1d_update: (x.detach(), conv_state, weight, bias, True),
-        ops.mamba2_layer: (
-            *(x[..., :7].contiguous(), x[0, 0, :7], u[0, 0, :, None].expand(-1, 7).contiguous(), None, weight, bias),
-            *(x[0, 0, :H], x[0, 1, :H], None, norm_weight, norm_weight.expand(7, -1).contiguous(), None),
-            *(None, None, x[0, :3, : H * P].contiguous(), x[0, :3, :7].mT.contiguous(), None, None),
-            *(P, G, True, 1e-5, 1e-5, H * P, False, 0.0, math.inf, torch.float32, True, 0.0, 0.5),
+    weights = LayerWeights(
+        x[0, 0, :7],
+        Linear(u[0, 0, :, None].expand(-1, 7).contiguous()),
+        MixerWeights(weight, bias, x[0, 0, :H], None, x[0, 1, :H], None, norm_weight),
+        Linear(
+            *(norm_weight.expand(7, -1).contiguous(), None),
+            *(x[0, :3, : H * P].contiguous(), x[0, :3, :7].mT.contiguous(), 0.5),
         ),
+    )
+    stream, spec = x[..., :7].contiguous(), MixerSpec(P, G, group_size=H * P)
+    calls = {
+        conv.causal_conv1d: Conv(x, weight, bias, conv_state, activation="silu"),
+        norm: Norm(x[..., : H * P], u[..., : H * P], norm_weight, 1e-5, P, False, torch.float16),
+        conv.update: ConvUpdate(x.detach(), conv_state, weight, bias, "silu"),
+        layer: Layer(stream, weights, spec, UNPACKED, torch.float32, True),
     }
-    for op, given_arguments in arguments.items():
-        torch.library.opcheck(op.default, given_arguments, test_utils=tests)
+    for op, call in calls.items():
+        assert op.build(op.flatten(call)) == call
+        torch.library.opcheck(op.registered.default, op.flatten(call), test_utils=tests)

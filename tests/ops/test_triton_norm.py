@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mamba2_hf.ops import gated_rms_norm
 from mamba2_hf.ops.dispatch import backend_module
 
-pytestmark = pytest.mark.usefixtures("poison")
-torch_backend, triton_backend = backend_module("torch"), backend_module("triton")
+pytestmark = pytest.mark.usefixtures("poison", "triton_serves")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of the norm
 
@@ -35,10 +35,10 @@ def test_gated_norm(width: int, group: int, dtype: torch.dtype, order: str) -> N
 
     x, wide, weight, dy = draw(B, T, width), draw(B, T, width + 6), draw(width), draw(B, T, width)
     results = []
-    for backend, device, kind in ((torch_backend, "cpu", torch.float64), (triton_backend, DEVICE, dtype)):
+    for backend, device, kind in (("torch", "cpu", torch.float64), ("triton", DEVICE, dtype)):
         given = [t.to(device, kind).clone().requires_grad_() for t in (x, weight, wide)]
         z = given[2][..., :width] if gated else None
-        y = backend.gated_rms_norm(given[0], z, given[1], eps=1e-5, group_size=group, norm_before_gate=norm_before_gate)
+        y = gated_rms_norm(given[0], z, given[1], group_size=group, norm_before_gate=norm_before_gate, backend=backend)
         results.append([y, *torch.autograd.grad(y, given[: 2 + gated], dy.to(device, kind))])
     for expected, actual in zip(*results, strict=True):
         close(actual, expected, dtype)
@@ -51,10 +51,10 @@ def test_result_in_another_dtype(stream: torch.dtype, dtype: torch.dtype) -> Non
     shapes, kinds = ((2, 5, 80), (80,), (2, 5, 80)), (stream, dtype, dtype)
     tensors = [torch.randn(*s, generator=generator).to(kind) for s, kind in zip(shapes, kinds, strict=True)]
     results = []
-    for backend, device, exact in ((torch_backend, "cpu", True), (triton_backend, DEVICE, False)):
+    for backend, device, exact in (("torch", "cpu", True), ("triton", DEVICE, False)):
         x, weight, dy = (t.to(device, torch.float64 if exact else t.dtype) for t in tensors)
         given = [x.requires_grad_(), weight.requires_grad_()]
-        y = backend.gated_rms_norm(x, None, weight, eps=1e-5, group_size=80, norm_before_gate=False, dtype=weight.dtype)
+        y = gated_rms_norm(x, None, weight, dtype=weight.dtype, backend=backend)
         results.append([y, *torch.autograd.grad(y, given, dy)])
     for expected, actual, kind in zip(*results, (dtype, stream, dtype), strict=True):
         close(actual, expected, kind)
@@ -62,13 +62,12 @@ def test_result_in_another_dtype(stream: torch.dtype, dtype: torch.dtype) -> Non
 
 def test_the_same_bits_twice() -> None:
     x, weight = torch.randn(40, 80, device=DEVICE), torch.randn(80, device=DEVICE, requires_grad=True)
-    options = {"eps": 1e-5, "group_size": 80, "norm_before_gate": False}
     first, second = (
-        torch.autograd.grad(triton_backend.gated_rms_norm(x, x, weight, **options).sum(), weight)[0] for _ in range(2)
+        torch.autograd.grad(gated_rms_norm(x, x, weight, backend="triton").sum(), weight)[0] for _ in range(2)
     )
     assert torch.equal(first, second)
 
 
 def test_what_cannot_be_served_is_said() -> None:
-    assert triton_backend.supports("gated_rms_norm", group_size=5120, dtype=torch.bfloat16)[0]
-    assert "32768" in triton_backend.supports("gated_rms_norm", group_size=32768, dtype=torch.bfloat16)[1]
+    assert backend_module("triton").supports("gated_rms_norm", group_size=5120, dtype=torch.bfloat16)[0]
+    assert "32768" in backend_module("triton").supports("gated_rms_norm", group_size=32768, dtype=torch.bfloat16)[1]

@@ -25,10 +25,10 @@ from mamba2_hf.ops import (
     mamba2_step,
     ssd_chunk_scan,
 )
-from mamba2_hf.ops.triton import launch as launches
-from mamba2_hf.ops.triton import replay
-from mamba2_hf.ops.triton.launch import launch
-from mamba2_hf.ops.triton.replay import replayed
+from mamba2_hf.ops.runtime import launch as launches
+from mamba2_hf.ops.runtime import plan as replay
+from mamba2_hf.ops.runtime.launch import launch
+from mamba2_hf.ops.runtime.plan import replayed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H, P, G, N, K, d, TOKENS = 4, 8, 2, 16, 4, 12, 17

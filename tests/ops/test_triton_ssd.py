@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from mamba2_hf.ops import ssd_chunk_scan
-from mamba2_hf.ops.checks import SSDShape, check_ssd
 from mamba2_hf.ops.dispatch import backend_module
-from mamba2_hf.ops.reference import ssd_chunked, ssd_recurrent
-from mamba2_hf.ops.triton import configs, problem
-from mamba2_hf.ops.triton.ssd import supports
+from mamba2_hf.ops.runtime import tables
+from mamba2_hf.ops.scan import problem
+from mamba2_hf.ops.scan.op import Scan
+from mamba2_hf.ops.scan.reference import ssd_chunked, ssd_recurrent
+from mamba2_hf.ops.spec import Packing, SSDShape
 
-pytestmark = pytest.mark.usefixtures("poison")
-torch_backend, triton_backend = backend_module("torch"), backend_module("triton")
+pytestmark = pytest.mark.usefixtures("poison", "triton_serves")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW_PRECISION = ("x", "dt", "B", "C", "z")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of the norm, forward and backward
@@ -69,13 +69,9 @@ def cast(inputs: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tens
     }
 
 
-def scan(inputs: dict[str, Tensor | None], backend: Any = triton_backend, **options: Any) -> tuple[Tensor, Tensor]:
-    options = {"seq_idx": None, "cu_seqlens": None, "dt_softplus": True, "dt_limit": (0.0, math.inf)} | options
-    x, dt, A, B, C, D, z, dt_bias, initial = inputs.values()
-    optional = {"D": D, "z": z, "dt_bias": dt_bias, "initial_states": initial, "chunk_size": None}
-    checked = {k: v for k, v in (options | optional).items() if k != "dt_softplus"}
-    shape = check_ssd(x, dt, A, B, C, **checked)
-    return backend.ssd_chunk_scan(x, dt, A, B, C, shape=shape, **optional, **options)
+def scan(inputs: dict[str, Tensor | None], backend: str = "triton", **options: Any) -> tuple[Tensor, Tensor]:
+    options = {"dt_softplus": True, "return_final_states": True, "backend": backend} | options
+    return ssd_chunk_scan(**inputs, **options)
 
 
 def oracle(inputs: dict[str, Tensor | None], cu_seqlens: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
@@ -126,8 +122,8 @@ def compare(
         pairs |= {f"d{k}": (given[k].grad, v.grad) for k, v in expected.items() if v is not None}
         return {k: ((a.double().cpu() - b).norm() / b.norm().clamp(min=1e-30)).item() for k, (a, b) in pairs.items()}
 
-    found = errors(triton_backend)
-    beside = dict.fromkeys(found, 0.0) if conditioned else errors(torch_backend)
+    found = errors("triton")
+    beside = dict.fromkeys(found, 0.0) if conditioned else errors("torch")
     assert all(error < max(TOLERANCE[dtype], beside[k]) for k, error in found.items()), (found, beside)
 
 
@@ -206,8 +202,8 @@ def test_sizes_with_kernels_of_their_own(size: dict[str, Any], dtype: torch.dtyp
 @pytest.mark.parametrize("segments", [False, True])
 def test_documents_and_segments_on_a_gpu(monkeypatch: pytest.MonkeyPatch, segments: bool) -> None:
     if segments:
-        monkeypatch.setattr(configs, "SEGMENT", 128)
-        monkeypatch.setattr(configs, "CUT_COST", 0)
+        monkeypatch.setattr(tables, "SEGMENT", 128)
+        monkeypatch.setattr(tables, "CUT_COST", 0)
     ids = torch.tensor([[0] * 20 + [1] * 12 + [0] * 65 + [7] * 603, [3] * 700, list(range(100)) + [5] * 600])
     # Eight heads: dA has one number a head, a sum that may cancel, and of four of them one may be all that counts.
     compare(make(B=3, T=700, P=64, N=128, H=8, G=2, dtype=torch.bfloat16), torch.bfloat16, seq_idx=ids)
@@ -273,10 +269,10 @@ def test_cu_seqlens_packs_documents(bounds: list[int], initial: bool) -> None:
 
 @pytest.fixture
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "SEGMENT", 64)
-    monkeypatch.setattr(configs, "CUT_COST", 0)
+    monkeypatch.setattr(tables, "SEGMENT", 64)
+    monkeypatch.setattr(tables, "CUT_COST", 0)
     shape = SSDShape(1, 600, 2, 16, 1, 16, 1)
-    assert configs.segment_tokens(configs.current_chip(), shape, torch.float32) < 300
+    assert tables.segment_tokens(tables.current_chip(), shape, torch.float32) < 300
 
 
 @pytest.mark.usefixtures("short_segments")
@@ -374,11 +370,11 @@ def test_two_runs_give_the_same_bits() -> None:
 
 def test_both_ways_of_reading_tiles_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Descriptors and masked pointers."""
-    chip = configs.current_chip()
+    chip = tables.current_chip()
     inputs = make(T=70, P=32, N=32, z=True, dtype=torch.float16)
     expected = scan(cast(inputs, torch.float16))
-    monkeypatch.setattr(configs, "current_chip", lambda: chip._replace(capability=80))
-    assert not configs.current_chip().has_tma
+    monkeypatch.setattr(tables, "current_chip", lambda: chip._replace(capability=80))
+    assert not tables.current_chip().has_tma
     for a, b in zip(expected, scan(cast(inputs, torch.float16)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     compare(inputs, torch.float16)
@@ -386,10 +382,11 @@ def test_both_ways_of_reading_tiles_agree(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_sizes_that_cannot_be_served_say_why() -> None:
     shape = SSDShape(1, 8, 2, 64, 1, 128, 1)
-    assert supports(shape=shape, dtype=torch.bfloat16)[0]
-    assert supports(shape=shape._replace(state=256), dtype=torch.float32)[0]
+    supports = backend_module("triton").supports
+    assert supports("ssd_chunk_scan", shape=shape, dtype=torch.bfloat16)[0]
+    assert supports("ssd_chunk_scan", shape=shape._replace(state=256), dtype=torch.float32)[0]
     for changed, dtype in (({"state": 257}, torch.bfloat16), ({"head_dim": 257}, torch.float32), ({}, torch.float64)):
-        ok, reason = supports(shape=shape._replace(**changed), dtype=dtype)
+        ok, reason = supports("ssd_chunk_scan", shape=shape._replace(**changed), dtype=dtype)
         assert not ok
         assert any(word in reason for word in ("state size 257", "head_dim 257", "float64"))
 
@@ -409,7 +406,7 @@ def test_documents_are_marked_in_the_decays(layout: str) -> None:
         seq_idx = seq_idx[:1].expand(batch, tokens)
     elif layout == "every other token":
         seq_idx = seq_idx.repeat_interleave(2, 1)[:, ::2]
-    given = problem.Arguments(x, dt, A, maps, maps, None, None, None, None, seq_idx, None, False, 0.0, math.inf)
+    given = Scan(x, dt, A, maps, maps, packing=Packing(seq_idx))
     steps = problem.cut(problem.prepare(given), Q, marks=True).steps  # (chunks, H, 2, Q)
     found = steps[:, :, 0].view(batch, -1, heads, Q).mT.flatten(1, 2)[:, :tokens]
     changes = torch.zeros(batch, tokens, 1, device=DEVICE, dtype=torch.float64)

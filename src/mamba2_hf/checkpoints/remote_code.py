@@ -54,6 +54,11 @@ def choose(op: str, device: Any, requested: str | None = None, **call: Any) -> A
     return SimpleNamespace(name="torch", reason="the only backend in this file")
 
 
+def usable(device: Any) -> Any:
+    """Whether there is another backend, and why not."""
+    return False, "this file holds the PyTorch backend only"
+
+
 def backend_module(name: str) -> Any:
     """The PyTorch backend."""
     return _TORCH
@@ -128,7 +133,7 @@ def _load(name: str, modules: dict[str, _Module]) -> None:
 
 def _path(name: str) -> Path:
     path = _ROOT.joinpath(*name.split(".")[1:])
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return path / "__init__.py" if (path / "__init__.py").is_file() else path.with_suffix(".py")
 
 
 def _text(name: str) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from .causal_conv1d import CausalConv1d, convolve, convolve_by
 from .sequence import SequenceLayout
 from .weights import plain_weight
@@ -33,4 +33,4 @@ def causal_convolution(
         y, final = conv1d(x.mT, layout, initial, states).mT, states[0]
     else:
         y, final = convolve_by(conv1d, taps, x, layout, initial)
-    return (y if activation is None else F.silu(y)), final
+    return ops.activate(y, activation), final

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..errors import CacheError
-from ..ops.torch.packing import document_ids
+from ..ops.checks import limits
+from ..ops.packing import document_ids
+from ..ops.spec import decay_rates
 from .causal_conv1d import CausalConv1d
 from .conv import causal_convolution
 from .fp32 import KeepsFp32
@@ -20,7 +21,6 @@ from .sequence import PLAIN, SequenceLayout
 from .state import NOT_RECORDED, SSDState
 from .weights import is_unhooked, plain_linear, plain_weight
 
-MOST_ROWS = 64  # sequences up to which a layer's step by itself was timed, on Hopper, and found faster
 FP32_PARAMETERS = ("A_log", "D", "dt_bias")
 
 
@@ -67,7 +67,7 @@ class Mamba2Mixer(KeepsFp32):
         self.conv_kernel = conv_kernel
         self.inner_size = num_heads * head_dim
         self.conv_size = self.inner_size + 2 * n_groups * state_size
-        self.activation, self.dt_limit, self.chunk_size = activation, dt_limit, chunk_size
+        self.activation, self.dt_limit, self.chunk_size = activation, limits(dt_limit), chunk_size
 
         self.in_proj = nn.Linear(hidden_size, self.inner_size + self.conv_size + num_heads, bias=use_bias)
         self.conv1d = CausalConv1d.depthwise(self.conv_size, conv_kernel, use_conv_bias)
@@ -107,19 +107,20 @@ class Mamba2Mixer(KeepsFp32):
         """``stream + self(norm(stream), layout, state)``, ``(B, 1, d)``, in as few launches as that takes; None where
         it is not one token of a few sequences on a GPU, or a module has to be called.
         """
-        if not stream.is_cuda or stream.shape[1] != 1 or stream.shape[0] > _most_rows(stream.device):
+        if not stream.is_cuda or stream.shape[1] != 1 or stream.shape[0] > ops.step_rows(stream.device):
             return None
         if state is None or not state.started or state.record_past or not layout.is_plain:
             return None
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
             return None
-        arguments = self._arguments(norm)
-        if arguments is None or arguments.pop("in_lora") is not None or arguments.pop("out_lora") is not None:
+        weights = self._layer_weights(norm)
+        if weights is None or weights.in_proj.lora is not None or weights.out_proj.lora is not None:
             return None
         conv_state, ssm_state = state.initial(stream.shape[0])
         assert conv_state is not None  # the state has started
         assert ssm_state is not None
-        return ops.mamba2_layer_step(stream, conv_state, ssm_state, ready=state.ready, **arguments)
+        call = ops.LayerStep(stream, conv_state, ssm_state, weights, self._spec(norm.eps), state.ready)
+        return ops.layer_step(call)
 
     def train_layer(
         self, stream: Tensor, norm: RMSNorm, layout: SequenceLayout, state: SSDState | None
@@ -129,61 +130,41 @@ class Mamba2Mixer(KeepsFp32):
         """
         if state is not None or not torch.is_grad_enabled():
             return None
-        arguments = self._arguments(norm)
-        if arguments is None:
+        weights = self._layer_weights(norm)
+        if weights is None:
             return None
-        dtypes = {arguments[name].dtype for name in ("norm_weight", "in_weight", "out_weight")}
-        for lora in (arguments["in_lora"], arguments["out_lora"]):
-            dtypes |= set() if lora is None else {lora.down.dtype, lora.up.dtype}
+        dtypes = {weights.norm_weight.dtype}
+        for weight, _, down, up, _ in (weights.in_proj, weights.out_proj):
+            dtypes |= {tensor.dtype for tensor in (weight, down, up) if tensor is not None}
         if len(dtypes) > 1 and not torch.is_autocast_enabled(stream.device.type):
             return None
-        return layout.unpack(
-            ops.mamba2_layer(
-                layout.pack(stream),
-                chunk_size=self.chunk_size,
-                seq_idx=layout.seq_idx,
-                cu_seqlens=layout.cu_seqlens,
-                **arguments,
-            )
-        )
+        packing = ops.Packing(layout.seq_idx, layout.cu_seqlens)
+        return layout.unpack(ops.layer(layout.pack(stream), weights, self._spec(norm.eps), packing))
 
-    def _arguments(self, norm: RMSNorm) -> dict[str, Any] | None:
-        """What the ops of a whole layer take of it and of its norm, and what LoRA adds to its projections; None where a
-        module has to be called.
-        """
+    def _layer_weights(self, norm: RMSNorm) -> ops.LayerWeights | None:
+        """The weights of the layer around the mixer, ``norm`` among them; None where a module has to be called."""
+        if not is_unhooked(self):
+            return None
+        before, mixer = plain_weight(norm), self._weights()
         entering, leaving = plain_linear(self.in_proj), plain_linear(self.out_proj)
-        before, conv, inside = plain_weight(norm), plain_weight(self.conv1d), plain_weight(self.norm)
-        if (
-            is_unhooked(self)
-            and before is not None
-            and entering is not None
-            and conv is not None
-            and inside is not None
-            and leaving is not None
-        ):
-            return {
-                "norm_weight": before,
-                "in_weight": entering.weight,
-                "in_bias": entering.bias,
-                "conv_weight": conv.squeeze(1),
-                "conv_bias": self.conv1d.bias,
-                "dt_bias": self.dt_bias,
-                "A_log": self.A_log,
-                "D": self.D,
-                "gated_norm_weight": inside,
-                "out_weight": leaving.weight,
-                "out_bias": leaving.bias,
-                "n_groups": self.n_groups,
-                "activation": self.activation,
-                "norm_eps": norm.eps,
-                "gated_norm_eps": self.norm.eps,
-                "group_size": self.norm.group_size,
-                "norm_before_gate": self.norm.norm_before_gate,
-                "dt_limit": self.dt_limit,
-                "in_lora": entering.lora,
-                "out_lora": leaving.lora,
-            }
+        if before is None or mixer is None or entering is None or leaving is None:
+            return None
+        return ops.LayerWeights(before, entering, mixer, leaving)
+
+    def _weights(self) -> ops.MixerWeights | None:
+        """The weights between the projections; None where a module has to be called."""
+        conv, norm = plain_weight(self.conv1d), plain_weight(self.norm)
+        if conv is not None and norm is not None:
+            return ops.MixerWeights(conv.squeeze(1), self.conv1d.bias, self.dt_bias, None, self.A_log, self.D, norm)
         return None
+
+    def _spec(self, norm_eps: float = 1e-5) -> ops.MixerSpec:
+        """What the mixer is, beside its weights; ``norm_eps`` is of the norm before it."""
+        norm = self.norm
+        return ops.MixerSpec(
+            *(self.head_dim, self.n_groups, self.activation, norm_eps, norm.eps, norm.group_size),
+            *(norm.norm_before_gate, self.dt_limit, self.chunk_size),
+        )
 
     def _inner(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         """What is between the projections: ``(B, T, 2 H P + 2 G N + H)`` to ``(B, T, H P)``."""
@@ -191,26 +172,11 @@ class Mamba2Mixer(KeepsFp32):
         if state is not None and state.started and one_token:
             return self._step(zxbcdt, state)
         conv_initial, ssm_initial = self._initial(zxbcdt, layout, state)
-        conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
-        if conv_weight is not None and norm_weight is not None and not _records(state):
-            inner: Any = ops.mamba2_inner(
-                *(layout.pack(zxbcdt), conv_weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.A, self.D),
-                norm_weight=norm_weight,
-                head_dim=self.head_dim,
-                n_groups=self.n_groups,
-                activation=self.activation,
-                eps=self.norm.eps,
-                group_size=self.norm.group_size,
-                norm_before_gate=self.norm.norm_before_gate,
-                dt_limit=self.dt_limit,
-                chunk_size=self.chunk_size,
-                conv_initial_states=conv_initial,
-                ssm_initial_states=ssm_initial,
-                seq_idx=layout.seq_idx,
-                cu_seqlens=layout.cu_seqlens,
-                return_final_states=state is not None,
-            )
-            y, *final = (inner,) if state is None else inner
+        weights = None if _records(state) else self._weights()
+        if weights is not None:
+            u, packing = layout.pack(zxbcdt), ops.Packing(layout.seq_idx, layout.cu_seqlens)
+            call = ops.Inner(u, weights, self._spec(), packing, conv_initial, ssm_initial, state is not None)
+            y, *final = ops.inner(call)
             y = layout.unpack(y)
         else:
             z, inputs, dt = self._split(zxbcdt)
@@ -273,27 +239,16 @@ class Mamba2Mixer(KeepsFp32):
     @property
     def A(self) -> Tensor:
         """Decay rates ``(H,)``, negative, fp32."""
-        return -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
+        return decay_rates(self.A_log)
 
     def _step(self, zxbcdt: Tensor, state: SSDState) -> Tensor:
         """One token of each sequence, ``(B, 1, 2 H P + 2 G N + H)`` to ``(B, 1, H P)``."""
         conv_state, ssm_state = state.initial(zxbcdt.shape[0])
         assert conv_state is not None  # the state has started
         assert ssm_state is not None
-        conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
-        if conv_weight is not None and norm_weight is not None and not _records(state):
-            return ops.mamba2_step(
-                *(zxbcdt, conv_state, ssm_state, conv_weight.squeeze(1), self.conv1d.bias),
-                *(self.dt_bias, self.A_log, self.D),
-                norm_weight=norm_weight,
-                n_groups=self.n_groups,
-                activation=self.activation,
-                eps=self.norm.eps,
-                group_size=self.norm.group_size,
-                norm_before_gate=self.norm.norm_before_gate,
-                dt_limit=self.dt_limit,
-                log_rates=True,
-            )
+        weights = None if _records(state) else self._weights()
+        if weights is not None:
+            return ops.step(ops.Step(zxbcdt, conv_state, ssm_state, weights, self._spec()))
         z, inputs, dt = self._split(zxbcdt)
         xbc, final = self._convolve(inputs, conv_state, PLAIN)
         x, B, C = self._split_xbc(xbc)
@@ -342,10 +297,3 @@ class Mamba2Mixer(KeepsFp32):
 def _records(state: SSDState | None) -> bool:
     """Whether a state wants what the convolution gives, which ops that do everything at once keep to themselves."""
     return state is not None and state.record_past
-
-
-@torch.compiler.assume_constant_result
-def _most_rows(device: torch.device) -> int:
-    """Sequences up to which :meth:`Mamba2Mixer.step_layer` pays."""
-    is_hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
-    return MOST_ROWS if is_hopper else 1

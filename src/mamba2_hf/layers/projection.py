@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.torch.modes import observed, transformed
+from ..ops.runtime.modes import observed, transformed
 from .weights import plain_weight
 
 SKINNY_ROWS = 4

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..ops import Packing
 from ..ops.checks import check_packing
 
 
@@ -200,7 +201,7 @@ def _flat(batch: int, tokens: int, keep: Tensor | None, cu_seqlens: Tensor) -> S
     last = first + cu_seqlens.shape[0] - 2
     if keep is None:
         return SequenceLayout(cu_seqlens=cu_seqlens, first=first, last=last, breaks=starts[None])
-    check_packing(batch, tokens, None, cu_seqlens)  # before the bounds move to where padding lets them
+    check_packing(batch, tokens, Packing(cu_seqlens=cu_seqlens))  # before the bounds move to where padding lets them
     counted = F.pad(keep[0].long().cumsum(0), (1, 0))  # (T + 1,) tokens that count before each position
     source, slot = _kept(keep)
     return SequenceLayout(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
-from ..ops import LowRank
+from ..ops import Linear, LowRank
 from .causal_conv1d import PLAIN_TENSORS, CausalConv1d
 from .norm import GatedRMSNorm, RMSNorm
 
@@ -49,15 +49,7 @@ def plain_weight(module: nn.Module) -> Tensor | None:
     return weight
 
 
-class PlainLinear(NamedTuple):
-    """What a linear layer computes: ``x @ weight.T + bias`` and what LoRA adds to it."""
-
-    weight: Tensor
-    bias: Tensor | None
-    lora: LowRank | None
-
-
-def plain_linear(module: nn.Module) -> PlainLinear | None:
+def plain_linear(module: nn.Module) -> Linear | None:
     """The tensors of a linear layer if reading them amounts to calling it, else None.
 
     A LoRA layer of PEFT can be read while one adapter of the plain kind is active, with no dropout: A and B are factors
@@ -65,7 +57,7 @@ def plain_linear(module: nn.Module) -> PlainLinear | None:
     """
     weight = plain_weight(module)
     if weight is not None:
-        return PlainLinear(weight, module.bias, None)  # type: ignore[arg-type]
+        return Linear(weight, module.bias)  # type: ignore[arg-type]
     if torch.compiler.is_compiling():
         return None
     peft = sys.modules.get("peft.tuners.lora.layer")  # it cannot be a LoRA layer if nobody has imported them
@@ -87,7 +79,7 @@ def plain_linear(module: nn.Module) -> PlainLinear | None:
         return None
     if down is None or up is None:
         return None
-    return base._replace(lora=LowRank(down, up, lora.scaling[name]))
+    return base.adapted(LowRank(down, up, lora.scaling[name]))
 
 
 def is_unobserved(*modules: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from ..errors import ArgumentError, CacheError
 from ..layers import SequenceLayout, linear, plain_weight
 from ..layers.weights import all_hooked
 from ..ops import linear_cross_entropy
-from ..ops.torch.modes import observed
+from ..ops.runtime.modes import observed
 from . import prefill
 from .backbone import SSDBackbone, batch_and_tokens
 from .cache import Mamba2Cache, as_mamba2_cache, check_implementation, one_cache

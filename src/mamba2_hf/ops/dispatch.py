@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import BackendError
-from . import torch as torch_backend
-from .torch.modes import transformed
+from .runtime.modes import transformed
 
 ENVIRONMENT_VARIABLE = "MAMBA2_HF_BACKEND"
 BACKENDS = ("triton", "torch")  # fastest first
@@ -40,7 +39,7 @@ OPS = (
 LOWEST_CAPABILITY = (8, 0)  # of an NVIDIA GPU, for Triton: the first whose matrix products take bfloat16
 
 _override: str | None = None
-_modules: dict[str, ModuleType] = {"torch": torch_backend}  # a dict, so that compiled graphs can look a backend up
+_modules: dict[str, ModuleType] = {}  # a dict, so that compiled graphs can look a backend up
 
 
 class Choice(NamedTuple):
@@ -108,6 +107,11 @@ def backend_module(name: str) -> ModuleType:
     if name not in _modules:
         _modules[name] = importlib.import_module(f"{__package__}.{name}")
     return _modules[name]
+
+
+def usable(device: torch.device) -> tuple[bool, str]:
+    """Whether Triton can run where the tensors are, and why (not)."""
+    return _usable(device)
 
 
 def report() -> list[BackendStatus]:

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import _FlopCounterMode, register_flop_formula
 
-from .torch.ssd import CHUNK_SIZE
+from .spec import CHUNK_SIZE
 
 Shape = Sequence[int]
 BACKWARD = 3  # of a scan, in forwards
@@ -39,11 +39,6 @@ def register(namespace: str, name: str, formula: Callable[..., int]) -> None:
     for mode in _get_current_dispatch_mode_stack():
         if isinstance(mode, _FlopCounterMode):
             mode.counter.flop_registry[op] = counted
-
-
-def nothing(*args: Any) -> int:
-    """Of an op without matrix products."""
-    return 0
 
 
 def product(rows: int, weight: Shape) -> int:

@@ -1,0 +1,1 @@
+"""The causal depthwise convolution and its update: contract, PyTorch and Triton."""

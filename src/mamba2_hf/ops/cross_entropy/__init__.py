@@ -1,0 +1,1 @@
+"""A language model's head and its loss as one op: contract, PyTorch and Triton."""

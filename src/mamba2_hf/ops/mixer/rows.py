@@ -1,0 +1,409 @@
+"""Decoding a whole layer for several sequences: norm, in_proj, convolution, state, out_proj with norm and residual.
+
+The projections read each weight once and multiply it at the tensor cores, outputs as the rows of a product: there are
+more of them than sequences. The gated norm's scale is one number per sequence and group, multiplied to the sums of
+``out_proj``. Where its outputs are too few to fill a chip, its inputs are split: the program of a tile that comes last
+adds up what all of them found, always in the same order.
+
+The five launches overlap (``overlap.py``). What they do before they wait: a projection asks for its first weights, the
+convolution and the update read states. Only the norm and the convolution let the next kernel start before their own
+wait, so that a state is never read while the kernel that wrote it may be running.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..conv.kernels import columns_of, convolve_columns, load_taps, move_columns
+from ..runtime import tables
+from ..runtime.launch import launch
+from ..runtime.overlap import follow, lead, overlap, prefetch
+from ..runtime.rows import channels_last, dense
+from ..runtime.tables import SILU, cdiv, power_of_two
+from ..scan.prep import _silu
+from ..scan.problem import fits_tma
+from ..scan.update import _step_size
+from .op import LayerStep
+
+
+@triton.jit
+def norm_rows_kernel(x, weight, y, counters, tiles, eps, stride,
+                     D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """The norm of one row of ``x (rows, D)``. ``counters (tiles,)`` are set to zero for the kernels that follow."""
+    row = tl.program_id(0)
+    lead(OVERLAP)
+    values, weights = (), ()
+    squares = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range((D + BLOCK - 1) // BLOCK):
+        k = i * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(x + row.to(tl.int64) * stride + k, mask=k < D, other=0.0).to(tl.float32)
+        values = values + (value,)
+        weights = weights + (tl.load(weight + k, mask=k < D, other=0.0),)
+        squares += value * value
+    scale = tl.rsqrt(tl.sum(squares, 0) / D + eps)
+    for i in tl.static_range((D + BLOCK - 1) // BLOCK):
+        k = i * BLOCK + tl.arange(0, BLOCK)
+        value = values[i] * scale * weights[i].to(tl.float32)
+        tl.store(y + row.to(tl.int64) * D + k, value.to(y.dtype.element_ty), mask=k < D)
+    if row == 0:
+        tile = tl.arange(0, TILES)
+        tl.store(counters + tile, tl.zeros([TILES], tl.int32), mask=tile < tiles)
+
+
+@triton.jit
+def _load_tile(source, row, column, rows, end,
+               ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """Tile ``(ROWS, COLUMNS)`` of a dense ``(rows, WIDTH)``, zero from ``end`` on, with ``TMA`` from ``WIDTH`` on."""
+    if TMA:
+        tile = source.load([row, column])
+    else:
+        r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        mask = (r < rows)[:, None] & (c < end)[None, :]
+        tile = tl.load(source + r.to(tl.int64)[:, None] * WIDTH + c[None, :], mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def _norm_scales(squares, row, group, rows, eps,
+                 GROUPS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    """The norm's scale of one group of each row, ``(BM,)``, given the parts of its sum of squares."""
+    m = row + tl.arange(0, BM)
+    total = tl.zeros([BM, BLOCK], tl.float32)
+    for i in tl.static_range((PARTS + BLOCK - 1) // BLOCK):
+        part = i * BLOCK + tl.arange(0, BLOCK)
+        at = squares + (m * GROUPS + group)[:, None] * PARTS + part[None, :]
+        total += tl.load(at, mask=(m < rows)[:, None] & (part < PARTS)[None, :], other=0.0)
+    return tl.rsqrt(tl.sum(total, 1) / SIZE + eps)
+
+
+@triton.jit
+def _products(x, weight, squares, row, output, first, last, rows, outputs, eps,
+              WIDTH: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
+              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+              PRECISION: tl.constexpr):  # fmt: skip
+    """``weight @ x.T``, ``(BN, BM)``, over some of the blocks into which the inputs fall, ``BK`` at most of one group.
+
+    With several groups the rows of ``x`` are taken times their norm's scales.
+    """
+    groups: tl.constexpr = WIDTH // SIZE
+    blocks: tl.constexpr = (SIZE + BK - 1) // BK
+    sums = tl.zeros([BN, BM], tl.float32)
+    for i in range(first, last):
+        group = i // blocks
+        k = group * SIZE + i % blocks * BK
+        tile = _load_tile(weight, output, k, outputs, (group + 1) * SIZE, BN, BK, WIDTH, TMA)
+        inputs = _load_tile(x, row, k, rows, (group + 1) * SIZE, BM, BK, WIDTH, TMA)
+        if groups > 1:
+            scales = _norm_scales(squares, row, group, rows, eps, groups, SIZE, PARTS, BM, PARTS_BLOCK)
+            sums += tl.dot(tile, inputs.T, input_precision=PRECISION) * scales[None, :]
+        else:
+            sums = tl.dot(tile, inputs.T, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def enter_rows_kernel(x, weight, weight_tiles, bias, u, rows, outputs,
+                      WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
+                      TMA: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """``BN`` outputs of the projection of ``BM`` rows of ``x (rows, WIDTH)``."""
+    tiles_m = tl.cdiv(rows, BM)
+    row, output = tl.program_id(0) % tiles_m * BM, tl.program_id(0) // tiles_m * BN
+    m, n = (row + tl.arange(0, BM))[:, None], (output + tl.arange(0, BN))[None, :]
+    if TMA:
+        prefetch(weight, output, 0, outputs, WIDTH, BN, AHEAD, OVERLAP)
+    follow(OVERLAP)
+    offset = 0.0 if bias is None else tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
+    last: tl.constexpr = (WIDTH + BK - 1) // BK
+    sums = _products(x, weight_tiles, None, row, output, 0, last, rows, outputs, 0.0,
+                     WIDTH, WIDTH, 1, 1, BM, BN, BK, TMA, PRECISION)  # fmt: skip
+    value = (tl.trans(sums) + offset).to(u.dtype.element_ty)
+    tl.store(u + m.to(tl.int64) * outputs + n, value, mask=(m < rows) & (n < outputs))
+
+
+@triton.jit
+def convolve_rows_kernel(u, conv, weight, bias, xbc, inner, channels, outputs, sc_b, sc_c, sc_l,
+                         SILU: tl.constexpr, K: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
+                         OVERLAP: tl.constexpr):  # fmt: skip
+    """The convolution of a block of channels of one row of ``u (rows, outputs)``, to ``xbc (rows, channels)``, fp32;
+    its state ``conv (rows, channels, L)`` moves on.
+    """
+    blocks = tl.cdiv(channels, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = channel < channels
+    conv += row * sc_b
+    columns = columns_of(conv, channel, mask, sc_c, sc_l, L)
+    taps, offset = load_taps(weight, bias, channel, mask, K)
+    lead(OVERLAP)
+    value = tl.load(u + row * outputs + inner + channel, mask=mask, other=0.0)
+    new = value.to(tl.float32)
+    total = convolve_columns(columns, new, taps, offset, value.dtype, SILU, L, K)
+    tl.store(xbc + row * channels + channel, total, mask=mask)
+    tl.debug_barrier()  # threads store to columns that others have loaded
+    move_columns(conv, columns, new, channel, mask, sc_c, sc_l, L)
+
+
+@triton.jit
+def advance_rows_kernel(u, xbc, state, dt_bias, A_log, D, scale, y, squares, low, high, H, outputs,
+                        ss_b, ss_h, ss_p, ss_n,
+                        D_RANK: tl.constexpr, GATE_LAST: tl.constexpr, PER_GROUP: tl.constexpr,
+                        P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+                        DENSE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """One step of a block of a head's channels of one row, with skip, gate and the gated norm's weight ``scale``.
+
+    ``squares (rows, H, blocks)`` receive the sums of squares that the norm needs, ``y (rows, H P)`` what is left to be
+    multiplied by its scales.
+    """
+    pid = tl.program_id(0)
+    blocks: tl.constexpr = (P + BP - 1) // BP
+    row, head, block = (pid // blocks // H).to(tl.int64), pid // blocks % H, pid % blocks
+    p, n = block * BP + tl.arange(0, BP), tl.arange(0, BN)
+    mask_p, mask_n = p < P, n < N
+    mask = mask_p[:, None] & mask_n[None, :]
+    at = state + row * ss_b + head.to(tl.int64) * ss_h
+    at += p[:, None] * N + n[None, :] if DENSE else p[:, None] * ss_p + n[None, :] * ss_n
+    s = tl.load(at, mask=mask, other=0.0)
+    rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
+    bias = 0.0 if dt_bias is None else tl.load(dt_bias + head).to(tl.float32)
+    channel = head * P + p
+    skip = 0.0
+    if D_RANK > 0:
+        skip = tl.load(D + (channel if D_RANK == 2 else head + p * 0), mask=mask_p, other=0.0).to(tl.float32)
+    weight = tl.load(scale + channel, mask=mask_p, other=0.0).to(tl.float32)
+    follow(OVERLAP)
+    inner, groups = H * P, H // PER_GROUP
+    maps = inner + head // PER_GROUP * N + n
+    u += row * outputs
+    xbc += row * (inner + 2 * groups * N)
+    x = tl.load(xbc + channel, mask=mask_p, other=0.0)
+    b = tl.load(xbc + maps, mask=mask_n, other=0.0)
+    c = tl.load(xbc + groups * N + maps, mask=mask_n, other=0.0)
+    gate = _silu(tl.load(u + channel, mask=mask_p, other=0.0).to(tl.float32))
+    step = _step_size(tl.load(u + 2 * inner + 2 * groups * N + head), bias, low, high, True)
+    s = s.to(tl.float32) * tl.exp(step * rate) + (x * step)[:, None] * b[None, :]
+    tl.store(at, s.to(state.dtype.element_ty), mask=mask)
+    out = tl.sum(s * c[None, :], 1) + x * skip
+    if not GATE_LAST:
+        out *= gate
+    tl.store(squares + (row * H + head) * blocks + block, tl.sum(tl.where(mask_p, out * out, 0.0), 0))
+    out *= weight
+    if GATE_LAST:
+        out *= gate
+    tl.store(y + row * inner + channel, out.to(y.dtype.element_ty), mask=mask_p)
+
+
+@triton.jit
+def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, counters, rows, outputs, eps, sx,
+                      WIDTH: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
+                      BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr,
+                      TMA: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """``BN`` outputs of ``x`` plus the projection of ``raw (rows, WIDTH)`` times its norm's scales, for ``BM`` rows.
+
+    ``squares (rows, groups, PARTS)`` are the parts of the sums of squares that the scales come from. ``SPLIT`` programs
+    share the inputs of a tile; ``partial (tiles, SPLIT, BN, BM)`` is theirs, and so are ``counters (tiles,)``, zero
+    before the first.
+    """
+    pid = tl.program_id(0)
+    tile = pid // SPLIT
+    tiles_m = tl.cdiv(rows, BM)
+    row, output = tile % tiles_m * BM, tile // tiles_m * BN
+    groups: tl.constexpr = WIDTH // SIZE
+    blocks: tl.constexpr = groups * ((SIZE + BK - 1) // BK)
+    each: tl.constexpr = (blocks + SPLIT - 1) // SPLIT
+    first = pid % SPLIT * each
+    if TMA:
+        prefetch(weight, output, first * BK, outputs, WIDTH, BN, AHEAD, OVERLAP)
+    follow(OVERLAP)
+    sums = _products(raw, weight_tiles, squares, row, output, first, tl.minimum(first + each, blocks),
+                     rows, outputs, eps, WIDTH, SIZE, PARTS, PARTS_BLOCK, BM, BN, BK, TMA, PRECISION)  # fmt: skip
+    m, n = (row + tl.arange(0, BM)).to(tl.int64)[:, None], (output + tl.arange(0, BN))[None, :]
+    mask = (m < rows) & (n < outputs)
+    added = tl.load(x + m * sx + n, mask=mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        added += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
+    scales = tl.full([BM], 1.0, tl.float32)
+    if groups == 1:
+        scales = _norm_scales(squares, row, 0, rows, eps, 1, SIZE, PARTS, BM, PARTS_BLOCK)
+    at_y = y + m * outputs + n
+    if SPLIT == 1:
+        tl.store(at_y, (tl.trans(sums) * scales[:, None] + added).to(y.dtype.element_ty), mask=mask)
+    else:
+        at = (
+            partial + tile.to(tl.int64) * (SPLIT * BN * BM) + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        )
+        tl.store(at + pid % SPLIT * (BN * BM), sums)
+        tl.debug_barrier()  # what all threads stored is there before the count says so
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1:
+            sums = tl.zeros([BN, BM], tl.float32)
+            for i in tl.static_range(SPLIT):
+                sums += tl.load(at + i * (BN * BM), cache_modifier=".cg")
+            tl.store(at_y, (tl.trans(sums) * scales[:, None] + added).to(y.dtype.element_ty), mask=mask)
+
+
+def rows_step(call: LayerStep) -> Tensor:
+    """Launches the layer for ``stream (B, 1, d)``; both states are updated in place."""
+    stream, conv_state, ssm_state, weights, spec, _ = call
+    conv_weight, conv_bias, dt_bias, _, _, D, gated_norm_weight = weights.mixer
+    (in_weight, in_bias, *_), (out_weight, out_bias, *_) = weights.in_proj, weights.out_proj
+    group_size = spec.group_size
+    rows, _, size = stream.shape
+    heads, P, N = ssm_state.shape[1:]
+    inner, device = heads * P, stream.device
+    stream, options = channels_last(stream), overlap()
+    leave = tables.leave(tables.current_chip(), out_weight.dtype, rows, inner, size)
+    counters = torch.empty(cdiv(size, leave.BN) * cdiv(rows, leave.BM), dtype=torch.int32, device=device)
+    normed = _norm(stream, weights.norm_weight, spec.norm_eps, counters, in_weight.dtype)
+    u = _enter(normed, in_weight, in_bias)
+    xbc = _convolve(u, conv_state, conv_weight, conv_bias, inner, SILU[spec.activation])
+
+    bn = power_of_two(N)
+    bp = min(tables.ROWS_STATE_TILE // bn, power_of_two(P))
+    blocks = cdiv(P, bp)
+    raw = torch.empty(rows, inner, dtype=out_weight.dtype, device=device)
+    squares = torch.empty(rows, inner // group_size, group_size // P * blocks, dtype=torch.float32, device=device)
+    launch(
+        advance_rows_kernel,
+        (rows * heads * blocks,),
+        *(u, xbc, ssm_state, dense(dt_bias), weights.mixer.decay.contiguous(), dense(D), dense(gated_norm_weight)),
+        *(raw, squares, *spec.dt_limit, heads, u.shape[1], *ssm_state.stride()),
+        D_RANK=0 if D is None else D.dim(),
+        GATE_LAST=spec.norm_before_gate,
+        PER_GROUP=heads // spec.n_groups,
+        P=P,
+        N=N,
+        BP=bp,
+        BN=bn,
+        DENSE=ssm_state.stride()[2:] == (N, 1),
+        num_warps=1,
+        **options,
+    )
+    return _leave(raw, squares, out_weight, out_bias, stream, spec.gated_norm_eps, counters, leave)
+
+
+def _norm(stream: Tensor, weight: Tensor, eps: float, counters: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(B, 1, d)`` to its norm ``(B, d)``; sets ``counters`` to zero."""
+    rows, _, size = stream.shape
+    y = torch.empty(rows, size, dtype=dtype, device=stream.device)
+    launch(
+        norm_rows_kernel,
+        (rows,),
+        *(stream, weight.contiguous(), y, counters, counters.shape[0], eps, stream.stride(0)),
+        D=size,
+        BLOCK=min(tables.ROWS_NORM_BLOCK, power_of_two(size)),
+        TILES=power_of_two(counters.shape[0]),
+        num_warps=4,
+        **overlap(),
+    )
+    return y
+
+
+def _enter(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x (B, d)`` to its projection ``(B, outputs)``."""
+    (rows, size), outputs = x.shape, weight.shape[0]
+    chip = tables.current_chip()
+    config = tables.enter(chip, weight.dtype, rows)
+    u = torch.empty(rows, outputs, dtype=weight.dtype, device=x.device)
+    weight = weight.contiguous()
+    tma, (inputs, weights) = _tiled(chip, size, (x, config.BM, config.BK), (weight, config.BN, config.BK))
+    launch(
+        enter_rows_kernel,
+        (cdiv(outputs, config.BN) * cdiv(rows, config.BM),),
+        *(inputs, weight, weights, dense(bias), u, rows, outputs),
+        WIDTH=size,
+        **_sizes(config, chip, weight),
+        TMA=tma,
+        **overlap(),
+    )
+    return u
+
+
+def _convolve(u: Tensor, conv: Tensor, weight: Tensor, bias: Tensor | None, inner: int, silu: bool) -> Tensor:
+    """The convolution of ``u (B, outputs)``, ``(B, channels)`` in fp32; ``conv`` is moved on in place."""
+    rows, outputs = u.shape
+    channels, taps = weight.shape
+    xbc = torch.empty(rows, channels, dtype=torch.float32, device=u.device)
+    launch(
+        convolve_rows_kernel,
+        (rows * cdiv(channels, tables.ROWS_CONV_BLOCK),),
+        *(u, conv, weight.contiguous(), dense(bias), xbc, inner, channels, outputs, *conv.stride()),
+        SILU=silu,
+        K=taps,
+        L=conv.shape[2],
+        BLOCK=tables.ROWS_CONV_BLOCK,
+        num_warps=2,
+        **overlap(),
+    )
+    return xbc
+
+
+def _leave(
+    raw: Tensor,
+    squares: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stream: Tensor,
+    eps: float,
+    counters: Tensor,
+    config: tables.Projection,
+) -> Tensor:
+    """``stream`` plus the projection of ``raw (B, H P)`` times its norm's scales."""
+    rows, _, size = stream.shape
+    width = raw.shape[1]
+    _, groups, parts = squares.shape
+    chip = tables.current_chip()
+    y = torch.empty(rows, 1, size, dtype=stream.dtype, device=raw.device)
+    partial = None
+    if config.split > 1:
+        partial = torch.empty(
+            counters.shape[0], config.split, config.BN, config.BM, dtype=torch.float32, device=raw.device
+        )
+    weight = weight.contiguous()
+    tma, (inputs, weights) = _tiled(chip, width // groups, (raw, config.BM, config.BK), (weight, config.BN, config.BK))
+    launch(
+        leave_rows_kernel,
+        (counters.shape[0] * config.split,),
+        *(inputs, squares, weight, weights, dense(bias), stream, y, partial, counters),
+        *(rows, size, eps, stream.stride(0)),
+        WIDTH=width,
+        SIZE=width // groups,
+        PARTS=parts,
+        PARTS_BLOCK=min(tables.PARTS_BLOCK, power_of_two(parts)),
+        SPLIT=config.split,
+        **_sizes(config, chip, weight),
+        TMA=tma,
+        **overlap(),
+    )
+    return y
+
+
+def _sizes(config: tables.Projection, chip: tables.Chip, weight: Tensor) -> dict[str, Any]:
+    return {
+        "BM": config.BM,
+        "BN": config.BN,
+        "BK": config.BK,
+        "AHEAD": config.ahead if config.ahead <= weight.shape[1] else 0,
+        "PRECISION": tables.precision(chip, weight.dtype),
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+def _tiled(chip: tables.Chip, group_size: int, *matrices: tuple[Tensor, int, int]) -> tuple[bool, list[Any]]:
+    """Whether tiles are copied by descriptor, and the descriptors; else the matrices.
+
+    Matrices come with the rows and columns of a tile. One that goes past its group must not be copied as it is.
+    """
+    whole = all(group_size == tensor.shape[1] or group_size % columns == 0 for tensor, _, columns in matrices)
+    if not (chip.has_tma and whole and all(fits_tma(tensor) for tensor, _, _ in matrices)):
+        return False, [tensor for tensor, _, _ in matrices]
+    return True, [
+        TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
+        for tensor, rows, columns in matrices
+    ]

@@ -1,0 +1,129 @@
+"""A mixer between its projections, its step, and a whole layer, in PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..conv.op import Conv, ConvUpdate
+from ..conv.torch import causal_conv1d, causal_conv1d_update
+from ..norm.op import Norm
+from ..norm.torch import gated_rms_norm
+from ..runtime.modes import in_steps, recomputed, without_autocast
+from ..scan.op import Scan, Update
+from ..scan.torch import ssd_chunk_scan, ssd_state_update
+from ..spec import CHUNK_SIZE, Linear, MixerWeights
+from .op import Inner, Layer, LayerStep, Step
+
+SEGMENT_TOKENS = 512  # of all rows, on a CPU: what they need stays in the caches and in the allocator
+
+
+def mamba2_inner(call: Inner) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mamba2_hf.ops.mamba2_inner`. Where gradients are needed only the inputs are kept.
+
+    The states come at no cost here, so they are there whether asked for or not.
+    """
+    u, packing, conv, ssm = call.zxbcdt, call.packing, call.conv_initial_states, call.ssm_initial_states
+
+    def run(segment: Tensor, conv: Tensor | None, ssm: Tensor | None, *weights: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _segment(Inner(segment, MixerWeights(*weights), call.spec, packing, conv, ssm))
+
+    segments: tuple[Tensor, ...] = (u,)
+    if in_steps(u.device) and packing == (None, None):
+        segments = u.split(CHUNK_SIZE * max(1, SEGMENT_TOKENS // (CHUNK_SIZE * u.shape[0])), 1)
+    ys = []
+    with without_autocast(u.device):
+        for segment in segments:
+            y, conv, ssm = recomputed(run, segment, conv, ssm, *call.weights)
+            ys.append(y)
+    assert conv is not None  # there is a segment
+    assert ssm is not None
+    return torch.cat(ys, 1) if len(ys) > 1 else ys[0], conv, ssm
+
+
+def _segment(call: Inner) -> tuple[Tensor, Tensor, Tensor]:
+    """The mixer over some tokens of each row."""
+    _, weights, spec, packing, conv_initial, ssm_initial, _ = call
+    shape = call.shape
+    inner, bc = shape.heads * shape.head_dim, shape.groups * shape.state
+    z, xbc, dt = call.zxbcdt.split([inner, inner + 2 * bc, shape.heads], -1)
+    xbc, conv_state = causal_conv1d(
+        Conv(xbc, weights.conv_weight, weights.conv_bias, conv_initial, packing, spec.activation)
+    )
+    x, B, C = xbc.split([inner, bc, bc], -1)
+    heads, groups = (shape.heads, shape.head_dim), (shape.groups, shape.state)
+    gated = weights.gated_norm_weight is None  # without a norm the gate is the scan's own
+    y, state = ssd_chunk_scan(
+        Scan(
+            *(x.unflatten(-1, heads), dt, weights.rates, B.unflatten(-1, groups), C.unflatten(-1, groups)),
+            *(weights.D, z.unflatten(-1, heads) if gated else None, weights.dt_bias, ssm_initial, packing),
+            *(True, spec.dt_limit, spec.chunk_size),
+        ),
+        recompute=False,
+    )
+    return _normed(call, y.flatten(-2), z), conv_state, state
+
+
+def mamba2_step(call: Step) -> Tensor:
+    """See :func:`mamba2_hf.ops.mamba2_step`."""
+    weights, spec, shape = call.weights, call.spec, call.shape
+    A, inner, bc = weights.rates, shape.heads * shape.head_dim, shape.groups * shape.state
+    z, xbc, dt = call.zxbcdt.split([inner, inner + 2 * bc, shape.heads], -1)
+    convolved = causal_conv1d_update(
+        ConvUpdate(xbc, call.conv_state, weights.conv_weight, weights.conv_bias, spec.activation)
+    )
+    x, B, C = convolved.split([inner, bc, bc], -1)
+    heads, groups = (shape.heads, shape.head_dim), (shape.groups, shape.state)
+    ys = [
+        ssd_state_update(
+            Update(
+                *(call.ssm_state, x[:, t].unflatten(-1, heads), dt[:, t], A),
+                *(B[:, t].unflatten(-1, groups), C[:, t].unflatten(-1, groups), weights.D),
+                z[:, t].unflatten(-1, heads) if weights.gated_norm_weight is None else None,
+                *(weights.dt_bias, True, spec.dt_limit),
+            )
+        )
+        for t in range(shape.tokens)
+    ]
+    return _normed(call, torch.stack(ys, 1).flatten(-2), z)
+
+
+def mamba2_layer(call: Layer) -> Tensor:
+    """See :func:`mamba2_hf.ops.mamba2_layer`; products are taken in ``dtype`` by the autocast that asked for it."""
+    zxbcdt = _project(_entering(call, call.dtype), call.weights.in_proj)
+    y, _, _ = mamba2_inner(call.mixer(zxbcdt, call.weights.mixer.rates))
+    return call.stream + _project(y, call.weights.out_proj)
+
+
+def mamba2_layer_step(call: LayerStep) -> Tensor:
+    """See :func:`mamba2_hf.ops.mamba2_layer_step`."""
+    stream, conv_state, ssm_state, weights, spec, _ = call
+    zxbcdt = _project(_entering(call, weights.in_proj.weight.dtype), weights.in_proj)
+    y = mamba2_step(Step(zxbcdt, conv_state, ssm_state, weights.mixer, spec))
+    return stream + _project(y, weights.out_proj)
+
+
+def _entering(call: Layer | LayerStep, dtype: torch.dtype) -> Tensor:
+    """The norm of the stream."""
+    stream, norm_weight, eps = call.stream, call.weights.norm_weight, call.spec.norm_eps
+    return gated_rms_norm(Norm(stream, None, norm_weight, eps, stream.shape[2], False, dtype))
+
+
+def _normed(call: Inner | Step, y: Tensor, z: Tensor) -> Tensor:
+    """The gated norm of ``y (B, T, H P)``, where there is one."""
+    weight, spec = call.weights.gated_norm_weight, call.spec
+    if weight is None:
+        return y
+    return gated_rms_norm(Norm(y, z, weight, spec.gated_norm_eps, spec.group_size, spec.norm_before_gate, y.dtype))
+
+
+def _project(x: Tensor, linear: Linear) -> Tensor:
+    """A projection and what is added to it."""
+    y, lora = F.linear(x, linear.weight, linear.bias), linear.lora
+    if lora is None:
+        return y
+    lowered = F.linear(x, lora.down.to(y.dtype)).flatten(0, 1)
+    return torch.addmm(y.flatten(0, 1), lowered, lora.up.to(y.dtype).t(), alpha=lora.scale).view_as(y)

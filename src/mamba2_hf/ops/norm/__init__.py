@@ -1,0 +1,1 @@
+"""The gated RMS norm: contract, PyTorch and Triton."""

@@ -1,0 +1,262 @@
+"""RMSNorm over groups of channels, forward and backward: plain, or gated in either order.
+
+A program holds one group of one or a few rows, cut into chunks of a power of two so that widths such as 5120 waste no
+lanes. Nothing but the inputs is kept for the backward, which recomputes the mean square; there each program takes a run
+of rows, so that the weight's gradient is summed in registers, then over programs in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..runtime import tables
+from ..runtime.launch import launch
+from ..runtime.op import op
+from ..runtime.rows import channels_last, vector_strides
+from ..runtime.sums import sum_rows
+from ..runtime.tables import cdiv
+from .op import Norm
+
+
+@triton.jit
+def _load(base, row, stride, column, mask, UNIT: tl.constexpr):
+    """A tile ``(rows, columns)`` in its own dtype; rows are ``stride * UNIT`` apart."""
+    return tl.load(base + row.to(tl.int64)[:, None] * stride * UNIT + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(base, row, stride, column, value, mask, UNIT: tl.constexpr):
+    tl.store(base + row.to(tl.int64)[:, None] * stride * UNIT + column[None, :], value.to(base.dtype.element_ty), mask)
+
+
+@triton.jit
+def _silu(z):
+    return z * tl.sigmoid(z)
+
+
+@triton.jit
+def norm_forward_kernel(x, z, weight, y, M, eps, sx, sz, sy,
+                        SIZE: tl.constexpr, GATE_LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
+                        BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
+    """One group of ``ROWS`` rows."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * SIZE
+    values, gates = (), ()
+    squares = tl.zeros([ROWS, BLOCK], tl.float32)
+    for k in tl.static_range(CHUNKS):
+        column = k * BLOCK + tl.arange(0, BLOCK)
+        mask = (row < M)[:, None] & (column < SIZE)[None, :]
+        value = _load(x, row, sx, first + column, mask, UNIT).to(tl.float32)
+        if z is not None:
+            gate = _silu(_load(z, row, sz, first + column, mask, UNIT).to(tl.float32))
+            if not GATE_LAST:
+                value *= gate
+            gates = gates + (gate,)
+        squares += value * value
+        values = values + (value,)
+    scale = tl.rsqrt(tl.sum(squares, 1) / SIZE + eps)[:, None]
+    for k in tl.static_range(CHUNKS):
+        column = k * BLOCK + tl.arange(0, BLOCK)
+        w = tl.load(weight + first + column, mask=column < SIZE, other=0.0).to(tl.float32)
+        value = values[k] * scale * w[None, :]
+        if GATE_LAST and z is not None:
+            value *= gates[k]
+        _store(y, row, sy, first + column, value, (row < M)[:, None] & (column < SIZE)[None, :], UNIT)
+
+
+@triton.jit
+def _load_row(x, z, dy, more, row, first, end, sx, sz, sdy, smore,
+              SIZE: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
+    """What the backward reads of some rows, in chunks: x, dy, z and more of dx."""
+    values, gradients, gates, others = (), (), (), ()
+    for k in tl.static_range(CHUNKS):
+        column = k * BLOCK + tl.arange(0, BLOCK)
+        mask = (row < end)[:, None] & (column < SIZE)[None, :]
+        values = values + (_load(x, row, sx, first + column, mask, UNIT),)
+        gradients = gradients + (_load(dy, row, sdy, first + column, mask, UNIT),)
+        if z is not None:
+            gates = gates + (_load(z, row, sz, first + column, mask, UNIT),)
+        if more is not None:
+            others = others + (_load(more, row, smore, first + column, mask, UNIT),)
+    return values, gradients, gates, others
+
+
+@triton.jit
+def norm_backward_kernel(x, z, weight, dy, more, dx, dz, y, partial, M, RUN, eps, sx, sz, sdy, smore, sdx, sdz, sy,
+                         SIZE: tl.constexpr, GATE_LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
+                         BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
+    """Dx and dz of one group in ``RUN`` rows, and their share of dweight; where it has a place, the forward's y again.
+
+    With ``u`` the normed input, ``n = u r`` and ``e`` the gradient of ``n``: ``du = r (e - n mean(e n))``. ``more``, if
+    any, is added to dx. The rows after the current ones are under way while it is computed.
+    """
+    first = tl.program_id(1) * SIZE
+    r0 = tl.program_id(0) * RUN
+    end = tl.minimum(r0 + RUN, M)
+    sums, weights = (), ()
+    for k in tl.static_range(CHUNKS):
+        column = k * BLOCK + tl.arange(0, BLOCK)
+        sums = sums + (tl.zeros([ROWS, BLOCK], tl.float32),)
+        weights = weights + (tl.load(weight + first + column, mask=column < SIZE, other=0.0),)
+    row = r0 + tl.arange(0, ROWS)
+    values, gradients, gates, others = _load_row(
+        x, z, dy, more, row, first, end, sx, sz, sdy, smore, SIZE, UNIT, BLOCK, CHUNKS
+    )
+    for step in range(0, RUN, ROWS):
+        row = r0 + step + tl.arange(0, ROWS)
+        xs, dys, zs, rest = values, gradients, gates, others
+        values, gradients, gates, others = _load_row(
+            x, z, dy, more, row + ROWS, first, end, sx, sz, sdy, smore, SIZE, UNIT, BLOCK, CHUNKS
+        )
+        # Sums over threads cost more than sums in them: one of each, after the chunks.
+        squares, projection = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
+        sigmoids = ()
+        for k in tl.static_range(CHUNKS):
+            u, e = xs[k].to(tl.float32), dys[k].to(tl.float32)
+            e *= weights[k].to(tl.float32)[None, :]
+            if z is not None:
+                raw = zs[k].to(tl.float32)
+                sigmoid = tl.sigmoid(raw)
+                sigmoids = sigmoids + (sigmoid,)
+                if GATE_LAST:
+                    e *= raw * sigmoid
+                else:
+                    u *= raw * sigmoid
+            squares += u * u
+            projection += u * e
+        scale = tl.rsqrt(tl.sum(squares, 1) / SIZE + eps)
+        mean = (tl.sum(projection, 1) / SIZE * scale * scale * scale)[:, None]  # so that du = r e - u * mean
+        scale = scale[:, None]
+        added = ()
+        for k in tl.static_range(CHUNKS):
+            column = k * BLOCK + tl.arange(0, BLOCK)
+            mask = (row < end)[:, None] & (column < SIZE)[None, :]
+            value, gradient = xs[k].to(tl.float32), dys[k].to(tl.float32)
+            w = weights[k].to(tl.float32)[None, :]
+            if z is not None:
+                raw = zs[k].to(tl.float32)
+                gate = raw * sigmoids[k]
+                slope = sigmoids[k] * (1.0 + raw - gate)
+                if GATE_LAST:
+                    normed = value * scale
+                    result = normed * w * gate
+                    dgate = gradient * w * normed
+                    gradient *= gate
+                    dvalue = gradient * w * scale - value * mean
+                else:
+                    u = value * gate
+                    normed = u * scale
+                    result = normed * w
+                    du = gradient * w * scale - u * mean
+                    dgate = du * value
+                    dvalue = du * gate
+                _store(dz, row, sdz, first + column, dgate * slope, mask, UNIT)
+            else:
+                normed = value * scale
+                result = normed * w
+                dvalue = gradient * w * scale - value * mean
+            if y is not None:
+                _store(y, row, sy, first + column, result, mask, UNIT)
+            if more is not None:
+                dvalue += rest[k].to(tl.float32)
+            _store(dx, row, sdx, first + column, dvalue, mask, UNIT)
+            share = gradient * normed
+            added = added + (sums[k] + share,)
+        sums = added
+    width = tl.num_programs(1) * SIZE
+    for k in tl.static_range(CHUNKS):
+        column = k * BLOCK + tl.arange(0, BLOCK)
+        to = partial + tl.program_id(0).to(tl.int64) * width + first + column
+        tl.store(to, tl.sum(sums[k], 0), mask=column < SIZE)
+
+
+def norm_forward(call: Norm) -> Tensor:
+    """Launches the forward."""
+    x, z, weight, eps, group_size, norm_before_gate, dtype = call
+    width = x.shape[-1]
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    rows, gate = _as_rows(x), _as_rows(z)
+    unit, strides = vector_strides(rows, gate, _as_rows(y))
+    tile = tables.norm_tile(group_size, *tables.NORM_FORWARD)
+    launch(
+        norm_forward_kernel,
+        (cdiv(rows.shape[0], tile.rows), width // group_size),
+        *(rows, gate, weight.contiguous(), y, rows.shape[0], eps, *strides),
+        SIZE=group_size,
+        GATE_LAST=norm_before_gate,
+        UNIT=unit,
+        ROWS=tile.rows,
+        BLOCK=tile.block,
+        CHUNKS=tile.chunks,
+        num_warps=tile.warps,
+    )
+    return y
+
+
+class NormGradients(NamedTuple):
+    """Gradients of a norm's inputs."""
+
+    x: Tensor
+    z: Tensor | None
+    weight: Tensor
+
+
+def norm_backward(
+    dy: Tensor, call: Norm, *, more: Tensor | None = None, dz: Tensor | None = None, y: Tensor | None = None
+) -> NormGradients:
+    """Launches the backward.
+
+    Args:
+        dy: the gradient.
+        call: the forward's arguments.
+        more: what else the gradient of ``x`` is to contain, shaped as ``x``.
+        dz: the (strided) tensor that receives the gate's gradient; a new one if None.
+        y: where the forward's result goes once more, contiguous; nowhere if None.
+    """
+    x, z, weight, eps, group_size, norm_before_gate, _ = call
+    width = x.shape[-1]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if z is not None and dz is None:
+        dz = torch.empty(z.shape, dtype=z.dtype, device=x.device)
+    read = [_as_rows(t) for t in (x, z, dy, more)]
+    written = [None if t is None else t.view(-1, width) for t in (dx, dz, y)]
+    unit, strides = vector_strides(*read, *written)
+    tile = tables.norm_tile(group_size, *tables.NORM_BACKWARD)
+    rows, groups = read[0].shape[0], width // group_size
+    run = cdiv(cdiv(rows * groups * tile.warps, tables.NORM_BACKWARD_WARPS), tile.rows) * tile.rows
+    programs = cdiv(rows, run)
+    partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    launch(
+        norm_backward_kernel,
+        (programs, groups),
+        *(*read[:2], weight.contiguous(), *read[2:], *written, partial, rows, run, eps, *strides),
+        SIZE=group_size,
+        GATE_LAST=norm_before_gate,
+        UNIT=unit,
+        ROWS=tile.rows,
+        BLOCK=tile.block,
+        CHUNKS=tile.chunks,
+        num_warps=tile.warps,
+    )
+    return NormGradients(dx, dz, sum_rows(partial, weight.dtype))
+
+
+@op("rms_norm", fake=lambda call: call.x.new_empty(call.x.shape, dtype=call.dtype))
+def gated_rms_norm(call: Norm) -> Tensor:
+    """See :func:`mamba2_hf.ops.gated_rms_norm`."""
+    return norm_forward(call)
+
+
+@gated_rms_norm.backward
+def _backward(call: Norm, dy: Tensor) -> NormGradients:
+    return norm_backward(dy, call)
+
+
+def _as_rows(x: Tensor | None) -> Any:
+    """``x`` as ``(rows, width)``, None where there is none."""
+    return None if x is None else channels_last(x.reshape(-1, x.shape[-1]))

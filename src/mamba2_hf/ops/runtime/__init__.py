@@ -1,0 +1,1 @@
+"""How ops are launched, and what they may ask of their surroundings and of the chip."""

@@ -1,0 +1,181 @@
+"""The SSD scan on Triton: which kernels a call gets, and the order of the passes, forward and back.
+
+The forward leaves nothing but its inputs for the backward, which recomputes the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import flops
+from ..runtime import tables
+from ..runtime.launch import launch
+from ..runtime.op import op
+from ..runtime.sums import sum_rows
+from ..runtime.tables import cdiv
+from . import portable
+from .op import Scan
+from .prep import prep_backward_kernel
+from .problem import Call, Into, cut, fits_tma, last_contiguous, prepare
+from .ssd_forward import link_kernel
+
+
+class ScanPasses:
+    """The passes of one scan: what its forward and its backward have in common is prepared once."""
+
+    def __init__(self, given: Scan) -> None:
+        self.given = given
+        self.call = prepare(given)
+        self.kernels = _kernels(self.call)
+        if self.kernels is portable and tables.takes_fp32(self.call.shape, given.x.dtype):
+            z = None if given.z is None else given.z.float()
+            self.call = prepare(given._replace(x=given.x.float(), B=given.B.float(), C=given.C.float(), z=z))
+        self.cut = cut(self.call, self.kernels.chunk_size(self.call), marks=self.kernels is not portable)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """``y`` and the final states."""
+        y, final = self.kernels.walk(self.call, self.cut, self._entry())
+        return y.to(self.given.x.dtype), final
+
+    def backward(self, dy: Tensor, dfinal: Tensor | None, into: Into | None = None) -> tuple[Tensor | None, ...]:
+        """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial states, each in its tensor's dtype.
+
+        Args:
+            dy: gradient of y. dfinal: gradient of the final states, or None.
+            into: where those of x, B, C and dt go; new tensors if None.
+        """
+        given, call, pieces = self.given, self.call, self.cut
+        dy = last_contiguous(dy.to(call.args.x.dtype))
+        if call.tma and not (fits_tma(dy) and dy.stride(2) == dy.shape[3]):
+            dy = dy.clone(memory_format=torch.contiguous_format)
+        leave = dfinal if dfinal is None else dfinal.contiguous()
+        leave = self._between(reverse=True, inputs=dy, maps=call.args.C, outer=leave)
+        found = self.kernels.gradients(call, pieces, dy, self._entry(), leave, into)
+
+        batch, tokens, heads = call.args.dt.shape
+        if into is None:
+            new = torch.zeros if call.packed else torch.empty
+            ddt = new(batch, tokens, heads, dtype=given.dt.dtype, device=dy.device)
+        else:
+            ddt = into.ddt.zero_() if call.packed else into.ddt
+        dots = found.dots.shape[2]
+        shares = torch.empty(pieces.chunks, 3 if dots == 4 else 2, heads, dtype=torch.float32, device=dy.device)
+        launch(
+            prep_backward_kernel,
+            (pieces.chunks, cdiv(heads, tables.PREP_HEADS)),
+            *(
+                call.args.dt,
+                call.args.dt_bias,
+                call.args.A,
+                pieces.steps,
+                found.dots,
+                found.ends,
+                ddt,
+                shares,
+                pieces.chunk_table,
+            ),
+            *(tokens, pieces.per_row, heads, *given.dt_limit, *call.args.dt.stride()[:2], *ddt.stride()[:2]),
+            **call.prep_flags(pieces.Q),
+            DOTS=dots,
+        )
+        share = sum_rows(shares, torch.float32)  # of A, dt_bias and D
+        dx, dB, dC, dD, dz = found.dx, found.dB, found.dC, found.dD, found.dz
+        if into is None:
+            dx, dB, dC = (t.to(given.x.dtype) for t in (dx, dB, dC))
+        else:
+            dx, dB, dC = (_place(*pair) for pair in zip((dx, dB, dC), into, strict=False))
+        if dD is None and given.D is not None:
+            dD = share[2]
+        bias, initial = given.dt_bias, given.initial_states
+        return (
+            dx,
+            ddt,
+            share[0].to(given.A.dtype),
+            dB,
+            dC,
+            None if given.D is None else dD.to(given.D.dtype),
+            None if dz is None else dz.to(given.x.dtype),
+            None if bias is None else share[1].to(bias.dtype),
+            None if initial is None else found.dinitial.to(initial.dtype),
+        )
+
+    def _entry(self) -> Tensor | None:
+        """The state that enters each segment, ``(segments, H, P, N)``; None where all are zero."""
+        call = self.call
+        return self._between(reverse=False, inputs=call.args.x, maps=call.args.B, outer=call.args.initial_states)
+
+    def _between(self, *, reverse: bool, inputs: Tensor, maps: Tensor, outer: Tensor | None) -> Tensor | None:
+        """The state (or its gradient) that enters each segment in walking direction; ``outer`` enters sequences."""
+        if self.cut.per_sequence == 1:
+            return outer
+        heads, P, N = self.call.shape.heads, self.call.shape.head_dim, self.call.shape.state
+        states, decay = self.kernels.summaries(self.call, self.cut, reverse=reverse, inputs=inputs, maps=maps)
+        launch(
+            link_kernel,
+            (self.call.shape.states, cdiv(P * N, tables.LINK_BLOCK), heads),
+            *(states, decay, outer, self.cut.first_segment, self.cut.per_sequence, heads),
+            P=P,
+            N=N,
+            BLOCK=tables.LINK_BLOCK,
+            REVERSE=reverse,
+            HAS_OUTER=outer is not None,
+            PACKED=self.call.packed,
+        )
+        return states
+
+
+def _fake(call: Scan) -> tuple[Tensor, Tensor]:
+    _, _, heads, P, _, N, states = call.shape
+    return call.x.new_empty(call.x.shape), call.x.new_empty(states, heads, P, N, dtype=torch.float32)
+
+
+def _flops(call: Any) -> int:
+    return flops.scan(call.x, call.B, call.packing.cu_seqlens)
+
+
+@op("ssd_chunk_scan", fake=_fake, flops=(_flops, lambda call: flops.BACKWARD * _flops(call)))
+def scan(call: Scan) -> tuple[Tensor, Tensor]:
+    """``y`` and the final states."""
+    return ScanPasses(call).forward()
+
+
+@scan.backward
+def _backward(call: Scan, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+    return ScanPasses(call).backward(dy, dfinal)
+
+
+def ssd_chunk_scan(call: Scan) -> tuple[Tensor, Tensor]:
+    """See :func:`mamba2_hf.ops.ssd_chunk_scan`; always returns the final states too."""
+    dtype = call.x.dtype
+    z = None if call.z is None else call.z.to(dtype)
+    y, states = scan(call._replace(B=call.B.to(dtype), C=call.C.to(dtype), z=z))
+    return y, states
+
+
+def _place(found: Tensor, target: Tensor) -> Tensor:
+    """``found`` in its place, where it is not there yet."""
+    return target if found.data_ptr() == target.data_ptr() else target.copy_(found)
+
+
+def _kernels(call: Call) -> ModuleType:
+    """The module that launches the fastest kernels for a call."""
+    if tables.hopper_kernels(call.chip, call.shape, call.args.x.dtype):
+        hopper = _hopper()
+        if hopper is not None and hopper.serves(call):
+            return hopper
+    return portable
+
+
+@functools.cache
+def _hopper() -> ModuleType | None:
+    """The launches for Hopper; None where Gluon, an experimental part of Triton, has changed."""
+    try:
+        from . import hopper
+    except (ImportError, AttributeError):
+        return None
+    return hopper

@@ -1,0 +1,159 @@
+"""What a mixer is, what its weights are and how its tokens are packed: the records that ops take.
+
+A record is a named tuple: frozen, hashable where it holds no tensors, as cheap to make as a tuple. The record of an op
+names its arguments once; its schema, autograd and checks follow from the fields (``runtime/op.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, NamedTuple
+
+import torch
+from torch import Tensor
+
+INF = math.inf
+CHUNK_SIZE = 64  # tokens of a chunk on PyTorch: the quadratic part costs Q per token, passing states costs N P / Q
+
+Index = Annotated[Tensor, "index"]
+"""Integers, which have no gradient."""
+State = Annotated[Tensor, "state"]
+"""Updated in place, without a gradient."""
+
+
+class SSDShape(NamedTuple):
+    """Sizes of one scan: see ``NOTATION.md``. ``states`` counts the states in and out (``B``, or ``S`` if packed)."""
+
+    batch: int
+    tokens: int
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    states: int
+
+
+class Packing(NamedTuple):
+    """How documents lie in rows: told by neither, each row is one document."""
+
+    seq_idx: Index | None = None
+    """``(B, T)`` integers; a new document starts where the value changes."""
+    cu_seqlens: Index | None = None
+    """``(S + 1,)`` bounds of the documents of one flat row."""
+
+    def states(self, batch: int) -> int:
+        """How many states go in and out: ``B``, or ``S`` where documents have bounds."""
+        return batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+
+UNPACKED = Packing()
+
+
+class LowRank(NamedTuple):
+    """What is added to a projection ``x @ weight.T``: ``scale * (x @ down.T) @ up.T`` (LoRA, Hu et al. 2021).
+
+    ``down`` is ``(r, d)`` and ``up`` ``(d', r)`` where the weight is ``(d', d)``.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+class Linear(NamedTuple):
+    """A projection ``x @ weight.T + bias``, with the factors of what LoRA adds to it, if any."""
+
+    weight: Tensor
+    """``(d', d)``"""
+    bias: Tensor | None = None
+    """``(d',)``"""
+    down: Tensor | None = None
+    """``(r, d)``"""
+    up: Tensor | None = None
+    """``(d', r)``"""
+    scale: float = 0.0
+
+    def adapted(self, lora: LowRank | None) -> Linear:
+        """The projection with ``lora`` added."""
+        return self if lora is None else Linear(self.weight, self.bias, *lora)
+
+    @property
+    def lora(self) -> LowRank | None:
+        """What is added; None for a plain projection."""
+        return None if self.down is None or self.up is None else LowRank(self.down, self.up, self.scale)
+
+
+class MixerWeights(NamedTuple):
+    """The weights between a mixer's projections. Decay rates are given as ``A`` or as ``A_log``, the other is None."""
+
+    conv_weight: Tensor
+    """``(H P + 2 G N, K)``"""
+    conv_bias: Tensor | None
+    """``(H P + 2 G N,)``"""
+    dt_bias: Tensor | None
+    """``(H,)``"""
+    A: Tensor | None
+    """``(H,)`` decay rates, negative."""
+    A_log: Tensor | None
+    """``(H,)`` logarithms of the negated rates, as checkpoints hold them."""
+    D: Tensor | None
+    """``(H,)`` or ``(H, P)``"""
+    gated_norm_weight: Tensor | None
+    """``(H P,)``; None for a gate without a norm."""
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.decay.shape[0]
+
+    @property
+    def decay(self) -> Tensor:
+        """``(H,)``: the one of ``A`` and ``A_log`` that is given."""
+        given = self.A_log if self.A is None else self.A
+        assert given is not None  # one of them is
+        return given
+
+    @property
+    def rates(self) -> Tensor:
+        """Decay rates ``(H,)``, negative."""
+        return decay_rates(self.decay) if self.A is None else self.A
+
+
+class LayerWeights(NamedTuple):
+    """The weights of a layer ``stream + out_proj(mixer(in_proj(norm(stream))))``."""
+
+    norm_weight: Tensor
+    """``(d,)`` of the norm before the mixer."""
+    in_proj: Linear
+    """To ``2 H P + 2 G N + H``: z, x, B, C and dt."""
+    mixer: MixerWeights
+    out_proj: Linear
+    """From ``H P``."""
+
+
+class MixerSpec(NamedTuple):
+    """What a mixer, and the layer around it, does beside its weights."""
+
+    head_dim: int
+    n_groups: int
+    activation: str | None = "silu"
+    """Of the convolution: one of ``ACTIVATIONS``."""
+    norm_eps: float = 1e-5
+    """Of the norm before the mixer."""
+    gated_norm_eps: float = 1e-5
+    group_size: int = 0
+    """Channels of the gated norm that share one mean square."""
+    norm_before_gate: bool = False
+    dt_limit: tuple[float, float] = (0.0, INF)
+    chunk_size: int | None = None
+    """A tiling hint for the scan; None leaves it to the backend."""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of decays, states and sums: fp64 for fp64 inputs, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def decay_rates(A_log: Tensor) -> Tensor:
+    """``-exp(A_log)``, at least in fp32."""
+    return -torch.exp(A_log.to(compute_dtype(A_log.dtype)))
