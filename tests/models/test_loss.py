@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -184,8 +185,12 @@ class TestWhenLogitsAreReturned:
             convert_to_fp32,  # accelerate, in mixed precision
             lambda out: type(out)((key, out[key]) for key in out),  # DataParallel
             lambda out: tree_unflatten(*reversed(tree_flatten(out))),  # DDP
+            dataclasses.replace,  # FSDP 1
+            lambda out: type(out)(
+                **{f.name: getattr(out, f.name) for f in dataclasses.fields(out)}
+            ),  # DDP, unused ones
         ],
-        ids=["copy", "pickle", "accelerate", "DataParallel", "pytree"],
+        ids=["copy", "pickle", "accelerate", "DataParallel", "pytree", "replace", "fields"],
     )
     def test_an_output_stays_what_it_is(
         self, rebuild: Callable[[Any], Any], tiny_model: Callable[..., Any], ids: Tensor

@@ -72,6 +72,18 @@ class _CausalLMFields(ModelOutput):
     router_logits: tuple[Tensor, ...] | None = None
 
 
+class _FieldsThatAreThere:
+    """``__dataclass_fields__``: of an output whose logits were left out all others, so that who goes through the fields
+    of any dataclass (``dataclasses.replace``, DDP, FSDP 1) does not read them.
+    """
+
+    def __get__(self, output: Mamba2CausalLMOutput | None, owner: type[Any]) -> dict[str, Any]:
+        every = _CausalLMFields.__dataclass_fields__
+        if output is None or not output.lacks_logits:
+            return every
+        return {name: field for name, field in every.items() if name != "logits"}
+
+
 class Mamba2CausalLMOutput(_CausalLMFields):
     """Output of a language model: :class:`Mamba2Output` with ``loss ()``, ``logits (B, T, vocab)`` unless they were
     left out (``return_logits``), and ``aux_loss ()`` where router logits were asked for.
@@ -80,16 +92,22 @@ class Mamba2CausalLMOutput(_CausalLMFields):
         LogitsError: ``logits`` is read, by attribute or key, and was left out. ``"logits" in output`` tells.
     """
 
+    __dataclass_fields__ = _FieldsThatAreThere()  # type: ignore[assignment]
+
+    @property
+    def lacks_logits(self) -> bool:
+        """Whether the logits were left out."""
+        return self.__dict__.get("logits") is None and self.__dict__.get("loss") is not None
+
     @property
     def logits(self) -> Tensor | None:
         """``(B, T, vocab)``; None in an output without anything."""
-        logits = self.__dict__.get("logits")
-        if logits is None and self.__dict__.get("loss") is not None:
+        if self.lacks_logits:
             raise LogitsError(
                 "the logits were left out, as they are in training mode with labels and with return_logits=False: call "
                 "the model with return_logits=True, or without labels"
             )
-        return logits
+        return self.__dict__.get("logits")
 
     @logits.setter
     def logits(self, value: Tensor | None) -> None:
@@ -106,7 +124,7 @@ class Mamba2CausalLMOutput(_CausalLMFields):
         return super().__getitem__(key)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), tuple(self.__dict__.get(field.name) for field in fields(self))
+        return type(self), tuple(self.__dict__.get(field.name) for field in fields(type(self)))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.items())})"
