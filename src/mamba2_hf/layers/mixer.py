@@ -187,12 +187,16 @@ class Mamba2Mixer(KeepsFp32):
 
     def _inner(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         """What is between the projections: ``(B, T, 2 H P + 2 G N + H)`` to ``(B, T, H P)``."""
+        records = state is not None and state.record_past
+        if records and not layout.is_plain:
+            raise CacheError(NOT_RECORDED)
         one_token = zxbcdt.shape[1] == 1 and layout.is_plain and not torch.is_grad_enabled()
         if state is not None and state.started and one_token:
             return self._step(zxbcdt, state)
         conv_initial, ssm_initial = self._initial(zxbcdt, layout, state)
         conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
-        if conv_weight is not None and norm_weight is not None and not _records(state):
+        # What is recorded is what the convolution gives, which ops that do everything at once keep to themselves.
+        if conv_weight is not None and norm_weight is not None and not records:
             inner: Any = ops.mamba2_inner(
                 *(layout.pack(zxbcdt), conv_weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.A, self.D),
                 norm_weight=norm_weight,
@@ -217,7 +221,8 @@ class Mamba2Mixer(KeepsFp32):
             xbc, conv_final = self._convolve(inputs, conv_initial, layout)
             x, B, C = self._split_xbc(xbc)
             A = self.A
-            self._record(state, layout, inputs, x, dt, B, A)
+            if state is not None and state.record_past:
+                self._record(state, inputs, x, dt, B, A)
             x, dt, B, C = map(layout.pack, (x, dt, B, C))
             y, ssm_final = ops.ssd_chunk_scan(
                 *(x, dt, A, B, C),
@@ -236,21 +241,8 @@ class Mamba2Mixer(KeepsFp32):
             state.update(*map(layout.gather_states, final))
         return y
 
-    def _record(
-        self,
-        state: SSDState | None,
-        layout: SequenceLayout,
-        inputs: Tensor,
-        x: Tensor,
-        dt: Tensor,
-        B: Tensor,
-        A: Tensor,
-    ) -> None:
-        """Lets ``state`` note the tokens, if it records; see :meth:`SSDState.record`."""
-        if state is None or not _records(state):
-            return
-        if not layout.is_plain:
-            raise CacheError(NOT_RECORDED)
+    def _record(self, state: SSDState, inputs: Tensor, x: Tensor, dt: Tensor, B: Tensor, A: Tensor) -> None:
+        """Lets ``state`` note tokens; see :meth:`SSDState.record`."""
         state.record(inputs, x, dt.to(A.dtype) + self.dt_bias, B, A, self.dt_limit)
 
     def _attention_matrix(self, zxbcdt: Tensor, layout: SequenceLayout) -> Tensor:
@@ -281,7 +273,7 @@ class Mamba2Mixer(KeepsFp32):
         assert conv_state is not None  # the state has started
         assert ssm_state is not None
         conv_weight, norm_weight = plain_weight(self.conv1d), plain_weight(self.norm)
-        if conv_weight is not None and norm_weight is not None and not _records(state):
+        if conv_weight is not None and norm_weight is not None and not state.record_past:
             return ops.mamba2_step(
                 *(zxbcdt, conv_state, ssm_state, conv_weight.squeeze(1), self.conv1d.bias),
                 *(self.dt_bias, self.A_log, self.D),
@@ -298,7 +290,8 @@ class Mamba2Mixer(KeepsFp32):
         xbc, final = self._convolve(inputs, conv_state, PLAIN)
         x, B, C = self._split_xbc(xbc)
         A = self.A
-        self._record(state, PLAIN, inputs, x, dt, B, A)
+        if state.record_past:
+            self._record(state, inputs, x, dt, B, A)
         conv_state.copy_(final)
         y = ops.ssd_state_update(
             *(ssm_state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0]),
@@ -337,11 +330,6 @@ class Mamba2Mixer(KeepsFp32):
         x, B, C = xbc.split([self.inner_size, bc, bc], -1)
         groups = (self.n_groups, self.state_size)
         return x.unflatten(-1, (self.num_heads, self.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
-
-
-def _records(state: SSDState | None) -> bool:
-    """Whether a state wants what the convolution gives, which ops that do everything at once keep to themselves."""
-    return state is not None and state.record_past
 
 
 @torch.compiler.assume_constant_result
