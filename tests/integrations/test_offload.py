@@ -231,6 +231,12 @@ def test_layouts_and_states_follow_their_layer_to_its_device(make_model: Callabl
     assert state.ssm.is_meta
     assert cache.to("meta") is cache
     assert cache.layers[1].conv.is_meta
+    recorded = make_model()(input_ids, use_cache=True).past_key_values
+    recorded.activate_past_recording()
+    make_model()(input_ids[:, :2], past_key_values=recorded)
+    recorded.to("meta")
+    recorded.crop(-1)
+    assert recorded.layers[0].ssm.is_meta
 
 
 @pytest.mark.parametrize("name", Mamba2Mixer.fp32_parameters)

@@ -270,12 +270,12 @@ class KeyValueState(Recorder):
             self.replace(keys=None, values=None)
 
     def select(self, indices: Tensor) -> None:
-        """As there; what was recorded is settled."""
+        """Keeps the sequences at ``indices (B',)``, in that order; what was recorded is settled."""
         self._forget()
         super().select(indices)
 
     def to(self, device: torch.device | str) -> KeyValueState:
-        """As there, with what was recorded."""
+        """Moves the buffers and what was recorded; returns itself, as hooks that move a module's inputs expect."""
         self._past = {name: [part.to(device) for part in parts] for name, parts in self._past.items()}
         super().to(device)
         return self

@@ -168,11 +168,15 @@ class Mamba2Mixer(KeepsFp32):
 
     def _inner(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
         """What is between the projections: ``(B, T, 2 H P + 2 G N + H)`` to ``(B, T, H P)``."""
+        records = state is not None and state.record_past
+        if records and not layout.is_plain:
+            raise CacheError(NOT_RECORDED)
         one_token = zxbcdt.shape[1] == 1 and layout.is_plain and not torch.is_grad_enabled()
         if state is not None and state.started and one_token:
             return self._step(zxbcdt, state)
         conv_initial, ssm_initial = self._initial(zxbcdt, layout, state)
-        weights = None if _records(state) else self._weights()
+        # What is recorded is what the convolution gives, which ops that do everything at once keep to themselves.
+        weights = None if records else self._weights()
         if weights is not None:
             u, packing = layout.pack(zxbcdt), ops.Packing(layout.seq_idx, layout.cu_seqlens)
             call = ops.Inner(u, weights, self._spec(), packing, conv_initial, ssm_initial, state is not None)
@@ -183,7 +187,8 @@ class Mamba2Mixer(KeepsFp32):
             xbc, conv_final = self._convolve(inputs, conv_initial, layout)
             x, B, C = self._split_xbc(xbc)
             A = self.A
-            self._record(state, layout, inputs, x, dt, B, A)
+            if state is not None and state.record_past:
+                self._record(state, inputs, x, dt, B, A)
             x, dt, B, C = map(layout.pack, (x, dt, B, C))
             y, ssm_final = ops.ssd_chunk_scan(
                 *(x, dt, A, B, C),
@@ -202,21 +207,8 @@ class Mamba2Mixer(KeepsFp32):
             state.update(*map(layout.gather_states, final))
         return y
 
-    def _record(
-        self,
-        state: SSDState | None,
-        layout: SequenceLayout,
-        inputs: Tensor,
-        x: Tensor,
-        dt: Tensor,
-        B: Tensor,
-        A: Tensor,
-    ) -> None:
-        """Lets ``state`` note the tokens, if it records; see :meth:`SSDState.record`."""
-        if state is None or not _records(state):
-            return
-        if not layout.is_plain:
-            raise CacheError(NOT_RECORDED)
+    def _record(self, state: SSDState, inputs: Tensor, x: Tensor, dt: Tensor, B: Tensor, A: Tensor) -> None:
+        """Lets ``state`` note tokens; see :meth:`SSDState.record`."""
         state.record(inputs, x, dt.to(A.dtype) + self.dt_bias, B, A, self.dt_limit)
 
     def _attention_matrix(self, zxbcdt: Tensor, layout: SequenceLayout) -> Tensor:
@@ -246,14 +238,15 @@ class Mamba2Mixer(KeepsFp32):
         conv_state, ssm_state = state.initial(zxbcdt.shape[0])
         assert conv_state is not None  # the state has started
         assert ssm_state is not None
-        weights = None if _records(state) else self._weights()
+        weights = None if state.record_past else self._weights()
         if weights is not None:
             return ops.step(ops.Step(zxbcdt, conv_state, ssm_state, weights, self._spec()))
         z, inputs, dt = self._split(zxbcdt)
         xbc, final = self._convolve(inputs, conv_state, PLAIN)
         x, B, C = self._split_xbc(xbc)
         A = self.A
-        self._record(state, PLAIN, inputs, x, dt, B, A)
+        if state.record_past:
+            self._record(state, inputs, x, dt, B, A)
         conv_state.copy_(final)
         y = ops.ssd_state_update(
             *(ssm_state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0]),
@@ -292,8 +285,3 @@ class Mamba2Mixer(KeepsFp32):
         x, B, C = xbc.split([self.inner_size, bc, bc], -1)
         groups = (self.n_groups, self.state_size)
         return x.unflatten(-1, (self.num_heads, self.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
-
-
-def _records(state: SSDState | None) -> bool:
-    """Whether a state wants what the convolution gives, which ops that do everything at once keep to themselves."""
-    return state is not None and state.record_past

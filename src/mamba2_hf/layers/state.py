@@ -22,8 +22,7 @@ NOT_RECORDED = (
 def pick(buffer: Tensor, indices: Tensor) -> Tensor:
     """The rows of ``buffer`` at ``indices``, in its own memory where they are as many as before."""
     picked = buffer.index_select(0, indices.to(buffer.device))
-    writable = torch.is_inference_mode_enabled() or not buffer.is_inference()
-    return buffer.copy_(picked) if picked.shape == buffer.shape and writable else picked
+    return buffer.copy_(picked) if picked.shape == buffer.shape else picked
 
 
 class Recorded(NamedTuple):
@@ -60,13 +59,14 @@ class Buffers:
         """Replaces buffers made under ``torch.inference_mode``, which nothing outside of it may write."""
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return
-        held = {name: getattr(self, name) for name in self.names}
-        stale = {name: buffer.clone() for name, buffer in held.items() if buffer is not None and buffer.is_inference()}
-        if stale:
-            self.replace(**stale)
+        for name in self.names:
+            buffer: Tensor | None = getattr(self, name)
+            if buffer is not None and buffer.is_inference():
+                self.replace(**{name: buffer.clone()})
 
     def select(self, indices: Tensor) -> None:
         """Keeps the sequences at ``indices (B',)``, in that order, which may repeat."""
+        self.leave_inference_mode()
         held = {name: getattr(self, name) for name in self.names}
         self.replace(**{name: pick(buffer, indices) for name, buffer in held.items() if buffer is not None})
 
@@ -207,6 +207,11 @@ class SSDState(Recorder):
         self.leave_inference_mode()
         return (self.conv.clone(), self.ssm.clone()) if torch.is_grad_enabled() else (self.conv, self.ssm)
 
+    def leave_inference_mode(self) -> None:
+        """Replaces buffers made under ``torch.inference_mode``, all or none: a step asks this of every layer."""
+        if not torch.compiler.is_compiling() and self.conv is not None and self.conv.is_inference():
+            super().leave_inference_mode()
+
     @property
     def batch_size(self) -> int:
         """Sequences held, -1 before the first update."""
@@ -228,13 +233,14 @@ class SSDState(Recorder):
                 buffer.copy_(getattr(other, name)[0])
 
     def select(self, indices: Tensor) -> None:
-        """As there; what was recorded is settled."""
+        """Keeps the sequences at ``indices (B',)``, in that order; what was recorded is settled."""
         self._forget()
+        self.leave_inference_mode()
         if self.conv is not None and self.ssm is not None:  # `ready` is not by sequence
             self.replace(conv=pick(self.conv, indices), ssm=pick(self.ssm, indices))
 
     def to(self, device: torch.device | str) -> SSDState:
-        """As there, with what was recorded."""
+        """Moves the buffers and what was recorded; returns itself, as hooks that move a module's inputs expect."""
         self.recorded = [Recorded(*(part.to(device) for part in block)) for block in self.recorded]
         if self._before is not None:
             self._before = self._before[0].to(device), self._before[1].to(device)
