@@ -54,7 +54,7 @@ words = {f"w{index}" if index else "abcdef": index for index in range(model.conf
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="abcdef")))
 for beams in (1, 3):
     options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams, "prefill_chunk_size": 4}
-    stopped = model.generate(given["ids"], stop_strings=["no word"], tokenizer=tokenizer, **options)
+    stopped = model.generate(given["ids"], stop_strings=[" w3 w4 w3"], tokenizer=tokenizer, **options)
     assert torch.equal(stopped, model.generate(given["ids"], **options))
 loss = model.train()(given["ids"], labels=given["ids"]).loss
 loss.backward()
