@@ -222,7 +222,8 @@ def test_what_is_saved_is_the_stock_format(tmp_path):
         name: value.shape for name, value in saved[1].items()
     }
     keys = [set(json.loads((tmp_path / name / "config.json").read_text())) for name in ("stock", "ours")]
-    assert keys[0] == keys[1]
+    assert keys[1] - keys[0] == {"intermediate_size", "pad_vocab_size_multiple"}  # for mlx-lm and llama.cpp
+    assert keys[0] <= keys[1]
     ids = tokens(2, 30)
     close(ours(ids).logits, stock.eval()(ids).logits)
 

@@ -15,6 +15,15 @@ PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # torch.export traces with f
 """Types of tensors whose values are their meaning: others are quantized, sharded, or stand for something else."""
 
 
+class LastInputs:
+    """Holds every document's last inputs, ``(S, C, K - 1)``, once a convolution has been called with it.
+
+    Hooks that move arguments to a module's device hand it on as it is, where they would copy a list.
+    """
+
+    value: Tensor | None = None
+
+
 class CausalConv1d(nn.Conv1d):
     """``nn.Conv1d`` that, told the documents of its input, mixes no token with a later one, with padding or with
     another document. Alone, ``conv1d(x)``, it is ``nn.Conv1d``.
@@ -32,7 +41,7 @@ class CausalConv1d(nn.Conv1d):
         x: Tensor,
         layout: SequenceLayout | None = None,
         initial: Tensor | None = None,
-        final: list[Tensor] | None = None,
+        final: LastInputs | None = None,
     ) -> Tensor:
         """Convolves ``x (B, C, T)``: to ``(B, C, T)``, token by token, where a layout is given.
 
@@ -40,7 +49,7 @@ class CausalConv1d(nn.Conv1d):
             x: the input.
             layout: of its tokens; None for ``nn.Conv1d``, which returns ``(B, C, T + K - 1)``.
             initial: ``(S, C, K - 1)``, what was before each document; None for zeros.
-            final: gets every document's last inputs, ``(S, C, K - 1)``, as hooks may have changed them.
+            final: gets every document's last inputs, as hooks may have changed them.
         """
         if layout is None:
             return super().forward(x)
@@ -50,7 +59,7 @@ class CausalConv1d(nn.Conv1d):
         else:
             y, last = convolve_by(super().forward, self.kernel_size[0], x, layout, initial)
         if final is not None:
-            final.append(last)
+            final.value = last
         return y.mT
 
 

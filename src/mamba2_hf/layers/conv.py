@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import ops
-from .causal_conv1d import CausalConv1d, convolve, convolve_by
+from .causal_conv1d import CausalConv1d, LastInputs, convolve, convolve_by
 from .sequence import SequenceLayout
 from .weights import plain_weight
 
@@ -29,8 +29,9 @@ def causal_convolution(
     if weight is not None:
         return convolve(x, weight.squeeze(1), conv1d.bias, layout, initial, activation)
     if type(conv1d).forward is CausalConv1d.forward and ("forward" not in vars(conv1d) or hasattr(conv1d, "_hf_hook")):
-        states: list[Tensor] = []
-        y, final = conv1d(x.mT, layout, initial, states).mT, states[0]
+        left = LastInputs()
+        y, final = conv1d(x.mT, layout, initial, left).mT, left.value
+        assert final is not None
     else:
         y, final = convolve_by(conv1d, taps, x, layout, initial)
     return ops.activate(y, activation), final
