@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mamba2_hf.errors import BackendError
 from mamba2_hf.ops import causal_conv1d, causal_conv1d_update
+from mamba2_hf.ops.conv import op
 from mamba2_hf.ops.dispatch import backend_module
 
 pytestmark = pytest.mark.usefixtures("poison", "triton_serves")
@@ -139,3 +142,14 @@ def test_what_cannot_be_served_is_said() -> None:
     assert "9 taps" in supports("causal_conv1d", taps=9, dtype=torch.bfloat16)[1]
     assert "float64" in supports("causal_conv1d", taps=4, dtype=torch.float64)[1]
     assert "'gelu'" in supports("causal_conv1d", taps=4, dtype=torch.bfloat16, activation="gelu")[1]
+
+
+def test_pytorch_serves_an_activation_that_kernels_do_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "ACTIVATIONS", (*op.ACTIVATIONS, "relu"))
+    monkeypatch.setattr("mamba2_hf.ops.conv.torch.activate", lambda y, activation, inplace: F.relu(y))
+    x, weight, state = torch.randn(2, 5, 4), torch.randn(4, 3), torch.zeros(2, 4, 2)
+    expected = causal_conv1d(x, weight, backend="torch").relu()
+    assert torch.equal(causal_conv1d(x, weight, activation="relu"), expected)
+    torch.testing.assert_close(causal_conv1d_update(x, state, weight, activation="relu"), expected)
+    with pytest.raises(BackendError, match="activation 'relu' is not SiLU"):
+        causal_conv1d(x, weight, activation="relu", backend="triton")

@@ -68,7 +68,9 @@ def causal_conv1d(
     """
     call = Conv(x, weight, bias, initial_states, Packing(seq_idx, cu_seqlens), activation)
     check_conv(call)
-    backend = dispatch.choose("causal_conv1d", x.device, backend, taps=weight.shape[1], dtype=x.dtype).name
+    backend = dispatch.choose(
+        *("causal_conv1d", x.device, backend), taps=weight.shape[1], dtype=x.dtype, activation=activation
+    ).name
     y, states = dispatch.backend_module(backend).causal_conv1d(call)
     return (y, states) if return_final_states else y
 
@@ -101,6 +103,7 @@ def causal_conv1d_update(
         *("causal_conv1d_update", x.device, backend),
         taps=weight.shape[1],
         dtype=x.dtype,
+        activation=activation,
         differentiable=needs_grad(x, weight, bias),
     ).name
     y: Tensor = dispatch.backend_module(backend).causal_conv1d_update(call)
