@@ -136,7 +136,7 @@ def _limits_in_decoding(config: Any) -> str | None:
 
 
 def _low_limit_in_decoding(config: Any) -> str | None:
-    low, high = config.time_step_limit
+    low = config.time_step_limit[0]
     if low <= _NO_STEP or _limits_in_decoding(config):
         return None
     return f"its cached decoding does not raise steps to time_step_limit[0]={low:g}, as its full forward does"
