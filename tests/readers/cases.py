@@ -167,6 +167,7 @@ CASES = [
     ),
     *_variants(
         *("falcon_h1", FALCON),
+        step_size_limited={"time_step_limit": [0.3, 0.6]},
         keys_not_multiplied={"key_multiplier": 1.0, "attention_in_multiplier": 1.0},
         gated_norm={"mamba_rms_norm": True},
         gated_norm_of_groups={"mamba_rms_norm": True, "mamba_n_groups": 2},
@@ -180,6 +181,7 @@ CASES = [
         plain={"use_mem_rope": False, "use_shared_attention_adapter": False, "num_mem_blocks": 1},
         several_groups={"mamba_ngroups": 2},
         biases={"add_bias_linear": True},
+        step_size_limited={"time_step_min": 0.3},
     ),
 ]
 

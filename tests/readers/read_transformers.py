@@ -17,13 +17,13 @@ def read(job: dict[str, Any]) -> dict[str, Any]:
     )
     if found := {kind: sorted(map(str, names)) for kind, names in loading.items() if names}:
         raise ValueError(f"loaded in part: {found}")
+    model.generation_config = GenerationConfig()  # greedily, and on after an end
     if job["adapter"]:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, job["adapter"])
     ids = torch.tensor([job["ids"]])
     model.eval()
-    model.generation_config = GenerationConfig()
     logits = model(input_ids=ids, use_cache=False).logits[0]
     written = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=job["count"]

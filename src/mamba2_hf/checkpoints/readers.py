@@ -130,9 +130,16 @@ def _low_limit(config: Any) -> str | None:
 
 def _limits_in_decoding(config: Any) -> str | None:
     low, high = config.time_step_limit
-    if low <= _NO_STEP and high == math.inf:
+    if high == math.inf and low <= _USUAL_STEP:
         return None
     return f"its cached decoding does not clamp to time_step_limit={(low, high)}, as its full forward does"
+
+
+def _low_limit_in_decoding(config: Any) -> str | None:
+    low = config.time_step_limit[0]
+    if low <= _NO_STEP or _limits_in_decoding(config):
+        return None
+    return f"its cached decoding does not raise steps to time_step_limit[0]={low:g}, as its full forward does"
 
 
 def _projection_bias(config: Any) -> str | None:
@@ -423,9 +430,9 @@ def _transformers(version: str, *, old: bool = False, norms_groups: bool = True)
         norms_groups: whether a gated norm is over the channels of each group, as it is from 5.23 on; Falcon-H1,
             Nemotron-H and Zamba2 always had it so.
     """
-    limits: tuple[Check, ...] = (_any_limit,) if old else ()
+    limits: tuple[Check, ...] = (_any_limit if old else _limits_in_decoding,)
     groups: tuple[Check, ...] = () if norms_groups else (_groups,)
-    decoding = () if old else (_limits_in_decoding,)
+    cautions: tuple[Check, ...] = () if old else (_low_limit_in_decoding,)
     clamps = {} if old else {"time_step_limit": (0.0, math.inf)}
 
     def place(name: str) -> str:
@@ -440,8 +447,8 @@ def _transformers(version: str, *, old: bool = False, norms_groups: bool = True)
                 # An old one scales out_proj again at every load.
                 "rescale_prenorm_residual": False,
             },
-            wrong=groups if old else (*groups, _whole_expand),
-            cautions=(_limits_in_decoding,),
+            wrong=groups if old else (*groups, *limits, _whole_expand),
+            cautions=cautions,
         ),
         "bamba": Reading(
             place=place("bamba"),
@@ -451,26 +458,26 @@ def _transformers(version: str, *, old: bool = False, norms_groups: bool = True)
                 **({"partial_rotary_factor": 0.5} if old else {}),
             },
             wrong=(*limits, *groups),
-            cautions=decoding,
+            cautions=cautions,
         ),
         "granitemoehybrid": Reading(
             place=place("granitemoehybrid"),
             keys={**_GRANITE, **clamps},
             takes=_MAMBA_OR_ATTENTION if old else {},
             wrong=(*limits, *groups),
-            cautions=decoding,
+            cautions=cautions,
         ),
         "falcon_h1": Reading(
             place=place("falcon_h1"),
             keys={**_FALCON, **_BIASES, **clamps, "head_dim": "hidden_size / num_attention_heads", "rope_theta": 1e5},
             wrong=limits,
-            cautions=decoding,
+            cautions=cautions,
         ),
         "zamba2": Reading(
             place=place("zamba2"),
             keys={**_ZAMBA, "rope_theta": 10000.0},
-            wrong=(_zamba_chunks,) if old else (),
-            cautions=decoding,
+            wrong=(_zamba_chunks,) if old else limits,
+            cautions=cautions,
         ),
     }
     if not old:
@@ -480,7 +487,8 @@ def _transformers(version: str, *, old: bool = False, norms_groups: bool = True)
                 **{**_NEMOTRON, **_NEMOTRON_EXPERTS, "time_step_min": 0.001, "attention_bias": False},
                 **{"mlp_hidden_act": "relu2", "num_nextn_predict_layers": 0},
             },
-            cautions=decoding,
+            wrong=limits,
+            cautions=cautions,
         )
     return Reader(
         title="transformers",
@@ -599,7 +607,7 @@ READERS: dict[str, Reader] = {
                     **{name: REQUIRED for name in _MAMBA2 if name != "expand"},
                     **_required("intermediate_size time_step_limit time_step_rank"),
                 },
-                wrong=(_groups, _metal_states, _norm_epsilon),
+                wrong=(_groups, _metal_states, _norm_epsilon, _whole_expand),
             ),
             "granitemoehybrid": Reading(
                 place="mlx_lm/models/granitemoehybrid.py, ModelArgs",
