@@ -23,6 +23,7 @@ from .models import (
     Mamba2Model,
     Mamba2PreTrainedModel,
     Request,
+    export_onnx,
     generate_batch,
     spread_layers,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "Mamba2PreTrainedModel",
     "Request",
     "errors",
+    "export_onnx",
     "generate_batch",
     "ops",
     "parameter_groups",

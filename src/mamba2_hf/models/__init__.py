@@ -7,6 +7,7 @@ from .cache import Mamba2Cache
 from .causal_lm import SSDForCausalLM
 from .configuration_mamba2 import Mamba2Config
 from .configuration_mamba2_hybrid import Mamba2HybridConfig, spread_layers
+from .export import export_onnx
 from .modeling_mamba2 import (
     Mamba2ForCausalLM,
     Mamba2ForSequenceClassification,
@@ -38,6 +39,7 @@ __all__ = [
     "Request",
     "SSDForCausalLM",
     "SSDPreTrainedModel",
+    "export_onnx",
     "generate_batch",
     "spread_layers",
 ]

@@ -56,7 +56,7 @@ def known(condition: bool) -> bool:
 
 def in_steps(device: torch.device) -> bool:
     """Whether short loops beat wide operations: on a CPU, whose caches hold a step, and outside of graphs."""
-    return device.type == "cpu" and not torch.compiler.is_compiling()
+    return device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._is_tracing()
 
 
 # On a CPU, touching fresh memory costs several times the arithmetic, so these write over an operand that nothing else
