@@ -185,10 +185,10 @@ def mamba2_inner(
 
 def inner(call: Inner, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`mamba2_inner` of a record; states that are not asked for may be empty."""
-    check_inner(call)
+    shape = check_inner(call)
     backend = dispatch.choose(
         *("mamba2_inner", call.zxbcdt.device, backend),
-        shape=call.shape,
+        shape=shape,
         dtype=call.zxbcdt.dtype,
         taps=call.weights.conv_weight.shape[1],
         group_size=call.spec.group_size,
@@ -525,12 +525,12 @@ def check_layer_step(call: LayerStep) -> SSDShape:
     if stream.shape[1] != 1:
         fail(f"stream has {stream.shape[1]} tokens, expected one of each sequence")
     zxbcdt = _check_projections(stream, weights, spec)
-    check_norm(stream, None, weights.norm_weight, spec.norm_eps, None)
+    check_shape("norm_weight", weights.norm_weight, stream.shape[2:], "(d,)")
     if ready is not None:
         check_shape("ready", ready, (1,), "(1,)")
         if ready.dtype != torch.int32:
             fail(f"ready has dtype {ready.dtype}, expected torch.int32")
-        check_devices(stream.device, ready=ready)
+    check_devices(stream.device, norm_weight=weights.norm_weight, ready=ready)
     return check_step(Step(zxbcdt, conv_state, ssm_state, weights.mixer, spec))
 
 
