@@ -2,7 +2,7 @@
 
 Writes checkpoints of every family with ``mamba2-hf convert --for``, reads them with transformers of three versions,
 mlx-lm and llama.cpp, and compares logits and greedy tokens with this package's. The result is a table, as Markdown and
-JSON. Exits with 1 where a program reads something else, or nothing of what it was written for.
+lines of JSON. Exits with 1 where a program reads something else, or nothing of what it was written for.
 
     python tests/readers/run_readers.py --cache ~/.cache/readers --out tests/readers
 
@@ -391,13 +391,13 @@ def report(cells: list[Cell], versions: dict[str, str]) -> str:
     titles = list(versions)
     of_adapters = [title for title in titles if any(one.reader == title and one.kind == "adapter" for one in cells)]
     named = [f"{title} ({version})" for title, version in versions.items()]
-    words: dict[str, list[str]] = {}
+    words: dict[tuple[str, str], dict[str, None]] = {}
     for cell in cells:
         if cell.status != RIGHT and cell.words:
-            words.setdefault(f"{cell.status}: {cell.words}", []).append(
-                f"{cell.model} ({cell.origin}{', adapter' if cell.kind == 'adapter' else ''}), {cell.reader}"
-            )
-    reasons = [f"- {reason.splitlines()[-1]}: {'; '.join(dict.fromkeys(where))}" for reason, where in words.items()]
+            reason = cell.words.splitlines()[-1].partition(" does not compute it: ")
+            what = cell.model if cell.kind == "model" else f"adapter of {cell.model}"
+            words.setdefault((cell.reader, f"{cell.status}, {reason[2] or reason[0]}"), {})[what] = None
+    reasons = [f"- {reader}, {reason} ({'; '.join(where)})" for (reader, reason), where in words.items()]
     return "\n".join(
         [
             "# What other programs make of what is written here",
@@ -408,7 +408,8 @@ def report(cells: list[Cell], versions: dict[str, str]) -> str:
             "",
             f"A number is the largest difference of a logit over {LENGTH} tokens from this package's in float32, with "
             f"the same {COUNT} greedy tokens after them; the worst of a model made here and of a published one that "
-            "was taken over, changed and written back. *refused* is `mamba2-hf convert --for`, with the reason below.",
+            "was taken over, changed and written back. *refused* is `mamba2-hf convert --for`, with the reason below; "
+            "*as read* is a model that a program which was not run takes by its source.",
             "",
             *table(cells, titles, kind="model", variant=False),
             "",
@@ -445,7 +446,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, help="folder of the programs; is made and kept")
     parser.add_argument("--llama-cpp", type=Path, help="checkout of llama.cpp, in place of llama-cpp-python's sources")
-    parser.add_argument("--out", type=Path, help="folder for results.md and results.json; else they are printed")
+    parser.add_argument("--out", type=Path, help="folder for results.md and results.jsonl; else the table is printed")
     parser.add_argument("--models", default="", help="only rows that this regular expression finds")
     parser.add_argument("--readers", default="", help="only programs that this regular expression finds")
     options = parser.parse_args()
@@ -469,8 +470,9 @@ def main() -> int:
         print(text)
     else:
         (options.out / "results.md").write_text(text)
-        content = {"versions": versions, "cells": [asdict(cell) for cell in cells]}
-        (options.out / "results.json").write_text(json.dumps(content, indent=1))
+        rows = [json.dumps({"versions": versions})]
+        rows += [json.dumps({key: value for key, value in asdict(cell).items() if value is not None}) for cell in cells]
+        (options.out / "results.jsonl").write_text("\n".join(rows) + "\n")
     return int(any(cell.status in (WRONG, FAILED) for cell in cells))
 
 
