@@ -303,7 +303,7 @@ class TestEnv:
         served = {op["op"]: op for op in report["ops"] if op["device"] == "cuda"}
         assert set(served) == set(dispatch.OPS)
         assert all(op["backend"] == "triton" for op in served.values())
-        assert "head_dim up to 256" in served["mamba2_inner"]["reason"]
+        assert "head_dim and state size up to 256" in served["mamba2_inner"]["reason"]
 
     def test_the_table_shows_the_same(self):
         result = run("env")

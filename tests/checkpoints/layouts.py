@@ -164,7 +164,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         "hidden_size": groups * heads_each * head_dim // expand,
         "vocab_size": draw(st.integers(8, 40)),
         "state_size": draw(st.sampled_from([1, 4, 5])),
-        "num_hidden_layers": draw(st.integers(0, 2)),
+        "num_hidden_layers": draw(st.integers(1, 2)),
         "conv_kernel": draw(st.integers(2, 4)),
         "use_bias": draw(st.booleans()),
         "use_conv_bias": draw(st.booleans()),

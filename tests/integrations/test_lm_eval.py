@@ -51,7 +51,7 @@ def _evaluate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[
         "task": "python_writing",
         "output_type": "generate_until",
         "doc_to_target": "{{choices[label]}}",
-        "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False},
+        "generation_kwargs": {"until": ["\n\n\n\n"], "max_gen_toks": 12, "do_sample": False},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
 

@@ -97,7 +97,8 @@ class Mamba2CausalLMOutput(_CausalLMFields):
     @property
     def lacks_logits(self) -> bool:
         """Whether the logits were left out."""
-        return self.__dict__.get("logits") is None and self.__dict__.get("loss") is not None
+        missing = object()  # while the fields are being set, one after the other
+        return self.__dict__.get("logits", missing) is None and self.__dict__.get("loss") is not None
 
     @property
     def logits(self) -> Tensor | None:
