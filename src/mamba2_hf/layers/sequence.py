@@ -69,12 +69,13 @@ class SequenceLayout:
 
     def unpack(self, tensor: Tensor) -> Tensor:
         """Inverse of :meth:`pack`; padding comes out as zeros."""
-        return tensor if self.slot is None else self.blank(take(tensor[0], self.slot))
+        slot = self.to(tensor.device).slot
+        return tensor if slot is None else self.blank(take(tensor[0], slot))
 
     def blank(self, tensor: Tensor) -> Tensor:
         """``(B, T, ...)`` with zeros for padding."""
         keep = self.to(tensor.device).keep
-        return tensor if keep is None else torch.where(keep.view(*keep.shape, *[1] * (tensor.dim() - 2)), tensor, 0)
+        return tensor if keep is None else torch.where(_broadcast(keep, tensor), tensor, 0)
 
     @property
     def order(self) -> Tensor | None:
@@ -86,14 +87,14 @@ class SequenceLayout:
         order = self.to(tensor.device).order
         if order is None:
             return tensor
-        return tensor.gather(1, order.view(*order.shape, *[1] * (tensor.dim() - 2)).expand_as(tensor))
+        return tensor.gather(1, _broadcast(order, tensor).expand_as(tensor))
 
     def unalign(self, tensor: Tensor) -> Tensor:
         """Inverse of :meth:`align`; padding comes out as zeros."""
         keep = self.to(tensor.device).keep
         if keep is None:
             return tensor
-        return self.blank(tensor.gather(1, rank(keep).view(*keep.shape, *[1] * (tensor.dim() - 2)).expand_as(tensor)))
+        return self.blank(tensor.gather(1, _broadcast(rank(keep), tensor).expand_as(tensor)))
 
     def unalign_matrix(self, matrix: Tensor) -> Tensor:
         """``(B, H, T, T)`` over aligned rows to the batch's own positions; rows and columns of padding are zero."""
@@ -130,6 +131,11 @@ def kept_first(keep: Tensor) -> Tensor:
     place = torch.where(keep, rank(keep), keep.sum(1, keepdim=True) + rank(~keep))
     columns = torch.arange(keep.shape[1], device=keep.device).expand_as(place)
     return torch.zeros_like(place).scatter(1, place, columns)  # a sort would do, but ONNX has no stable one
+
+
+def _broadcast(of_tokens: Tensor, tensor: Tensor) -> Tensor:
+    """``(B, T)`` as ``(B, T, 1, ...)``, with as many axes as ``tensor (B, T, ...)`` has."""
+    return of_tokens.view(*of_tokens.shape, *[1] * (tensor.dim() - 2))
 
 
 def take(tensor: Tensor, places: Tensor) -> Tensor:

@@ -89,8 +89,10 @@ class SSDBackbone(SSDPreTrainedModel):
             self._check_attentions(batch, tokens, cache)
         hidden_states = layout.blank(self._scale_embeddings(hidden_states))  # what padding holds may be anything
         # Padding is no work where nobody looks at what is between the layers.
-        inner = [part for part in self.children() if part is not self.embeddings and part is not self.norm_f]
-        packed = layout.source is not None and not (output_hidden_states or output_attentions) and is_unobserved(*inner)
+        packed = layout.source is not None and not (output_hidden_states or output_attentions)
+        if packed:
+            ends = (self.embeddings, self.norm_f)
+            packed = is_unobserved(*(part for part in self.children() if all(part is not end for end in ends)))
         options, counted = self._layer_options(hidden_states, layout, batch, tokens, position_ids, cache, packed)
         if output_attentions:
             options["output_attentions"] = True
@@ -111,8 +113,7 @@ class SSDBackbone(SSDPreTrainedModel):
                 router_logits.extend(restore(routed).flatten(0, 1) for routed in logits)
             if not packed:
                 hidden_states = layout.blank(hidden_states)
-        hidden_states = restore(hidden_states)
-        hidden_states = self.norm_f(hidden_states)
+        hidden_states = self.norm_f(restore(hidden_states) if packed else hidden_states)
         if output_hidden_states:
             every_state.append(hidden_states)
         if cache is not None:
