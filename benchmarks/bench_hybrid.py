@@ -2,6 +2,8 @@
 
     python benchmarks/bench_hybrid.py --out benchmarks/results/hybrid.csv    # on a GPU, a few minutes
     python benchmarks/bench_hybrid.py --tiny --device cpu                    # every part, with sizes for a CPU
+    python benchmarks/bench_hybrid.py --families --out benchmarks/results/hybrid_families.csv
+    python benchmarks/bench_hybrid.py --families falcon --steps decode       # one of them, and one thing
 
 Models of the 2.7B shape with random bf16 weights: ``pure`` has 64 layers of SSD, ``hybrid`` six of attention among
 them. A ``decode`` row is one token of one sequence behind ``--context`` others, over a static cache, called from Python
@@ -12,6 +14,13 @@ from all of it and from its six layers of attention alone, so that 58 layers of 
 A ``cache`` row is what the buffers of a cache hold for so many tokens of one sequence, made in fact and weighed by the
 allocator too. ``attention`` has 64 layers of the hybrid's attention, 20 heads that share 4 heads of keys and values.
 The shortest cache is also filled with tokens, growing, and has to come out as large.
+
+``--families`` times the shapes of ``hybrid_families.py`` instead: a training step of 4 x 2048 tokens (forward and
+backward, no optimizer), the prefill of 32768 tokens, and decoding of 1 and 16 sequences behind ``--context`` tokens.
+Beside ours stands transformers' own class where mamba_ssm and causal_conv1d are installed, whose kernels it needs; its
+decoding is timed through ``generate``. Before that, models of few layers of both are compared in fp32, with the same
+weights. The floor is matrix products alone at the rate of a large one, or, in decoding, reading the weights that a step
+uses at the rate of a copy, both measured in the same run.
 """
 
 from __future__ import annotations
@@ -20,20 +29,24 @@ import argparse
 import copy
 import gc
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import triton
+from hybrid_families import FAMILIES, Family, matrix_products
+from peers import OURS, STOCK, installed
 from table import write_csv
 from torch import Tensor
 
-from mamba2_hf import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, Mamba2HybridConfig, Mamba2HybridForCausalLM
+from mamba2_hf import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, Mamba2HybridConfig, Mamba2HybridForCausalLM, ops
 
-FIELDS = ("case", "impl", "ms_p20", "ms_p50", "ms_p80", "cache_mib", "device", "versions")
-OURS, GRAPH = "mamba2_hf", "mamba2_hf, graph"
+FIELDS = ("case", "impl", "ms_p20", "ms_p50", "ms_p80", "cache_mib", "floor_ms", "device", "versions")
+GRAPH = "mamba2_hf, graph"
 STEPS = 100
 TOLERANCE = 5e-2  # of bf16 logits behind 64 layers, whose sums one form takes in another order
 
@@ -102,10 +115,11 @@ class Bench:
                 each = (found[name] - found[base]) / rest
                 self.row(f"ssd_layer_of_{name}", impl, (None, each, None))
 
-    def steps(self, name: str, model: Any) -> list[tuple[str, Callable[[], Any]]]:
-        """Ways to decode one more token, each found right."""
+    def steps(self, name: str, model: Any, ids: Tensor | None = None) -> list[tuple[str, Callable[[], Any]]]:
+        """Ways to decode one more token behind ``ids (B, context + 1)``, each found right."""
         room = self.context + 8 * STEPS
-        ids = torch.randint(model.config.vocab_size, (1, self.context + 1), device=self.device)
+        if ids is None:
+            ids = torch.randint(model.config.vocab_size, (1, self.context + 1), device=self.device)
         expected = model(ids, use_cache=False, logits_to_keep=1).logits
         cache = Mamba2Cache(model.config, static=True, max_length=room)
         model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
@@ -134,13 +148,13 @@ class Bench:
             raise RuntimeError(f"{name} {impl}: relative error {error} of the logits")
         print(f"{name} {impl}: relative error of the logits {error:.1e}", flush=True)
 
-    def timed(self, step: Callable[[], Any]) -> tuple[float, float, float]:
+    def timed(self, step: Callable[[], Any], steps: int = STEPS) -> tuple[float, float, float]:
         """Milliseconds at 20, 50 and 80 % of the steps."""
         times = []
-        for _ in range(20):
+        for _ in range(max(steps // 5, 2)):
             step()
         self.wait()
-        for _ in range(STEPS):
+        for _ in range(steps):
             if self.device.type == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
@@ -187,12 +201,18 @@ class Bench:
             self.tidy()
 
     def row(
-        self, case: str, impl: str, times: tuple[float | None, float | None, float | None], mib: float | None = None
+        self,
+        case: str,
+        impl: str,
+        times: tuple[float | None, float | None, float | None],
+        mib: float | None = None,
+        floor: float | None = None,
     ) -> None:
-        values = (*("" if t is None else f"{t:.4f}" for t in times), "" if mib is None else f"{mib:.2f}")
-        versions = f"torch {torch.__version__}, triton {triton.__version__}"
+        rest = ("" if value is None else f"{value:.2f}" for value in (mib, floor))
+        values = (*("" if t is None else f"{t:.4f}" for t in times), *rest)
+        versions = f"torch {torch.__version__}, triton {triton.__version__}, transformers {transformers.__version__}"
         self.rows.append(dict(zip(FIELDS, (case, impl, *values, self.device_name(), versions), strict=True)))
-        print(*[value for value in list(self.rows[-1].values())[:6] if value], flush=True)
+        print(*[value for value in list(self.rows[-1].values())[:7] if value], flush=True)
         write_csv(self.out, FIELDS, self.rows)
 
     def device_name(self) -> str:
@@ -212,6 +232,113 @@ class Bench:
             torch.cuda.empty_cache()
 
 
+class Families(Bench):
+    """Training, prefill and decoding of published hybrids' shapes."""
+
+    def run(self, names: list[str], parts: list[str]) -> None:
+        rate, copy_rate = self.rates()
+        for name, family in FAMILIES.items():
+            if names and not any(part in name for part in names):
+                continue
+            changes = family.few if self.tiny else {}
+            self.compare(name, family)
+            models = {OURS: self.make(family.ours(**changes))}
+            if installed() and len(installed()) == 2 and not self.tiny:
+                with torch.device(self.device):
+                    models[STOCK] = family.stock_model(**changes).to(torch.bfloat16).eval()
+            products = matrix_products(models[OURS])
+            for impl, model in models.items():
+                if "training" in parts:
+                    self.training(name, impl, model, 1e3 * products * self.tokens(4, 2048) / rate)
+                if "prefill" in parts:
+                    self.prefill(name, impl, model, 1e3 * products / 3 * self.tokens(1, 32768) / rate)
+                for batch in (1, 16) if "decode" in parts else ():
+                    self.decoding(name, impl, model, batch, 1e3 * products / 3 / copy_rate)
+            del models, model
+            self.tidy()
+
+    def tokens(self, batch: int, length: int) -> int:
+        return batch * (64 if self.tiny else length)
+
+    def rates(self) -> tuple[float, float]:
+        """Operations a second of a large product, and bytes a second of a copy."""
+        size = 256 if self.tiny else 8192
+        a, b = (torch.randn(size, size, device=self.device, dtype=torch.bfloat16) for _ in range(2))
+        product = self.timed(lambda: a @ b, 20)[1]
+        source = torch.empty(2**20 if self.tiny else 2**30, device=self.device, dtype=torch.uint8)
+        to = torch.empty_like(source)
+        copied = self.timed(lambda: to.copy_(source), 20)[1]
+        return 2e3 * size**3 / product, 2e3 * source.numel() / copied
+
+    def compare(self, name: str, family: Family) -> None:
+        """Raises unless few layers of ours, loaded from transformers' checkpoint, give its logits and losses."""
+        torch.manual_seed(0)
+        stock = family.stock_model(**family.few).eval()
+        with tempfile.TemporaryDirectory() as folder:
+            stock.save_pretrained(folder)
+            ours = Mamba2HybridForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        stock, ours = stock.to(self.device), ours.to(self.device)
+        ids = torch.randint(ours.config.vocab_size, (2, 300), device=self.device)
+        with torch.no_grad():
+            expected, found = (model(ids, labels=ids, use_cache=False) for model in (stock, ours))
+        error = ((found.logits - expected.logits).norm() / expected.logits.norm()).item()
+        if not error < 1e-3 or abs(found.loss - expected.loss) > 1e-3:
+            raise RuntimeError(f"{name}: relative error {error} of the logits, loss {found.loss} and {expected.loss}")
+        print(f"{name}: relative error of few layers {error:.1e}", flush=True)
+
+    def training(self, name: str, impl: str, model: Any, floor: float) -> None:
+        batch, length = (2, 64) if self.tiny else (4, 2048)
+        ids = torch.randint(model.config.vocab_size, (batch, length), device=self.device)
+        model.train()
+
+        def step() -> Any:
+            model.zero_grad(set_to_none=True)
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            return loss
+
+        with ops.use_backend("torch"), torch.no_grad():
+            expected = model(input_ids=ids[:1, :300], labels=ids[:1, :300]).loss
+        found = model(input_ids=ids[:1, :300], labels=ids[:1, :300]).loss
+        if not abs(found - expected) < 2e-2 * expected or not torch.isfinite(step()):
+            raise RuntimeError(f"{name} {impl}: loss {found}, on PyTorch {expected}")
+        self.row(f"{name}_training_{batch}x{length}", impl, self.timed(step, 10), floor=floor)
+        model.eval()
+        model.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def prefill(self, name: str, impl: str, model: Any, floor: float) -> None:
+        length = 256 if self.tiny else 32768
+        ids = torch.randint(model.config.vocab_size, (1, length), device=self.device)
+
+        def step() -> Tensor:
+            return model(ids, use_cache=True, logits_to_keep=1).logits
+
+        if not torch.isfinite(step()).all():
+            raise RuntimeError(f"{name} {impl}: logits that are not finite")
+        self.row(f"{name}_prefill_1x{length}", impl, self.timed(step, 5), floor=floor)
+        self.tidy()
+
+    @torch.no_grad()
+    def decoding(self, name: str, impl: str, model: Any, batch: int, floor: float) -> None:
+        ids = torch.randint(model.config.vocab_size, (batch, self.context + 1), device=self.device)
+        case = f"{name}_decode_b{batch}"
+        if impl == STOCK:
+            times = []
+            for new in (2, 34, 2, 34):
+                begun = time.perf_counter()
+                model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+                self.wait()
+                times.append(time.perf_counter() - begun)
+            each = 1e3 * (times[3] - times[2]) / 32
+            self.row(case, impl, (None, each, None), floor=floor)
+            return
+        with model._optimize_model_for_decode():
+            for impl, step in self.steps(case, model, ids):
+                self.row(case, impl, self.timed(step), floor=floor)
+        self.tidy()
+
+
 def restore(cache: Mamba2Cache, saved: Mamba2Cache) -> None:
     """Puts a cache back, in the buffers that a graph knows."""
     for layer, source in zip(cache.layers, saved.layers, strict=True):
@@ -227,9 +354,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--context", type=int, help="tokens before the one that is decoded [2048, and 64 if tiny]")
     parser.add_argument("--tiny", action="store_true", help="models of a few layers, for a look")
+    parser.add_argument(
+        "--families", nargs="*", help="time published hybrids' shapes, those whose name has one of these"
+    )
+    parts = ("training", "prefill", "decode")
+    parser.add_argument("--steps", nargs="+", choices=parts, default=parts, help="what of them [all]")
     parser.add_argument("--out", type=Path, help="CSV to write")
     options = parser.parse_args()
     context = options.context or (64 if options.tiny else 2048)
+    if options.families is not None:
+        Families(options.device, context, options.tiny, options.out).run(options.families, options.steps)
+        return
     bench = Bench(options.device, context, options.tiny, options.out)
     bench.decode()
     bench.memory([64, 256] if options.tiny else [2048, 32768, 131072])

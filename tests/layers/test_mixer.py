@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mamba2_hf.errors import CacheError
 from mamba2_hf.layers import Mamba2Mixer, RMSNorm, SSDState
+from mamba2_hf.layers.norm import SiluGate
 from mamba2_hf.layers.sequence import PLAIN, sequence_layout
 from mamba2_hf.ops.scan.reference import ssd_recurrent
 
@@ -26,9 +27,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no convolution bias": {"use_conv_bias": False},
     "two taps": {"conv_kernel": 2},
     "swish": {"activation": "swish"},
-    "norm first": {"norm_before_gate": True},
+    "norm first": {"norm": "norm_first"},
     "clamped steps": {"dt_limit": (0.2, 0.8)},
     "chunks of 4": {"chunk_size": 4},
+    "a gate without a norm": {"norm": "none"},
+    "multipliers": {"multipliers": (0.5, 1.5, 0.25, 2.0, 0.75)},
+    "larger groups": {"norm_group_size": 32},
     "wide heads": {"num_heads": 2, "head_dim": 16, "state_size": 32},
 }
 
@@ -49,9 +53,11 @@ def hidden_states() -> Tensor:
 
 def composed(mixer: Mamba2Mixer, hidden_states: Tensor) -> Tensor:
     """The paper's Figure 6 written out, for one document per row."""
-    z, xbc, dt = mixer.in_proj(hidden_states).split([mixer.inner_size, mixer.conv_size, mixer.num_heads], -1)
-    xbc = nn.functional.silu(mixer.conv1d(xbc.mT)[..., : xbc.shape[1]].mT)
     groups = mixer.n_groups * mixer.state_size
+    parts = mixer.in_proj(hidden_states).split([*[mixer.inner_size] * 2, groups, groups, mixer.num_heads], -1)
+    z, x, B, C, dt = (part * factor for part, factor in zip(parts, mixer.multipliers or (1,) * 5, strict=True))
+    xbc = torch.cat([x, B, C], -1)
+    xbc = nn.functional.silu(mixer.conv1d(xbc.mT)[..., : xbc.shape[1]].mT)
     x, B, C = xbc.split([mixer.inner_size, groups, groups], -1)
     y, _ = ssd_recurrent(
         x.unflatten(-1, (mixer.num_heads, -1)),
@@ -64,12 +70,15 @@ def composed(mixer: Mamba2Mixer, hidden_states: Tensor) -> Tensor:
         dt_softplus=True,
         dt_limit=mixer.dt_limit,
     )
-    y = y.flatten(-2).unflatten(-1, (mixer.n_groups, -1))
-    gate = nn.functional.silu(z).unflatten(-1, (mixer.n_groups, -1))
+    size = mixer.norm.group_size
+    y = y.flatten(-2).unflatten(-1, (-1, size))
+    gate = nn.functional.silu(z).unflatten(-1, (-1, size))
+    if isinstance(mixer.norm, SiluGate):
+        return mixer.out_proj((y * gate).flatten(-2))
     if not mixer.norm.norm_before_gate:
         y = y * gate
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + mixer.norm.eps)
-    y = y * mixer.norm.weight.unflatten(-1, (mixer.n_groups, -1))
+    y = y * mixer.norm.weight.unflatten(-1, (-1, size))
     if mixer.norm.norm_before_gate:
         y = y * gate
     return mixer.out_proj(y.flatten(-2))
@@ -110,7 +119,7 @@ class TestResults:
         torch.testing.assert_close(row.view_as(parts), parts, atol=1e-10, rtol=1e-8)
 
 
-class TestTrainedLayer:
+class TestLayer:
     """Norm, mixer and residual as one op."""
 
     @pytest.mark.parametrize("options", OPTIONS)
@@ -120,34 +129,43 @@ class TestTrainedLayer:
         seq_idx = torch.arange(TOKENS).div(8, rounding_mode="floor").expand(BATCH, -1)
         parameters = [*mixer.parameters(), *norm.parameters()]
         for layout in (PLAIN, sequence_layout(BATCH, TOKENS, seq_idx=seq_idx)):
-            whole = mixer.train_layer(hidden_states, norm, layout, None)
-            assert whole is not None
+            whole = mixer.layer(hidden_states, norm, layout)
             parts = hidden_states + mixer(norm(hidden_states), layout)
             torch.testing.assert_close(whole, parts)
             gradients = [torch.autograd.grad(out.square().sum(), parameters) for out in (whole, parts)]
             torch.testing.assert_close(*gradients)
 
-    def test_is_for_training_without_states(self, hidden_states: Tensor) -> None:
-        mixer, norm = make_mixer(), RMSNorm(WIDTH).double()
-        assert mixer.train_layer(hidden_states, norm, PLAIN, SSDState()) is None
-        with torch.no_grad():
-            assert mixer.train_layer(hidden_states, norm, PLAIN, None) is None
+    @pytest.mark.parametrize("options", OPTIONS)
+    def test_reads_prompts_and_steps(self, options: str, hidden_states: Tensor) -> None:
+        """Whatever it is split into, with states as the mixer itself leaves them."""
+        mixer, norm = make_mixer(**OPTIONS[options]), RMSNorm(WIDTH).double()
+        state, usual = SSDState(), SSDState()
+        for part in hidden_states.split([5, 1, 1, 14], 1):
+            with torch.no_grad():
+                whole = mixer.layer(part, norm, PLAIN, state, input_multiplier=0.5, output_multiplier=2.0)
+                torch.testing.assert_close(whole, part + 2 * mixer(0.5 * norm(part), PLAIN, usual))
+            assert state.conv is not None
+            assert state.ssm is not None
+            torch.testing.assert_close((state.conv, state.ssm), (usual.conv, usual.ssm))
 
     @pytest.mark.parametrize("part", ["", "in_proj", "conv1d", "norm", "out_proj", "the norm before"])
-    def test_is_left_where_a_module_has_to_be_called(self, part: str, hidden_states: Tensor) -> None:
+    def test_calls_modules_that_have_to_be_called(self, part: str, hidden_states: Tensor) -> None:
         mixer, norm = make_mixer(), RMSNorm(WIDTH).double()
         module = norm if part == "the norm before" else mixer.get_submodule(part)
         handle = module.register_forward_hook(lambda module, args, out: 2 * out)
-        assert mixer.train_layer(hidden_states, norm, PLAIN, None) is None
+        hooked = mixer.layer(hidden_states, norm, residual=hidden_states + 1)
+        torch.testing.assert_close(hooked, hidden_states + 1 + mixer(norm(hidden_states)))
         handle.remove()
-        assert mixer.train_layer(hidden_states, norm, PLAIN, None) is not None
+        plain = mixer.layer(hidden_states, norm)
+        assert not torch.allclose(hooked - 1, plain)
 
     def test_weights_of_several_dtypes_are_left_to_their_modules(self, hidden_states: Tensor) -> None:
         mixer, norm = make_mixer(torch.float32), RMSNorm(WIDTH).half()
         stream = hidden_states.float()
-        assert mixer.train_layer(stream, norm, PLAIN, None) is None
+        with pytest.raises(RuntimeError, match="dtype"):
+            mixer.layer(stream, norm)
         with torch.autocast("cpu", torch.bfloat16):  # which makes one of them
-            assert mixer.train_layer(stream, norm, PLAIN, None) is not None
+            assert mixer.layer(stream, norm).isfinite().all()
 
 
 class TestAttentionMatrix:

@@ -14,7 +14,6 @@ from .placement import KeyCounts, Placement, place
 from .projection import linear
 from .sequence import SequenceLayout
 from .state import Buffers, SSDState
-from .variant_mixer import VariantMixer
 from .weights import plain_weight
 
 __all__ = [
@@ -33,7 +32,6 @@ __all__ = [
     "SequenceLayout",
     "SigmoidRouter",
     "SoftmaxRouter",
-    "VariantMixer",
     "linear",
     "place",
     "plain_weight",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +11,20 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import CacheError
 from ..ops.checks import limits
+from ..ops.mixer.torch import times_parts
 from ..ops.packing import document_ids
 from ..ops.spec import decay_rates
 from .causal_conv1d import CausalConv1d
 from .conv import causal_convolution
 from .fp32 import KeepsFp32
-from .norm import GatedRMSNorm, RMSNorm
+from .norm import GatedRMSNorm, RMSNorm, SiluGate
 from .projection import linear
 from .sequence import PLAIN, SequenceLayout
 from .state import NOT_RECORDED, SSDState
 from .weights import is_unhooked, plain_linear, plain_weight
 
 FP32_PARAMETERS = ("A_log", "D", "dt_bias")
+NORMS = ("gate_first", "norm_first", "none")
 
 
 class Mamba2Mixer(KeepsFp32):
@@ -35,12 +38,15 @@ class Mamba2Mixer(KeepsFp32):
         num_heads, head_dim: H and P; the inner width is their product.
         n_groups, state_size: G and N.
         conv_kernel: taps of the convolution.
-        use_bias: whether the projections have a bias. use_conv_bias: whether the convolution has one.
+        use_bias: whether in_proj has a bias. out_bias: whether out_proj has one; None as in_proj.
+        use_conv_bias: whether the convolution has one.
         activation: of the convolution, ``"silu"`` or ``"swish"``.
-        norm_eps: of the gated norm, whose groups are the G groups of the scan.
-        norm_before_gate: order of the gated norm.
+        norm: whether the gate comes before the norm, after it, or without one: one of ``NORMS``.
+        norm_eps: of that norm. norm_group_size: channels that are normed together; None for those of one group of the
+            scan.
         dt_limit: clamp of the step size.
         chunk_size: tiling hint for the scan, None for the backend's own.
+        multipliers: of z, x, B, C and dt, as they leave in_proj; None for ones.
     """
 
     fp32_parameters = FP32_PARAMETERS
@@ -55,12 +61,15 @@ class Mamba2Mixer(KeepsFp32):
         state_size: int,
         conv_kernel: int = 4,
         use_bias: bool = False,
+        out_bias: bool | None = None,
         use_conv_bias: bool = True,
         activation: str = "silu",
+        norm: str = "gate_first",
         norm_eps: float = 1e-5,
-        norm_before_gate: bool = False,
+        norm_group_size: int | None = None,
         dt_limit: tuple[float, float] = (0.0, math.inf),
         chunk_size: int | None = None,
+        multipliers: tuple[float, ...] | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.n_groups, self.state_size = num_heads, head_dim, n_groups, state_size
@@ -68,6 +77,8 @@ class Mamba2Mixer(KeepsFp32):
         self.inner_size = num_heads * head_dim
         self.conv_size = self.inner_size + 2 * n_groups * state_size
         self.activation, self.dt_limit, self.chunk_size = activation, limits(dt_limit), chunk_size
+        ones = multipliers is None or all(factor == 1 for factor in multipliers)
+        self.multipliers: tuple[float, ...] = () if ones or multipliers is None else multipliers
 
         self.in_proj = nn.Linear(hidden_size, self.inner_size + self.conv_size + num_heads, bias=use_bias)
         self.conv1d = CausalConv1d.depthwise(self.conv_size, conv_kernel, use_conv_bias)
@@ -75,8 +86,13 @@ class Mamba2Mixer(KeepsFp32):
         self.A_log = nn.Parameter(torch.zeros(num_heads, dtype=at_least_fp32))
         self.D = nn.Parameter(torch.ones(num_heads, dtype=at_least_fp32))
         self.dt_bias = nn.Parameter(torch.zeros(num_heads, dtype=at_least_fp32))
-        self.norm = GatedRMSNorm(self.inner_size, self.inner_size // n_groups, norm_eps, norm_before_gate)
-        self.out_proj = nn.Linear(self.inner_size, hidden_size, bias=use_bias)
+        self.norm: GatedRMSNorm | SiluGate
+        if norm == "none":
+            self.norm = SiluGate(self.inner_size)
+        else:
+            size = self.inner_size // n_groups if norm_group_size is None else norm_group_size
+            self.norm = GatedRMSNorm(self.inner_size, size, norm_eps, norm == "norm_first")
+        self.out_proj = nn.Linear(self.inner_size, hidden_size, bias=use_bias if out_bias is None else out_bias)
 
     def forward(
         self,
@@ -90,80 +106,80 @@ class Mamba2Mixer(KeepsFp32):
         With ``output_attentions`` also the SSD attention matrix of each head, ``(B, H, T, T)``, which knows nothing of
         ``state``; see :func:`mamba2_hf.ops.ssd_attention_matrix`.
         """
-        zxbcdt = linear(self.in_proj, hidden_states)
+        zxbcdt = times_parts(linear(self.in_proj, hidden_states), self.multipliers, self.inner_size, self.num_heads)
         out = linear(self.out_proj, self._inner(zxbcdt, layout, state))
         return (out, self._attention_matrix(zxbcdt, layout)) if output_attentions else out
 
-    def whole_layer(
-        self, stream: Tensor, norm: RMSNorm, layout: SequenceLayout, state: SSDState | None
-    ) -> Tensor | None:
-        """``stream + self(norm(stream), layout, state)`` as one op, where there is one for the call; else None."""
-        stepped = self.step_layer(stream, norm, layout, state)
-        return self.train_layer(stream, norm, layout, state) if stepped is None else stepped
+    def layer(
+        self,
+        stream: Tensor,
+        norm: RMSNorm,
+        layout: SequenceLayout = PLAIN,
+        state: SSDState | None = None,
+        *,
+        residual: Tensor | None = None,
+        input_multiplier: float = 1.0,
+        output_multiplier: float = 1.0,
+    ) -> Tensor:
+        """``residual + output_multiplier * self(input_multiplier * norm(stream), layout, state)``, ``(B, T, d)``.
 
-    def step_layer(
-        self, stream: Tensor, norm: RMSNorm, layout: SequenceLayout, state: SSDState | None
-    ) -> Tensor | None:
-        """``stream + self(norm(stream), layout, state)``, ``(B, 1, d)``, in as few launches as that takes; None where
-        it is not one token of a few sequences on a GPU, or a module has to be called.
-        """
-        if not stream.is_cuda or stream.shape[1] != 1 or stream.shape[0] > ops.step_rows(stream.device):
-            return None
-        if state is None or not state.started or state.record_past or not layout.is_plain:
-            return None
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
-            return None
-        weights = self._layer_weights(norm)
-        if weights is None or weights.in_proj.lora is not None or weights.out_proj.lora is not None:
-            return None
-        conv_state, ssm_state = state.initial(stream.shape[0])
-        assert conv_state is not None  # the state has started
-        assert ssm_state is not None
-        call = ops.LayerStep(stream, conv_state, ssm_state, weights, self._spec(norm.eps), state.ready)
-        return ops.layer_step(call)
+        One op where weights may be read; else modules are called.
 
-    def train_layer(
-        self, stream: Tensor, norm: RMSNorm, layout: SequenceLayout, state: SSDState | None
-    ) -> Tensor | None:
-        """``stream + self(norm(stream), layout)``, ``(B, T, d)``, as one op, which keeps less for its backward; None
-        where no gradient is recorded, there is a state, or a module has to be called.
+        Args:
+            stream: ``(B, T, d)``, the residual stream.
+            norm: before the mixer.
+            layout, state: see :meth:`forward`.
+            residual: ``(B, T, d)``; None for ``stream``.
+            input_multiplier, output_multiplier: of what the mixer is given, and gives.
         """
-        if state is not None or not torch.is_grad_enabled():
-            return None
-        weights = self._layer_weights(norm)
+        weights = None if state is not None and state.record_past else self._layer_weights(norm)
         if weights is None:
-            return None
-        dtypes = {weights.norm_weight.dtype}
-        for weight, _, down, up, _ in (weights.in_proj, weights.out_proj):
-            dtypes |= {tensor.dtype for tensor in (weight, down, up) if tensor is not None}
-        if len(dtypes) > 1 and not torch.is_autocast_enabled(stream.device.type):
-            return None
+            mixed: Any = self(_times(norm(stream), input_multiplier), layout, state)
+            return (stream if residual is None else residual) + _times(mixed, output_multiplier)
+        spec = self._spec(norm.eps)._replace(input_multiplier=input_multiplier, output_multiplier=output_multiplier)
+        if state is not None and state.started and stream.shape[1] == 1 and layout.is_plain:
+            conv, ssm = state.initial(stream.shape[0])
+            if not torch.is_grad_enabled() and conv is not None and ssm is not None:
+                return ops.layer_step(ops.LayerStep(stream, conv, ssm, weights, spec, state.ready, residual))
+        initial = None if state is None else self._initial(stream, layout, state)
+        packed = None if residual is None else layout.pack(residual)
         packing = ops.Packing(layout.seq_idx, layout.cu_seqlens)
-        return layout.unpack(ops.layer(layout.pack(stream), weights, self._spec(norm.eps), packing))
+        out, *final = ops.layer(layout.pack(stream), weights, spec, packing, initial, packed)
+        if state is not None:
+            state.update(*map(layout.gather_states, final))
+        return layout.unpack(out)
 
     def _layer_weights(self, norm: RMSNorm) -> ops.LayerWeights | None:
-        """The weights of the layer around the mixer, ``norm`` among them; None where a module has to be called."""
+        """The weights of the layer around the mixer, ``norm`` among them; None where a module has to be called, or
+        where weights of several dtypes are left to PyTorch to refuse.
+        """
         if not is_unhooked(self):
             return None
         before, mixer = plain_weight(norm), self._weights()
         entering, leaving = plain_linear(self.in_proj), plain_linear(self.out_proj)
         if before is None or mixer is None or entering is None or leaving is None:
             return None
+        if not torch.is_autocast_enabled(before.device.type):
+            factors = (*entering[2:4], *leaving[2:4])
+            tensors = (before, entering.weight, leaving.weight, *factors)
+            if len({tensor.dtype for tensor in tensors if tensor is not None}) > 1:
+                return None
         return ops.LayerWeights(before, entering, mixer, leaving)
 
     def _weights(self) -> ops.MixerWeights | None:
         """The weights between the projections; None where a module has to be called."""
         conv, norm = plain_weight(self.conv1d), plain_weight(self.norm)
-        if conv is not None and norm is not None:
-            return ops.MixerWeights(conv.squeeze(1), self.conv1d.bias, self.dt_bias, None, self.A_log, self.D, norm)
-        return None
+        gates_only = type(self.norm) is SiluGate and is_unhooked(self.norm)
+        if conv is None or (norm is None and not gates_only):
+            return None
+        return ops.MixerWeights(conv.squeeze(1), self.conv1d.bias, self.dt_bias, None, self.A_log, self.D, norm)
 
     def _spec(self, norm_eps: float = 1e-5) -> ops.MixerSpec:
         """What the mixer is, beside its weights; ``norm_eps`` is of the norm before it."""
         norm = self.norm
         return ops.MixerSpec(
             *(self.head_dim, self.n_groups, self.activation, norm_eps, norm.eps, norm.group_size),
-            *(norm.norm_before_gate, self.dt_limit, self.chunk_size),
+            *(norm.norm_before_gate, self.dt_limit, self.chunk_size, self.multipliers),
         )
 
     def _inner(self, zxbcdt: Tensor, layout: SequenceLayout, state: SSDState | None) -> Tensor:
@@ -285,3 +301,7 @@ class Mamba2Mixer(KeepsFp32):
         x, B, C = xbc.split([self.inner_size, bc, bc], -1)
         groups = (self.n_groups, self.state_size)
         return x.unflatten(-1, (self.num_heads, self.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -44,3 +45,22 @@ class GatedRMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return f"{self.weight.shape[0]}, group_size={self.group_size}, eps={self.eps}"
+
+
+class SiluGate(nn.Module):
+    """The gate of :class:`GatedRMSNorm` without the norm.
+
+    Args:
+        width: channels.
+    """
+
+    eps, norm_before_gate = 1e-5, False  # of no effect, as there is no norm
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.group_size = width
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """``x (..., d)`` times the SiLU of ``z (..., d)``, in the dtype of ``x``."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return (x.to(dtype) * F.silu(z.to(dtype))).to(x.dtype)

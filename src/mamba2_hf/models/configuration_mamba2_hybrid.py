@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import ConfigurationError
+from ..layers.mixer import NORMS
 from ..layers.mlp import MLP_KINDS
-from ..layers.variant_mixer import NORMS
 from .base_config import SSDConfig, as_limits
 from .strict_config import strict_config
 

@@ -62,9 +62,7 @@ class Mamba2Block(SSDLayer):
             mixed, attention = self.mixer(self.norm(hidden_states), layout, state, output_attentions=True)
             return hidden_states + mixed, (attention,), ()
         if isinstance(self.mixer, Mamba2Mixer):  # what wraps one may hand on its methods, and has to be called
-            after = self.mixer.whole_layer(hidden_states, self.norm, layout, state)
-            if after is not None:
-                return after
+            return self.mixer.layer(hidden_states, self.norm, layout, state)
         return hidden_states + self.mixer(self.norm(hidden_states), layout, state)
 
 

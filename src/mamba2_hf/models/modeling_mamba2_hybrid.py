@@ -16,13 +16,13 @@ from ..layers import (
     MLP,
     Attention,
     Experts,
+    Mamba2Mixer,
     MoE,
     Placement,
     RMSNorm,
     SequenceLayout,
     SigmoidRouter,
     SoftmaxRouter,
-    VariantMixer,
     place,
 )
 from ..layers.mixer import FP32_PARAMETERS
@@ -133,36 +133,37 @@ class MixerBlock(nn.Module):
 
     def forward(self, stream: Tensor, call: _Call) -> Tensor:
         """``(B, T, d)`` to ``(B, T, d)``."""
-        after = self._whole(stream, call) if self.is_plain_ssd and not call.output_attentions else None
-        if after is not None:
-            return after
-        normed = self.norm(stream)
-        parts = [self._mix(normed, call)] if SSD in self.state_index else []
+        after = stream
         if self.attention_kind is not None:
-            parts.append(self._attend(normed, call, self.attention_kind))
-        return stream + _times(sum(parts[1:], parts[0]), self.scale)
+            attended, scale = self._attend(self.norm(stream), call, self.attention_kind)
+            after = torch.add(stream, attended, alpha=scale)
+        if SSD not in self.state_index:
+            return after
+        after = self._mix(stream, after, call)
+        if call.output_attentions and self.attention_kind is not None:
+            call.attentions[-2:] = call.attentions[:-3:-1]  # in the order of the states
+        return after
 
-    @property
-    def is_plain_ssd(self) -> bool:
-        """Whether the block is ``stream + mixer(norm(stream))`` and nothing else."""
-        return (self.attention_kind, self.scale, self.ssm_scales) == (None, 1, (1, 1))
-
-    def _whole(self, stream: Tensor, call: _Call) -> Tensor | None:
-        if not isinstance(self.mixer, VariantMixer):  # what wraps one may hand on its methods, and has to be called
-            return None
-        return self.mixer.whole_layer(stream, self.norm, call.layout, call.state(self.state_index[SSD]))
-
-    def _mix(self, normed: Tensor, call: _Call) -> Tensor:
+    def _mix(self, stream: Tensor, residual: Tensor, call: _Call) -> Tensor:
+        """``residual`` plus what the mixer makes of ``stream``."""
         before, after = self.ssm_scales
-        mixed = self.mixer(
-            _times(normed, before), call.layout, call.state(self.state_index[SSD]), call.output_attentions
-        )
+        state = call.state(self.state_index[SSD])
+        # What wraps a mixer may hand on its methods, and has to be called.
+        if isinstance(self.mixer, Mamba2Mixer) and not call.output_attentions:
+            return self.mixer.layer(
+                *(stream, self.norm, call.layout, state),
+                residual=None if residual is stream else residual,
+                input_multiplier=before,
+                output_multiplier=after * self.scale,
+            )
+        mixed = self.mixer(_times(self.norm(stream), before), call.layout, state, call.output_attentions)
         if call.output_attentions:
             mixed, matrix = mixed
             call.attentions.append(matrix)
-        return _times(mixed, after)
+        return residual + _times(mixed, after * self.scale)
 
-    def _attend(self, normed: Tensor, call: _Call, kind: str) -> Tensor:
+    def _attend(self, normed: Tensor, call: _Call, kind: str) -> tuple[Tensor, float]:
+        """What attention makes of the norm of the stream, and its multiplier."""
         before, after = self.attention_scales
         attended, weights = self.attention(
             *(_times(normed, before), call.placement, call.layout, call.state(self.state_index[kind])),
@@ -170,7 +171,7 @@ class MixerBlock(nn.Module):
         )
         if weights is not None:
             call.attentions.append(weights)
-        return _times(attended, after)
+        return attended, after * self.scale
 
 
 class SharedMixerBlock(MixerBlock):
@@ -196,8 +197,7 @@ class SharedMixerBlock(MixerBlock):
         )
         if weights is not None:
             call.attentions.append(weights)
-        normed = self.norm(stream + self.linear(found.to(stream.device)))
-        return stream + _times(self._mix(normed, call), self.scale)
+        return self._mix(stream + self.linear(found.to(stream.device)), stream, call)
 
 
 class FeedForwardBlock(nn.Module):
@@ -233,9 +233,9 @@ def _times(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else x * factor
 
 
-def _mixer(config: Mamba2HybridConfig) -> VariantMixer:
+def _mixer(config: Mamba2HybridConfig) -> Mamba2Mixer:
     eps, multipliers = config.ssm_norm_epsilon, config.ssm_multipliers
-    return VariantMixer(
+    return Mamba2Mixer(
         config.hidden_size,
         num_heads=config.ssm_num_heads,
         head_dim=config.ssm_head_dim,

@@ -25,7 +25,6 @@ from .mixer.op import (
     mamba2_layer_step,
     mamba2_step,
     step,
-    step_rows,
 )
 from .norm.op import gated_rms_norm
 from .scan.op import ssd_chunk_scan, ssd_state_update
@@ -58,7 +57,6 @@ __all__ = [
     "ssd_chunk_scan",
     "ssd_state_update",
     "step",
-    "step_rows",
     "use_backend",
 ]
 

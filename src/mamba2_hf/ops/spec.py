@@ -120,7 +120,7 @@ class MixerWeights(NamedTuple):
 
 
 class LayerWeights(NamedTuple):
-    """The weights of a layer ``stream + out_proj(mixer(in_proj(norm(stream))))``."""
+    """The weights of a layer ``residual + out_proj(mixer(in_proj(norm(stream))))``."""
 
     norm_weight: Tensor
     """``(d,)`` of the norm before the mixer."""
@@ -147,6 +147,19 @@ class MixerSpec(NamedTuple):
     dt_limit: tuple[float, float] = (0.0, INF)
     chunk_size: int | None = None
     """A tiling hint for the scan; None leaves it to the backend."""
+    multipliers: tuple[float, ...] = ()
+    """Of z, x, B, C and dt, as they leave in_proj; empty for ones. Of a layer only, as the next two."""
+    input_multiplier: float = 1.0
+    """Of what in_proj is given."""
+    output_multiplier: float = 1.0
+    """Of what out_proj gives, before it is added to the stream."""
+
+    @property
+    def entering(self) -> tuple[float, ...]:
+        """Multipliers of the five parts of in_proj's product, before its bias is added; empty for ones."""
+        if self.input_multiplier == 1:
+            return self.multipliers
+        return tuple(self.input_multiplier * part for part in self.multipliers or (1.0,) * 5)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from .conv.triton import causal_conv1d as causal_conv1d
 from .conv.triton import causal_conv1d_update as causal_conv1d_update
 from .cross_entropy.triton import cross_entropy_rows as cross_entropy_rows
-from .mixer.one_row import mamba2_layer_step as mamba2_layer_step
 from .mixer.step import mamba2_step as mamba2_step
 from .mixer.triton import mamba2_inner as mamba2_inner
 from .mixer.triton import mamba2_layer as mamba2_layer
+from .mixer.triton import mamba2_layer_step as mamba2_layer_step
 from .norm.triton import gated_rms_norm as gated_rms_norm
 from .runtime import tables
 from .scan.triton import ssd_chunk_scan as ssd_chunk_scan
@@ -25,8 +23,3 @@ def supports(op: str, **call: Any) -> tuple[bool, str]:
         return True, f"serves bfloat16, float16 and float32, {tables.limits(op)}".removesuffix(", ")
     refusal = next(tables.refusals(op, **call), None)
     return refusal is None, refusal or "Triton serves it"
-
-
-def step_rows(device: torch.device) -> int:
-    """Up to how many sequences the step of a whole layer takes no longer than its parts."""
-    return tables.step_rows(tables.chip_of(device))

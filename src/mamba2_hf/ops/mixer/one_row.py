@@ -15,26 +15,21 @@ for ``rows.py``.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import flops
 from ..conv.kernels import columns_of, convolve_columns, load_taps, move_columns
 from ..runtime import tables
 from ..runtime.launch import launch
-from ..runtime.op import op
 from ..runtime.overlap import follow, overlap
 from ..runtime.rows import channels_last, dense
 from ..runtime.tables import SILU, cdiv, power_of_two, state_programs
 from ..scan.prep import _silu
 from ..scan.update import _step_size
 from .op import LayerStep
-from .rows import rows_step
-from .step import _shift, step_kernel
+from .step import _shift, part_multiplier, step_kernel
 
 
 @triton.jit
@@ -64,7 +59,7 @@ def _normed_tiles(x, norm_weight, eps, WIDTH: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def _project(weights, inputs, scale, bias, n, mask_n, dtype, WIDTH: tl.constexpr, BK: tl.constexpr):
-    """Outputs ``n`` of the projection, rounded to ``dtype``, fp32."""
+    """Outputs ``n`` of the projection times ``scale``, rounded to ``dtype``, fp32."""
     sums = weights[0].to(tl.float32) * inputs[0][None, :]
     for i in tl.static_range(1, (WIDTH + BK - 1) // BK):
         sums += weights[i].to(tl.float32) * inputs[i][None, :]
@@ -75,22 +70,27 @@ def _project(weights, inputs, scale, bias, n, mask_n, dtype, WIDTH: tl.constexpr
 
 
 @triton.jit
-def enter_kernel(x, norm_weight, weight, bias, y, outputs, eps,
-                 D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """``BN`` outputs of the projection of ``norm(x)``, ``x (D,)``."""
+def enter_kernel(x, norm_weight, weight, bias, y, outputs, inner, maps, of_z, of_x, of_b, of_c, of_dt, eps,
+                 SCALED: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                 OVERLAP: tl.constexpr):  # fmt: skip
+    """``BN`` outputs of the projection of ``norm(x)``, ``x (D,)``; with ``SCALED`` times the multipliers of its parts,
+    ``inner`` of z and of x and ``maps`` of B and of C first.
+    """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     mask_n = n < outputs
     weights = _weight_tiles(weight, n, mask_n, D, BK)
     follow(OVERLAP)
     inputs, scale = _normed_tiles(x, norm_weight, eps, D, BK)
+    if SCALED:
+        scale *= part_multiplier(n, inner, maps, of_z, of_x, of_b, of_c, of_dt)
     out = _project(weights, inputs, scale, bias, n, mask_n, y.dtype.element_ty, D, BK)
     tl.store(y + n, out.to(y.dtype.element_ty), mask=mask_n)
 
 
 @triton.jit
-def _enter_maps(pid, x, norm_weight, weight, bias, conv, taps, offset, maps, ready, inner, count, eps, sc_c, sc_l,
-                SILU: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, L: tl.constexpr, BO: tl.constexpr,
-                BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def _enter_maps(pid, x, norm_weight, weight, bias, conv, taps, offset, maps, ready, inner, count, of_b, of_c, eps,
+                sc_c, sc_l, SCALED: tl.constexpr, SILU: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
+                L: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """``BO`` of the ``count`` channels of B and C, convolved, to ``maps (count,)``."""
     j = pid * BO + tl.arange(0, BO)
     mask, channel = j < count, inner + j
@@ -99,6 +99,8 @@ def _enter_maps(pid, x, norm_weight, weight, bias, conv, taps, offset, maps, rea
     taps, offset = load_taps(taps, offset, channel, mask, K)
     follow(OVERLAP)
     inputs, scale = _normed_tiles(x, norm_weight, eps, WIDTH, BK)
+    if SCALED:
+        scale *= tl.where(2 * j < count, of_b, of_c)
     dtype: tl.constexpr = weight.dtype.element_ty
     new = _project(weights, inputs, scale, bias, inner + channel, mask, dtype, WIDTH, BK)
     tl.store(maps + j, convolve_columns(columns, new, taps, offset, dtype, SILU, L, K), mask=mask)
@@ -109,31 +111,33 @@ def _enter_maps(pid, x, norm_weight, weight, bias, conv, taps, offset, maps, rea
 
 @triton.jit
 def enter_step_kernel(x, norm_weight, weight, bias, conv, state, taps, offset, dt_bias, A, D, scale, maps, ready, gate,
-                      raw, squares, eps, low, high, H, shared, sc_c, sc_l, ss_h, ss_p, ss_n,
-                      SILU: tl.constexpr, D_RANK: tl.constexpr, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr,
-                      P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, L: tl.constexpr, BP: tl.constexpr,
-                      BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                      raw, squares, of_z, of_x, of_b, of_c, of_dt, eps, low, high, H, shared, sc_c, sc_l,
+                      ss_h, ss_p, ss_n, SCALED: tl.constexpr, SILU: tl.constexpr, D_RANK: tl.constexpr,
+                      PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+                      K: tl.constexpr, L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr,
+                      BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """From the residual stream ``x (WIDTH,)`` to the mixer's output before its norm.
 
     The first ``shared`` programs make B and C, each of the others ``BP`` channels of a head: ``raw (H P,)`` times the
-    norm's weight ``scale``, the parts ``squares (H, blocks)`` of the sums of squares, and ``gate (H P,)`` where that
-    comes after the norm. ``ready`` counts the programs that are done with B and C; it begins at zero.
+    norm's weight ``scale``, the parts ``squares (H, blocks)`` of the sums of squares, both None without a norm, and
+    ``gate (H P,)`` where that comes after the norm. ``ready`` counts the programs that are done with B and C; it begins
+    at zero. With ``SCALED`` z, x, B, C and dt are taken times their multipliers.
     """
     pid = tl.program_id(0)
     inner, groups = H * P, H // PER_GROUP
     if pid < shared:
-        _enter_maps(pid, x, norm_weight, weight, bias, conv, taps, offset, maps, ready, inner, 2 * groups * N, eps,
-                    sc_c, sc_l, SILU, WIDTH, K, L, BO, BK, OVERLAP)  # fmt: skip
+        _enter_maps(pid, x, norm_weight, weight, bias, conv, taps, offset, maps, ready, inner, 2 * groups * N,
+                    of_b, of_c, eps, sc_c, sc_l, SCALED, SILU, WIDTH, K, L, BO, BK, OVERLAP)  # fmt: skip
         return
     blocks: tl.constexpr = (P + BP - 1) // BP
     head, block = (pid - shared) // blocks, (pid - shared) % blocks
     p, n = block * BP + tl.arange(0, BP), tl.arange(0, BN)
     mask_p, mask_n = p < P, n < N
-    channel, of_dt = head * P + p, 2 * inner + 2 * groups * N + head + tl.arange(0, 1)
-    always = of_dt >= 0
+    channel, channel_dt = head * P + p, 2 * inner + 2 * groups * N + head + tl.arange(0, 1)
+    always = channel_dt >= 0
     weights_x = _weight_tiles(weight, inner + channel, mask_p, WIDTH, BK)
     weights_z = _weight_tiles(weight, channel, mask_p, WIDTH, BK)
-    weights_dt = _weight_tiles(weight, of_dt, always, WIDTH, BK)
+    weights_dt = _weight_tiles(weight, channel_dt, always, WIDTH, BK)
     at = state + head.to(tl.int64) * ss_h + p[:, None] * ss_p + n[None, :] * ss_n
     mask = mask_p[:, None] & mask_n[None, :]
     s = tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -143,14 +147,18 @@ def enter_step_kernel(x, norm_weight, weight, bias, conv, state, taps, offset, d
     dt_offset = 0.0 if dt_bias is None else tl.load(dt_bias + head).to(tl.float32)
     if D_RANK > 0:
         skip = tl.load(D + (channel if D_RANK == 2 else head + p * 0), mask=mask_p, other=0.0).to(tl.float32)
-    weight_of_norm = tl.load(scale + channel, mask=mask_p, other=0.0).to(tl.float32)
+    if scale is not None:
+        weight_of_norm = tl.load(scale + channel, mask=mask_p, other=0.0).to(tl.float32)
 
     follow(OVERLAP)
     inputs, normed = _normed_tiles(x, norm_weight, eps, WIDTH, BK)
+    normed_x, normed_z, normed_dt = normed, normed, normed
+    if SCALED:
+        normed_x, normed_z, normed_dt = normed * of_x, normed * of_z, normed * of_dt
     dtype: tl.constexpr = weight.dtype.element_ty
-    new = _project(weights_x, inputs, normed, bias, inner + channel, mask_p, dtype, WIDTH, BK)
-    z = _project(weights_z, inputs, normed, bias, channel, mask_p, dtype, WIDTH, BK)
-    dt = tl.sum(_project(weights_dt, inputs, normed, bias, of_dt, always, dtype, WIDTH, BK), 0)
+    new = _project(weights_x, inputs, normed_x, bias, inner + channel, mask_p, dtype, WIDTH, BK)
+    z = _project(weights_z, inputs, normed_z, bias, channel, mask_p, dtype, WIDTH, BK)
+    dt = tl.sum(_project(weights_dt, inputs, normed_dt, bias, channel_dt, always, dtype, WIDTH, BK), 0)
     value = convolve_columns(columns, new, taps, offset, dtype, SILU, L, K)
     step = _step_size(dt, dt_offset, low, high, True)
     seen = tl.atomic_add(ready, 0, sem="acquire")
@@ -167,26 +175,28 @@ def enter_step_kernel(x, norm_weight, weight, bias, conv, state, taps, offset, d
         out *= _silu(z)
     else:
         tl.store(gate + channel, z.to(dtype), mask=mask_p)
-    tl.store(squares + head * blocks + block, tl.sum(tl.where(mask_p, out * out, 0.0), 0))
-    tl.store(raw + channel, (out * weight_of_norm).to(raw.dtype.element_ty), mask=mask_p)
+    if scale is not None:
+        tl.store(squares + head * blocks + block, tl.sum(tl.where(mask_p, out * out, 0.0), 0))
+        out *= weight_of_norm
+    tl.store(raw + channel, out.to(raw.dtype.element_ty), mask=mask_p)
     tl.store(at, s.to(state.dtype.element_ty), mask=mask)
     tl.debug_barrier()
     move_columns(conv, columns, new, channel, mask_p, sc_c, sc_l, L)
 
 
 @triton.jit
-def _leave(pid, raw, squares, gate, weight, bias, x, y, ready, outputs, eps,
+def _leave(pid, raw, squares, gate, weight, bias, x, y, ready, outputs, eps, factor,
            WIDTH: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, GATE: tl.constexpr, BN: tl.constexpr,
            BK: tl.constexpr, PADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     n = pid * BN + tl.arange(0, BN)
     mask_n = n < outputs
     weights = _weight_tiles(weight, n, mask_n, WIDTH, BK)
-    offset = 0.0 if bias is None else tl.load(bias + n, mask=mask_n, other=0.0).to(tl.float32)
+    offset = 0.0 if bias is None else tl.load(bias + n, mask=mask_n, other=0.0).to(tl.float32) * factor
     offset += tl.load(x + n, mask=mask_n, other=0.0).to(tl.float32)
     follow(OVERLAP)
     if ready is not None and pid == 0:
         tl.store(ready, 0)
-    groups: tl.constexpr = WIDTH // SIZE
+    groups: tl.constexpr = WIDTH // SIZE if squares is not None else 0
     part = tl.arange(0, PADDED)
     scales = ()
     for group in tl.static_range(groups):
@@ -206,45 +216,34 @@ def _leave(pid, raw, squares, gate, weight, bias, x, y, ready, outputs, eps,
     out = tl.sum(sums, 1)
     if groups == 1:
         out *= scale
-    tl.store(y + n, (out + offset).to(y.dtype.element_ty), mask=mask_n)
+    tl.store(y + n, (out * factor + offset).to(y.dtype.element_ty), mask=mask_n)
 
 
 @triton.jit
-def leave_kernel(raw, squares, u, weight, bias, x, y, conv, ready, outputs, programs, channels, eps,
+def leave_kernel(raw, squares, u, weight, bias, x, y, conv, ready, outputs, programs, channels, eps, factor,
                  sc_b, sc_c, sc_l,
                  WIDTH: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, GATE: tl.constexpr,
                  BN: tl.constexpr, BK: tl.constexpr, PADDED: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
                  OVERLAP: tl.constexpr):  # fmt: skip
-    """What waits for all of the mixer's step: the first ``programs`` give ``BN`` outputs each of ``x`` plus the
-    projection of ``raw (WIDTH,)`` times the scales of its norm, others move the convolution's state on.
+    """What waits for all of the mixer's step: the first ``programs`` give ``BN`` outputs each of ``x`` plus ``factor``
+    times the projection of ``raw (WIDTH,)`` times the scales of its norm, others move the convolution's state on.
 
-    ``squares (groups, PARTS)`` are the parts of the sums of squares that the scales come from, ``u`` begins with
+    ``squares (groups, PARTS)`` are the parts of the sums of squares that the scales come from (None without a norm),
+    ``u`` begins with
     the gate, where that comes after the norm. ``ready``, if given, goes back to zero.
     """
     pid = tl.program_id(0)
     if pid < programs:
-        _leave(pid, raw, squares, u, weight, bias, x, y, ready, outputs, eps,
+        _leave(pid, raw, squares, u, weight, bias, x, y, ready, outputs, eps, factor,
                WIDTH, SIZE, PARTS, GATE, BN, BK, PADDED, OVERLAP)  # fmt: skip
     elif ready is None:
         follow(OVERLAP)
         _shift(pid - programs, u, conv, 1, WIDTH, channels, 0, 0, sc_b, sc_c, sc_l, L, BLOCK)
 
 
-def _flops(call: Any) -> int:
-    rows, weights = call.stream[0], call.weights
-    projections = flops.product(rows, weights.in_proj.weight) + flops.product(rows, weights.out_proj.weight)
-    return projections + flops.step(call.ssm_state)
-
-
-@op("mamba2_layer_step", fake=lambda call: call.stream.new_empty(call.stream.shape), flops=(_flops,))
-def mamba2_layer_step(call: LayerStep) -> Tensor:
-    """See :func:`mamba2_hf.ops.mamba2_layer_step`."""
-    return one_row_step(call) if call.stream.shape[0] == 1 else rows_step(call)
-
-
 def one_row_step(call: LayerStep) -> Tensor:
     """Launches the layer for ``stream (1, 1, d)``; both states are updated in place."""
-    stream, conv_state, ssm_state, (norm_weight, into, mixer_weights, out), spec, ready = call
+    stream, conv_state, ssm_state, (norm_weight, into, mixer_weights, out), spec, ready, residual = call
     in_weight, in_bias, *_ = into
     out_weight, out_bias, *_ = out
     conv_weight, conv_bias, dt_bias, _, _, D, gated_norm_weight = mixer_weights
@@ -258,7 +257,11 @@ def one_row_step(call: LayerStep) -> Tensor:
     bp, warps = (min(tables.NARROW_CHANNELS, power_of_two(P)), tables.NARROW_WARPS) if narrow else state_programs(1, P)
     blocks = cdiv(P, bp)
     raw = torch.empty(width, dtype=dtype, device=device)
-    squares = torch.empty(heads * blocks, dtype=torch.float32, device=device)
+    squares = None
+    if gated_norm_weight is not None:
+        squares = torch.empty(heads * blocks, dtype=torch.float32, device=device)
+    gate_first = squares is None or not norm_before_gate
+    multipliers = spec.entering or (1.0,) * 5
     before = (stream, norm_weight.contiguous(), in_weight.contiguous(), dense(in_bias))
     conv = (conv_weight.contiguous(), dense(conv_bias))
     per_head = (dense(dt_bias), A_log.contiguous(), dense(D))
@@ -277,12 +280,14 @@ def one_row_step(call: LayerStep) -> Tensor:
         ready = torch.zeros(1, dtype=torch.int32, device=device) if ready is None else ready
         shared = cdiv(2 * n_groups * N, tables.OUTPUTS)
         maps = torch.empty(2 * n_groups * N, dtype=torch.float32, device=device)
-        u = torch.empty(width, dtype=dtype, device=device) if norm_before_gate else None
+        u = None if gate_first else torch.empty(width, dtype=dtype, device=device)
         launch(
             enter_step_kernel,
             (shared + heads * blocks,),
             *(*before, conv_state, ssm_state, *conv, *per_head, dense(gated_norm_weight), maps, ready, u),
-            *(raw, squares, norm_eps, *limits, heads, shared, *conv_state.stride()[1:], *ssm_state.stride()[1:]),
+            *(raw, squares, *multipliers, norm_eps, *limits, heads, shared),
+            *(*conv_state.stride()[1:], *ssm_state.stride()[1:]),
+            SCALED=bool(spec.entering),
             WIDTH=size,
             L=conv_state.shape[2],
             BO=tables.OUTPUTS,
@@ -297,7 +302,8 @@ def one_row_step(call: LayerStep) -> Tensor:
         launch(
             enter_kernel,
             (cdiv(entering, outputs),),
-            *(*before, u, entering, norm_eps),
+            *(*before, u, entering, width, n_groups * N, *multipliers, norm_eps),
+            SCALED=bool(spec.entering),
             D=size,
             BN=outputs,
             BK=inputs,
@@ -310,7 +316,7 @@ def one_row_step(call: LayerStep) -> Tensor:
             *(u, conv_state, ssm_state, *conv, *per_head, dense(gated_norm_weight), raw, squares),
             *(*limits, heads, 1, conv_state.shape[2], *u.stride()[:2], *conv_state.stride(), *ssm_state.stride()),
             LOG_RATES=True,
-            GATE=not norm_before_gate,
+            GATE=gate_first,
             **mixer,
             **options,
         )
@@ -321,12 +327,13 @@ def one_row_step(call: LayerStep) -> Tensor:
     launch(
         leave_kernel,
         (programs + (0 if narrow else cdiv(channels, tables.SHIFT_BLOCK)),),
-        *(raw, squares, u, out_weight.contiguous(), dense(out_bias), stream, y, conv_state, ready),
-        *(size, programs, channels, spec.gated_norm_eps, *conv_state.stride()),
+        *(raw, squares, u, out_weight.contiguous(), dense(out_bias)),
+        *(stream if residual is None else channels_last(residual), y, conv_state, ready),
+        *(size, programs, channels, spec.gated_norm_eps, spec.output_multiplier, *conv_state.stride()),
         WIDTH=width,
         SIZE=group_size,
         PARTS=parts,
-        GATE=norm_before_gate,
+        GATE=not gate_first,
         BN=outputs,
         BK=inputs,
         PADDED=power_of_two(parts),

@@ -79,7 +79,7 @@ class Step(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """Arguments of :func:`layer`: a whole layer for training."""
+    """Arguments of :func:`layer`: a whole layer for any number of tokens."""
 
     stream: Tensor
     weights: LayerWeights
@@ -89,10 +89,18 @@ class Layer(NamedTuple):
     """Of the projections' products."""
     trains: bool
     """Whether gradients of the projections' weights are wanted."""
+    residual: Tensor | None = None
+    """``(B, T, d)``, what the layer's result is added to; None for the stream."""
+    conv_initial_states: Tensor | None = None
+    ssm_initial_states: Tensor | None = None
+    states: bool = False
+    """Whether the final states are wanted."""
 
     def mixer(self, zxbcdt: Tensor, A: Tensor) -> Inner:
         """What is between the projections, given the output of in_proj and the decay rates."""
-        return Inner(zxbcdt, self.weights.mixer._replace(A=A, A_log=None), self.spec, self.packing)
+        weights = self.weights.mixer._replace(A=A, A_log=None)
+        initial = (self.conv_initial_states, self.ssm_initial_states)
+        return Inner(zxbcdt, weights, self.spec, self.packing, *initial, states=self.states)
 
     def trained(self) -> Layer:
         """The same without the weights that get no gradient."""
@@ -112,6 +120,8 @@ class LayerStep(NamedTuple):
     weights: LayerWeights
     spec: MixerSpec
     ready: State | None = None
+    residual: Tensor | None = None
+    """``(B, 1, d)``, what the layer's result is added to; None for the stream."""
 
 
 def mamba2_inner(
@@ -250,7 +260,7 @@ def mamba2_layer(
         ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
     """
     width, heads = out_weight.shape[1], A_log.shape[0]
-    return layer(
+    y, _, _ = layer(
         stream,
         LayerWeights(
             norm_weight,
@@ -270,16 +280,38 @@ def mamba2_layer(
             *(norm_before_gate, limits(dt_limit), chunk_size),
         ),
         Packing(seq_idx, cu_seqlens),
-        backend,
+        backend=backend,
     )
+    return y
 
 
 def layer(
-    stream: Tensor, weights: LayerWeights, spec: MixerSpec, packing: Packing = UNPACKED, backend: str | None = None
-) -> Tensor:
-    """:func:`mamba2_layer` of records."""
+    stream: Tensor,
+    weights: LayerWeights,
+    spec: MixerSpec,
+    packing: Packing = UNPACKED,
+    states: tuple[Tensor | None, Tensor | None] | None = None,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`mamba2_layer` of records, for prompts too: with the states to start from, and what the result is added to.
+
+    Args:
+        stream, weights, spec, packing, backend: see :func:`mamba2_layer`.
+        states: those of the convolution and of the scan to start from, or a pair of None to start from zeros; None
+            where no final states are wanted either.
+        residual: ``(B, T, d)`` in the dtype of ``stream``, to be added to in its place: another branch of the layer is
+            in it (attention beside the mixer), or is in ``stream`` alone (a block that layers share).
+
+    Returns:
+        ``(B, T, d)`` in the dtype of ``stream``, and the final states, which may be empty if they are not asked for.
+    """
     into, out = weights.in_proj.weight, weights.out_proj.weight
-    call = Layer(stream, weights, spec, packing, product_dtype(into), into.requires_grad or out.requires_grad)
+    trains = into.requires_grad or out.requires_grad
+    initial = (None, None) if states is None else states
+    call = Layer(
+        stream, weights, spec, packing, product_dtype(into), trains, residual, *initial, states=states is not None
+    )
     shape = check_layer(call)
     backend = dispatch.choose(
         *("mamba2_layer", stream.device, backend),
@@ -291,8 +323,8 @@ def layer(
         group_size=spec.group_size,
         activation=spec.activation,
     ).name
-    y: Tensor = dispatch.backend_module(backend).mamba2_layer(call)
-    return y
+    y, conv_state, ssm_state = dispatch.backend_module(backend).mamba2_layer(call)
+    return y, conv_state, ssm_state
 
 
 def mamba2_step(
@@ -438,14 +470,14 @@ def mamba2_layer_step(
 
 
 def layer_step(call: LayerStep, backend: str | None = None) -> Tensor:
-    """:func:`mamba2_layer_step` of a record."""
+    """:func:`mamba2_layer_step` of a record, with LoRA and under autocast too."""
     shape = check_layer_step(call)
     weights, spec = call.weights, call.spec
     into, out, mixer = weights.in_proj.weight, weights.out_proj.weight, weights.mixer
     backend = dispatch.choose(
         *("mamba2_layer_step", call.stream.device, backend),
         shape=shape,
-        dtype=into.dtype,
+        dtype=product_dtype(into),
         taps=mixer.conv_weight.shape[1],
         group_size=spec.group_size,
         activation=spec.activation,
@@ -453,14 +485,6 @@ def layer_step(call: LayerStep, backend: str | None = None) -> Tensor:
     ).name
     y: Tensor = dispatch.backend_module(backend).mamba2_layer_step(call)
     return y
-
-
-@torch.compiler.assume_constant_result
-def step_rows(device: torch.device) -> int:
-    """Up to how many sequences on a GPU :func:`layer_step` takes no longer than its parts, one after another."""
-    usable, _ = dispatch.usable(device)
-    rows: int = dispatch.backend_module("triton").step_rows(device) if usable else 1
-    return rows
 
 
 def check_inner(call: Inner) -> SSDShape:
@@ -503,28 +527,21 @@ def check_step(call: Step) -> SSDShape:
 
 
 def check_layer(call: Layer) -> SSDShape:
-    """Contract of ``mamba2_layer``; returns the sizes, raises :class:`ArgumentError`."""
-    stream, weights, spec, packing, *_ = call
+    """Contract of ``layer``; returns the sizes, raises :class:`ArgumentError`."""
+    stream, weights, spec = call[:3]
     check_rank("stream", stream, 3, "(B, T, d)")
-    zxbcdt = _check_projections(stream, weights, spec)
+    zxbcdt = _check_projections(stream, weights, spec, call.residual)
     check_norm(stream, None, weights.norm_weight, spec.norm_eps, None)
-    for name, (weight, _, down, up, _) in (("in_lora", weights.in_proj), ("out_lora", weights.out_proj)):
-        if down is not None and up is not None:
-            check_rank(f"{name}.down", down, 2, "(r, d)")
-            rank = down.shape[0]
-            check_shape(f"{name}.down", down, (rank, weight.shape[1]), "(r, d), with the d of the weight (d', d)")
-            check_shape(f"{name}.up", up, (weight.shape[0], rank), "(d', r), with the d' of the weight (d', d)")
-            check_devices(stream.device, **{f"{name}.down": down, f"{name}.up": up})
-    return check_inner(Inner(zxbcdt, weights.mixer, spec, packing))
+    return check_inner(call.mixer(zxbcdt, weights.mixer.decay))
 
 
 def check_layer_step(call: LayerStep) -> SSDShape:
     """Contract of ``mamba2_layer_step``; returns the sizes, raises :class:`ArgumentError`."""
-    stream, conv_state, ssm_state, weights, spec, ready = call
+    stream, conv_state, ssm_state, weights, spec, ready, residual = call
     check_rank("stream", stream, 3, "(B, 1, d)")
     if stream.shape[1] != 1:
         fail(f"stream has {stream.shape[1]} tokens, expected one of each sequence")
-    zxbcdt = _check_projections(stream, weights, spec)
+    zxbcdt = _check_projections(stream, weights, spec, residual)
     check_shape("norm_weight", weights.norm_weight, stream.shape[2:], "(d,)")
     if ready is not None:
         check_shape("ready", ready, (1,), "(1,)")
@@ -534,9 +551,9 @@ def check_layer_step(call: LayerStep) -> SSDShape:
     return check_step(Step(zxbcdt, conv_state, ssm_state, weights.mixer, spec))
 
 
-def _check_projections(stream: Tensor, weights: LayerWeights, spec: MixerSpec) -> Tensor:
-    """Checks both projections of ``stream (B, T, d)``; returns something of the shape and dtype that in_proj's output
-    ``(B, T, 2 H P + 2 G N + H)`` will have.
+def _check_projections(stream: Tensor, weights: LayerWeights, spec: MixerSpec, residual: Tensor | None) -> Tensor:
+    """Checks both projections of ``stream (B, T, d)`` and what is around them; returns something of the shape and dtype
+    that in_proj's output ``(B, T, 2 H P + 2 G N + H)`` will have.
     """
     (into, in_bias, *_), (out, out_bias, *_) = weights.in_proj, weights.out_proj
     check_rank("in_weight", into, 2, "(2 H P + 2 G N + H, d)")
@@ -550,7 +567,19 @@ def _check_projections(stream: Tensor, weights: LayerWeights, spec: MixerSpec) -
     if out_bias is not None:
         check_shape("out_bias", out_bias, (size,), "(d,)")
     check_same_dtype(in_weight=into, out_weight=out)
-    check_devices(stream.device, in_weight=into, out_weight=out)
+    for name, (weight, _, down, up, _) in (("in_lora", weights.in_proj), ("out_lora", weights.out_proj)):
+        if down is not None and up is not None:
+            check_rank(f"{name}.down", down, 2, "(r, d)")
+            rank = down.shape[0]
+            check_shape(f"{name}.down", down, (rank, weight.shape[1]), "(r, d), with the d of the weight (d', d)")
+            check_shape(f"{name}.up", up, (weight.shape[0], rank), "(d', r), with the d' of the weight (d', d)")
+            check_devices(stream.device, **{f"{name}.down": down, f"{name}.up": up})
+    if residual is not None:
+        check_shape("residual", residual, tuple(stream.shape), "as stream")
+        check_same_dtype(stream=stream, residual=residual)
+    if len(spec.multipliers) not in (0, 5):
+        fail(f"multipliers are {spec.multipliers}, expected one for each of z, x, B, C and dt, or none")
+    check_devices(stream.device, in_weight=into, out_weight=out, residual=residual)
     return into[:, 0].expand(batch, tokens, entering)
 
 

@@ -29,7 +29,9 @@ from ..runtime.tables import SILU, cdiv, power_of_two
 from ..scan.prep import _silu
 from ..scan.problem import fits_tma
 from ..scan.update import _step_size
+from ..spec import MixerSpec
 from .op import LayerStep
+from .step import part_multiplier
 
 
 @triton.jit
@@ -109,10 +111,13 @@ def _products(x, weight, squares, row, output, first, last, rows, outputs, eps,
 
 
 @triton.jit
-def enter_rows_kernel(x, weight, weight_tiles, bias, u, rows, outputs,
-                      WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
-                      TMA: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """``BN`` outputs of the projection of ``BM`` rows of ``x (rows, WIDTH)``."""
+def enter_rows_kernel(x, weight, weight_tiles, bias, u, rows, outputs, inner, maps, of_z, of_x, of_b, of_c, of_dt,
+                      SCALED: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                      BK: tl.constexpr, AHEAD: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+                      OVERLAP: tl.constexpr):  # fmt: skip
+    """``BN`` outputs of the projection of ``BM`` rows of ``x (rows, WIDTH)``; with ``SCALED`` times the multipliers of
+    its parts, ``inner`` of z and of x and ``maps`` of B and of C first.
+    """
     tiles_m = tl.cdiv(rows, BM)
     row, output = tl.program_id(0) % tiles_m * BM, tl.program_id(0) // tiles_m * BN
     m, n = (row + tl.arange(0, BM))[:, None], (output + tl.arange(0, BN))[None, :]
@@ -123,7 +128,10 @@ def enter_rows_kernel(x, weight, weight_tiles, bias, u, rows, outputs,
     last: tl.constexpr = (WIDTH + BK - 1) // BK
     sums = _products(x, weight_tiles, None, row, output, 0, last, rows, outputs, 0.0,
                      WIDTH, WIDTH, 1, 1, BM, BN, BK, TMA, PRECISION)  # fmt: skip
-    value = (tl.trans(sums) + offset).to(u.dtype.element_ty)
+    value = tl.trans(sums)
+    if SCALED:
+        value *= part_multiplier(n, inner, maps, of_z, of_x, of_b, of_c, of_dt)
+    value = (value + offset).to(u.dtype.element_ty)
     tl.store(u + m.to(tl.int64) * outputs + n, value, mask=(m < rows) & (n < outputs))
 
 
@@ -159,7 +167,7 @@ def advance_rows_kernel(u, xbc, state, dt_bias, A_log, D, scale, y, squares, low
     """One step of a block of a head's channels of one row, with skip, gate and the gated norm's weight ``scale``.
 
     ``squares (rows, H, blocks)`` receive the sums of squares that the norm needs, ``y (rows, H P)`` what is left to be
-    multiplied by its scales.
+    multiplied by its scales. Without a norm ``scale`` and ``squares`` are None.
     """
     pid = tl.program_id(0)
     blocks: tl.constexpr = (P + BP - 1) // BP
@@ -176,7 +184,8 @@ def advance_rows_kernel(u, xbc, state, dt_bias, A_log, D, scale, y, squares, low
     skip = 0.0
     if D_RANK > 0:
         skip = tl.load(D + (channel if D_RANK == 2 else head + p * 0), mask=mask_p, other=0.0).to(tl.float32)
-    weight = tl.load(scale + channel, mask=mask_p, other=0.0).to(tl.float32)
+    if scale is not None:
+        weight = tl.load(scale + channel, mask=mask_p, other=0.0).to(tl.float32)
     follow(OVERLAP)
     inner, groups = H * P, H // PER_GROUP
     maps = inner + head // PER_GROUP * N + n
@@ -192,21 +201,24 @@ def advance_rows_kernel(u, xbc, state, dt_bias, A_log, D, scale, y, squares, low
     out = tl.sum(s * c[None, :], 1) + x * skip
     if not GATE_LAST:
         out *= gate
-    tl.store(squares + (row * H + head) * blocks + block, tl.sum(tl.where(mask_p, out * out, 0.0), 0))
-    out *= weight
+    if scale is not None:
+        tl.store(squares + (row * H + head) * blocks + block, tl.sum(tl.where(mask_p, out * out, 0.0), 0))
+        out *= weight
     if GATE_LAST:
         out *= gate
     tl.store(y + row * inner + channel, out.to(y.dtype.element_ty), mask=mask_p)
 
 
 @triton.jit
-def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, counters, rows, outputs, eps, sx,
+def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, counters, rows, outputs, eps, factor, sx,
                       WIDTH: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr,
                       TMA: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """``BN`` outputs of ``x`` plus the projection of ``raw (rows, WIDTH)`` times its norm's scales, for ``BM`` rows.
+    """``BN`` outputs of ``x`` plus ``factor`` times the projection of ``raw (rows, WIDTH)`` times its norm's scales,
+    for ``BM`` rows.
 
-    ``squares (rows, groups, PARTS)`` are the parts of the sums of squares that the scales come from. ``SPLIT`` programs
+    ``squares (rows, groups, PARTS)`` are the parts of the sums of squares that the scales come from, None without a
+    norm, and then ``SIZE`` is ``WIDTH``. ``SPLIT`` programs
     share the inputs of a tile; ``partial (tiles, SPLIT, BN, BM)`` is theirs, and so are ``counters (tiles,)``, zero
     before the first.
     """
@@ -227,10 +239,11 @@ def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, c
     mask = (m < rows) & (n < outputs)
     added = tl.load(x + m * sx + n, mask=mask, other=0.0).to(tl.float32)
     if bias is not None:
-        added += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
+        added += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32) * factor
     scales = tl.full([BM], 1.0, tl.float32)
-    if groups == 1:
+    if groups == 1 and squares is not None:
         scales = _norm_scales(squares, row, 0, rows, eps, 1, SIZE, PARTS, BM, PARTS_BLOCK)
+    scales *= factor
     at_y = y + m * outputs + n
     if SPLIT == 1:
         tl.store(at_y, (tl.trans(sums) * scales[:, None] + added).to(y.dtype.element_ty), mask=mask)
@@ -249,10 +262,10 @@ def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, c
 
 def rows_step(call: LayerStep) -> Tensor:
     """Launches the layer for ``stream (B, 1, d)``; both states are updated in place."""
-    stream, conv_state, ssm_state, weights, spec, _ = call
+    stream, conv_state, ssm_state, weights, spec, _, residual = call
     conv_weight, conv_bias, dt_bias, _, _, D, gated_norm_weight = weights.mixer
     (in_weight, in_bias, *_), (out_weight, out_bias, *_) = weights.in_proj, weights.out_proj
-    group_size = spec.group_size
+    group_size = spec.group_size if gated_norm_weight is not None else out_weight.shape[1]
     rows, _, size = stream.shape
     heads, P, N = ssm_state.shape[1:]
     inner, device = heads * P, stream.device
@@ -260,21 +273,23 @@ def rows_step(call: LayerStep) -> Tensor:
     leave = tables.leave(tables.current_chip(), out_weight.dtype, rows, inner, size)
     counters = torch.empty(cdiv(size, leave.BN) * cdiv(rows, leave.BM), dtype=torch.int32, device=device)
     normed = _norm(stream, weights.norm_weight, spec.norm_eps, counters, in_weight.dtype)
-    u = _enter(normed, in_weight, in_bias)
+    u = _enter(normed, in_weight, in_bias, inner, spec)
     xbc = _convolve(u, conv_state, conv_weight, conv_bias, inner, SILU[spec.activation])
 
     bn = power_of_two(N)
     bp = min(tables.ROWS_STATE_TILE // bn, power_of_two(P))
     blocks = cdiv(P, bp)
     raw = torch.empty(rows, inner, dtype=out_weight.dtype, device=device)
-    squares = torch.empty(rows, inner // group_size, group_size // P * blocks, dtype=torch.float32, device=device)
+    squares = None
+    if gated_norm_weight is not None:
+        squares = torch.empty(rows, inner // group_size, group_size // P * blocks, dtype=torch.float32, device=device)
     launch(
         advance_rows_kernel,
         (rows * heads * blocks,),
         *(u, xbc, ssm_state, dense(dt_bias), weights.mixer.decay.contiguous(), dense(D), dense(gated_norm_weight)),
         *(raw, squares, *spec.dt_limit, heads, u.shape[1], *ssm_state.stride()),
         D_RANK=0 if D is None else D.dim(),
-        GATE_LAST=spec.norm_before_gate,
+        GATE_LAST=spec.norm_before_gate and squares is not None,
         PER_GROUP=heads // spec.n_groups,
         P=P,
         N=N,
@@ -284,7 +299,8 @@ def rows_step(call: LayerStep) -> Tensor:
         num_warps=1,
         **options,
     )
-    return _leave(raw, squares, out_weight, out_bias, stream, spec.gated_norm_eps, counters, leave)
+    to = stream if residual is None else channels_last(residual)
+    return _leave(raw, squares, out_weight, out_bias, to, spec, counters, leave)
 
 
 def _norm(stream: Tensor, weight: Tensor, eps: float, counters: Tensor, dtype: torch.dtype) -> Tensor:
@@ -304,7 +320,7 @@ def _norm(stream: Tensor, weight: Tensor, eps: float, counters: Tensor, dtype: t
     return y
 
 
-def _enter(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _enter(x: Tensor, weight: Tensor, bias: Tensor | None, inner: int, spec: MixerSpec) -> Tensor:
     """``x (B, d)`` to its projection ``(B, outputs)``."""
     (rows, size), outputs = x.shape, weight.shape[0]
     chip = tables.current_chip()
@@ -316,6 +332,8 @@ def _enter(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         enter_rows_kernel,
         (cdiv(outputs, config.BN) * cdiv(rows, config.BM),),
         *(inputs, weight, weights, dense(bias), u, rows, outputs),
+        *(inner, (outputs - 2 * inner - inner // spec.head_dim) // 2, *(spec.entering or (1.0,) * 5)),
+        SCALED=bool(spec.entering),
         WIDTH=size,
         **_sizes(config, chip, weight),
         TMA=tma,
@@ -345,20 +363,20 @@ def _convolve(u: Tensor, conv: Tensor, weight: Tensor, bias: Tensor | None, inne
 
 def _leave(
     raw: Tensor,
-    squares: Tensor,
+    squares: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    stream: Tensor,
-    eps: float,
+    residual: Tensor,
+    spec: MixerSpec,
     counters: Tensor,
     config: tables.Projection,
 ) -> Tensor:
-    """``stream`` plus the projection of ``raw (B, H P)`` times its norm's scales."""
-    rows, _, size = stream.shape
+    """``residual`` plus the projection of ``raw (B, H P)`` times its norm's scales."""
+    rows, _, size = residual.shape
     width = raw.shape[1]
-    _, groups, parts = squares.shape
+    groups, parts = (1, 1) if squares is None else squares.shape[1:]
     chip = tables.current_chip()
-    y = torch.empty(rows, 1, size, dtype=stream.dtype, device=raw.device)
+    y = torch.empty(rows, 1, size, dtype=residual.dtype, device=raw.device)
     partial = None
     if config.split > 1:
         partial = torch.empty(
@@ -369,8 +387,8 @@ def _leave(
     launch(
         leave_rows_kernel,
         (counters.shape[0] * config.split,),
-        *(inputs, squares, weight, weights, dense(bias), stream, y, partial, counters),
-        *(rows, size, eps, stream.stride(0)),
+        *(inputs, squares, weight, weights, dense(bias), residual, y, partial, counters),
+        *(rows, size, spec.gated_norm_eps, spec.output_multiplier, residual.stride(0)),
         WIDTH=width,
         SIZE=width // groups,
         PARTS=parts,

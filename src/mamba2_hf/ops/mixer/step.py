@@ -26,6 +26,15 @@ from .op import Step
 
 
 @triton.jit
+def part_multiplier(channel, inner, maps, of_z, of_x, of_b, of_c, of_dt):
+    """The multiplier of channels of in_proj's output, ``inner`` of z and of x and ``maps`` of B and of C first."""
+    value = tl.where(channel < inner, of_z, of_x)
+    value = tl.where(channel < 2 * inner, value, of_b)
+    value = tl.where(channel < 2 * inner + maps, value, of_c)
+    return tl.where(channel < 2 * inner + 2 * maps, value, of_dt)
+
+
+@triton.jit
 def step_kernel(u, conv, state, weight, bias, dt_bias, A, D, scale, y, squares, low, high, H, T, L,
                 su_b, su_t, sc_b, sc_c, sc_l, ss_b, ss_h, ss_p, ss_n,
                 LOG_RATES: tl.constexpr, SILU: tl.constexpr, D_RANK: tl.constexpr, GATE: tl.constexpr,
@@ -149,6 +158,11 @@ def _fake(call: Step) -> Tensor:
 @op("mamba2_step", fake=_fake, flops=(lambda call: flops.step(call.ssm_state, call.zxbcdt[1]),))
 def mamba2_step(call: Step) -> Tensor:
     """See :func:`mamba2_hf.ops.mamba2_step`."""
+    return step(call)
+
+
+def step(call: Step) -> Tensor:
+    """Launches the step; both states are updated in place."""
     zxbcdt, conv_state, ssm_state, weights, spec = call
     conv_weight, conv_bias, dt_bias, A, _, D, norm_weight = weights
     group_size, norm_before_gate = spec.group_size, spec.norm_before_gate

@@ -12,7 +12,8 @@ from ..conv.op import Conv, ConvUpdate
 from ..conv.torch import causal_conv1d, causal_conv1d_update
 from ..norm.op import Norm
 from ..norm.torch import gated_rms_norm
-from ..runtime.modes import in_steps, recomputed, without_autocast
+from ..runtime.linear import linear
+from ..runtime.modes import in_steps, product_dtype, recomputed, without_autocast
 from ..scan.op import Scan, Update
 from ..scan.torch import ssd_chunk_scan, ssd_state_update
 from ..spec import CHUNK_SIZE, Linear, MixerWeights
@@ -91,25 +92,44 @@ def mamba2_step(call: Step) -> Tensor:
     return _normed(call, torch.stack(ys, 1).flatten(-2), z)
 
 
-def mamba2_layer(call: Layer) -> Tensor:
-    """See :func:`mamba2_hf.ops.mamba2_layer`; products are taken in ``dtype`` by the autocast that asked for it."""
-    zxbcdt = _project(_entering(call, call.dtype), call.weights.in_proj)
-    y, _, _ = mamba2_inner(call.mixer(zxbcdt, call.weights.mixer.rates))
-    return call.stream + _project(y, call.weights.out_proj)
+def mamba2_layer(call: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mamba2_hf.ops.layer`; products are taken in ``dtype`` by the autocast that asked for it."""
+    y, conv_state, ssm_state = mamba2_inner(call.mixer(_entered(call, call.dtype), call.weights.mixer.rates))
+    return _left(call, y), conv_state, ssm_state
 
 
 def mamba2_layer_step(call: LayerStep) -> Tensor:
     """See :func:`mamba2_hf.ops.mamba2_layer_step`."""
-    stream, conv_state, ssm_state, weights, spec, _ = call
-    zxbcdt = _project(_entering(call, weights.in_proj.weight.dtype), weights.in_proj)
-    y = mamba2_step(Step(zxbcdt, conv_state, ssm_state, weights.mixer, spec))
-    return stream + _project(y, weights.out_proj)
+    _, conv_state, ssm_state, weights, spec, *_ = call
+    zxbcdt = _entered(call, product_dtype(weights.in_proj.weight))
+    return _left(call, mamba2_step(Step(zxbcdt, conv_state, ssm_state, weights.mixer, spec)))
 
 
-def _entering(call: Layer | LayerStep, dtype: torch.dtype) -> Tensor:
-    """The norm of the stream."""
-    stream, norm_weight, eps = call.stream, call.weights.norm_weight, call.spec.norm_eps
-    return gated_rms_norm(Norm(stream, None, norm_weight, eps, stream.shape[2], False, dtype))
+def _entered(call: Layer | LayerStep, dtype: torch.dtype) -> Tensor:
+    """The stream between its norm and the mixer: what in_proj gives, times the multipliers."""
+    stream, weights, spec = call.stream, call.weights, call.spec
+    normed = gated_rms_norm(Norm(stream, None, weights.norm_weight, spec.norm_eps, stream.shape[2], False, dtype))
+    zxbcdt = _project(_times(normed, spec.input_multiplier), weights.in_proj)
+    return times_parts(zxbcdt, spec.multipliers, weights.mixer.heads * spec.head_dim, weights.mixer.heads)
+
+
+def _left(call: Layer | LayerStep, y: Tensor) -> Tensor:
+    """What out_proj gives, times its multiplier, added to the residual."""
+    residual = call.stream if call.residual is None else call.residual
+    return residual + _times(_project(y, call.weights.out_proj), call.spec.output_multiplier)
+
+
+def times_parts(zxbcdt: Tensor, multipliers: tuple[float, ...], inner: int, heads: int) -> Tensor:
+    """``(..., 2 H P + 2 G N + H)``, each of z, x, B, C and dt times its multiplier; ``inner`` is H P."""
+    if not multipliers:
+        return zxbcdt
+    maps = (zxbcdt.shape[-1] - 2 * inner - heads) // 2
+    parts = zxbcdt.split([inner, inner, maps, maps, heads], -1)
+    return torch.cat([part * factor for part, factor in zip(parts, multipliers, strict=True)], -1)
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
 
 
 def _normed(call: Inner | Step, y: Tensor, z: Tensor) -> Tensor:
@@ -120,9 +140,9 @@ def _normed(call: Inner | Step, y: Tensor, z: Tensor) -> Tensor:
     return gated_rms_norm(Norm(y, z, weight, spec.gated_norm_eps, spec.group_size, spec.norm_before_gate, y.dtype))
 
 
-def _project(x: Tensor, linear: Linear) -> Tensor:
+def _project(x: Tensor, weights: Linear) -> Tensor:
     """A projection and what is added to it."""
-    y, lora = F.linear(x, linear.weight, linear.bias), linear.lora
+    y, lora = linear(x, weights.weight, weights.bias), weights.lora
     if lora is None:
         return y
     lowered = F.linear(x, lora.down.to(y.dtype)).flatten(0, 1)

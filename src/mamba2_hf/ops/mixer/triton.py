@@ -1,4 +1,4 @@
-"""Training on Triton: a mixer between its projections, and a whole layer around it, each as one op.
+"""A mixer between its projections, and a whole layer around it, each as one op on Triton, and a whole layer's step.
 
 Of a mixer only the inputs are kept. Its backward runs the convolution and the scan once more, then the three backwards,
 each of which writes its part of the gradient of the in_proj output where it belongs.
@@ -11,7 +11,7 @@ layer is added where that of the norm is computed.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +26,17 @@ from ..norm.op import Norm
 from ..norm.triton import norm_backward, norm_forward
 from ..runtime import tables
 from ..runtime.launch import launch
-from ..runtime.modes import without_autocast
+from ..runtime.modes import product_dtype, without_autocast
 from ..runtime.op import op
 from ..runtime.tables import cdiv
 from ..scan.op import Scan
 from ..scan.problem import Into
 from ..scan.triton import ScanPasses
-from ..spec import LayerWeights, Linear, LowRank, MixerWeights, Packing
-from .op import Inner, Layer
+from ..spec import UNPACKED, LayerWeights, Linear, LowRank, MixerSpec, MixerWeights, Packing
+from .one_row import one_row_step
+from .op import Inner, Layer, LayerStep, Step
+from .rows import rows_step
+from .step import part_multiplier, step
 
 
 class Mixer:
@@ -153,75 +156,142 @@ def _inner_backward(
 
 
 @triton.jit
-def add_kernel(a, b, total, size, BLOCK: tl.constexpr):
-    """``total = a + b`` in fp32, a block of it."""
+def add_kernel(a, b, total, size, scale, BLOCK: tl.constexpr):
+    """``total = a + scale * b`` in fp32, a block of it."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
-    value = tl.load(a + i, mask=mask).to(tl.float32) + tl.load(b + i, mask=mask).to(tl.float32)
+    value = tl.load(a + i, mask=mask).to(tl.float32) + scale * tl.load(b + i, mask=mask).to(tl.float32)
     tl.store(total + i, value.to(total.dtype.element_ty), mask=mask)
 
 
-class Projection:
-    """One of a layer's projections and, where there is one, what LoRA adds to it."""
+@triton.jit
+def scale_kernel(x, y, size, width, inner, maps, of_z, of_x, of_b, of_c, of_dt, BLOCK: tl.constexpr):
+    """Each row of ``x (2 inner + 2 maps + H, width)`` times the multiplier of its part, a block of all elements."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    value = tl.load(x + i, mask=mask).to(tl.float32)
+    value *= part_multiplier(i // width, inner, maps, of_z, of_x, of_b, of_c, of_dt)
+    tl.store(y + i, value.to(y.dtype.element_ty), mask=mask)
 
-    def __init__(self, call: Layer, linear: Linear) -> None:
-        self.dtype, self.trains = call.dtype, call.trains
-        self.weight, self.bias, self.lora = linear.weight, linear.bias, linear.lora
+
+class Parts(NamedTuple):
+    """Multipliers of rows: of z, x, B, C and dt, or one of all."""
+
+    inner: int
+    maps: int
+    product: tuple[float, ...]
+    """Of what is multiplied with the input."""
+    bias: tuple[float, ...]
+
+    def scaled(self, x: Tensor, multipliers: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+        """``x (rows, ...)`` with each row times its multiplier, in ``dtype``."""
+        x = x.contiguous()
+        y = torch.empty(x.shape, dtype=dtype, device=x.device)
+        size, (block, warps) = x.numel(), tables.ADD
+        width = size // x.shape[0]
+        launch(
+            scale_kernel,
+            (cdiv(size, block),),
+            *(x, y, size, width, self.inner, self.maps, *multipliers),
+            BLOCK=block,
+            num_warps=warps,
+        )
+        return y
+
+
+class Projection:
+    """One of a layer's projections and, where there is one, what LoRA adds to it.
+
+    Multipliers of its outputs are multiplied to its weights, which are smaller than the outputs of many tokens.
+    """
+
+    def __init__(self, call: Layer, linear: Linear, parts: Parts | None = None) -> None:
+        self.dtype, self.trains, self.parts = call.dtype, call.trains, parts
+        self.weight, self.bias, self.lora = self._used(linear)
+        self.given = linear
+
+    def _used(self, linear: Linear) -> tuple[Tensor, Tensor | None, LowRank | None]:
+        """Weight, bias and LoRA as the products take them."""
+        weight, bias, lora, parts = linear.weight, linear.bias, linear.lora, self.parts
+        if parts is None:
+            bias = None if bias is None else bias.to(self.dtype)
+            low = None if lora is None else LowRank(lora.down.to(self.dtype), lora.up.to(self.dtype), lora.scale)
+            return weight.to(self.dtype), bias, low
+        bias = None if bias is None else parts.scaled(bias, parts.bias, self.dtype)
+        if lora is not None:
+            lora = LowRank(lora.down.to(self.dtype), parts.scaled(lora.up, parts.product, self.dtype), lora.scale)
+        return parts.scaled(weight, parts.product, self.dtype), bias, lora
 
     @property
     def needs_input(self) -> bool:
         """Whether gradients of weights are wanted."""
         return self.trains or self.lora is not None
 
-    def cast(self, tensor: Tensor) -> Tensor:
-        """A weight or bias as its product takes it."""
-        return tensor.to(self.dtype)
-
     def forward(self, x: Tensor) -> Tensor:
         """``(B, T, d)`` to ``(B, T, d')``."""
-        y = F.linear(x, self.cast(self.weight), None if self.bias is None else self.cast(self.bias))
+        y = F.linear(x, self.weight, self.bias)
         if self.lora is not None:
-            lowered = self._lowered(self.lora, x.flatten(0, 1))
-            y.flatten(0, 1).addmm_(lowered, self.cast(self.lora.up).t(), alpha=self.lora.scale)
+            y.flatten(0, 1).addmm_(self._lowered(self.lora, x.flatten(0, 1)), self.lora.up.t(), alpha=self.lora.scale)
         return y
 
     def input_gradient(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         """From ``(B T, d')`` to ``(B T, d)``, and what reached LoRA's ``(B T, r)`` on the way."""
-        dx = torch.mm(dy, self.cast(self.weight))
+        dx = torch.mm(dy, self.weight)
         if self.lora is None:
             return dx, None
-        dlowered = torch.mm(dy, self.cast(self.lora.up))
-        return dx.addmm_(dlowered, self.cast(self.lora.down), alpha=self.lora.scale), dlowered
+        dlowered = torch.mm(dy, self.lora.up)
+        return dx.addmm_(dlowered, self.lora.down, alpha=self.lora.scale), dlowered
 
     def weight_gradients(self, dy: Tensor, dlowered: Tensor | None, x: Tensor | None) -> Linear:
         """Of weight, bias and LoRA's down and up, given the input where it is needed; of the weight None where it does
         not train.
         """
-        flat = None if x is None else x.flatten(0, 1)
-        dweight: Any = torch.mm(dy.t(), flat).to(self.weight.dtype) if self.trains and flat is not None else None
-        dbias = None if self.bias is None else dy.sum(0).to(self.bias.dtype)
+        flat, given = None if x is None else x.flatten(0, 1), self.given
+        dweight: Any = None
+        if self.trains and flat is not None:
+            dweight = self._gradient(torch.mm(dy.t(), flat), given.weight)
+        dbias = None if given.bias is None else self._gradient(dy.sum(0), given.bias)
         if self.lora is None or dlowered is None or flat is None:
             return Linear(dweight, dbias)
         down, up, scale = self.lora
+        assert given.down is not None
+        assert given.up is not None
         # With a beta of 0 the first argument is not read.
-        ddown = torch.addmm(self.cast(down), dlowered.t(), flat, beta=0, alpha=scale)
-        dup = torch.addmm(self.cast(up), dy.t(), self._lowered(self.lora, flat), beta=0, alpha=scale)
-        return Linear(dweight, dbias, ddown.to(down.dtype), dup.to(up.dtype))
+        ddown = torch.addmm(down, dlowered.t(), flat, beta=0, alpha=scale)
+        dup = torch.addmm(up, dy.t(), self._lowered(self.lora, flat), beta=0, alpha=scale)
+        return Linear(dweight, dbias, ddown.to(given.down.dtype), self._gradient(dup, given.up))
+
+    def _gradient(self, found: Tensor, given: Tensor) -> Tensor:
+        """The gradient of weight, up or bias, given that of what the products take."""
+        if self.parts is None:
+            return found.to(given.dtype)
+        multipliers = self.parts.product if given.dim() > 1 else self.parts.bias
+        return self.parts.scaled(found, multipliers, given.dtype)
 
     def _lowered(self, lora: LowRank, x: Tensor) -> Tensor:
         """``(B T, r)``."""
-        return torch.mm(x, self.cast(lora.down).t())
+        return torch.mm(x, lora.down.t())
 
 
-def _layer_fake(call: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, heads = call.stream.shape[:2], call.weights.mixer.heads
-    products = call.stream.new_empty(0, dtype=call.dtype)
-    return (
-        call.stream.new_empty(call.stream.shape),
-        products.new_empty(*rows, call.weights.in_proj.weight.shape[0]),
-        products.new_empty(*rows, heads * call.spec.head_dim),
-        products.new_empty(heads, dtype=torch.float32),
-    )
+def _entering(call: Layer) -> Projection:
+    """in_proj, with the multipliers of its parts."""
+    return Projection(call, call.weights.in_proj, _parts(call.weights, call.spec))
+
+
+def _parts(weights: LayerWeights, spec: MixerSpec) -> Parts | None:
+    """The parts of in_proj; None without multipliers."""
+    if not spec.entering:
+        return None
+    inner, heads = weights.mixer.heads * spec.head_dim, weights.mixer.heads
+    maps = (weights.in_proj.weight.shape[0] - 2 * inner - heads) // 2
+    return Parts(inner, maps, spec.entering, spec.multipliers or (1.0,) * 5)
+
+
+def _layer_fake(call: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    zxbcdt = call.stream.new_empty(*call.stream.shape[:2], call.weights.in_proj.weight.shape[0], dtype=call.dtype)
+    A = zxbcdt.new_empty(call.weights.mixer.heads, dtype=torch.float32)
+    y, conv_state, ssm_state = _inner_fake(call.mixer(zxbcdt, A))
+    return call.stream.new_empty(call.stream.shape), conv_state, ssm_state, zxbcdt, y, A
 
 
 def _layer_parts(call: Any) -> tuple[int, int, int]:
@@ -238,50 +308,101 @@ def _layer_backward_flops(call: Any) -> int:
 
 
 @op("mamba2_layer", fake=_layer_fake, kept=3, flops=(lambda call: sum(_layer_parts(call)), _layer_backward_flops))
-def layer(call: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The stream after the layer; and for the backward the outputs of in_proj and of the scan, and A."""
+def layer(call: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The stream after the layer, and the final states; for the backward the outputs of in_proj and of the scan, and A.
+
+    Without a gated norm the scan's output is gated already.
+    """
     with without_autocast(call.stream.device):
         normed = norm_forward(_norm(call))
-        zxbcdt = Projection(call, call.weights.in_proj).forward(normed)
+        zxbcdt = _entering(call).forward(normed)
         del normed
         A = call.weights.mixer.rates
         mixer = Mixer(call.mixer(zxbcdt, A))
-        y, _ = mixer.scanned()
-        mixed = Projection(call, call.weights.out_proj).forward(norm_forward(mixer.norm(y)))
-        return add(call.stream, mixed), zxbcdt, y, A
+        y, ssm_state = mixer.scanned()
+        normed = y if call.weights.mixer.gated_norm_weight is None else norm_forward(mixer.norm(y))
+        mixed = Projection(call, call.weights.out_proj).forward(normed)
+        after = _add(call.stream if call.residual is None else call.residual, mixed, call.spec.output_multiplier)
+        return after, mixer.conv_state, ssm_state if call.states else y.new_empty(0), zxbcdt, y, A
 
 
 @layer.backward
-def _layer_backward(call: Layer, dstream: Tensor, zxbcdt: Tensor, y: Tensor, A: Tensor) -> tuple[Tensor, LayerWeights]:
+def _layer_backward(
+    call: Layer,
+    dstream: Tensor,
+    dconv_state: Tensor | None,
+    dssm_state: Tensor | None,
+    zxbcdt: Tensor,
+    y: Tensor,
+    A: Tensor,
+) -> tuple[Tensor, LayerWeights, Tensor | None, Tensor | None, Tensor | None]:
     with without_autocast(dstream.device):
         dstream = dstream.contiguous()
-        dmixed = dstream.to(call.dtype).flatten(0, 1)
+        dmixed = _times(dstream, call.spec.output_multiplier, call.dtype).flatten(0, 1)
         mixer = Mixer(call.mixer(zxbcdt, A))
         du = _new(zxbcdt)
         leaving = Projection(call, call.weights.out_proj)
         dnormed, dlowered = leaving.input_gradient(dmixed)
-        normed = _new(y) if leaving.needs_input else None
-        dy, dgated_norm = mixer.norm_backward(dnormed.view_as(y), y, du, normed)
-        dout = leaving.weight_gradients(dmixed, dlowered, normed)
+        dy, dgated_norm, normed = dnormed.view_as(y), None, y
+        if call.weights.mixer.gated_norm_weight is not None:
+            again = _new(y) if leaving.needs_input else None
+            dy, dgated_norm = mixer.norm_backward(dy, y, du, again)
+            normed = y if again is None else again
+        dout = leaving.weight_gradients(dmixed, dlowered, normed if leaving.needs_input else None)
         del dmixed, dnormed, normed
-        dweights, _, _ = mixer.backward(dy, None, None, du, dgated_norm)
+        dweights, dconv, dssm = mixer.backward(dy, dconv_state, dssm_state, du, dgated_norm)
         assert dweights.A is not None  # it always trains
         dA_log = (dweights.A * A).to(call.weights.mixer.decay.dtype)
         del mixer, dy
         flat = du.flatten(0, 1)
-        entering = Projection(call, call.weights.in_proj)
-        dnormed, dlowered = entering.input_gradient(flat)
+        into = _entering(call)
+        dnormed, dlowered = into.input_gradient(flat)
         dnormed = dnormed.view_as(dstream)
-        normed = _new(dnormed) if entering.needs_input else None
-        dx, _, dnorm = norm_backward(dnormed, _norm(call), more=dstream, y=normed)
-        din = entering.weight_gradients(flat, dlowered, normed)
-        return dx, LayerWeights(dnorm, din, dweights._replace(A=None, A_log=dA_log), dout)
+        again = _new(dnormed) if into.needs_input else None
+        past = dstream if call.residual is None else None
+        dx, _, dnorm = norm_backward(dnormed, _norm(call), more=past, y=again)
+        din = into.weight_gradients(flat, dlowered, again)
+        dresidual = None if call.residual is None else dstream
+        return dx, LayerWeights(dnorm, din, dweights._replace(A=None, A_log=dA_log), dout), dresidual, dconv, dssm
 
 
-def mamba2_layer(call: Layer) -> Tensor:
-    """See :func:`mamba2_hf.ops.mamba2_layer`."""
-    out: Tensor = layer(call)[0]
-    return out
+def mamba2_layer(call: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mamba2_hf.ops.layer`."""
+    after, conv_state, ssm_state, *_ = layer(call)
+    return after, conv_state, ssm_state
+
+
+def _step_flops(call: Any) -> int:
+    rows, weights = call.stream[0], call.weights
+    projections = flops.product(rows, weights.in_proj.weight) + flops.product(rows, weights.out_proj.weight)
+    return projections + flops.step(call.ssm_state)
+
+
+@op("mamba2_layer_step", fake=lambda call: call.stream.new_empty(call.stream.shape), flops=(_step_flops,))
+def mamba2_layer_step(call: LayerStep) -> Tensor:
+    """See :func:`mamba2_hf.ops.mamba2_layer_step`."""
+    weights, rows = call.weights, call.stream.shape[0]
+    linears = (weights.in_proj, weights.out_proj)
+    dtype = product_dtype(weights.in_proj.weight)
+    plain = dtype == weights.in_proj.weight.dtype and not any(linear.lora for linear in linears)
+    if plain and rows <= tables.step_rows(tables.current_chip()):
+        return (one_row_step if rows == 1 else rows_step)(_with_scaled_bias(call))
+    layer_call = Layer(call.stream, weights, call.spec, UNPACKED, dtype, False, call.residual)
+    with without_autocast(call.stream.device):
+        zxbcdt = _entering(layer_call).forward(norm_forward(_norm(layer_call)))
+        y = step(Step(zxbcdt, call.conv_state, call.ssm_state, weights.mixer, call.spec))
+        mixed = Projection(layer_call, weights.out_proj).forward(y)
+        return _add(call.stream if call.residual is None else call.residual, mixed, call.spec.output_multiplier)
+
+
+def _with_scaled_bias(call: LayerStep) -> LayerStep:
+    """The step with the bias of in_proj times the multipliers of its parts: kernels have those of the product only."""
+    weights = call.weights
+    bias, parts = weights.in_proj.bias, _parts(weights, call.spec)
+    if bias is None or parts is None:
+        return call
+    scaled = weights.in_proj._replace(bias=parts.scaled(bias, parts.bias, bias.dtype))
+    return call._replace(weights=weights._replace(in_proj=scaled))
 
 
 def _norm(call: Layer) -> Norm:
@@ -290,13 +411,20 @@ def _norm(call: Layer) -> Norm:
     return Norm(stream, None, call.weights.norm_weight, call.spec.norm_eps, stream.shape[2], False, call.dtype)
 
 
-def add(stream: Tensor, mixed: Tensor) -> Tensor:
-    """``stream + mixed`` in the dtype of the stream; PyTorch is slow where that is not the other's."""
+def _add(stream: Tensor, mixed: Tensor, scale: float) -> Tensor:
+    """``stream + scale * mixed`` in the dtype of the stream; PyTorch is slow where that is not the other's."""
     stream, total = stream.contiguous(), _new(stream)
     size = stream.numel()
     block, warps = tables.ADD
-    launch(add_kernel, (cdiv(size, block),), stream, mixed, total, size, BLOCK=block, num_warps=warps)
+    launch(add_kernel, (cdiv(size, block),), stream, mixed, total, size, scale, BLOCK=block, num_warps=warps)
     return total
+
+
+def _times(x: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """``factor * x`` in ``dtype``, rounded once."""
+    if factor == 1:
+        return x.to(dtype)
+    return Parts(0, 0, (), ()).scaled(x, (factor,) * 5, dtype)
 
 
 def _new(like: Tensor) -> Tensor:

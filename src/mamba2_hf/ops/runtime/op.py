@@ -107,7 +107,9 @@ class Op(Generic[Record]):
             return found
 
         def filled(*args: Any) -> tuple[Tensor, ...]:
-            return tuple(args[0].new_empty(0) if gradient is None else gradient for gradient in launch(*args))
+            first = args[0]  # a gradient that is it is copied: results of registered ops are no arguments
+            found = (g.clone() if g is first else g for g in launch(*args))
+            return tuple(first.new_empty(0) if g is None else g for g in found)
 
         def fake(*args: Any) -> tuple[Tensor, ...]:
             record: Any = self.build(args[self.results :])

@@ -1,0 +1,43 @@
+"""Matrix products on a CPU, where PyTorch's own is slow for few rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .modes import observed, transformed
+
+SKINNY_ROWS = 4
+ONEDNN_OUTPUTS = 2**20  # 4 MiB: what oneDNN returns is copied once
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias``, ``(..., d)`` to ``(..., d')``.
+
+    A few rows times a weight is a matter of reading the weight once, at the speed of the memory. For fp32 on a CPU
+    PyTorch leaves that to its BLAS, which may take two to six times as long: MKL multiplies one row on one core, and
+    up to about 16 as slowly. So outside of autograd, graphs and dispatch modes up to ``SKINNY_ROWS`` are taken as
+    columns, two at least, and more, up to ``ONEDNN_OUTPUTS``, by oneDNN.
+    """
+    if _on_plain_cpu(x, weight):
+        rows = x.reshape(-1, x.shape[-1])  # (R, d)
+        count = rows.shape[0]
+        if 0 < count <= SKINNY_ROWS:
+            columns = (rows if count > 1 else rows.expand(2, -1).contiguous()).T
+            y = (weight @ columns)[:, :count].T.contiguous()
+            return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
+        if 0 < count * weight.shape[0] <= ONEDNN_OUTPUTS and torch.backends.mkldnn.is_available():
+            return F.linear(x.to_mkldnn(), weight, bias).to_dense()
+    return F.linear(x, weight, bias)
+
+
+def _on_plain_cpu(*tensors: Tensor) -> bool:
+    """Whether nothing but their values is asked of these tensors: fp32 on a CPU, no gradient, graph or transform, and
+    nobody who counts products.
+    """
+    return (
+        not (torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed() or observed())
+        and not torch.is_autocast_enabled("cpu")
+        and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+    )
