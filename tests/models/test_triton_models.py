@@ -108,7 +108,7 @@ def test_hybrids(name: str, tokens: Tensor, served: list[str]) -> None:
 
     for expected, actual in zip(*on_both(run), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    assert set(served) == {"gated_rms_norm", "mamba2_layer", "mamba2_layer_step"}
+    assert set(served) >= {"gated_rms_norm", "mamba2_layer", "mamba2_layer_step"}
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ssd_cases import inner_arguments, scan_inputs, step_arguments
+from torch import Tensor
 
 from mamba2_hf import ops
 from mamba2_hf.errors import BackendError
@@ -31,7 +32,22 @@ CALLS: dict[str, Callable[..., Any]] = {
     "mamba2_layer": lambda **o: ops.mamba2_layer(**training_arguments(), **o),
     "mamba2_layer_step": lambda **o: ops.mamba2_layer_step(**layer_arguments(), **o),
     "mamba2_step": lambda **o: ops.mamba2_step(**step_arguments(0), **o),
+    "attend_one": lambda **o: ops.attend_one(*[torch.ones(1, 2, 1, 4)] * 3, None, 1.0, **o),
+    "experts_step": lambda **o: ops.experts_step(ops.ExpertsStep(*experts_arguments(), 1, "silu"), **o),
+    "gated_activation": lambda **o: ops.gated_activation(torch.ones(2), torch.ones(2), **o),
+    "mlp_step": lambda **o: ops.mlp_step(ops.MLPStep(*mlp_arguments(), "silu"), **o),
+    "rotary": lambda **o: ops.rotary(*[torch.ones(1, 2, 1, 4)] * 2, *[torch.ones(1, 2, 4)] * 2, **o),
 }
+
+
+def experts_arguments() -> list[Tensor]:
+    shapes = ((1, 1, 4), (4,), (2, 4), (2, 6, 4), (2, 4, 3))
+    return [torch.ones(shape) for shape in shapes]
+
+
+def mlp_arguments() -> tuple[Any, ...]:
+    stream, norm = torch.ones(1, 1, 4), torch.ones(4)
+    return stream, norm, torch.ones(3, 4), None, ops.Linear(torch.ones(3, 4)), ops.Linear(torch.ones(4, 3))
 
 
 def layer_arguments() -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .causal_conv1d import CausalConv1d
 from .conv import causal_convolution
 from .kv import KeyValueState
@@ -135,14 +136,15 @@ class Attention(nn.Module):
         projected = [linear(module, hidden_states) for module in (self.q_proj, self.k_proj, self.v_proj)]
         if added is not None:
             projected = [own + more for own, more in zip(projected, added, strict=True)]
-        if self.key_multiplier != 1:
-            projected[1] = projected[1] * self.key_multiplier
+        multiplier = self.key_multiplier
+        if multiplier != 1 and (self.conv_kernel is not None or placement.rotary is None):
+            projected[1], multiplier = projected[1] * multiplier, 1.0
         if self.conv_kernel is not None:
             projected = self._convolve(projected, placement, layout, state)
         queries, keys, values = (tensor.unflatten(-1, (-1, self.head_dim)) for tensor in projected)  # (B, T, ., D)
         queries, keys, values = map(placement.align, (queries, keys, values))
         if placement.rotary is not None:
-            queries, keys = (rotate(tensor, *placement.rotary) for tensor in (queries, keys))
+            queries, keys = ops.rotary(queries, keys, *placement.rotary, multiplier)
         queries, keys, values = (tensor.transpose(1, 2) for tensor in (queries, keys, values))
         if state is not None:
             keys, values = state.extend(keys, values, placement)
@@ -161,17 +163,3 @@ class Attention(nn.Module):
         if state is not None:
             state.update_conv(layout.gather_states(final), inputs)
         return list(joined.split(self.sizes, -1))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of the first channels of each head, halves rotated against each other.
-
-    Args:
-        x: ``(B, T, H, D)``.
-        cos, sin: ``(B or 1, T, D')`` with ``D' <= D``, each value twice.
-    """
-    size = cos.shape[-1]
-    turned, rest = x[..., :size], x[..., size:]
-    left, right = turned.chunk(2, -1)
-    turned = (turned * cos[:, :, None] + torch.cat([-right, left], -1) * sin[:, :, None]).to(x.dtype)
-    return torch.cat([turned, rest], -1) if size < x.shape[-1] else turned

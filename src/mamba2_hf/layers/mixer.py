@@ -160,9 +160,8 @@ class Mamba2Mixer(KeepsFp32):
         if before is None or mixer is None or entering is None or leaving is None:
             return None
         if not torch.is_autocast_enabled(before.device.type):
-            factors = (*entering[2:4], *leaving[2:4])
-            tensors = (before, entering.weight, leaving.weight, *factors)
-            if len({tensor.dtype for tensor in tensors if tensor is not None}) > 1:
+            read = [(weight, down, up) for weight, _, down, up, _ in (entering, leaving)]
+            if len({tensor.dtype for tensor in (before, *read[0], *read[1]) if tensor is not None}) > 1:
                 return None
         return ops.LayerWeights(before, entering, mixer, leaving)
 
@@ -170,9 +169,10 @@ class Mamba2Mixer(KeepsFp32):
         """The weights between the projections; None where a module has to be called."""
         conv, norm = plain_weight(self.conv1d), plain_weight(self.norm)
         gates_only = type(self.norm) is SiluGate and is_unhooked(self.norm)
-        if conv is None or (norm is None and not gates_only):
-            return None
-        return ops.MixerWeights(conv.squeeze(1), self.conv1d.bias, self.dt_bias, None, self.A_log, self.D, norm)
+        if conv is not None and (norm is not None or gates_only):
+            bias = self.conv1d.bias
+            return ops.MixerWeights(conv.squeeze(1), bias, self.dt_bias, None, self.A_log, self.D, norm)
+        return None
 
     def _spec(self, norm_eps: float = 1e-5) -> ops.MixerSpec:
         """What the mixer is, beside its weights; ``norm_eps`` is of the norm before it."""

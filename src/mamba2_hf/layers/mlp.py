@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
+from .. import ops
+from ..ops.mlp.op import step_serves
+from ..ops.mlp.torch import activate
+from .norm import RMSNorm
 from .projection import linear
+from .weights import is_unhooked, plain_linear, plain_weight
 
 
 class Kind(NamedTuple):
-    """Activation of a feed-forward layer, and whether it gates a second projection."""
+    """Activation of a feed-forward layer, by its name in :mod:`mamba2_hf.ops`, and whether it gates a projection."""
 
-    activation: Callable[[Tensor], Tensor]
+    name: str
     gated: bool
 
-
-def relu2(x: Tensor) -> Tensor:
-    """``max(x, 0)`` squared."""
-    return F.relu(x).square()
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """The activation as a function."""
+        return functools.partial(activate, name=self.name)
 
 
 MLP_KINDS = {
-    "swiglu": Kind(F.silu, True),
-    "geglu": Kind(F.gelu, True),
-    "gelu": Kind(F.gelu, False),
-    "relu2": Kind(relu2, False),
+    "swiglu": Kind("silu", True),
+    "geglu": Kind("gelu", True),
+    "gelu": Kind("gelu", False),
+    "relu2": Kind("relu2", False),
 }
 """By name; GELU is the exact one."""
 
@@ -66,8 +72,44 @@ class MLP(nn.Module):
         if added is not None:
             more, rest = added.chunk(2, -1)
             gate, up = gate + more, up + rest
-        if self.multipliers[0] != 1:
-            gate = gate * self.multipliers[0]
-        inner = self.activation(gate)
-        out = linear(self.down_proj, inner * up if self.gated else inner)
+        inner = ops.gated_activation(gate, up if self.gated else None, self.activation, self.multipliers[0])
+        out = linear(self.down_proj, inner)
         return out if self.multipliers[1] == 1 else out * self.multipliers[1]
+
+    def layer(
+        self, stream: Tensor, norm: RMSNorm, residual: Tensor | None = None, output_multiplier: float = 1.0
+    ) -> Tensor:
+        """``residual + output_multiplier * self(norm(stream))``, ``(B, T, d)``; in two launches for one token of one
+        sequence on a GPU, where weights may be read.
+
+        Args:
+            stream: ``(B, T, d)``, the residual stream.
+            norm: before the layer.
+            residual: ``(B, T, d)``; None for ``stream``.
+            output_multiplier: of the result.
+        """
+        if step_serves(stream):
+            call = self._step(stream, norm, residual, output_multiplier)
+            if call is not None:
+                return ops.mlp_step(call)
+        to = stream if residual is None else residual
+        return torch.add(to, self(norm(stream)), alpha=output_multiplier)
+
+    def _step(
+        self, stream: Tensor, norm: RMSNorm, residual: Tensor | None, output_multiplier: float
+    ) -> ops.MLPStep | None:
+        """Arguments of the step of the layer; None where a module has to be called."""
+        weight, gate = plain_weight(norm), plain_linear(self.gate_proj) if self.gated else None
+        up, down = plain_linear(self.up_proj), plain_linear(self.down_proj)
+        if not is_unhooked(self) or weight is None or up is None or down is None or (gate is None and self.gated):
+            return None
+        read = [weight, up[0], down[0], *(() if gate is None else gate[:1])]
+        adapted = any(linear.lora for linear in (gate, up, down) if linear is not None)
+        if adapted or len({tensor.dtype for tensor in read}) > 1:
+            return None
+        gate_weight, gate_bias, *_ = (None, None) if gate is None else gate
+        before, after = self.multipliers
+        return ops.MLPStep(
+            *(stream, weight, gate_weight, gate_bias, up, down, self.activation, norm.eps),
+            *(before, after * output_multiplier, residual),
+        )

@@ -6,8 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
+from ..ops.mlp.op import step_serves
 from .fp32 import KeepsFp32
 from .mlp import MLP, MLP_KINDS
+from .norm import RMSNorm
+from .weights import is_unhooked, plain_parameters, plain_weight
 
 
 class SoftmaxRouter(nn.Module):
@@ -95,10 +99,14 @@ class Experts(nn.Module):
         kind: one of ``MLP_KINDS``.
     """
 
+    is_default = True
+    """Whether nobody has asked for a way of running them other than the usual ones."""
+
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, kind: str = "swiglu") -> None:
         super().__init__()
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_size, intermediate_size
-        self.act_fn, gated = MLP_KINDS[kind]
+        self.act_fn, gated = MLP_KINDS[kind].activation, MLP_KINDS[kind].gated
+        self.activation = MLP_KINDS[kind].name
         inner = nn.Parameter(torch.empty(num_experts, (1 + gated) * intermediate_size, hidden_size))
         self.up_name = "gate_up_proj" if gated else "up_proj"  # gate first
         self.register_parameter(self.up_name, inner)
@@ -166,3 +174,33 @@ class MoE(nn.Module):
         if self.has_shared:
             out = out + self.shared(x)
         return out, logits.view(*x.shape[:-1], -1)
+
+    def layer(self, stream: Tensor, norm: RMSNorm, output_multiplier: float = 1.0) -> tuple[Tensor, Tensor]:
+        """``stream + output_multiplier * self(norm(stream))``, ``(B, T, d)``, and the router's logits; for one token of
+        one sequence on a GPU, where weights may be read, in as few launches as that takes.
+        """
+        call = self._step(stream, norm, output_multiplier) if step_serves(stream) else None
+        if call is None:
+            out, logits = self(norm(stream))
+            return torch.add(stream, out, alpha=output_multiplier), logits
+        if self.has_shared:
+            call = call._replace(residual=self.shared.layer(stream, norm, None, output_multiplier))
+        after, logits = ops.experts_step(call)
+        return after, logits.view(*stream.shape[:-1], -1)
+
+    def _step(self, stream: Tensor, norm: RMSNorm, output_multiplier: float) -> ops.ExpertsStep | None:
+        """Arguments of the step of router and experts; None where a module has to be called."""
+        router, experts, before = self.router, self.experts, plain_weight(norm)
+        if not isinstance(experts, Experts) or not experts.is_default or self.latent_size is not None:
+            return None
+        weights = plain_parameters(router, SoftmaxRouter, "weight")
+        inner = plain_parameters(experts, Experts, experts.up_name, "down_proj")
+        if before is None or weights is None or inner is None or not is_unhooked(self):
+            return None
+        if len({tensor.dtype for tensor in (before, *weights, *inner)}) > 1:
+            return None
+        gated = experts.up_name == "gate_up_proj"
+        activation, top_k = experts.activation, router.top_k
+        return ops.ExpertsStep(
+            stream, before, weights[0], inner[0], inner[1], top_k, activation, gated, norm.eps, output_multiplier
+        )

@@ -195,6 +195,13 @@ class Placement:
         """Whether every token sees every key, as the one token of a decoding step does."""
         return self.is_regular and self.tokens == 1 and self.capacity is None
 
+    @property
+    def is_step(self) -> bool:
+        """Whether every row has one new token, which sees all of the row's keys, those of a buffer from its left."""
+        if self.tokens != 1 or self.starts is not None or self.fresh is not None:
+            return False
+        return self.is_static and bool(self.stored) if self.is_static else self.is_regular
+
     def is_plain_causal(self, window: int | None) -> bool:
         """Whether there is nothing but new tokens, each of which sees those up to itself."""
         return self.is_regular and not self.stored and (window is None or self.tokens <= window)

@@ -82,6 +82,15 @@ def plain_linear(module: nn.Module) -> Linear | None:
     return base.adapted(LowRank(down, up, lora.scaling[name]))
 
 
+def plain_parameters(module: nn.Module, kind: type[nn.Module], *names: str) -> list[Tensor] | None:
+    """Parameters of a module of ``kind`` that has no children, if reading them amounts to calling it, else None."""
+    if not isinstance(module, kind) or not type(module).__module__.startswith(_SHAPELESS[0]):
+        return None
+    found: list[Tensor] = [getattr(module, name) for name in names]
+    plain = is_unhooked(module) and all(type(tensor) in PLAIN_TENSORS and not tensor.is_meta for tensor in found)
+    return found if plain else None
+
+
 def is_unobserved(*modules: nn.Module) -> bool:
     """Whether nothing in these modules can tell if it is called on a batch or on one row of the tokens that count: all
     is this package's, or works on each token alone, and nothing is hooked.

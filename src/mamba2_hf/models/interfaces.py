@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
+from .. import ops
 from ..errors import ArgumentError
 from ..layers import Attention, Experts, Placement
 from ..layers.attention import attend_eagerly, attention
 from ..layers.placement import FlatDocuments
+from ..ops.attention.op import attend_one_serves
 
 
 def attend(
@@ -28,6 +30,10 @@ def attend(
         return attend_eagerly(module, queries, keys, values, placement, weights=True)
     run = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, _attend_eagerly)
     mask = placement.masks[module.window]
+    if isinstance(mask, OwnKeys):
+        if attend_one_serves(queries, keys):
+            return ops.attend_one(queries, keys, values, mask.lengths, module.scale).transpose(1, 2), None
+        mask = mask.additive(keys)
     dropout = module.dropout if module.training else 0.0
     if isinstance(mask, FlatDocuments):
         return _attend_flat(run, module, (queries, keys, values), mask, dropout), None
@@ -38,6 +44,20 @@ def attend(
         sliding_window=module.window,
     )
     return out, None
+
+
+class OwnKeys:
+    """One query a sequence, which sees the first ``lengths (B,)`` keys of its own, all of them if None."""
+
+    def __init__(self, lengths: Tensor | None) -> None:
+        self.lengths = lengths
+        self._mask: Tensor | None = None
+
+    def additive(self, keys: Tensor) -> Tensor | None:
+        """The same as a mask ``(B, 1, 1, S)`` for ``keys (B, H', S, D)``, made once for all layers."""
+        if self.lengths is not None and self._mask is None:
+            self._mask = (torch.arange(keys.shape[2], device=keys.device) < self.lengths[:, None])[:, None, None]
+        return self._mask
 
 
 def _attend_eagerly(
@@ -91,6 +111,8 @@ def prepare_masks(config: Any, placement: Placement, windows: Iterable[int | Non
         if is_flash_attention_requested(config):
             regular = placement.is_regular
             placement.masks[window] = None if regular else placement.flat(window, placement.key_count(window))
+        elif name == "sdpa" and window is None and placement.is_step:
+            placement.masks[window] = OwnKeys(placement.lengths if placement.is_static else None)
         elif placement.sees_all or (name == "sdpa" and placement.is_plain_causal(window)):
             placement.masks[window] = None
         elif name in ALL_MASK_ATTENTION_FUNCTIONS:
@@ -112,18 +134,31 @@ def prepare_masks(config: Any, placement: Placement, windows: Iterable[int | Non
             )
 
 
-def _run_doubles_here(cls: type[Experts]) -> type[Experts]:
-    """The implementations to choose from know no fp64."""
+FEW_TOKENS = 4  # up to which the experts' weights are gathered for each token rather than tokens for each expert
+
+
+def _run_here(cls: type[Experts]) -> type[Experts]:
+    """The implementations to choose from know no fp64; and "grouped_mm" is slow for the few tokens that "batched_mm",
+    which copies the weights of every token's experts, is for.
+    """
     run = cls.forward
 
-    def forward(self: Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return Experts.forward(self, x, index, weights) if x.dtype == torch.float64 else run(self, x, index, weights)
+    def forward(self: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            return Experts.forward(self, x, index, weights)
+        few = x.shape[0] < FEW_TOKENS and x.is_cuda and not torch.is_grad_enabled()
+        if few and self.config._experts_implementation == "grouped_mm":
+            return ALL_EXPERTS_FUNCTIONS["batched_mm"](self, x, index, weights)  # type: ignore[no-any-return]
+        return run(self, x, index, weights)
 
     cls.forward = forward  # type: ignore[method-assign]
+    cls.is_default = property(  # type: ignore[assignment]
+        lambda self: self.config._experts_implementation in (None, "grouped_mm", "batched_mm")
+    )
     return cls
 
 
-@_run_doubles_here
+@_run_here
 @use_experts_implementation
 class GatedExperts(Experts):
     """:class:`~mamba2_hf.layers.Experts` with a gate, run as ``config._experts_implementation`` names it."""
@@ -132,7 +167,7 @@ class GatedExperts(Experts):
         super().__init__(*sizes)
 
 
-@_run_doubles_here
+@_run_here
 @use_experts_implementation(has_gate=False)
 class PlainExperts(Experts):
     """:class:`~mamba2_hf.layers.Experts` without a gate, run as ``config._experts_implementation`` names it."""

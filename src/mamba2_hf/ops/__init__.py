@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from . import dispatch
 from . import torch as torch
+from .attention.op import attend_one, rotary
 from .conv.op import activate, causal_conv1d, causal_conv1d_update
 from .cross_entropy.op import linear_cross_entropy
 from .dispatch import use_backend
@@ -26,24 +27,30 @@ from .mixer.op import (
     mamba2_step,
     step,
 )
+from .mlp.op import ExpertsStep, MLPStep, experts_step, gated_activation, mlp_step
 from .norm.op import gated_rms_norm
 from .scan.op import ssd_chunk_scan, ssd_state_update
 from .scan.reference import ssd_attention_matrix
 from .spec import LayerWeights, Linear, LowRank, MixerSpec, MixerWeights, Packing
 
 __all__ = [
+    "ExpertsStep",
     "Inner",
     "LayerStep",
     "LayerWeights",
     "Linear",
     "LowRank",
+    "MLPStep",
     "MixerSpec",
     "MixerWeights",
     "Packing",
     "Step",
     "activate",
+    "attend_one",
     "causal_conv1d",
     "causal_conv1d_update",
+    "experts_step",
+    "gated_activation",
     "gated_rms_norm",
     "inner",
     "layer",
@@ -53,6 +60,8 @@ __all__ = [
     "mamba2_layer",
     "mamba2_layer_step",
     "mamba2_step",
+    "mlp_step",
+    "rotary",
     "ssd_attention_matrix",
     "ssd_chunk_scan",
     "ssd_state_update",

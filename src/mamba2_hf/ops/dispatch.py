@@ -24,16 +24,21 @@ from .runtime.modes import transformed
 ENVIRONMENT_VARIABLE = "MAMBA2_HF_BACKEND"
 BACKENDS = ("triton", "torch")  # fastest first
 OPS = (
+    "attend_one",
     "ssd_chunk_scan",
     "ssd_state_update",
     "causal_conv1d",
     "causal_conv1d_update",
+    "experts_step",
+    "gated_activation",
     "gated_rms_norm",
     "linear_cross_entropy",
     "mamba2_inner",
     "mamba2_layer",
     "mamba2_layer_step",
     "mamba2_step",
+    "mlp_step",
+    "rotary",
 )
 
 LOWEST_CAPABILITY = (8, 0)  # of an NVIDIA GPU, for Triton: the first whose matrix products take bfloat16

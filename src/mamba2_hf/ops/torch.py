@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .attention.torch import attend_one as attend_one
+from .attention.torch import rotary as rotary
 from .conv.torch import causal_conv1d as causal_conv1d
 from .conv.torch import causal_conv1d_update as causal_conv1d_update
 from .cross_entropy.torch import cross_entropy_rows as cross_entropy_rows
@@ -9,6 +11,9 @@ from .mixer.torch import mamba2_inner as mamba2_inner
 from .mixer.torch import mamba2_layer as mamba2_layer
 from .mixer.torch import mamba2_layer_step as mamba2_layer_step
 from .mixer.torch import mamba2_step as mamba2_step
+from .mlp.torch import experts_step as experts_step
+from .mlp.torch import gated_activation as gated_activation
+from .mlp.torch import mlp_step as mlp_step
 from .norm.torch import gated_rms_norm as gated_rms_norm
 from .scan.torch import ssd_chunk_scan as ssd_chunk_scan
 from .scan.torch import ssd_state_update as ssd_state_update

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .attention.triton import attend_one as attend_one
+from .attention.triton import rotary as rotary
 from .conv.triton import causal_conv1d as causal_conv1d
 from .conv.triton import causal_conv1d_update as causal_conv1d_update
 from .cross_entropy.triton import cross_entropy_rows as cross_entropy_rows
@@ -11,6 +13,9 @@ from .mixer.step import mamba2_step as mamba2_step
 from .mixer.triton import mamba2_inner as mamba2_inner
 from .mixer.triton import mamba2_layer as mamba2_layer
 from .mixer.triton import mamba2_layer_step as mamba2_layer_step
+from .mlp.triton import experts_step as experts_step
+from .mlp.triton import gated_activation as gated_activation
+from .mlp.triton import mlp_step as mlp_step
 from .norm.triton import gated_rms_norm as gated_rms_norm
 from .runtime import tables
 from .scan.triton import ssd_chunk_scan as ssd_chunk_scan

@@ -378,11 +378,26 @@ def step_rows(chip: Chip) -> int:
     return 64 if chip.is_hopper else 1
 
 
+# One query a sequence over many keys.
+
+ATTEND_KEYS = 64  # that a program looks at together
+ATTEND_PROGRAMS = 2  # a processor, that all keys are split among
+
+
+def attend_part(chip: Chip, sequences: int, keys: int) -> tuple[int, int]:
+    """Keys of one program, and its warps; ``sequences`` counts them for every head of keys."""
+    parts = max(1, min(chip.processors * ATTEND_PROGRAMS // sequences, cdiv(keys, ATTEND_KEYS)))
+    return cdiv(cdiv(keys, parts), ATTEND_KEYS) * ATTEND_KEYS, 4
+
+
 # What kernels serve at all.
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_STATE = 256  # head dim and state size: a state stays in registers
-STEP_OPS = ("ssd_state_update", "causal_conv1d_update", "mamba2_step", "mamba2_layer_step")
+STEP_OPS = (
+    *("ssd_state_update", "causal_conv1d_update", "mamba2_step", "mamba2_layer_step"),
+    *("mlp_step", "experts_step", "attend_one"),
+)
 
 
 def refusals(
@@ -423,6 +438,8 @@ def refusals(
             yield f"{shape.tokens} tokens of a sequence are more than one"
         if op in STEP_OPS and group_size % shape.head_dim:
             yield f"group_size {group_size} is no multiple of head_dim {shape.head_dim}"
+    if op == "attend_one" and width > LARGEST_STATE:
+        yield f"{width} channels of a head are more than {LARGEST_STATE}"
     if op not in STEP_OPS and max(group_size, width) > LARGEST_GROUP:
         yield f"group_size {max(group_size, width)} is above {LARGEST_GROUP}"
 

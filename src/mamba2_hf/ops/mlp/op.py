@@ -1,0 +1,167 @@
+"""Feed-forward layers: arguments, contracts, and the choice of a backend.
+
+The products of many tokens are PyTorch's. What is an op is the gated activation between them, and the whole layer for
+one token of one sequence, where reading weights once is all that counts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..checks import check_devices, check_floating, check_rank, check_same_dtype, check_shape, fail
+from ..runtime.modes import needs_grad
+from ..spec import Linear
+
+ACTIVATIONS = ("silu", "gelu", "relu2")
+"""By name: SiLU, the exact GELU, and ``max(x, 0) ** 2``."""
+
+
+class Gated(NamedTuple):
+    """Arguments of :func:`gated_activation`."""
+
+    gate: Tensor
+    up: Tensor | None
+    activation: str
+    multiplier: float = 1.0
+
+
+class MLPStep(NamedTuple):
+    """Arguments of :func:`mlp_step`: ``residual + m' down(activation(m gate(x)) * up(x))`` of ``x = norm(stream)``."""
+
+    stream: Tensor
+    """``(1, 1, d)``"""
+    norm_weight: Tensor
+    """``(d,)``"""
+    gate_weight: Tensor | None
+    """``(I, d)``; None without a gate, when the activation is that of ``up``."""
+    gate_bias: Tensor | None
+    """``(I,)``"""
+    up: Linear
+    """To I."""
+    down: Linear
+    """From I."""
+    activation: str
+    norm_eps: float = 1e-5
+    multiplier: float = 1.0
+    """m, of what the activation gets."""
+    output_multiplier: float = 1.0
+    """m', of the result."""
+    residual: Tensor | None = None
+    """``(1, 1, d)``; None for the stream."""
+
+
+class ExpertsStep(NamedTuple):
+    """Arguments of :func:`experts_step`: a router and the experts that it chooses, for one token."""
+
+    stream: Tensor
+    """``(1, 1, d)``"""
+    norm_weight: Tensor
+    """``(d,)``"""
+    router: Tensor
+    """``(E, d)``"""
+    inner: Tensor
+    """``(E, 2 I, d)``, gates before ups, or ``(E, I, d)`` without gates."""
+    down: Tensor
+    """``(E, d, I)``"""
+    top_k: int
+    activation: str
+    gated: bool = True
+    norm_eps: float = 1e-5
+    output_multiplier: float = 1.0
+    residual: Tensor | None = None
+    """``(1, 1, d)``; None for the stream."""
+
+
+def gated_activation(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str = "silu",
+    multiplier: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """``activation(multiplier * gate) * up`` (GLU variants, Shazeer 2020), differentiable in both; computed in fp32.
+
+    Args:
+        gate, up: ``(..., I)``; None for ``up`` leaves the product out.
+        activation: one of ``ACTIVATIONS``.
+        multiplier: of the gate.
+        backend: as in :func:`ssd_chunk_scan`.
+
+    Returns:
+        ``(..., I)`` in the dtype of ``gate``. On Triton the inputs are kept for the backward, and nothing else.
+
+    Raises:
+        ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
+    """
+    check_floating(gate=gate)
+    if up is not None:
+        check_shape("up", up, tuple(gate.shape), "as gate")
+        check_same_dtype(gate=gate, up=up)
+        check_devices(gate.device, up=up)
+    _check_activation(activation)
+    backend = dispatch.choose("gated_activation", gate.device, backend, dtype=gate.dtype).name
+    y: Tensor = dispatch.backend_module(backend).gated_activation(Gated(gate, up, activation, multiplier))
+    return y
+
+
+def mlp_step(call: MLPStep, backend: str | None = None) -> Tensor:
+    """A feed-forward layer for one token: ``(1, 1, d)`` in the dtype of the stream."""
+    stream, down = call.stream, call.down.weight
+    check_shape("stream", stream, (1, 1, stream.shape[-1]), "(1, 1, d)")
+    check_rank("down", down, 2, "(d, I)")
+    sizes = (down.shape[1], stream.shape[-1])
+    check_shape("up", call.up.weight, sizes, "(I, d)")
+    check_shape("down", down, sizes[::-1], "(d, I)")
+    if call.gate_weight is not None:
+        check_shape("gate", call.gate_weight, sizes, "(I, d)")
+        check_same_dtype(gate=call.gate_weight, up=call.up.weight)
+    check_same_dtype(up=call.up.weight, down=down)
+    check_devices(stream.device, up=call.up.weight, down=down, gate=call.gate_weight, residual=call.residual)
+    _check_activation(call.activation)
+    differentiable = needs_grad(stream, call.gate_weight, call.up.weight, down)
+    backend = dispatch.choose("mlp_step", stream.device, backend, dtype=down.dtype, differentiable=differentiable).name
+    y: Tensor = dispatch.backend_module(backend).mlp_step(call)
+    return y
+
+
+def experts_step(call: ExpertsStep, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """A layer of experts for one token: ``(1, 1, d)`` in the dtype of the stream, and the router's logits ``(1, E)`` in
+    fp32. The weights of the chosen experts are a softmax over their logits alone.
+    """
+    stream, router, inner, down = call.stream, call.router, call.inner, call.down
+    check_shape("stream", stream, (1, 1, stream.shape[-1]), "(1, 1, d)")
+    check_rank("router", router, 2, "(E, d)")
+    check_rank("down", down, 3, "(E, d, I)")
+    (experts, size), width = router.shape, down.shape[2]
+    check_shape("router", router, (experts, stream.shape[-1]), "(E, d)")
+    check_shape("down", down, (experts, size, width), "(E, d, I)")
+    check_shape("inner", inner, (experts, (1 + call.gated) * width, size), "(E, 2 I, d), or (E, I, d) without gates")
+    check_same_dtype(router=router, down=down)
+    check_same_dtype(inner=inner, down=down)
+    check_devices(stream.device, router=router, inner=inner, down=down, residual=call.residual)
+    _check_activation(call.activation)
+    if not 1 <= call.top_k <= experts:
+        fail(f"top_k is {call.top_k}, expected 1 to {experts} experts")
+    differentiable = needs_grad(stream, router, inner, down)
+    options = {"dtype": down.dtype, "differentiable": differentiable}
+    backend = dispatch.choose("experts_step", stream.device, backend, **options).name
+    y, logits = dispatch.backend_module(backend).experts_step(call)
+    return y, logits
+
+
+def step_serves(stream: Tensor) -> bool:
+    """Whether the steps of this module are the quickest way for ``stream (B, T, d)``: one token of one sequence on a
+    GPU that Triton serves, with no gradient and no autocast.
+    """
+    if stream.shape[:2] != (1, 1) or not stream.is_cuda or torch.is_grad_enabled():
+        return False
+    return dispatch.usable(stream.device)[0] and not torch.is_autocast_enabled("cuda")
+
+
+def _check_activation(name: str) -> None:
+    if name not in ACTIVATIONS:
+        fail(f"activation is {name!r}, expected one of {', '.join(ACTIVATIONS)}")

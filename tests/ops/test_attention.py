@@ -1,0 +1,92 @@
+"""Rotary embedding and one query a sequence on both backends, beside PyTorch in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mamba2_hf import ops
+from mamba2_hf.errors import ArgumentError
+
+pytestmark = pytest.mark.usefixtures("poison", "triton_serves")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.detach().double().cpu(), expected.detach().cpu()
+    return float((actual - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("size", "turned"), [(8, 8), (10, 4), (12, 6)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_rotary(size: int, turned: int, shared: bool, backend: str) -> None:
+    """As products with complex numbers; queries and keys lie in one projection's output."""
+    projected, angles = draw(2, 5, 5, size), draw(1 if shared else 2, 5, turned // 2, seed=1)
+
+    def results(dtype: torch.dtype, device: str, run: Any) -> list[Tensor]:
+        both = projected.to(device, dtype).requires_grad_()
+        found = run(both[:, :, :3], both[:, :, 3:], angles.to(device, dtype))
+        probes = [draw(*t.shape, seed=2).to(t) for t in found]
+        return [*found, *torch.autograd.grad(found, both, probes)]
+
+    def turn(x: Tensor, angles: Tensor) -> Tensor:
+        half = turned // 2
+        pairs = torch.complex(x[..., :half], x[..., half:turned]) * torch.exp(1j * angles)[:, :, None]
+        return torch.cat([pairs.real, pairs.imag, x[..., turned:]], -1)
+
+    def exact(q: Tensor, k: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+        return turn(q, angles), turn(0.3 * k, angles)
+
+    def op(q: Tensor, k: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = (torch.cat([t, t], -1) for t in (angles.cos(), angles.sin()))
+        return ops.rotary(q, k, cos, sin, 0.3, backend)
+
+    expected = results(torch.float64, "cpu", exact)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 2e-3)):
+        assert max(map(error, results(dtype, DEVICE, op), expected)) <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "size", "keys"), [(4, 2, 16, 150), (6, 1, 10, 64), (3, 3, 32, 1), (2, 2, 8, 65)]
+)
+@pytest.mark.parametrize("own", [True, False])
+def test_one_query(heads: int, groups: int, size: int, keys: int, own: bool) -> None:
+    """Keys behind a sequence's own may be anything, as those of a cache's buffer are."""
+    q, k, v = draw(3, heads, 1, size), draw(3, groups, keys, size), draw(3, groups, keys, size, seed=1)
+    lengths = torch.tensor([1, max(1, keys // 2), keys]) if own else None
+    expected = torch.empty_like(q)
+    for row in range(3):
+        seen = keys if lengths is None else int(lengths[row])
+        for head in range(heads):
+            kept_k, kept_v = (t[row, head // (heads // groups), :seen] for t in (k, v))
+            expected[row, head, 0] = torch.softmax(0.4 * (kept_k @ q[row, head, 0]), 0) @ kept_v
+            if head % (heads // groups) == heads // groups - 1:
+                kept = k[row, head // (heads // groups)], v[row, head // (heads // groups)]
+                for tensor in kept:
+                    tensor[seen:] = float("nan")
+    for backend, device, dtype, tolerance in (
+        ("torch", "cpu", torch.float64, 1e-12),
+        ("triton", DEVICE, torch.float32, 1e-6),
+        ("triton", DEVICE, torch.float16, 3e-3),
+    ):
+        given = [t.to(device, dtype) for t in (q, k, v)]
+        places = None if lengths is None else lengths.to(device)
+        assert error(ops.attend_one(*given, places, 0.4, backend), expected) <= tolerance
+
+
+def test_what_does_not_fit_is_named() -> None:
+    q, k = torch.zeros(1, 4, 1, 8), torch.zeros(1, 3, 5, 8)
+    with pytest.raises(ArgumentError, match="q has 4 heads, which is no multiple of the 3 of k"):
+        ops.attend_one(q, k, k, None, 1.0)
+    with pytest.raises(ArgumentError, match=r"q has shape \(1, 4, 2, 8\)"):
+        ops.attend_one(q.expand(1, 4, 2, 8), k[:, :1], k[:, :1], None, 1.0)
+    with pytest.raises(ArgumentError, match="cos has 3 channels"):
+        ops.rotary(q, q, torch.zeros(1, 4, 3), torch.zeros(1, 4, 3))

@@ -1,0 +1,125 @@
+"""Feed-forward layers on both backends, beside PyTorch in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamba2_hf import ops
+from mamba2_hf.errors import ArgumentError
+from mamba2_hf.ops import ExpertsStep, Linear, MLPStep
+
+pytestmark = pytest.mark.usefixtures("poison", "triton_serves")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CURVES = {"silu": F.silu, "gelu": F.gelu, "relu2": lambda x: F.relu(x).square()}
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.detach().double().cpu(), expected.detach().cpu()
+    return float((actual - expected).norm() / expected.norm())
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("activation", CURVES)
+@pytest.mark.parametrize("gated", [True, False])
+def test_gated_activation(activation: str, gated: bool, backend: str) -> None:
+    """Of odd sizes and views too, with both gradients."""
+    tensors = [draw(3, 5, 14), *([draw(3, 5, 14, seed=1)] if gated else [])]
+
+    def results(dtype: torch.dtype, device: str, run: Any) -> list[Tensor]:
+        given = [t.to(device, dtype)[..., ::2].requires_grad_() for t in tensors]
+        out = run(given[0], given[1] if gated else None)
+        return [out, *torch.autograd.grad(out, given, draw(3, 5, 7, seed=2).to(out))]
+
+    def exact(gate: Tensor, up: Tensor | None) -> Tensor:
+        active = CURVES[activation](0.7 * gate)
+        return active if up is None else active * up
+
+    def op(gate: Tensor, up: Tensor | None) -> Tensor:
+        return ops.gated_activation(gate, up, activation, 0.7, backend)
+
+    expected = results(torch.float64, "cpu", exact)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 2e-3)):
+        actual = results(dtype, DEVICE, op)
+        assert {t.dtype for t in actual} == {dtype}
+        assert max(map(error, actual, expected)) <= tolerance
+
+
+@pytest.mark.parametrize("activation", CURVES)
+@pytest.mark.parametrize(
+    ("gated", "bias", "residual"), [(True, False, False), (True, True, True), (False, True, False)]
+)
+def test_mlp_step(activation: str, gated: bool, bias: bool, residual: bool) -> None:
+    d, width = 20, 37
+    given: dict[str, Any] = {"stream": draw(1, 1, d), "norm": draw(d), "up": draw(width, d), "down": draw(d, width)}
+    given |= {"gate": draw(width, d, seed=1)} if gated else {}
+    given |= {"up_bias": draw(width), "down_bias": draw(d, seed=3)} if bias else {}
+    given |= {"gate_bias": draw(width, seed=4)} if bias and gated else {}
+    given |= {"residual": draw(1, 1, d, seed=5)} if residual else {}
+    get = given.get
+    x = normed(given["stream"], given["norm"], 1e-3)
+    up = F.linear(x, given["up"], get("up_bias"))
+    inner = CURVES[activation](0.6 * (F.linear(x, given["gate"], get("gate_bias")) if gated else up))
+    inner = inner * up if gated else inner
+    expected = get("residual", given["stream"]) + 0.3 * F.linear(inner, given["down"], get("down_bias"))
+    for backend, device, dtype, tolerance in (
+        ("torch", "cpu", torch.float64, 1e-12),
+        ("triton", DEVICE, torch.float32, 1e-6),
+    ):
+        cast = {name: t.to(device, dtype) for name, t in given.items()}.get
+        call = MLPStep(
+            *(cast("stream"), cast("norm"), cast("gate"), cast("gate_bias")),  # type: ignore[arg-type]
+            *(Linear(cast("up"), cast("up_bias")), Linear(cast("down"), cast("down_bias"))),  # type: ignore[arg-type]
+            *(activation, 1e-3, 0.6, 0.3, cast("residual")),
+        )
+        assert error(ops.mlp_step(call, backend), expected) <= tolerance
+
+
+@pytest.mark.parametrize(("gated", "top_k"), [(True, 3), (False, 1), (True, 6)])
+def test_experts_step(gated: bool, top_k: int) -> None:
+    d, width, experts = 20, 9, 6
+    tensors = [draw(1, 1, d), draw(d), draw(experts, d), draw(experts, (1 + gated) * width, d), draw(experts, d, width)]
+    stream, norm, router, inner, down = tensors
+    x = normed(stream, norm, 1e-3)[0, 0]
+    chosen, index = (router @ x).topk(top_k)
+    out = torch.zeros_like(x)
+    for share, expert in zip(torch.softmax(chosen, -1), index, strict=True):
+        both = inner[expert] @ x
+        value = F.silu(both[:width]) * both[width:] if gated else F.silu(both)
+        out += share * (down[expert] @ value)
+    for backend, device, dtype, tolerance in (
+        ("torch", "cpu", torch.float64, 1e-12),
+        ("triton", DEVICE, torch.float32, 1e-6),
+    ):
+        cast = [t.to(device, dtype) for t in tensors]
+        call = ExpertsStep(*cast, top_k, "silu", gated, 1e-3, 0.3, residual=2 * cast[0])  # type: ignore[arg-type]
+        after, logits = ops.experts_step(call, backend)
+        assert error(after, 2 * stream + 0.3 * out) <= tolerance
+        assert error(logits, (router @ x)[None]) <= tolerance
+
+
+def test_what_does_not_fit_is_named() -> None:
+    x = torch.zeros(1, 1, 4)
+    weights = (torch.ones(4), torch.zeros(6, 4), None, Linear(torch.zeros(6, 4)), Linear(torch.zeros(4, 6)))
+    ops.mlp_step(MLPStep(x, *weights, "silu"))
+    with pytest.raises(ArgumentError, match="activation is 'tanh', expected one of silu, gelu, relu2"):
+        ops.mlp_step(MLPStep(x, *weights, "tanh"))
+    with pytest.raises(ArgumentError, match=r"up has shape \(6, 4\)"):
+        ops.mlp_step(MLPStep(torch.zeros(1, 1, 5), *weights, "silu"))
+    experts = (torch.ones(4), torch.zeros(3, 4), torch.zeros(3, 12, 4), torch.zeros(3, 4, 6))
+    with pytest.raises(ArgumentError, match="top_k is 7, expected 1 to 3 experts"):
+        ops.experts_step(ExpertsStep(x, *experts, 7, "silu"))
+    with pytest.raises(ArgumentError, match="gate"):
+        ops.gated_activation(x.half(), x)
