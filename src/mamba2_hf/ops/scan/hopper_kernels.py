@@ -92,6 +92,18 @@ def walk_producer(tiles, shared, bars, place, count, Q: gl.constexpr, P: gl.cons
 
 
 @gluon.jit
+def walk_inputs(x, a_j, dt_j, last, Q: gl.constexpr, P: gl.constexpr):
+    """A chunk's ``x^T (P, j)`` as an operand; the same scaled to what reaches the state; and the decays from its start.
+
+    ``a_j, dt_j, last``: the log decays, the steps, and the last of the decays.
+    """
+    xt = x.reshape([Q, P]).permute((1, 0)).load(operand(Q))
+    leaves = gl.exp2(last - a_j) * dt_j
+    scaled = gl.convert_layout(xt, product(Q), assert_trivial=True).to(gl.float32) * leaves[None, :]
+    return xt, scaled.to(x.dtype), gl.exp2(a_j)
+
+
+@gluon.jit
 def walk_consumer(y, steps, D, entry, final, shared, own, bars, place, count, chunk, H, per_group, segment, ends,
                   PIECES: gl.constexpr, K: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
                   HEADS: gl.constexpr, STAGES: gl.constexpr, HAS_D: gl.constexpr, HAS_ENTRY: gl.constexpr):  # fmt: skip
@@ -103,6 +115,7 @@ def walk_consumer(y, steps, D, entry, final, shared, own, bars, place, count, ch
     h = h0 + K
     if h < (g + 1) * per_group:
         PART: gl.constexpr = 128 if N > 128 else N
+        PARTS: gl.constexpr = N // PART
         narrow: gl.constexpr = product(Q)
         wide: gl.constexpr = product(PART)
         down: gl.constexpr = gl.SliceLayout(1, narrow)
@@ -112,7 +125,7 @@ def walk_consumer(y, steps, D, entry, final, shared, own, bars, place, count, ch
         n = gl.arange(0, PART, layout=gl.SliceLayout(0, wide))
         inside = p[:, None] * N + n[None, :]
         state = ()
-        for part in gl.static_range(N // PART):
+        for part in gl.static_range(PARTS):
             if HAS_ENTRY:
                 at = (segment.to(gl.int64) * H + h) * (P * N) + part * PART + inside
                 state = state + (gl.load(entry + at).to(gl.float32),)
@@ -135,53 +148,55 @@ def walk_consumer(y, steps, D, entry, final, shared, own, bars, place, count, ch
             a_i = f.slice(0, Q).load(down)
             a_j = f.slice(0, Q).load(across)
             dt_j = f.slice(Q, Q).load(across)
+            whole = f.slice(Q - 1, 1)
+            passes = gl.exp2(whole.load(gl.SliceLayout(0, wide)))
             after_i = gl.minimum(i + 1, count - 1).to(gl.int64)
             fetch_steps(f_s.index(2 * K + (i + 1) % 2), steps, index + after_i * heads, Q)
             mbarrier.wait(ready.index(s), i // STAGES & 1)
             b_tile = b_s.index(s).reshape([Q, N])
             c_tile = c_s.index(s).reshape([Q, N])
             scores = warpgroup_mma(c_tile, b_tile.permute((1, 0)), zero, use_acc=False, is_async=True)  # (i, j)
-            decay = gl.exp2(a_i[:, None] - a_j[None, :]) * dt_j[None, :]
+            if PARTS == 1:
+                xt, scaled, enters = walk_inputs(x_s.index(s * HEADS + K), a_j, dt_j, whole.load(across), Q, P)
             scores = warpgroup_mma_wait(0, deps=(scores,))
-            matrix.store(gl.where(i_at[:, None] >= j_at[None, :], scores * decay, 0.0).to(dtype))
+            weights = scores * (gl.exp2(a_i[:, None] - a_j[None, :]) * dt_j[None, :])
+            matrix.store(gl.where(i_at[:, None] >= j_at[None, :], weights, 0.0).to(dtype))
             fence_async_shared()
             barrier()
             out = zero
-            for part in gl.static_range(N // PART):
+            passed = ()
+            for part in gl.static_range(PARTS):
                 maps = c_tile.slice(part * PART, PART, dim=1).permute((1, 0))
                 left = gl.convert_layout(state[part].to(dtype), operand(Q))
                 out = warpgroup_mma(left, maps, out, use_acc=part > 0, is_async=True)  # (P, i)
+                passed = passed + (state[part] * passes[None, :],)
                 out = warpgroup_mma_wait(0, deps=(out,))
-            a_j = f.slice(0, Q).load(across)
-            out = out * gl.exp2(a_j)[None, :]
-            xt = x_s.index(s * HEADS + K).reshape([Q, P]).permute((1, 0)).load(operand(Q))  # (P, j)
-            out = warpgroup_mma(xt, matrix.permute((1, 0)), out, is_async=True)
-            whole = f.slice(Q - 1, 1)
-            leaves = gl.exp2(whole.load(across) - a_j) * f.slice(Q, Q).load(across)
-            scaled = (gl.convert_layout(xt, narrow, assert_trivial=True).to(gl.float32) * leaves[None, :]).to(dtype)
+            if PARTS > 1:  # not before, to have the registers
+                a_j = f.slice(0, Q).load(across)
+                dt_j = f.slice(Q, Q).load(across)
+                xt, scaled, enters = walk_inputs(x_s.index(s * HEADS + K), a_j, dt_j, whole.load(across), Q, P)
+            out = warpgroup_mma(xt, matrix.permute((1, 0)), out * enters[None, :], is_async=True)
             left = gl.convert_layout(scaled, operand(PART))
-            passes = gl.exp2(whole.load(gl.SliceLayout(0, wide)))
-            later = ()
-            for part in gl.static_range(N // PART):
+            state = ()
+            for part in gl.static_range(PARTS):
                 right = b_tile.slice(part * PART, PART, dim=1)
-                later = later + (warpgroup_mma(left, right, state[part] * passes[None, :], is_async=True),)
-            state = later
+                state = state + (warpgroup_mma(left, right, passed[part], is_async=True),)
             tma.store_wait(0)
-            out = warpgroup_mma_wait(N // PART, deps=(out,))
+            out = warpgroup_mma_wait(PARTS, deps=(out,))
             if HAS_D:
                 out = out + gl.convert_layout(xt, narrow, assert_trivial=True).to(gl.float32) * skip
             out_tile.reshape([Q, P]).permute((1, 0)).store(out.to(dtype))
             fence_async_shared()
             barrier()
             store_tile(y, [row, (first + i) * Q, h * P], out_tile)
-            later = ()
-            for part in gl.static_range(N // PART):
-                later = later + (warpgroup_mma_wait(N // PART - 1 - part, deps=(state[part],)),)
-            state = later
+            done = ()
+            for part in gl.static_range(PARTS):
+                done = done + (warpgroup_mma_wait(PARTS - 1 - part, deps=(state[part],)),)
+            state = done
             mbarrier.arrive(empty.index(s), count=1)
         async_copy.wait_group(0)
         if ends >= 0:
-            for part in gl.static_range(N // PART):
+            for part in gl.static_range(PARTS):
                 gl.store(final + (ends.to(gl.int64) * H + h) * (P * N) + part * PART + inside, state[part])
         tma.store_wait(0)
     else:
