@@ -188,6 +188,16 @@ HOPPER = {
     "many heads": {"H": 24, "G": 1, "T": 333},
     "N 256": {"N": 256, "T": 200},
     "N 256, a group per head": {"N": 256, "T": 100, "H": 3, "G": 3},
+    "N 256, many heads": {"N": 256, "H": 24, "G": 1, "T": 333},
+    "P 128": {"P": 128, "T": 200},
+    "P 128, one token": {"P": 128, "T": 1, "D": 0, "initial": False},
+    "P 128, a group per head": {"P": 128, "T": 65, "H": 3, "G": 3},
+    "P 128, many heads": {"P": 128, "T": 333, "H": 12, "G": 1},
+    "P 128, N 256": {"P": 128, "N": 256, "T": 130, "G": 1},
+    "P 192, N 16": {"P": 192, "N": 16, "T": 130, "H": 3, "G": 1},
+    "P 256": {"P": 256, "T": 130},
+    "P 128, gate": {"P": 128, "T": 130, "z": True},
+    "P 128, D per channel": {"P": 128, "T": 130, "D": 2},
 }
 
 
@@ -208,6 +218,10 @@ def test_documents_and_segments_on_a_gpu(monkeypatch: pytest.MonkeyPatch, segmen
     # Eight heads: dA has one number a head, a sum that may cancel, and of four of them one may be all that counts.
     compare(make(B=3, T=700, P=64, N=128, H=8, G=2, dtype=torch.bfloat16), torch.bfloat16, seq_idx=ids)
     compare(make(B=1, T=3000, P=64, N=128, H=3, G=1, dtype=torch.bfloat16), torch.bfloat16)
+    wide = make(B=3, T=700, P=128, N=256, H=8, G=2, dtype=torch.bfloat16)
+    compare(wide, torch.bfloat16, seq_idx=ids)
+    packed = make(B=1, T=700, P=128, N=128, H=4, G=1, states=3, dtype=torch.bfloat16)
+    compare(packed, torch.bfloat16, cu_seqlens=torch.tensor([0, 65, 300, 690]))
 
 
 @pytest.mark.gpu

@@ -477,7 +477,7 @@ def store_map_gradient(target, tile, t, T, stride_token, Q: gl.constexpr, N: gl.
 
 
 @gluon.jit
-def row_consumer(steps, dots, ends, dC, shared, dscores_s, f_s, bars, place, H, T, stride_token, PIECES: gl.constexpr,
+def row_consumer(steps, dots, ends, dC, shared, dscores_s, scores_s, f_s, bars, place, H, T, stride_token, PIECES: gl.constexpr,
                  Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr, HEADS: gl.constexpr,
                  STAGES: gl.constexpr):  # fmt: skip
     """What sums over j <= i: dC, the row sums of the log decays' gradient, and the part that crosses the chunk."""
@@ -492,6 +492,8 @@ def row_consumer(steps, dots, ends, dC, shared, dscores_s, f_s, bars, place, H, 
     i_at = gl.arange(0, Q, layout=down)
     j_at = gl.arange(0, Q, layout=across)
     zero = gl.zeros([Q, Q], gl.float32, layout=narrow)
+    AHEAD: gl.constexpr = N <= 128  # registers for two products at a time
+    PART: gl.constexpr = N if AHEAD else 64
     index = chunk.to(gl.int64) * H + h0
     heads = chunk.to(gl.int64) * (H // PIECES)
     fetch_steps(f_s.index(0), steps, heads + h0 // PIECES, Q)
@@ -499,6 +501,8 @@ def row_consumer(steps, dots, ends, dC, shared, dscores_s, f_s, bars, place, H, 
     b_tile = b_s.reshape([Q, N])
     c_tile = c_s.reshape([Q, N])
     scores = warpgroup_mma(c_tile, b_tile.permute((1, 0)), zero, use_acc=False)  # (i, j)
+    if not AHEAD:
+        scores_s.index(1).store(scores)
     total = gl.zeros([Q, N], gl.float32, layout=wide)
     for k in range(HEADS):
         s = k % STAGES
@@ -513,11 +517,16 @@ def row_consumer(steps, dots, ends, dC, shared, dscores_s, f_s, bars, place, H, 
         state = s_s.index(s).reshape([P, N])
         dy = dy_s.index(s).reshape([Q, P])
         products = warpgroup_mma(dy, x_s.index(s).reshape([Q, P]).permute((1, 0)), zero, use_acc=False, is_async=True)
-        out = warpgroup_mma(c_tile, state.permute((1, 0)), zero, use_acc=False, is_async=True)  # (i, P)
+        if AHEAD:
+            out = warpgroup_mma(c_tile, state.permute((1, 0)), zero, use_acc=False, is_async=True)  # (i, P)
+        if not AHEAD:
+            scores = scores_s.index(1).load(narrow)
         weights = scores * (gl.exp2(a_i[:, None] - a_j[None, :]) * dt_j[None, :])
         weights = gl.where(i_at[:, None] >= j_at[None, :], weights, 0.0)
-        products = warpgroup_mma_wait(1, deps=(products,))
+        products = warpgroup_mma_wait(1 if AHEAD else 0, deps=(products,))
         sums = gl.sum(products * weights, 1)
+        if not AHEAD:
+            out = warpgroup_mma(c_tile, state.permute((1, 0)), zero, use_acc=False, is_async=True)
         enters = gl.exp2(a_i)
         values = dy.load(narrow).to(gl.float32)
         scaled = gl.convert_layout((values * enters[:, None]).to(dtype), operand(N))
@@ -525,8 +534,13 @@ def row_consumer(steps, dots, ends, dC, shared, dscores_s, f_s, bars, place, H, 
         total = warpgroup_mma(scaled, state, total, is_async=True)
         sums += enters * gl.sum(out * values, 1)
         gl.store(dots + (index + k) * (4 * Q) + i_at, sums)
-        crossing = state.load(wide).to(gl.float32) * ds_s.index(s).reshape([P, N]).load(wide).to(gl.float32)
-        gl.store(ends + index + k, passes * gl.sum(gl.sum(crossing, 1), 0))
+        dstate = ds_s.index(s).reshape([P, N])
+        crossing = 0.0
+        for part in gl.static_range(N // PART):
+            tile = state.slice(part * PART, PART, dim=1).load(product(PART)).to(gl.float32)
+            dtile = dstate.slice(part * PART, PART, dim=1).load(product(PART)).to(gl.float32)
+            crossing += gl.sum(gl.sum(tile * dtile, 1), 0)
+        gl.store(ends + index + k, passes * crossing)
         total = warpgroup_mma_wait(0, deps=(total,))
         fence_async_shared()
         mbarrier.arrive(empty.index(s), count=1)
@@ -537,7 +551,7 @@ def row_consumer(steps, dots, ends, dC, shared, dscores_s, f_s, bars, place, H, 
 
 
 @gluon.jit
-def column_consumer(dx, steps, D, dots, dB, shared, dscores_s, f_s, out_s, bars, place, H, T, stride_token,
+def column_consumer(dx, steps, D, dots, dB, shared, dscores_s, scores_s, f_s, out_s, bars, place, H, T, stride_token,
                     PIECES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr, HEADS: gl.constexpr,
                     STAGES: gl.constexpr, HAS_D: gl.constexpr):  # fmt: skip
     """What sums over i >= j: dx, dB, the column sums of the log decays' gradient, and the gradient of ``C B^T``."""
@@ -553,6 +567,7 @@ def column_consumer(dx, steps, D, dots, dB, shared, dscores_s, f_s, out_s, bars,
     i_at = gl.arange(0, Q, layout=across)
     causal = i_at[None, :] >= j_at[:, None]
     zero = gl.zeros([Q, Q], gl.float32, layout=narrow)
+    AHEAD: gl.constexpr = N <= 128
     index = chunk.to(gl.int64) * H + h0
     heads = chunk.to(gl.int64) * (H // PIECES)
     fetch_steps(f_s.index(2), steps, heads + h0 // PIECES, Q)
@@ -560,6 +575,8 @@ def column_consumer(dx, steps, D, dots, dB, shared, dscores_s, f_s, out_s, bars,
     b_tile = b_s.reshape([Q, N])
     c_tile = c_s.reshape([Q, N])
     scores = warpgroup_mma(b_tile, c_tile.permute((1, 0)), zero, use_acc=False)  # (j, i)
+    if not AHEAD:
+        scores_s.index(0).store(scores)
     total = gl.zeros([Q, N], gl.float32, layout=wide)
     dscores = gl.zeros([Q, Q], gl.float32, layout=narrow)  # above the diagonal anything, infinities too
     for k in range(HEADS):
@@ -576,13 +593,18 @@ def column_consumer(dx, steps, D, dots, dB, shared, dscores_s, f_s, out_s, bars,
         x = x_s.index(s).reshape([Q, P])
         dy = dy_s.index(s).reshape([Q, P])
         products = warpgroup_mma(x, dy.permute((1, 0)), zero, use_acc=False, is_async=True)  # (j, i)
-        grad = warpgroup_mma(b_tile, dstate.permute((1, 0)), zero, use_acc=False, is_async=True)  # (j, P)
+        if AHEAD:
+            grad = warpgroup_mma(b_tile, dstate.permute((1, 0)), zero, use_acc=False, is_async=True)  # (j, P)
         decay = gl.exp2(a_i[None, :] - a_j[:, None]) * dt_j[:, None]
-        products = warpgroup_mma_wait(1, deps=(products,))
+        products = warpgroup_mma_wait(1 if AHEAD else 0, deps=(products,))
         dscores += products * decay
+        if not AHEAD:
+            scores = scores_s.index(0).load(narrow)
         weights = gl.where(causal, scores * decay, 0.0)
         sums = gl.sum(products * weights, 1)
         weights = weights.to(dtype)
+        if not AHEAD:
+            grad = warpgroup_mma(b_tile, dstate.permute((1, 0)), zero, use_acc=False, is_async=True)
         grad = warpgroup_mma_wait(0, deps=(grad,))
         leaves = gl.exp2(last - a_j) * dt_j
         values = x.load(narrow).to(gl.float32)
@@ -644,6 +666,9 @@ def chunk_backward_kernel(B, C, x, dy, S, dS, dx, steps, D, dots, ends, dB, dC, 
     out_s = gl.allocate_shared_memory(dtype, [1, Q, P], dx.layout)
     dscores_s = gl.allocate_shared_memory(dtype, [Q, Q], square)
     f_s = gl.allocate_shared_memory(gl.float32, [4, 2 * Q], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    scores_s = f_s
+    if N > 128:
+        scores_s = gl.allocate_shared_memory(gl.float32, [2, Q, Q], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     ready, empty = pipeline(STAGES, 2)
     maps = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     handed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -655,9 +680,9 @@ def chunk_backward_kernel(B, C, x, dy, S, dS, dx, steps, D, dots, ends, dB, dC, 
     place = (row, g, h0, chunk % per_row * Q, chunk)
     offset = block.to(gl.int64) * stride_block + row.to(gl.int64) * stride_row + g * N
     gl.warp_specialize([
-        (column_consumer, (dx, steps, D, dots, dB + offset, shared, dscores_s, f_s, out_s, bars, place, H, T,
+        (column_consumer, (dx, steps, D, dots, dB + offset, shared, dscores_s, scores_s, f_s, out_s, bars, place, H, T,
                            stride_token, PIECES, Q, P, N, HEADS, STAGES, HAS_D)),
-        (row_consumer, (steps, dots, ends, dC + offset, shared, dscores_s, f_s, bars, place, H, T, stride_token,
+        (row_consumer, (steps, dots, ends, dC + offset, shared, dscores_s, scores_s, f_s, bars, place, H, T, stride_token,
                         PIECES, Q, P, N, HEADS, STAGES)),
         (chunk_producer, ((B, C, x, dy, S, dS), shared, bars, place, H, P, N, HEADS, STAGES)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
