@@ -137,7 +137,7 @@ def heads_per_program(per_group: int, most: int) -> int:
     return next(n for n in range(min(per_group, most), 0, -1) if per_group % n == 0)
 
 
-# The kernels for Hopper: their chunk, their heads' width (wider heads come in pieces), and the states that fit registers.
+# The kernels for Hopper: their chunk, the width of a head, or of a piece of one, and the states that fit the registers.
 HOPPER_CHUNK, HOPPER_HEAD, HOPPER_STATES = 64, 64, (16, 32, 64, 128, 256)
 
 

@@ -477,8 +477,8 @@ def store_map_gradient(target, tile, t, T, stride_token, Q: gl.constexpr, N: gl.
 
 
 @gluon.jit
-def row_consumer(steps, dots, ends, dC, shared, dscores_s, scores_s, f_s, bars, place, H, T, stride_token, PIECES: gl.constexpr,
-                 Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr, HEADS: gl.constexpr,
+def row_consumer(steps, dots, ends, dC, shared, dscores_s, scores_s, f_s, bars, place, H, T, stride_token,
+                 PIECES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr, HEADS: gl.constexpr,
                  STAGES: gl.constexpr):  # fmt: skip
     """What sums over j <= i: dC, the row sums of the log decays' gradient, and the part that crosses the chunk."""
     b_s, c_s, x_s, dy_s, s_s, ds_s = shared
@@ -495,8 +495,8 @@ def row_consumer(steps, dots, ends, dC, shared, dscores_s, scores_s, f_s, bars, 
     AHEAD: gl.constexpr = N <= 128  # registers for two products at a time
     PART: gl.constexpr = N if AHEAD else 64
     index = chunk.to(gl.int64) * H + h0
-    heads = chunk.to(gl.int64) * (H // PIECES)
-    fetch_steps(f_s.index(0), steps, heads + h0 // PIECES, Q)
+    first = chunk.to(gl.int64) * (H // PIECES)  # of the chunk, among heads that are not in pieces
+    fetch_steps(f_s.index(0), steps, first + h0 // PIECES, Q)
     mbarrier.wait(maps, 0)
     b_tile = b_s.reshape([Q, N])
     c_tile = c_s.reshape([Q, N])
@@ -512,7 +512,7 @@ def row_consumer(steps, dots, ends, dC, shared, dscores_s, scores_s, f_s, bars, 
         a_j = f.slice(0, Q).load(across)
         dt_j = f.slice(Q, Q).load(across)
         passes = gl.exp2(gl.sum(f.slice(Q - 1, 1).load(down), 0))
-        fetch_steps(f_s.index((k + 1) % 2), steps, heads + (h0 + gl.minimum(k + 1, HEADS - 1)) // PIECES, Q)
+        fetch_steps(f_s.index((k + 1) % 2), steps, first + (h0 + gl.minimum(k + 1, HEADS - 1)) // PIECES, Q)
         mbarrier.wait(ready.index(s), k // STAGES & 1)
         state = s_s.index(s).reshape([P, N])
         dy = dy_s.index(s).reshape([Q, P])
@@ -569,8 +569,8 @@ def column_consumer(dx, steps, D, dots, dB, shared, dscores_s, scores_s, f_s, ou
     zero = gl.zeros([Q, Q], gl.float32, layout=narrow)
     AHEAD: gl.constexpr = N <= 128
     index = chunk.to(gl.int64) * H + h0
-    heads = chunk.to(gl.int64) * (H // PIECES)
-    fetch_steps(f_s.index(2), steps, heads + h0 // PIECES, Q)
+    first = chunk.to(gl.int64) * (H // PIECES)  # of the chunk, among heads that are not in pieces
+    fetch_steps(f_s.index(2), steps, first + h0 // PIECES, Q)
     mbarrier.wait(maps, 0)
     b_tile = b_s.reshape([Q, N])
     c_tile = c_s.reshape([Q, N])
@@ -587,7 +587,7 @@ def column_consumer(dx, steps, D, dots, dB, shared, dscores_s, scores_s, f_s, ou
         a_i = f.slice(0, Q).load(across)
         dt_j = f.slice(Q, Q).load(down)
         last = f.slice(Q - 1, 1).load(down)
-        fetch_steps(f_s.index(2 + (k + 1) % 2), steps, heads + (h0 + gl.minimum(k + 1, HEADS - 1)) // PIECES, Q)
+        fetch_steps(f_s.index(2 + (k + 1) % 2), steps, first + (h0 + gl.minimum(k + 1, HEADS - 1)) // PIECES, Q)
         mbarrier.wait(ready.index(s), k // STAGES & 1)
         dstate = ds_s.index(s).reshape([P, N])
         x = x_s.index(s).reshape([Q, P])
@@ -667,7 +667,7 @@ def chunk_backward_kernel(B, C, x, dy, S, dS, dx, steps, D, dots, ends, dB, dC, 
     dscores_s = gl.allocate_shared_memory(dtype, [Q, Q], square)
     f_s = gl.allocate_shared_memory(gl.float32, [4, 2 * Q], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     scores_s = f_s
-    if N > 128:
+    if N > 128:  # consumers have no registers to keep theirs
         scores_s = gl.allocate_shared_memory(gl.float32, [2, Q, Q], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     ready, empty = pipeline(STAGES, 2)
     maps = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -682,7 +682,7 @@ def chunk_backward_kernel(B, C, x, dy, S, dS, dx, steps, D, dots, ends, dB, dC, 
     gl.warp_specialize([
         (column_consumer, (dx, steps, D, dots, dB + offset, shared, dscores_s, scores_s, f_s, out_s, bars, place, H, T,
                            stride_token, PIECES, Q, P, N, HEADS, STAGES, HAS_D)),
-        (row_consumer, (steps, dots, ends, dC + offset, shared, dscores_s, scores_s, f_s, bars, place, H, T, stride_token,
-                        PIECES, Q, P, N, HEADS, STAGES)),
+        (row_consumer, (steps, dots, ends, dC + offset, shared, dscores_s, scores_s, f_s, bars, place, H, T,
+                        stride_token, PIECES, Q, P, N, HEADS, STAGES)),
         (chunk_producer, ((B, C, x, dy, S, dS), shared, bars, place, H, P, N, HEADS, STAGES)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip

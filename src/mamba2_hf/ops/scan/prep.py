@@ -148,9 +148,9 @@ def prep_backward_kernel(
 
     ``dots (chunks, H PIECES, DOTS, Q)`` holds a token's row and column sums (see ``ssd_backward.py``), and with
     ``DOTS`` = 4 the column sums' share that leaves the chunk and ``<x, dy>``; ``ends (chunks, H PIECES)`` what else
-    concerns the chunk's end; each from ``PIECES`` parts of a head's channels, to be added. ``ddt`` is ``(B, T, H)``, its rows ``d_row`` and its tokens ``d_token`` apart. ``shares (chunks, 2, H)`` takes
-    each chunk's share of the gradients of ``A`` and ``dt_bias``; with ``DOTS`` = 4 it has a third, of ``D``. The caller
-    sums them.
+    concerns the chunk's end. The ``PIECES`` of a head are added. ``ddt`` is ``(B, T, H)``, its rows ``d_row`` and its
+    tokens ``d_token`` apart. ``shares (chunks, 2, H)`` takes each chunk's share of the gradients of ``A`` and
+    ``dt_bias``; with ``DOTS`` = 4 it has a third, of ``D``. The caller sums them.
     """
     SHARES: tl.constexpr = 3 if DOTS == 4 else 2
     chunk = tl.program_id(0)
