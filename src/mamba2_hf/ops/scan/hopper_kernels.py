@@ -107,7 +107,11 @@ def walk_inputs(x, a_j, dt_j, last, Q: gl.constexpr, P: gl.constexpr):
 def walk_consumer(y, steps, D, entry, final, shared, own, bars, place, count, chunk, H, per_group, segment, ends,
                   PIECES: gl.constexpr, K: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
                   HEADS: gl.constexpr, STAGES: gl.constexpr, HAS_D: gl.constexpr, HAS_ENTRY: gl.constexpr):  # fmt: skip
-    """One head. ``ends`` is the sequence whose last segment this is, or -1."""
+    """One head. ``ends`` is the sequence whose last segment this is, or -1.
+
+    The state is a tuple of ``PARTS`` tiles of at most 128 columns, so that one part at a time is an operand: with more
+    registers in use than there are, every product would wait for the one before it.
+    """
     x_s, b_s, c_s = shared
     p_s, y_s, f_s = own
     ready, empty = bars
