@@ -157,7 +157,7 @@ def hopper_kernels(chip: Chip, shape: SSDShape, dtype: torch.dtype) -> bool:
 
 
 def hopper_walk(per_group: int, N: int) -> HopperConfig:
-    """``walk_kernel``: two heads share B and C where a group has two; two states of 256 want every register there is."""
+    """``walk_kernel``: two heads share B and C where a group has two; states of 256 want every register there is."""
     if per_group == 1:
         return HopperConfig(1, 2, 0, 168 if N == 256 else 128)
     return HopperConfig(2, 2, 240, 168) if N == 256 else HopperConfig(2, 3, 232, 168)
