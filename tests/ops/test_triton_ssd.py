@@ -14,8 +14,10 @@ from torch import Tensor
 from mamba2_hf.ops import ssd_chunk_scan
 from mamba2_hf.ops.dispatch import backend_module
 from mamba2_hf.ops.runtime import tables
+from mamba2_hf.ops.runtime.launch import launch
 from mamba2_hf.ops.scan import problem
 from mamba2_hf.ops.scan.op import Scan
+from mamba2_hf.ops.scan.prep import prep_backward_kernel
 from mamba2_hf.ops.scan.reference import ssd_chunked, ssd_recurrent
 from mamba2_hf.ops.spec import Packing, SSDShape
 
@@ -188,6 +190,16 @@ HOPPER = {
     "many heads": {"H": 24, "G": 1, "T": 333},
     "N 256": {"N": 256, "T": 200},
     "N 256, a group per head": {"N": 256, "T": 100, "H": 3, "G": 3},
+    "N 256, many heads": {"N": 256, "H": 24, "G": 1, "T": 333},
+    "P 128": {"P": 128, "T": 200},
+    "P 128, one token": {"P": 128, "T": 1, "D": 0},
+    "P 128, a group per head": {"P": 128, "T": 65, "H": 3, "G": 3},
+    "P 128, many heads": {"P": 128, "T": 333, "H": 12, "G": 1},
+    "P 128, N 256": {"P": 128, "N": 256, "T": 130, "G": 1},
+    "P 192, N 16": {"P": 192, "N": 16, "T": 130, "H": 3, "G": 1},
+    "P 256": {"P": 256, "T": 130},
+    "P 128, gate": {"P": 128, "T": 130, "z": True},
+    "P 128, D per channel": {"P": 128, "T": 130, "D": 2},
 }
 
 
@@ -208,6 +220,10 @@ def test_documents_and_segments_on_a_gpu(monkeypatch: pytest.MonkeyPatch, segmen
     # Eight heads: dA has one number a head, a sum that may cancel, and of four of them one may be all that counts.
     compare(make(B=3, T=700, P=64, N=128, H=8, G=2, dtype=torch.bfloat16), torch.bfloat16, seq_idx=ids)
     compare(make(B=1, T=3000, P=64, N=128, H=3, G=1, dtype=torch.bfloat16), torch.bfloat16)
+    wide = make(B=3, T=700, P=128, N=256, H=8, G=2, dtype=torch.bfloat16)
+    compare(wide, torch.bfloat16, seq_idx=ids)
+    packed = make(B=1, T=700, P=128, N=128, H=4, G=1, states=3, dtype=torch.bfloat16)
+    compare(packed, torch.bfloat16, cu_seqlens=torch.tensor([0, 65, 300, 690]))
 
 
 @pytest.mark.gpu
@@ -414,3 +430,40 @@ def test_documents_are_marked_in_the_decays(layout: str) -> None:
     logs = dt.double() * A.double() / math.log(2) - 160 * changes
     expected = torch.cat([part.cumsum(1) for part in logs.split(Q, 1)], 1)
     assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_pieces_of_a_wide_head_add_up() -> None:
+    """To Hopper's kernels, which the interpreter does not run, a head of 128 channels is two with one step size."""
+    inputs = cast(make(B=2, T=70, H=3, P=128, G=1, N=16), torch.float32)
+    whole = problem.prepare(Scan(*inputs.values(), dt_softplus=True))
+    call = whole.narrowed(64)
+    assert (call.pieces, whole.pieces) == (2, 1)
+    assert whole.narrowed(128) is whole is whole.narrowed(80)
+    assert call.shape[:4] == (2, 70, 6, 64)
+    assert call.args.x.data_ptr() == whole.args.x.data_ptr()
+    torch.testing.assert_close(call.args.x[:, :, 3], whole.args.x[:, :, 1, 64:], rtol=0, atol=0)
+    torch.testing.assert_close(call.args.initial_states[:, 3], whole.args.initial_states[:, 1, 64:], rtol=0, atol=0)
+
+    pieces = problem.cut(call, 64)
+    draw = torch.Generator().manual_seed(0)
+    dots = torch.randn(pieces.chunks, 3, 2, 4, 64, generator=draw).to(DEVICE)
+    ends = torch.randn(pieces.chunks, 3, 2, generator=draw).to(DEVICE)
+
+    def gradients(dots: Tensor, ends: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        ddt, shares = torch.empty(2, 70, 3, device=DEVICE), torch.empty(pieces.chunks, 3, 3, device=DEVICE)
+        launch(
+            prep_backward_kernel,
+            (pieces.chunks, 1),
+            *(call.args.dt, call.args.dt_bias, call.args.A, pieces.steps, dots, ends, ddt, shares, None),
+            *(70, pieces.per_row, 3, 0.0, math.inf, *call.args.dt.stride()[:2], *ddt.stride()[:2]),
+            **call.prep_flags(64),
+            DOTS=4,
+            PIECES=count,
+        )
+        return ddt, shares
+
+    with torch.no_grad():
+        found = gradients(dots, ends, 2)
+        expected = gradients(dots.sum(2), ends.sum(2), 1)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm()

@@ -137,7 +137,7 @@ def heads_per_program(per_group: int, most: int) -> int:
     return next(n for n in range(min(per_group, most), 0, -1) if per_group % n == 0)
 
 
-# The kernels for Hopper: their chunk, their heads' width, and the states that fit the registers.
+# The kernels for Hopper: their chunk, the width of a head, or of a piece of one, and the states that fit the registers.
 HOPPER_CHUNK, HOPPER_HEAD, HOPPER_STATES = 64, 64, (16, 32, 64, 128, 256)
 
 
@@ -157,10 +157,10 @@ def hopper_kernels(chip: Chip, shape: SSDShape, dtype: torch.dtype) -> bool:
 
 
 def hopper_walk(per_group: int, N: int) -> HopperConfig:
-    """``walk_kernel``: two heads share B and C where a group has two and registers hold two states."""
-    if N == 256:
-        return HopperConfig(1, 2, 0, 160)
-    return HopperConfig(1, 2, 0, 128) if per_group == 1 else HopperConfig(2, 3, 232, 168)
+    """``walk_kernel``: two heads share B and C where a group has two; states of 256 want every register there is."""
+    if per_group == 1:
+        return HopperConfig(1, 2, 0, 168 if N == 256 else 128)
+    return HopperConfig(2, 2, 240, 168) if N == 256 else HopperConfig(2, 3, 232, 168)
 
 
 def hopper_state(per_group: int, N: int) -> HopperConfig:

@@ -42,7 +42,7 @@ def walk(call: Call, cut: Cut, entry: Tensor | None) -> tuple[Tensor, Tensor]:
         (cut.segments * groups * cdiv(per_group, config.heads),),
         *(_tokens(call.args.x, P), _tokens(call.args.B, N), _tokens(call.args.C, N), _tokens(y, P)),
         *(cut.steps, _or(call.args.D, final), _or(entry, final), final, heads, cut.per_row, cut.per_segment),
-        **_sizes(per_group, N, config),
+        **_sizes(call, config),
         HAS_D=call.args.D is not None,
         HAS_ENTRY=entry is not None,
     )
@@ -61,7 +61,7 @@ def summaries(call: Call, cut: Cut, *, reverse: bool, inputs: Tensor, maps: Tens
         state_kernel,
         (cut.segments * call.shape.groups * cdiv(per_group, config.heads),),
         *(x, m, x, m, x, x, cut.steps, states, states, states, states, decay, heads, cut.per_row, cut.per_segment),
-        **_sizes(per_group, N, config),
+        **_sizes(call, config),
         FORWARD=not reverse,
         REVERSE=reverse,
         SUMMARY=True,
@@ -93,7 +93,7 @@ def gradients(
         (2 * cut.segments * groups * cdiv(per_group, config.heads),),
         *(X, B, dY, C, S, dS, cut.steps, _or(entry, after), _or(leave, after), after[0], after[1], after),
         *(heads, cut.per_row, cut.per_segment),
-        **_sizes(per_group, N, config),
+        **_sizes(call, config),
         FORWARD=True,
         REVERSE=True,
         SUMMARY=False,
@@ -118,7 +118,7 @@ def gradients(
         (cut.chunks * groups * blocks,),
         *(B, C, X, dY, S, dS, _tokens(dx, P), cut.steps, _or(D, ends), dots, ends, to_B, to_C),
         *(heads, tokens, cut.per_row, partial.stride(0) if blocks > 1 else 0, *to_B.stride()[:2]),
-        **_sizes(per_group, N, config),
+        **_sizes(call, config),
         HAS_D=D is not None,
     )
     if blocks > 1:
@@ -126,12 +126,11 @@ def gradients(
     return Gradients(dx, None, dB, dC, None, after[1], dots, ends)
 
 
-def _sizes(per_group: int, N: int, config: tables.HopperConfig) -> dict[str, int]:
+def _sizes(call: Call, config: tables.HopperConfig) -> dict[str, int]:
     return {
-        "PER_GROUP": per_group,
+        **call.sizes,
+        "PIECES": call.pieces,
         "Q": Q,
-        "P": P,
-        "N": N,
         "HEADS": config.heads,
         "STAGES": config.stages,
         "REGISTERS": config.registers,

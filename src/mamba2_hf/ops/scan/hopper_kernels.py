@@ -1,12 +1,13 @@
-"""The SSD scan's kernels for Hopper, in Gluon: 16-bit inputs, heads of 64 channels, states of 16 to 128.
+"""The SSD scan's kernels for Hopper, in Gluon: 16-bit inputs, heads of 64 channels, states of 16 to 256.
 
 What they gain over the portable kernels comes from three things. One warp copies tiles while groups of four warps
 multiply (*producer* and *consumers*), so nothing waits for memory. Consumers of one program are heads that share B and
 C, which are read once for all of them. And the state lies transposed, ``(P, N)``, in registers, where the matrix unit
 takes it as it is: the only tile that goes through shared memory on its way is the chunk's matrix.
 
-``steps (chunks, H, 2, Q)`` holds log2 decays and step sizes, see ``prep.py``. Tiles past a row's end read as zeros and
-are not written. Names as in ``NOTATION.md``.
+A wider head is ``PIECES`` heads of 64 channels with the same steps and skip: ``H`` and ``PER_GROUP`` count the pieces,
+``steps (chunks, H / PIECES, 2, Q)``, log2 decays and step sizes (see ``prep.py``), and ``D (H / PIECES,)`` the heads.
+Tiles past a row's end read as zeros and are not written. Names as in ``NOTATION.md``.
 """
 
 from __future__ import annotations
@@ -91,36 +92,58 @@ def walk_producer(tiles, shared, bars, place, count, Q: gl.constexpr, P: gl.cons
 
 
 @gluon.jit
+def walk_inputs(x, a_j, dt_j, last, Q: gl.constexpr, P: gl.constexpr):
+    """A chunk's ``x^T (P, j)`` as an operand; the same scaled to what reaches the state; and the decays from its start.
+
+    ``a_j, dt_j, last``: the log decays, the steps, and the last of the decays.
+    """
+    xt = x.reshape([Q, P]).permute((1, 0)).load(operand(Q))
+    leaves = gl.exp2(last - a_j) * dt_j
+    scaled = gl.convert_layout(xt, product(Q), assert_trivial=True).to(gl.float32) * leaves[None, :]
+    return xt, scaled.to(x.dtype), gl.exp2(a_j)
+
+
+@gluon.jit
 def walk_consumer(y, steps, D, entry, final, shared, own, bars, place, count, chunk, H, per_group, segment, ends,
-                  K: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr, HEADS: gl.constexpr,
-                  STAGES: gl.constexpr, HAS_D: gl.constexpr, HAS_ENTRY: gl.constexpr):  # fmt: skip
-    """One head. ``ends`` is the sequence whose last segment this is, or -1."""
+                  PIECES: gl.constexpr, K: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
+                  HEADS: gl.constexpr, STAGES: gl.constexpr, HAS_D: gl.constexpr, HAS_ENTRY: gl.constexpr):  # fmt: skip
+    """One head. ``ends`` is the sequence whose last segment this is, or -1.
+
+    The state is a tuple of ``PARTS`` tiles of at most 128 columns, so that one part at a time is an operand: with more
+    registers in use than there are, every product would wait for the one before it.
+    """
     x_s, b_s, c_s = shared
     p_s, y_s, f_s = own
     ready, empty = bars
     row, g, h0, first = place
     h = h0 + K
     if h < (g + 1) * per_group:
+        PART: gl.constexpr = 128 if N > 128 else N
+        PARTS: gl.constexpr = N // PART
         narrow: gl.constexpr = product(Q)
-        wide: gl.constexpr = product(N)
+        wide: gl.constexpr = product(PART)
         down: gl.constexpr = gl.SliceLayout(1, narrow)
         across: gl.constexpr = gl.SliceLayout(0, narrow)
         dtype: gl.constexpr = x_s.dtype
         p = gl.arange(0, P, layout=gl.SliceLayout(1, wide))
-        n = gl.arange(0, N, layout=gl.SliceLayout(0, wide))
+        n = gl.arange(0, PART, layout=gl.SliceLayout(0, wide))
         inside = p[:, None] * N + n[None, :]
-        if HAS_ENTRY:
-            state = gl.load(entry + (segment.to(gl.int64) * H + h) * (P * N) + inside).to(gl.float32)
-        else:
-            state = gl.zeros([P, N], gl.float32, layout=wide)
+        state = ()
+        for part in gl.static_range(PARTS):
+            if HAS_ENTRY:
+                at = (segment.to(gl.int64) * H + h) * (P * N) + part * PART + inside
+                state = state + (gl.load(entry + at).to(gl.float32),)
+            else:
+                state = state + (gl.zeros([P, PART], gl.float32, layout=wide),)
         if HAS_D:
-            skip = gl.load(D + h).to(gl.float32)
+            skip = gl.load(D + h // PIECES).to(gl.float32)
         i_at = gl.arange(0, Q, layout=down)
         j_at = gl.arange(0, Q, layout=across)
         zero = gl.zeros([Q, Q], gl.float32, layout=narrow)
         matrix = p_s.index(K)
         out_tile = y_s.index(K)
-        index = chunk.to(gl.int64) * H + h
+        heads = H // PIECES
+        index = chunk.to(gl.int64) * heads + h // PIECES
         fetch_steps(f_s.index(2 * K), steps, index, Q)
         for i in range(count):
             s = i % STAGES
@@ -130,41 +153,55 @@ def walk_consumer(y, steps, D, entry, final, shared, own, bars, place, count, ch
             a_j = f.slice(0, Q).load(across)
             dt_j = f.slice(Q, Q).load(across)
             whole = f.slice(Q - 1, 1)
-            last = whole.load(across)
             passes = gl.exp2(whole.load(gl.SliceLayout(0, wide)))
-            fetch_steps(f_s.index(2 * K + (i + 1) % 2), steps, index + gl.minimum(i + 1, count - 1).to(gl.int64) * H, Q)
+            after_i = gl.minimum(i + 1, count - 1).to(gl.int64)
+            fetch_steps(f_s.index(2 * K + (i + 1) % 2), steps, index + after_i * heads, Q)
             mbarrier.wait(ready.index(s), i // STAGES & 1)
             b_tile = b_s.index(s).reshape([Q, N])
             c_tile = c_s.index(s).reshape([Q, N])
             scores = warpgroup_mma(c_tile, b_tile.permute((1, 0)), zero, use_acc=False, is_async=True)  # (i, j)
-            xt = x_s.index(s * HEADS + K).reshape([Q, P]).permute((1, 0)).load(operand(Q))  # (P, j)
-            leaves = gl.exp2(last - a_j) * dt_j
-            scaled = (gl.convert_layout(xt, narrow, assert_trivial=True).to(gl.float32) * leaves[None, :]).to(dtype)
-            enters = gl.exp2(a_j)
+            if PARTS == 1:
+                xt, scaled, enters = walk_inputs(x_s.index(s * HEADS + K), a_j, dt_j, whole.load(across), Q, P)
             scores = warpgroup_mma_wait(0, deps=(scores,))
             weights = scores * (gl.exp2(a_i[:, None] - a_j[None, :]) * dt_j[None, :])
             matrix.store(gl.where(i_at[:, None] >= j_at[None, :], weights, 0.0).to(dtype))
             fence_async_shared()
             barrier()
-            out = warpgroup_mma(gl.convert_layout(state.to(dtype), operand(Q)), c_tile.permute((1, 0)), zero,
-                                use_acc=False, is_async=True)  # (P, i)  # fmt: skip
-            state = state * passes[None, :]
-            out = warpgroup_mma_wait(0, deps=(out,))
+            out = zero
+            passed = ()
+            for part in gl.static_range(PARTS):
+                maps = c_tile.slice(part * PART, PART, dim=1).permute((1, 0))
+                left = gl.convert_layout(state[part].to(dtype), operand(Q))
+                out = warpgroup_mma(left, maps, out, use_acc=part > 0, is_async=True)  # (P, i)
+                passed = passed + (state[part] * passes[None, :],)
+                out = warpgroup_mma_wait(0, deps=(out,))
+            if PARTS > 1:  # not before, to have the registers
+                a_j = f.slice(0, Q).load(across)
+                dt_j = f.slice(Q, Q).load(across)
+                xt, scaled, enters = walk_inputs(x_s.index(s * HEADS + K), a_j, dt_j, whole.load(across), Q, P)
             out = warpgroup_mma(xt, matrix.permute((1, 0)), out * enters[None, :], is_async=True)
-            state = warpgroup_mma(gl.convert_layout(scaled, operand(N)), b_tile, state, is_async=True)
+            left = gl.convert_layout(scaled, operand(PART))
+            state = ()
+            for part in gl.static_range(PARTS):
+                right = b_tile.slice(part * PART, PART, dim=1)
+                state = state + (warpgroup_mma(left, right, passed[part], is_async=True),)
             tma.store_wait(0)
-            out = warpgroup_mma_wait(1, deps=(out,))
+            out = warpgroup_mma_wait(PARTS, deps=(out,))
             if HAS_D:
                 out = out + gl.convert_layout(xt, narrow, assert_trivial=True).to(gl.float32) * skip
             out_tile.reshape([Q, P]).permute((1, 0)).store(out.to(dtype))
             fence_async_shared()
             barrier()
             store_tile(y, [row, (first + i) * Q, h * P], out_tile)
-            state = warpgroup_mma_wait(0, deps=(state,))
+            done = ()
+            for part in gl.static_range(PARTS):
+                done = done + (warpgroup_mma_wait(PARTS - 1 - part, deps=(state[part],)),)
+            state = done
             mbarrier.arrive(empty.index(s), count=1)
         async_copy.wait_group(0)
         if ends >= 0:
-            gl.store(final + (ends.to(gl.int64) * H + h) * (P * N) + inside, state)
+            for part in gl.static_range(PARTS):
+                gl.store(final + (ends.to(gl.int64) * H + h) * (P * N) + part * PART + inside, state[part])
         tma.store_wait(0)
     else:
         idle(bars, count, STAGES)
@@ -172,9 +209,9 @@ def walk_consumer(y, steps, D, entry, final, shared, own, bars, place, count, ch
 
 @gluon.jit
 def walk_kernel(x, B, C, y, steps, D, entry, final, H, per_row, per_segment,
-                PER_GROUP: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr, HEADS: gl.constexpr,
-                STAGES: gl.constexpr, HAS_D: gl.constexpr, HAS_ENTRY: gl.constexpr, REGISTERS: gl.constexpr,
-                num_warps: gl.constexpr):  # fmt: skip
+                PER_GROUP: gl.constexpr, PIECES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
+                HEADS: gl.constexpr, STAGES: gl.constexpr, HAS_D: gl.constexpr, HAS_ENTRY: gl.constexpr,
+                REGISTERS: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
     """``y`` of one segment and ``HEADS`` heads of a group; the state after a sequence goes to ``final``.
 
     ``x, y``: tiles ``(1, Q, P)`` of ``(B, T, H P)``; ``B, C``: tiles ``(1, Q, N)`` of ``(B, T, G N)``.
@@ -206,15 +243,15 @@ def walk_kernel(x, B, C, y, steps, D, entry, final, H, per_row, per_segment,
     if HEADS == 1:
         gl.warp_specialize([
             (walk_consumer, (y, steps, D, entry, final, shared, own, bars, place, count, chunk, H, PER_GROUP, segment,
-                             ends, 0, Q, P, N, HEADS, STAGES, HAS_D, HAS_ENTRY)),
+                             ends, PIECES, 0, Q, P, N, HEADS, STAGES, HAS_D, HAS_ENTRY)),
             (walk_producer, ((x, B, C), shared, bars, place, count, Q, P, N, HEADS, STAGES)),
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
             (walk_consumer, (y, steps, D, entry, final, shared, own, bars, place, count, chunk, H, PER_GROUP, segment,
-                             ends, 0, Q, P, N, HEADS, STAGES, HAS_D, HAS_ENTRY)),
+                             ends, PIECES, 0, Q, P, N, HEADS, STAGES, HAS_D, HAS_ENTRY)),
             (walk_consumer, (y, steps, D, entry, final, shared, own, bars, place, count, chunk, H, PER_GROUP, segment,
-                             ends, 1, Q, P, N, HEADS, STAGES, HAS_D, HAS_ENTRY)),
+                             ends, PIECES, 1, Q, P, N, HEADS, STAGES, HAS_D, HAS_ENTRY)),
             (walk_producer, ((x, B, C), shared, bars, place, count, Q, P, N, HEADS, STAGES)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
@@ -249,9 +286,9 @@ def state_producer(tiles, shared, bars, place, count, reverse, Q: gl.constexpr, 
 
 @gluon.jit
 def state_consumer(states, steps, entries, results, shared, own, bars, place, count, chunk, reverse, H, per_group,
-                   segment, target, K: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
-                   HEADS: gl.constexpr, STAGES: gl.constexpr, SUMMARY: gl.constexpr, HAS_ENTRY: gl.constexpr,
-                   HAS_DENTRY: gl.constexpr):  # fmt: skip
+                   segment, target, PIECES: gl.constexpr, K: gl.constexpr, Q: gl.constexpr, P: gl.constexpr,
+                   N: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr, SUMMARY: gl.constexpr,
+                   HAS_ENTRY: gl.constexpr, HAS_DENTRY: gl.constexpr):  # fmt: skip
     """One head. ``target`` is where in ``results`` what comes out goes, or -1."""
     S, dS = states
     entry, dentry = entries
@@ -278,9 +315,10 @@ def state_consumer(states, steps, entries, results, shared, own, bars, place, co
             if reverse:
                 state = gl.load(dentry + at).to(gl.float32)
         total = 0.0
-        index = chunk.to(gl.int64) * H + h
+        heads = H // PIECES
+        index = chunk.to(gl.int64) * heads + h // PIECES
         begin = gl.where(reverse, gl.maximum(count - 1, 0), 0)
-        fetch_steps(f_s.index(2 * K), steps, index + begin.to(gl.int64) * H, Q)
+        fetch_steps(f_s.index(2 * K), steps, index + begin.to(gl.int64) * heads, Q)
         for i in range(count):
             s = i % STAGES
             c = gl.where(reverse, count - 1 - i, i)
@@ -292,7 +330,7 @@ def state_consumer(states, steps, entries, results, shared, own, bars, place, co
             whole = f.slice(Q - 1, 1)
             weight = gl.where(reverse, gl.exp2(a_j), gl.exp2(whole.load(across) - a_j) * dt_j)
             last = whole.load(gl.SliceLayout(0, wide))
-            fetch_steps(f_s.index(2 * K + (i + 1) % 2), steps, index + after_c.to(gl.int64) * H, Q)
+            fetch_steps(f_s.index(2 * K + (i + 1) % 2), steps, index + after_c.to(gl.int64) * heads, Q)
             mbarrier.wait(ready.index(s), i // STAGES & 1)
             tile = in_s.index(s * HEADS + K).reshape([Q, P]).permute((1, 0)).load(operand(N))  # (P, j)
             scaled = gl.convert_layout(tile, narrow, assert_trivial=True).to(gl.float32) * weight[None, :]
@@ -335,9 +373,9 @@ def state_consumer(states, steps, entries, results, shared, own, bars, place, co
 
 @gluon.jit
 def state_kernel(x, B, dy, C, S, dS, steps, entry, dentry, after, dafter, decay, H, per_row, per_segment,
-                 PER_GROUP: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr, HEADS: gl.constexpr,
-                 STAGES: gl.constexpr, FORWARD: gl.constexpr, REVERSE: gl.constexpr, SUMMARY: gl.constexpr,
-                 HAS_ENTRY: gl.constexpr, HAS_DENTRY: gl.constexpr, REGISTERS: gl.constexpr,
+                 PER_GROUP: gl.constexpr, PIECES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
+                 HEADS: gl.constexpr, STAGES: gl.constexpr, FORWARD: gl.constexpr, REVERSE: gl.constexpr,
+                 SUMMARY: gl.constexpr, HAS_ENTRY: gl.constexpr, HAS_DENTRY: gl.constexpr, REGISTERS: gl.constexpr,
                  num_warps: gl.constexpr):  # fmt: skip
     """Walks a segment passing the state only: ``S <- passes S + (inputs * weight)^T maps``.
 
@@ -391,15 +429,18 @@ def state_kernel(x, B, dy, C, S, dS, steps, entry, dentry, after, dafter, decay,
     if HEADS == 1:
         gl.warp_specialize([
             (state_consumer, (states, steps, entries, results, shared, own, bars, place, count, chunk, reverse, H,
-                              PER_GROUP, segment, target, 0, Q, P, N, HEADS, STAGES, SUMMARY, HAS_ENTRY, HAS_DENTRY)),
+                              PER_GROUP, segment, target, PIECES, 0, Q, P, N, HEADS, STAGES, SUMMARY, HAS_ENTRY,
+                              HAS_DENTRY)),
             (state_producer, (tiles, shared, bars, place, count, reverse, Q, P, N, HEADS, STAGES)),
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
             (state_consumer, (states, steps, entries, results, shared, own, bars, place, count, chunk, reverse, H,
-                              PER_GROUP, segment, target, 0, Q, P, N, HEADS, STAGES, SUMMARY, HAS_ENTRY, HAS_DENTRY)),
+                              PER_GROUP, segment, target, PIECES, 0, Q, P, N, HEADS, STAGES, SUMMARY, HAS_ENTRY,
+                              HAS_DENTRY)),
             (state_consumer, (states, steps, entries, results, shared, own, bars, place, count, chunk, reverse, H,
-                              PER_GROUP, segment, target, 1, Q, P, N, HEADS, STAGES, SUMMARY, HAS_ENTRY, HAS_DENTRY)),
+                              PER_GROUP, segment, target, PIECES, 1, Q, P, N, HEADS, STAGES, SUMMARY, HAS_ENTRY,
+                              HAS_DENTRY)),
             (state_producer, (tiles, shared, bars, place, count, reverse, Q, P, N, HEADS, STAGES)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
@@ -440,8 +481,9 @@ def store_map_gradient(target, tile, t, T, stride_token, Q: gl.constexpr, N: gl.
 
 
 @gluon.jit
-def row_consumer(steps, dots, ends, dC, shared, dscores_s, f_s, bars, place, H, T, stride_token, Q: gl.constexpr,
-                 P: gl.constexpr, N: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def row_consumer(steps, dots, ends, dC, shared, dscores_s, scores_s, f_s, bars, place, H, T, stride_token,
+                 PIECES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr, HEADS: gl.constexpr,
+                 STAGES: gl.constexpr):  # fmt: skip
     """What sums over j <= i: dC, the row sums of the log decays' gradient, and the part that crosses the chunk."""
     b_s, c_s, x_s, dy_s, s_s, ds_s = shared
     ready, empty, maps, handed = bars
@@ -454,12 +496,17 @@ def row_consumer(steps, dots, ends, dC, shared, dscores_s, f_s, bars, place, H, 
     i_at = gl.arange(0, Q, layout=down)
     j_at = gl.arange(0, Q, layout=across)
     zero = gl.zeros([Q, Q], gl.float32, layout=narrow)
+    AHEAD: gl.constexpr = N <= 128  # registers for two products at a time
+    PART: gl.constexpr = N if AHEAD else 64
     index = chunk.to(gl.int64) * H + h0
-    fetch_steps(f_s.index(0), steps, index, Q)
+    first = chunk.to(gl.int64) * (H // PIECES)  # of the chunk, among heads that are not in pieces
+    fetch_steps(f_s.index(0), steps, first + h0 // PIECES, Q)
     mbarrier.wait(maps, 0)
     b_tile = b_s.reshape([Q, N])
     c_tile = c_s.reshape([Q, N])
     scores = warpgroup_mma(c_tile, b_tile.permute((1, 0)), zero, use_acc=False)  # (i, j)
+    if not AHEAD:
+        scores_s.index(1).store(scores)
     total = gl.zeros([Q, N], gl.float32, layout=wide)
     for k in range(HEADS):
         s = k % STAGES
@@ -469,16 +516,21 @@ def row_consumer(steps, dots, ends, dC, shared, dscores_s, f_s, bars, place, H, 
         a_j = f.slice(0, Q).load(across)
         dt_j = f.slice(Q, Q).load(across)
         passes = gl.exp2(gl.sum(f.slice(Q - 1, 1).load(down), 0))
-        fetch_steps(f_s.index((k + 1) % 2), steps, index + gl.minimum(k + 1, HEADS - 1), Q)
+        fetch_steps(f_s.index((k + 1) % 2), steps, first + (h0 + gl.minimum(k + 1, HEADS - 1)) // PIECES, Q)
         mbarrier.wait(ready.index(s), k // STAGES & 1)
         state = s_s.index(s).reshape([P, N])
         dy = dy_s.index(s).reshape([Q, P])
         products = warpgroup_mma(dy, x_s.index(s).reshape([Q, P]).permute((1, 0)), zero, use_acc=False, is_async=True)
-        out = warpgroup_mma(c_tile, state.permute((1, 0)), zero, use_acc=False, is_async=True)  # (i, P)
+        if AHEAD:
+            out = warpgroup_mma(c_tile, state.permute((1, 0)), zero, use_acc=False, is_async=True)  # (i, P)
+        if not AHEAD:
+            scores = scores_s.index(1).load(narrow)
         weights = scores * (gl.exp2(a_i[:, None] - a_j[None, :]) * dt_j[None, :])
         weights = gl.where(i_at[:, None] >= j_at[None, :], weights, 0.0)
-        products = warpgroup_mma_wait(1, deps=(products,))
+        products = warpgroup_mma_wait(1 if AHEAD else 0, deps=(products,))
         sums = gl.sum(products * weights, 1)
+        if not AHEAD:
+            out = warpgroup_mma(c_tile, state.permute((1, 0)), zero, use_acc=False, is_async=True)
         enters = gl.exp2(a_i)
         values = dy.load(narrow).to(gl.float32)
         scaled = gl.convert_layout((values * enters[:, None]).to(dtype), operand(N))
@@ -486,8 +538,13 @@ def row_consumer(steps, dots, ends, dC, shared, dscores_s, f_s, bars, place, H, 
         total = warpgroup_mma(scaled, state, total, is_async=True)
         sums += enters * gl.sum(out * values, 1)
         gl.store(dots + (index + k) * (4 * Q) + i_at, sums)
-        crossing = state.load(wide).to(gl.float32) * ds_s.index(s).reshape([P, N]).load(wide).to(gl.float32)
-        gl.store(ends + index + k, passes * gl.sum(gl.sum(crossing, 1), 0))
+        dstate = ds_s.index(s).reshape([P, N])
+        crossing = 0.0
+        for part in gl.static_range(N // PART):
+            tile = state.slice(part * PART, PART, dim=1).load(product(PART)).to(gl.float32)
+            dtile = dstate.slice(part * PART, PART, dim=1).load(product(PART)).to(gl.float32)
+            crossing += gl.sum(gl.sum(tile * dtile, 1), 0)
+        gl.store(ends + index + k, passes * crossing)
         total = warpgroup_mma_wait(0, deps=(total,))
         fence_async_shared()
         mbarrier.arrive(empty.index(s), count=1)
@@ -498,9 +555,9 @@ def row_consumer(steps, dots, ends, dC, shared, dscores_s, f_s, bars, place, H, 
 
 
 @gluon.jit
-def column_consumer(dx, steps, D, dots, dB, shared, dscores_s, f_s, out_s, bars, place, H, T, stride_token,
-                    Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr,
-                    HAS_D: gl.constexpr):  # fmt: skip
+def column_consumer(dx, steps, D, dots, dB, shared, dscores_s, scores_s, f_s, out_s, bars, place, H, T, stride_token,
+                    PIECES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr, HEADS: gl.constexpr,
+                    STAGES: gl.constexpr, HAS_D: gl.constexpr):  # fmt: skip
     """What sums over i >= j: dx, dB, the column sums of the log decays' gradient, and the gradient of ``C B^T``."""
     b_s, c_s, x_s, dy_s, _, ds_s = shared
     ready, empty, maps, handed = bars
@@ -514,12 +571,16 @@ def column_consumer(dx, steps, D, dots, dB, shared, dscores_s, f_s, out_s, bars,
     i_at = gl.arange(0, Q, layout=across)
     causal = i_at[None, :] >= j_at[:, None]
     zero = gl.zeros([Q, Q], gl.float32, layout=narrow)
+    AHEAD: gl.constexpr = N <= 128
     index = chunk.to(gl.int64) * H + h0
-    fetch_steps(f_s.index(2), steps, index, Q)
+    first = chunk.to(gl.int64) * (H // PIECES)  # of the chunk, among heads that are not in pieces
+    fetch_steps(f_s.index(2), steps, first + h0 // PIECES, Q)
     mbarrier.wait(maps, 0)
     b_tile = b_s.reshape([Q, N])
     c_tile = c_s.reshape([Q, N])
     scores = warpgroup_mma(b_tile, c_tile.permute((1, 0)), zero, use_acc=False)  # (j, i)
+    if not AHEAD:
+        scores_s.index(0).store(scores)
     total = gl.zeros([Q, N], gl.float32, layout=wide)
     dscores = gl.zeros([Q, Q], gl.float32, layout=narrow)  # above the diagonal anything, infinities too
     for k in range(HEADS):
@@ -530,19 +591,24 @@ def column_consumer(dx, steps, D, dots, dB, shared, dscores_s, f_s, out_s, bars,
         a_i = f.slice(0, Q).load(across)
         dt_j = f.slice(Q, Q).load(down)
         last = f.slice(Q - 1, 1).load(down)
-        fetch_steps(f_s.index(2 + (k + 1) % 2), steps, index + gl.minimum(k + 1, HEADS - 1), Q)
+        fetch_steps(f_s.index(2 + (k + 1) % 2), steps, first + (h0 + gl.minimum(k + 1, HEADS - 1)) // PIECES, Q)
         mbarrier.wait(ready.index(s), k // STAGES & 1)
         dstate = ds_s.index(s).reshape([P, N])
         x = x_s.index(s).reshape([Q, P])
         dy = dy_s.index(s).reshape([Q, P])
         products = warpgroup_mma(x, dy.permute((1, 0)), zero, use_acc=False, is_async=True)  # (j, i)
-        grad = warpgroup_mma(b_tile, dstate.permute((1, 0)), zero, use_acc=False, is_async=True)  # (j, P)
+        if AHEAD:
+            grad = warpgroup_mma(b_tile, dstate.permute((1, 0)), zero, use_acc=False, is_async=True)  # (j, P)
         decay = gl.exp2(a_i[None, :] - a_j[:, None]) * dt_j[:, None]
-        products = warpgroup_mma_wait(1, deps=(products,))
+        products = warpgroup_mma_wait(1 if AHEAD else 0, deps=(products,))
         dscores += products * decay
+        if not AHEAD:
+            scores = scores_s.index(0).load(narrow)
         weights = gl.where(causal, scores * decay, 0.0)
         sums = gl.sum(products * weights, 1)
         weights = weights.to(dtype)
+        if not AHEAD:
+            grad = warpgroup_mma(b_tile, dstate.permute((1, 0)), zero, use_acc=False, is_async=True)
         grad = warpgroup_mma_wait(0, deps=(grad,))
         leaves = gl.exp2(last - a_j) * dt_j
         values = x.load(narrow).to(gl.float32)
@@ -558,7 +624,7 @@ def column_consumer(dx, steps, D, dots, dB, shared, dscores_s, f_s, out_s, bars,
         if HAS_D:
             outer = dy.load(narrow).to(gl.float32)
             gl.store(to + 3 * Q, gl.sum(outer * x.load(narrow).to(gl.float32), 1))
-            grad += outer * gl.load(D + h0 + k).to(gl.float32)
+            grad += outer * gl.load(D + (h0 + k) // PIECES).to(gl.float32)
         tma.store_wait(0)
         out_s.reshape([Q, P]).store(grad.to(dtype))
         fence_async_shared()
@@ -578,9 +644,9 @@ def column_consumer(dx, steps, D, dots, dB, shared, dscores_s, f_s, out_s, bars,
 @gluon.jit
 def chunk_backward_kernel(B, C, x, dy, S, dS, dx, steps, D, dots, ends, dB, dC, H, T, per_row, stride_block, stride_row,
                           stride_token,
-                          PER_GROUP: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
-                          HEADS: gl.constexpr, STAGES: gl.constexpr, HAS_D: gl.constexpr, REGISTERS: gl.constexpr,
-                          num_warps: gl.constexpr):  # fmt: skip
+                          PER_GROUP: gl.constexpr, PIECES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr,
+                          N: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr, HAS_D: gl.constexpr,
+                          REGISTERS: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
     """Gradients from one chunk and ``HEADS`` heads of a group, given the states S and their gradients dS around it.
 
     ``dots (chunks, H, 4, Q)`` takes, with the formulas of ``ssd_backward.py``: the row sums, the column sums, the
@@ -604,6 +670,9 @@ def chunk_backward_kernel(B, C, x, dy, S, dS, dx, steps, D, dots, ends, dB, dC, 
     out_s = gl.allocate_shared_memory(dtype, [1, Q, P], dx.layout)
     dscores_s = gl.allocate_shared_memory(dtype, [Q, Q], square)
     f_s = gl.allocate_shared_memory(gl.float32, [4, 2 * Q], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    scores_s = f_s
+    if N > 128:  # consumers have no registers to keep theirs
+        scores_s = gl.allocate_shared_memory(gl.float32, [2, Q, Q], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     ready, empty = pipeline(STAGES, 2)
     maps = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     handed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -615,9 +684,9 @@ def chunk_backward_kernel(B, C, x, dy, S, dS, dx, steps, D, dots, ends, dB, dC, 
     place = (row, g, h0, chunk % per_row * Q, chunk)
     offset = block.to(gl.int64) * stride_block + row.to(gl.int64) * stride_row + g * N
     gl.warp_specialize([
-        (column_consumer, (dx, steps, D, dots, dB + offset, shared, dscores_s, f_s, out_s, bars, place, H, T,
-                           stride_token, Q, P, N, HEADS, STAGES, HAS_D)),
-        (row_consumer, (steps, dots, ends, dC + offset, shared, dscores_s, f_s, bars, place, H, T, stride_token,
-                        Q, P, N, HEADS, STAGES)),
+        (column_consumer, (dx, steps, D, dots, dB + offset, shared, dscores_s, scores_s, f_s, out_s, bars, place, H, T,
+                           stride_token, PIECES, Q, P, N, HEADS, STAGES, HAS_D)),
+        (row_consumer, (steps, dots, ends, dC + offset, shared, dscores_s, scores_s, f_s, bars, place, H, T,
+                        stride_token, PIECES, Q, P, N, HEADS, STAGES)),
         (chunk_producer, ((B, C, x, dy, S, dS), shared, bars, place, H, P, N, HEADS, STAGES)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip

@@ -129,19 +129,28 @@ def prep_kernel(
 
 
 @triton.jit
+def add_pieces(first, apart, mask, PIECES: tl.constexpr):
+    """The sum of ``PIECES`` tensors, each ``apart`` elements behind the one before it."""
+    total = tl.load(first, mask=mask, other=0.0)
+    for piece in tl.static_range(1, PIECES):
+        total += tl.load(first + piece * apart, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
 def prep_backward_kernel(
     dt, dt_bias, A, steps, dots, ends, ddt, shares, table,
     tokens, per_row, H, low, high, stride_row, stride_token, d_row, d_token,
-    Q: tl.constexpr, BH: tl.constexpr, DOTS: tl.constexpr,
+    Q: tl.constexpr, BH: tl.constexpr, DOTS: tl.constexpr, PIECES: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of steps and log decays to those of ``dt``, ``A`` and ``dt_bias``.
 
-    ``dots (chunks, H, DOTS, Q)`` holds a token's row and column sums (see ``ssd_backward.py``), and with ``DOTS`` = 4
-    the column sums' share that leaves the chunk and ``<x, dy>``; ``ends (chunks, H)`` what else concerns the chunk's
-    end. ``ddt`` is ``(B, T, H)``, its rows ``d_row`` and its tokens ``d_token`` apart. ``shares (chunks, 2, H)`` takes
-    each chunk's share of the gradients of ``A`` and ``dt_bias``; with ``DOTS`` = 4 it has a third, of ``D``. The caller
-    sums them.
+    ``dots (chunks, H PIECES, DOTS, Q)`` holds a token's row and column sums (see ``ssd_backward.py``), and with
+    ``DOTS`` = 4 the column sums' share that leaves the chunk and ``<x, dy>``; ``ends (chunks, H PIECES)`` what else
+    concerns the chunk's end. The ``PIECES`` of a head are added. ``ddt`` is ``(B, T, H)``, its rows ``d_row`` and its
+    tokens ``d_token`` apart. ``shares (chunks, 2, H)`` takes each chunk's share of the gradients of ``A`` and
+    ``dt_bias``; with ``DOTS`` = 4 it has a third, of ``D``. The caller sums them.
     """
     SHARES: tl.constexpr = 3 if DOTS == 4 else 2
     chunk = tl.program_id(0)
@@ -157,13 +166,13 @@ def prep_backward_kernel(
     index = tl.cast(chunk, tl.int64) * H + heads
     step = tl.load(steps + (2 * index + 1)[None, :] * Q + q, mask=mask, other=0.0)
     rate = tl.load(A + heads, mask=heads < H, other=0.0).to(tl.float32)
-    sums = dots + (DOTS * index)[None, :] * Q + q
-    column = tl.load(sums + Q, mask=mask, other=0.0)
-    at_end = tl.load(ends + index, mask=heads < H, other=0.0)
+    sums = dots + (DOTS * PIECES * index)[None, :] * Q + q
+    column = add_pieces(sums + Q, DOTS * Q, mask, PIECES)
+    at_end = add_pieces(ends + PIECES * index, 1, heads < H, PIECES)
     if DOTS == 4:
-        at_end += tl.sum(tl.load(sums + 2 * Q, mask=mask, other=0.0), 0)
-        tl.store(out + 2 * H, tl.sum(tl.load(sums + 3 * Q, mask=mask, other=0.0), 0), mask=heads < H)
-    dlog = tl.load(sums, mask=mask, other=0.0) - column
+        at_end += tl.sum(add_pieces(sums + 2 * Q, DOTS * Q, mask, PIECES), 0)
+        tl.store(out + 2 * H, tl.sum(add_pieces(sums + 3 * Q, DOTS * Q, mask, PIECES), 0), mask=heads < H)
+    dlog = add_pieces(sums, DOTS * Q, mask, PIECES) - column
     dlog = tl.where(q == Q - 1, dlog + at_end[None, :], dlog)  # the last place, be that padding or not
     dlog = tl.cumsum(dlog, 0, reverse=True)  # gradient of dt * A
     grad = column / tl.where(step != 0.0, step, 1.0) + dlog * rate[None, :]

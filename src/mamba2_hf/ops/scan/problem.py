@@ -19,7 +19,10 @@ from .prep import layout_kernel, prep_kernel
 
 
 class Call(NamedTuple):
-    """A scan's arguments made ready for kernels, and what follows from them."""
+    """A scan's arguments made ready for kernels, and what follows from them.
+
+    ``shape`` is that of ``x``; ``dt``, ``A`` and ``D`` have fewer heads where these are in pieces.
+    """
 
     args: Scan
     shape: SSDShape
@@ -35,6 +38,26 @@ class Call(NamedTuple):
     def state_shape(self) -> tuple[int, int, int, int]:
         """``(B or S, H, P, N)``."""
         return self.shape.states, self.shape.heads, self.shape.head_dim, self.shape.state
+
+    @property
+    def pieces(self) -> int:
+        """Heads of the shape that a head of ``dt`` is; see :meth:`narrowed`."""
+        return self.shape.heads // self.args.dt.shape[2]
+
+    def narrowed(self, P: int) -> Call:
+        """The same scan with heads of ``P`` channels: a head of several times as many is so many heads with one step,
+        rate and skip. The call itself where its heads are no such.
+        """
+        args, (_, _, heads, head_dim, _, _, _) = self.args, self.shape
+        pieces = head_dim // P
+        if pieces * P != head_dim or pieces == 1 or args.x.stride(2) != head_dim:
+            return self
+        x = args.x.unflatten(3, (pieces, P)).flatten(2, 3)
+        initial = args.initial_states
+        if initial is not None:
+            initial = initial.view(-1, heads * pieces, P, initial.shape[3])
+        shape = self.shape._replace(heads=heads * pieces, head_dim=P)
+        return self._replace(args=args._replace(x=x, initial_states=initial), shape=shape)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -123,8 +146,8 @@ def cut(call: Call, Q: int, *, marks: bool = False) -> Cut:
 
     With ``marks`` the log decays themselves keep documents apart, and kernels need not know about them.
     """
-    batch, tokens, heads, _, _, _, sequences = call.shape
-    device = call.args.x.device
+    batch, tokens, _, _, _, _, sequences = call.shape
+    device, heads = call.args.x.device, call.args.dt.shape[2]
     seq_idx, cu_seqlens = call.args.packing
     length = tables.segment_tokens(call.chip, call.shape, call.args.x.dtype)
     per_segment = length // Q

@@ -30,17 +30,14 @@ class ScanPasses:
 
     def __init__(self, given: Scan) -> None:
         self.given = given
-        self.call = prepare(given)
-        self.kernels = _kernels(self.call)
-        if self.kernels is portable and tables.takes_fp32(self.call.shape, given.x.dtype):
-            z = None if given.z is None else given.z.float()
-            self.call = prepare(given._replace(x=given.x.float(), B=given.B.float(), C=given.C.float(), z=z))
+        self.call, self.kernels = _route(prepare(given))
         self.cut = cut(self.call, self.kernels.chunk_size(self.call), marks=self.kernels is not portable)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """``y`` and the final states."""
+        x = self.given.x
         y, final = self.kernels.walk(self.call, self.cut, self._entry())
-        return y.to(self.given.x.dtype), final
+        return y.to(x.dtype).view(x.shape), final.view(final.shape[0], *x.shape[2:], final.shape[3])
 
     def backward(self, dy: Tensor, dfinal: Tensor | None, into: Into | None = None) -> tuple[Tensor | None, ...]:
         """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial states, each in its tensor's dtype.
@@ -53,7 +50,10 @@ class ScanPasses:
         dy = last_contiguous(dy.to(call.args.x.dtype))
         if call.tma and not (fits_tma(dy) and dy.stride(2) == dy.shape[3]):
             dy = dy.clone(memory_format=torch.contiguous_format)
-        leave = dfinal if dfinal is None else dfinal.contiguous()
+        dy = dy.view(call.args.x.shape)
+        if into is not None:
+            into = into._replace(dx=into.dx.view(dy.shape))
+        leave = dfinal if dfinal is None else dfinal.contiguous().view(call.state_shape)
         leave = self._between(reverse=True, inputs=dy, maps=call.args.C, outer=leave)
         found = self.kernels.gradients(call, pieces, dy, self._entry(), leave, into)
 
@@ -82,6 +82,7 @@ class ScanPasses:
             *(tokens, pieces.per_row, heads, *given.dt_limit, *call.args.dt.stride()[:2], *ddt.stride()[:2]),
             **call.prep_flags(pieces.Q),
             DOTS=dots,
+            PIECES=call.pieces,
         )
         share = sum_rows(shares, torch.float32)  # of A, dt_bias and D
         dx, dB, dC, dD, dz = found.dx, found.dB, found.dC, found.dD, found.dz
@@ -93,7 +94,7 @@ class ScanPasses:
             dD = share[2]
         bias, initial = given.dt_bias, given.initial_states
         return (
-            dx,
+            dx.view(given.x.shape),
             ddt,
             share[0].to(given.A.dtype),
             dB,
@@ -101,7 +102,7 @@ class ScanPasses:
             None if given.D is None else dD.to(given.D.dtype),
             None if dz is None else dz.to(given.x.dtype),
             None if bias is None else share[1].to(bias.dtype),
-            None if initial is None else found.dinitial.to(initial.dtype),
+            None if initial is None else found.dinitial.view(initial.shape).to(initial.dtype),
         )
 
     def _entry(self) -> Tensor | None:
@@ -162,13 +163,17 @@ def _place(found: Tensor, target: Tensor) -> Tensor:
     return target if found.data_ptr() == target.data_ptr() else target.copy_(found)
 
 
-def _kernels(call: Call) -> ModuleType:
-    """The module that launches the fastest kernels for a call."""
-    if tables.hopper_kernels(call.chip, call.shape, call.args.x.dtype):
+def _route(call: Call) -> tuple[Call, ModuleType]:
+    """The call as the fastest kernels for it take it, and the module that launches them."""
+    args, narrow = call.args, call.narrowed(tables.HOPPER_HEAD)
+    if tables.hopper_kernels(call.chip, narrow.shape, args.x.dtype):
         hopper = _hopper()
-        if hopper is not None and hopper.serves(call):
-            return hopper
-    return portable
+        if hopper is not None and hopper.serves(narrow):
+            return narrow, hopper
+    if tables.takes_fp32(call.shape, args.x.dtype):
+        z = None if args.z is None else args.z.float()
+        call = prepare(args._replace(x=args.x.float(), B=args.B.float(), C=args.C.float(), z=z))
+    return call, portable
 
 
 @functools.cache
