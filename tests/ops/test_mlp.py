@@ -34,8 +34,10 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("activation", CURVES)
 @pytest.mark.parametrize("gated", [True, False])
-def test_gated_activation(activation: str, gated: bool, backend: str) -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_gated_activation(activation: str, packed: bool, gated: bool, backend: str) -> None:
     """Of odd sizes and views too, with both gradients."""
+    packed = packed and gated
     tensors = [draw(3, 5, 14), *([draw(3, 5, 14, seed=1)] if gated else [])]
 
     def results(dtype: torch.dtype, device: str, run: Any) -> list[Tensor]:
@@ -48,7 +50,9 @@ def test_gated_activation(activation: str, gated: bool, backend: str) -> None:
         return active if up is None else active * up
 
     def op(gate: Tensor, up: Tensor | None) -> Tensor:
-        return ops.gated_activation(gate, up, activation, 0.7, backend)
+        if packed and up is not None:
+            return ops.gated_activation(torch.cat([gate, up], -1), None, activation, 0.7, packed, backend)
+        return ops.gated_activation(gate, up, activation, 0.7, backend=backend)
 
     expected = results(torch.float64, "cpu", exact)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 2e-3)):
@@ -123,3 +127,5 @@ def test_what_does_not_fit_is_named() -> None:
         ops.experts_step(ExpertsStep(x, *experts, 7, "silu"))
     with pytest.raises(ArgumentError, match="gate"):
         ops.gated_activation(x.half(), x)
+    with pytest.raises(ArgumentError, match="packed gate has 3 channels"):
+        ops.gated_activation(x[..., :3], None, packed=True)

@@ -138,17 +138,19 @@ FEW_TOKENS = 4  # up to which the experts' weights are gathered for each token r
 
 
 def _run_here(cls: type[Experts]) -> type[Experts]:
-    """The implementations to choose from know no fp64; and "grouped_mm" is slow for the few tokens that "batched_mm",
-    which copies the weights of every token's experts, is for.
+    """The implementations to choose from know no fp64; "grouped_mm" is slow for the few tokens that "batched_mm", which
+    copies the weights of every token's experts, is for; for many, that of :class:`Experts` moves fewer bytes.
     """
     run = cls.forward
 
     def forward(self: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         if x.dtype == torch.float64:
             return Experts.forward(self, x, index, weights)
-        few = x.shape[0] < FEW_TOKENS and x.is_cuda and not torch.is_grad_enabled()
-        if few and self.config._experts_implementation == "grouped_mm":
-            return ALL_EXPERTS_FUNCTIONS["batched_mm"](self, x, index, weights)  # type: ignore[no-any-return]
+        if self.config._experts_implementation == "grouped_mm" and not self._is_expert_parallel:
+            if x.shape[0] < FEW_TOKENS and x.is_cuda and not torch.is_grad_enabled():
+                return ALL_EXPERTS_FUNCTIONS["batched_mm"](self, x, index, weights)  # type: ignore[no-any-return]
+            if self.can_group(x):
+                return Experts.grouped(self, x, index, weights)
         return run(self, x, index, weights)
 
     cls.forward = forward  # type: ignore[method-assign]

@@ -21,7 +21,7 @@ from ..runtime.modes import needs_grad, product_dtype, transformed, without_auto
 from ..spec import compute_dtype
 
 CHUNK_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 25}  # logits of a chunk, at most, for large products
-_ALIGNED = 16  # elements: rows of logits start at multiples of it
+_ALIGNED = 16  # elements, on a GPU: the vocabulary is filled up to a multiple of it
 
 
 def linear_cross_entropy(
@@ -110,22 +110,27 @@ def loss_and_gradients(
     gradient = wants_hidden or wants_weight
     cross_entropy_rows = dispatch.backend_module(backend).cross_entropy_rows
     with without_autocast(hidden.device):
-        weight = weight.to(dtype)
+        # Products whose sizes are no multiples of 16 bytes take several times as long on a GPU: rows of zeros are added
+        # to the vocabulary, whose logits nobody reads and whose gradients are zero.
+        padded = -(-vocab // _ALIGNED) * _ALIGNED if hidden.is_cuda else vocab
+        weight = F.pad(weight.to(dtype), (0, 0, 0, padded - vocab))
         losses = hidden.new_empty(rows, dtype=exact)
         dhidden = hidden.new_empty((rows, width) if wants_hidden else 0, dtype=dtype)
-        dweight = hidden.new_zeros((vocab, width) if wants_weight else 0, dtype=exact)
-        buffer = hidden.new_empty(step, -(-vocab // _ALIGNED) * _ALIGNED, dtype=dtype)
+        dweight = hidden.new_zeros((padded, width) if wants_weight else 0, dtype=exact)
+        buffer = hidden.new_empty(step, padded, dtype=dtype)
         for start in range(0, rows, step):
             chunk = slice(start, min(start + step, rows))
             inputs = hidden[chunk].to(dtype)  # (R, d)
-            logits = buffer[: len(inputs), :vocab]
-            torch.mm(inputs, weight.t(), out=logits)  # (R, vocab)
-            losses[chunk] = cross_entropy_rows(logits, labels[chunk], scale, ignore_index, gradient)
+            logits = buffer[: len(inputs)]
+            torch.mm(inputs, weight.t(), out=logits)  # (R, padded)
+            losses[chunk] = cross_entropy_rows(logits[:, :vocab], labels[chunk], scale, ignore_index, gradient)
+            if padded > vocab:
+                logits[:, vocab:] = 0  # NaN, where hidden has one, would spread from rows that do not count
             if wants_hidden:
                 torch.mm(logits, weight, out=dhidden[chunk])
             if wants_weight:
                 _add_product(dweight, logits.t(), inputs)
-        return losses.sum(), dhidden, dweight
+        return losses.sum(), dhidden, dweight[:vocab] if padded > vocab else dweight
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -27,6 +27,14 @@ class Gated(NamedTuple):
     up: Tensor | None
     activation: str
     multiplier: float = 1.0
+    packed: bool = False
+    """Whether ``gate (..., 2 I)`` holds what would be ``up`` behind itself."""
+
+    @property
+    def halves(self) -> tuple[Tensor, Tensor | None]:
+        """Gate and up."""
+        gate, up = self.gate.chunk(2, -1) if self.packed else (self.gate, self.up)
+        return gate, up
 
 
 class MLPStep(NamedTuple):
@@ -81,6 +89,7 @@ def gated_activation(
     up: Tensor | None,
     activation: str = "silu",
     multiplier: float = 1.0,
+    packed: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """``activation(multiplier * gate) * up`` (GLU variants, Shazeer 2020), differentiable in both; computed in fp32.
@@ -89,6 +98,7 @@ def gated_activation(
         gate, up: ``(..., I)``; None for ``up`` leaves the product out.
         activation: one of ``ACTIVATIONS``.
         multiplier: of the gate.
+        packed: whether ``gate (..., 2 I)`` holds both, the gate first, and ``up`` is None.
         backend: as in :func:`ssd_chunk_scan`.
 
     Returns:
@@ -102,9 +112,11 @@ def gated_activation(
         check_shape("up", up, tuple(gate.shape), "as gate")
         check_same_dtype(gate=gate, up=up)
         check_devices(gate.device, up=up)
+    if packed and (up is not None or gate.shape[-1] % 2):
+        fail(f"packed gate has {gate.shape[-1]} channels, expected an even number, and no up beside it")
     _check_activation(activation)
     backend = dispatch.choose("gated_activation", gate.device, backend, dtype=gate.dtype).name
-    y: Tensor = dispatch.backend_module(backend).gated_activation(Gated(gate, up, activation, multiplier))
+    y: Tensor = dispatch.backend_module(backend).gated_activation(Gated(gate, up, activation, multiplier, packed))
     return y
 
 

@@ -23,7 +23,8 @@ def activate(x: Tensor, name: str) -> Tensor:
 
 def gated_activation(call: Gated) -> Tensor:
     """See :func:`mamba2_hf.ops.gated_activation`."""
-    gate, up = call.gate if call.multiplier == 1 else call.gate * call.multiplier, call.up
+    gate, up = call.halves
+    gate = gate if call.multiplier == 1 else gate * call.multiplier
     active = activate(gate.to(compute_dtype(gate.dtype)), call.activation)
     return (active if up is None else times(active, up)).to(call.gate.dtype)
 

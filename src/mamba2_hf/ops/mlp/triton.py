@@ -44,20 +44,26 @@ def _activate(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def gated_kernel(gate, up, dy, y, dgate, dup, size, multiplier, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of ``activation(multiplier * gate) * up`` to ``y``; given ``dy``, of the gradients instead."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < size
-    g = tl.load(gate + i, mask=mask, other=0.0).to(tl.float32) * multiplier
+def gated_kernel(gate, up, dy, y, dgate, dup, width, stride, multiplier, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of a row of ``activation(multiplier * gate) * up`` to ``y``; given ``dy``, of the gradients instead.
+
+    Rows of ``gate``, ``up`` and their gradients lie ``stride`` apart, those of ``y`` and ``dy`` behind each other.
+    """
+    blocks = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    i = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < width
+    at, dense_at = row * stride + i, row * width + i
+    g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32) * multiplier
     value, slope = _activate(g, KIND)
-    u = 1.0 if up is None else tl.load(up + i, mask=mask, other=0.0).to(tl.float32)
+    u = 1.0 if up is None else tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
     if dy is None:
-        tl.store(y + i, (value * u).to(y.dtype.element_ty), mask=mask)
+        tl.store(y + dense_at, (value * u).to(y.dtype.element_ty), mask=mask)
     else:
-        gradient = tl.load(dy + i, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dgate + i, (gradient * u * slope * multiplier).to(dgate.dtype.element_ty), mask=mask)
+        gradient = tl.load(dy + dense_at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dgate + at, (gradient * u * slope * multiplier).to(dgate.dtype.element_ty), mask=mask)
         if up is not None:
-            tl.store(dup + i, (gradient * value).to(dup.dtype.element_ty), mask=mask)
+            tl.store(dup + at, (gradient * value).to(dup.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -166,29 +172,38 @@ def experts_leave_kernel(h, weight, index, shares, x, y, outputs, factor,
     tl.store(y + n, total.to(y.dtype.element_ty), mask=mask)
 
 
-@op("gated_activation", fake=lambda call: call.gate.new_empty(call.gate.shape))
+def _gated_fake(call: Gated) -> Tensor:
+    return call.gate.new_empty(call.halves[0].shape)
+
+
+@op("gated_activation", fake=_gated_fake)
 def gated_activation(call: Gated) -> Tensor:
     """See :func:`mamba2_hf.ops.gated_activation`."""
-    gate, up = call.gate.contiguous(), dense(call.up)
-    y = torch.empty_like(gate)
+    call = call._replace(gate=call.gate.contiguous(), up=dense(call.up))
+    gate, up = call.halves
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     _gated(call, gate, up, None, y, None, None)
     return y
 
 
 @gated_activation.backward
 def _gated_backward(call: Gated, dy: Tensor) -> tuple[Tensor, Tensor | None]:
-    gate, up = call.gate.contiguous(), dense(call.up)
-    dgate, dup = torch.empty_like(gate), None if up is None else torch.empty_like(up)
-    _gated(call, gate, up, dy.contiguous(), None, dgate, dup)
-    return dgate, dup
+    call = call._replace(gate=call.gate.contiguous(), up=dense(call.up))
+    found = Gated(torch.empty_like(call.gate), None if call.up is None else torch.empty_like(call.up), *call[2:])
+    _gated(call, *call.halves, dy.contiguous(), None, *found.halves)
+    return found.gate, found.up
 
 
 def _gated(call: Gated, gate: Tensor, *others: Tensor | None) -> None:
-    size, (block, warps) = gate.numel(), tables.ADD
+    rows, width, (block, warps) = 1, gate.numel(), tables.ADD
+    if call.packed:
+        width = gate.shape[-1]
+        rows, block = gate.numel() // max(width, 1), min(block, power_of_two(width))
+        warps = max(1, warps * block // tables.ADD[0])
     launch(
         gated_kernel,
-        (cdiv(size, block),),
-        *(gate, *others, size, call.multiplier),
+        (cdiv(width, block) * rows,),
+        *(gate, *others, width, call.gate.shape[-1], call.multiplier),
         KIND=ACTIVATIONS.index(call.activation),
         BLOCK=block,
         num_warps=warps,
