@@ -117,13 +117,16 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
     import torch
     from compiling import compile_only
 
+    from mamba2_hf.ops.attention import triton as attention
+    from mamba2_hf.ops.attention.op import OneQuery, Rotary
     from mamba2_hf.ops.conv import triton as conv
     from mamba2_hf.ops.conv.op import Conv, ConvUpdate
     from mamba2_hf.ops.cross_entropy import triton as loss
-    from mamba2_hf.ops.mixer import one_row
     from mamba2_hf.ops.mixer import step as mixer_step
     from mamba2_hf.ops.mixer import triton as training
     from mamba2_hf.ops.mixer.op import LayerStep, Step
+    from mamba2_hf.ops.mlp import triton as mlp
+    from mamba2_hf.ops.mlp.op import ACTIVATIONS, ExpertsStep, Gated, MLPStep
     from mamba2_hf.ops.norm import triton as norm
     from mamba2_hf.ops.norm.op import Norm
     from mamba2_hf.ops.scan import update as scan_update
@@ -159,7 +162,7 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
         norm.norm_backward(y, plain)
         norm.norm_backward(y, plain, more=y.float(), y=y)
         norm.norm_backward(y, Norm(y, z, norm_weight, 1e-5, inner, False, y.dtype), y=y)
-        training.add(y.float(), y)
+        training._add(y.float(), y, 0.5)
         mixer = MixerWeights(weight, bias, per_head, per_head, None, per_head, norm_weight)
         for batch in (1, 64):
             ssm_state = zeros(batch, H, P, N, dtype=torch.float32)
@@ -178,13 +181,37 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
             weights = LayerWeights(
                 *(zeros(width), Linear(zeros(entering, width)), mixer, Linear(zeros(width, inner))),
             )
-            one_row.mamba2_layer_step(
-                LayerStep(
-                    *(zeros(batch, 1, width, dtype=torch.float32), zeros(batch, channels, K - 1)),
-                    *(zeros(batch, H, P, N, dtype=torch.float32), weights),
-                    MixerSpec(P, 1, group_size=group_size, norm_before_gate=width < 1000),
+            bare = mixer._replace(gated_norm_weight=None)
+            for own, multipliers in ((weights, ()), (weights._replace(mixer=bare), (0.5, 0.5, 2.0, 2.0, 1.5))):
+                training.mamba2_layer_step(
+                    LayerStep(
+                        *(zeros(batch, 1, width, dtype=torch.float32), zeros(batch, channels, K - 1)),
+                        *(zeros(batch, H, P, N, dtype=torch.float32), own),
+                        MixerSpec(
+                            *(P, 1),
+                            group_size=group_size,
+                            norm_before_gate=width < 1000,
+                            multipliers=multipliers,
+                        ),
+                    )
                 )
-            )
+        norm.gate_forward(y, z)
+        norm.gate_backward(y, y, z, z, y)
+        width = 2048
+        stream, norm_weight = zeros(1, 1, width, dtype=torch.float32), zeros(width)
+        for kind in ACTIVATIONS:
+            mlp.gated_activation(Gated(zeros(4, 2 * width), None, kind, packed=True))
+            mlp._gated_backward(Gated(zeros(4, width), zeros(4, width), kind), zeros(4, width))
+            up, down = Linear(zeros(8192, width)), Linear(zeros(width, 8192))
+            for gate in (None, zeros(8192, width)):
+                mlp.mlp_step(MLPStep(stream, norm_weight, gate, None, up, down, kind))
+        inner_weights = (zeros(64, width), zeros(64, 1024, width), zeros(64, width, 512))
+        mlp.experts_step(ExpertsStep(stream, norm_weight, *inner_weights, 6, "silu"))
+        for heads, groups in ((8, 2), (32, 32)):
+            q, k = zeros(2, heads, 1, 128), zeros(2, groups, 4096, 128)
+            attention.attend_one(OneQuery(q, k, k, torch.zeros(2, dtype=torch.int64), 0.1))
+            angles = zeros(1, 1, 64, dtype=torch.float32)
+            attention.rotary(Rotary(q.transpose(1, 2), k[:, :, :1].transpose(1, 2), angles, angles))
         for gradient in (False, True):
             loss.rows(loss.Rows(zeros(4, 50288), torch.zeros(4, dtype=torch.long), 1.0, -100, gradient))
     return [kernel._asdict() for kernel in kernels]

@@ -23,7 +23,7 @@ from .. import flops
 from ..conv.op import Conv
 from ..conv.triton import conv_backward, conv_forward, documents
 from ..norm.op import Norm
-from ..norm.triton import norm_backward, norm_forward
+from ..norm.triton import gate_backward, gate_forward, norm_backward, norm_forward
 from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.modes import product_dtype, without_autocast
@@ -50,7 +50,11 @@ class Mixer:
         self.call, self.shape = call, call.shape
         weights, heads, inner = call.weights, self.shape.heads, self.shape.heads * self.shape.head_dim
         self.widths = inner, self.shape.groups * self.shape.state, heads
-        self.z = call.zxbcdt[..., :inner]
+        self.z, norm, spec = call.zxbcdt[..., :inner], weights.gated_norm_weight, call.spec
+        self.norm = None
+        if norm is not None:
+            options = (spec.gated_norm_eps, spec.group_size, spec.norm_before_gate, self.z.dtype)
+            self.norm = Norm(self.z, self.z, norm, *options)  # x is to be replaced
         self.conv = Conv(
             *(call.zxbcdt[..., inner:-heads], weights.conv_weight, weights.conv_bias, call.conv_initial_states),
             *(call.packing, call.spec.activation),
@@ -60,7 +64,7 @@ class Mixer:
         self.scan = ScanPasses(self._scan())
 
     def _scan(self) -> Scan:
-        """Arguments of the scan. Without a norm the gate is the scan's own."""
+        """Arguments of the scan, which leaves the gate to what follows."""
         call, weights, (inner, maps, heads) = self.call, self.call.weights, self.widths
         x, B, C = self._heads_and_groups(*self.convolved.split([inner, maps, maps], -1))
         dt, packing, documents = call.zxbcdt[..., -heads:], call.packing, self.packing
@@ -72,7 +76,7 @@ class Mixer:
             dt = dt.masked_fill((documents.ids[None] == documents.states)[..., None], 0.0)
         return Scan(
             *(x, dt, weights.rates, B, C, weights.D),
-            self.z.unflatten(-1, (heads, -1)) if weights.gated_norm_weight is None else None,
+            None,
             *(weights.dt_bias, call.ssm_initial_states, packing, True, call.spec.dt_limit),
         )
 
@@ -86,33 +90,34 @@ class Mixer:
         y, states = self.scan.forward()
         return y.flatten(-2), states
 
-    def norm(self, y: Tensor) -> Norm:
-        """Arguments of the gated norm of the scan's output."""
-        weight, spec = self.call.weights.gated_norm_weight, self.call.spec
-        assert weight is not None  # asked for where there is one
-        return Norm(y, self.z, weight, spec.gated_norm_eps, spec.group_size, spec.norm_before_gate, y.dtype)
+    def gated(self, y: Tensor) -> Tensor:
+        """The gated norm of the scan's output, or its gate alone."""
+        return gate_forward(y, self.z) if self.norm is None else norm_forward(self.norm._replace(x=y, dtype=y.dtype))
 
-    def norm_backward(self, dy: Tensor, y: Tensor, du: Tensor, again: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """From the gradient of the gated norm of ``y`` to those of ``y`` and the weight; that of z goes to its place in
-        ``du``, what the forward returned to ``again``.
+    def gated_backward(
+        self, dy: Tensor, y: Tensor, du: Tensor, again: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """From the gradient of :meth:`gated` of ``y`` to those of ``y`` and of the norm's weight; that of z goes to its
+        place in ``du``, what the forward returned to ``again``.
         """
-        found = norm_backward(dy, self.norm(y), dz=du[..., : self.z.shape[-1]], y=again)
+        dz = du[..., : self.z.shape[-1]]
+        if self.norm is None:
+            return gate_backward(dy, y, self.z, dz, again), None
+        found = norm_backward(dy, self.norm._replace(x=y, dtype=y.dtype), dz=dz, y=again)
         return found.x, found.weight
 
     def backward(
         self, dy: Tensor, dconv_state: Tensor | None, dssm_state: Tensor | None, du: Tensor, dnorm: Tensor | None
     ) -> tuple[MixerWeights, Tensor | None, Tensor | None]:
         """From the gradients of the scan's output and of the gated norm's weight to those of all weights and of both
-        initial states. That of ``zxbcdt`` goes to ``du``, but for z's where there is a norm. Called once.
+        initial states. That of ``zxbcdt`` goes to ``du``, but for z's. Called once.
         """
         inner, maps, heads = self.widths
         dconvolved = torch.empty_like(self.convolved)
         into = Into(*self._heads_and_groups(*dconvolved.split([inner, maps, maps], -1)), du[..., -heads:])
         found: tuple[Any, ...] = self.scan.backward(dy.unflatten(-1, (heads, -1)), dssm_state, into)
-        _, _, dA, _, _, dD, dz, dbias, dssm = found
+        _, _, dA, _, _, dD, _, dbias, dssm = found
         del self.convolved, self.scan, found  # what follows wants their memory
-        if dz is not None:
-            du[..., :inner] = dz.flatten(-2)
         conv = conv_backward(dconvolved, dconv_state, self.conv, self.packing, dx=du[..., inner:-heads])
         return MixerWeights(conv.weight, conv.bias, dbias, dA, None, dD, dnorm), conv.initial, dssm
 
@@ -137,9 +142,7 @@ def mamba2_inner(call: Inner) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mamba2_hf.ops.mamba2_inner`; states that are not asked for are empty."""
     mixer = Mixer(call)
     y, ssm_state = mixer.scanned()
-    if call.weights.gated_norm_weight is not None:
-        y = norm_forward(mixer.norm(y))
-    return y, mixer.conv_state, ssm_state if call.states else y.new_empty(0)
+    return mixer.gated(y), mixer.conv_state, ssm_state if call.states else y.new_empty(0)
 
 
 @mamba2_inner.backward
@@ -149,9 +152,7 @@ def _inner_backward(
     u = call.zxbcdt
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     mixer = Mixer(call)
-    dnorm = None
-    if call.weights.gated_norm_weight is not None:
-        dy, dnorm = mixer.norm_backward(dy, mixer.scanned()[0], du)
+    dy, dnorm = mixer.gated_backward(dy, mixer.scanned()[0], du)
     return du, *mixer.backward(dy, dconv_state, dssm_state, du, dnorm)
 
 
@@ -309,10 +310,7 @@ def _layer_backward_flops(call: Any) -> int:
 
 @op("mamba2_layer", fake=_layer_fake, kept=3, flops=(lambda call: sum(_layer_parts(call)), _layer_backward_flops))
 def layer(call: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The stream after the layer, and the final states; for the backward the outputs of in_proj and of the scan, and A.
-
-    Without a gated norm the scan's output is gated already.
-    """
+    """The stream after the layer and the final states; for the backward the outputs of in_proj and the scan, and A."""
     with without_autocast(call.stream.device):
         normed = norm_forward(_norm(call))
         zxbcdt = _entering(call).forward(normed)
@@ -320,8 +318,7 @@ def layer(call: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         A = call.weights.mixer.rates
         mixer = Mixer(call.mixer(zxbcdt, A))
         y, ssm_state = mixer.scanned()
-        normed = y if call.weights.mixer.gated_norm_weight is None else norm_forward(mixer.norm(y))
-        mixed = Projection(call, call.weights.out_proj).forward(normed)
+        mixed = Projection(call, call.weights.out_proj).forward(mixer.gated(y))
         after = _add(call.stream if call.residual is None else call.residual, mixed, call.spec.output_multiplier)
         return after, mixer.conv_state, ssm_state if call.states else y.new_empty(0), zxbcdt, y, A
 
@@ -343,13 +340,10 @@ def _layer_backward(
         du = _new(zxbcdt)
         leaving = Projection(call, call.weights.out_proj)
         dnormed, dlowered = leaving.input_gradient(dmixed)
-        dy, dgated_norm, normed = dnormed.view_as(y), None, y
-        if call.weights.mixer.gated_norm_weight is not None:
-            again = _new(y) if leaving.needs_input else None
-            dy, dgated_norm = mixer.norm_backward(dy, y, du, again)
-            normed = y if again is None else again
-        dout = leaving.weight_gradients(dmixed, dlowered, normed if leaving.needs_input else None)
-        del dmixed, dnormed, normed
+        gated = _new(y) if leaving.needs_input else None
+        dy, dgated_norm = mixer.gated_backward(dnormed.view_as(y), y, du, gated)
+        dout = leaving.weight_gradients(dmixed, dlowered, gated)
+        del dmixed, dnormed, gated
         dweights, dconv, dssm = mixer.backward(dy, dconv_state, dssm_state, du, dgated_norm)
         assert dweights.A is not None  # it always trains
         dA_log = (dweights.A * A).to(call.weights.mixer.decay.dtype)
@@ -358,10 +352,10 @@ def _layer_backward(
         into = _entering(call)
         dnormed, dlowered = into.input_gradient(flat)
         dnormed = dnormed.view_as(dstream)
-        again = _new(dnormed) if into.needs_input else None
+        normed = _new(dnormed) if into.needs_input else None
         past = dstream if call.residual is None else None
-        dx, _, dnorm = norm_backward(dnormed, _norm(call), more=past, y=again)
-        din = into.weight_gradients(flat, dlowered, again)
+        dx, _, dnorm = norm_backward(dnormed, _norm(call), more=past, y=normed)
+        din = into.weight_gradients(flat, dlowered, normed)
         dresidual = None if call.residual is None else dstream
         return dx, LayerWeights(dnorm, din, dweights._replace(A=None, A_log=dA_log), dout), dresidual, dconv, dssm
 

@@ -19,7 +19,7 @@ from ..runtime.launch import launch
 from ..runtime.op import op
 from ..runtime.rows import channels_last, vector_strides
 from ..runtime.sums import sum_rows
-from ..runtime.tables import cdiv
+from ..runtime.tables import cdiv, power_of_two
 from .op import Norm
 
 
@@ -173,6 +173,56 @@ def norm_backward_kernel(x, z, weight, dy, more, dx, dz, y, partial, M, RUN, eps
         column = k * BLOCK + tl.arange(0, BLOCK)
         to = partial + tl.program_id(0).to(tl.int64) * width + first + column
         tl.store(to, tl.sum(sums[k], 0), mask=column < SIZE)
+
+
+@triton.jit
+def gate_kernel(x, z, dy, y, dx, dz, rows, width, sz, sdz, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Some rows of ``x * silu(z)`` to ``y``, if given; with ``dy`` those of the gradients to ``dx`` and ``dz``.
+
+    Rows of ``z`` and ``dz`` lie ``sz`` and ``sdz`` apart, all others ``width``.
+    """
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    mask = (row < rows) & (column < width)
+    at = row * width + column
+    value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    raw = tl.load(z + row * sz + column, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(raw)
+    gate = raw * sigmoid
+    if y is not None:
+        tl.store(y + at, (value * gate).to(y.dtype.element_ty), mask=mask)
+    if dy is not None:
+        gradient = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + at, (gradient * gate).to(dx.dtype.element_ty), mask=mask)
+        slope = sigmoid * (1.0 + raw - gate)
+        tl.store(dz + row * sdz + column, (gradient * value * slope).to(dz.dtype.element_ty), mask=mask)
+
+
+def gate_forward(x: Tensor, z: Tensor) -> Tensor:
+    """``x * silu(z)``, ``(..., d)``, of a dense ``x``."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _gate(x, z, None, y, None, None)
+    return y
+
+
+def gate_backward(dy: Tensor, x: Tensor, z: Tensor, dz: Tensor, y: Tensor | None) -> Tensor:
+    """The gradient of ``x``; that of ``z`` goes to ``dz``, and what the forward returned to ``y``, if given."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _gate(x, z, dy.contiguous(), y, dx, dz)
+    return dx
+
+
+def _gate(x: Tensor, z: Tensor, dy: Tensor | None, y: Tensor | None, dx: Tensor | None, dz: Tensor | None) -> None:
+    flat_z, flat_dz, width = _as_rows(z), None if dz is None else dz.view(-1, dz.shape[-1]), x.shape[-1]
+    rows, block = flat_z.shape[0], min(tables.GATE_BLOCK, power_of_two(width))
+    launch(
+        gate_kernel,
+        (cdiv(rows, tables.GATE_ROWS), cdiv(width, block)),
+        *(x, flat_z, dy, y, dx, flat_dz, rows, width, flat_z.stride(0), 0 if flat_dz is None else flat_dz.stride(0)),
+        ROWS=tables.GATE_ROWS,
+        BLOCK=block,
+        num_warps=8,
+    )
 
 
 def norm_forward(call: Norm) -> Tensor:
