@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fake_graphs
 import pytest
 import torch
 import torch.distributed as dist
@@ -47,7 +48,7 @@ from mamba2_hf import Mamba2Config, Mamba2ForCausalLM, Mamba2HybridConfig, Mamba
 from mamba2_hf.errors import ArgumentError
 from mamba2_hf.layers import Mamba2Mixer
 from mamba2_hf.layers.fp32 import KeepsFp32
-from mamba2_hf.training import fsdp1_wrap_policy, fully_shard_model
+from mamba2_hf.training import CapturedStep, captured, fsdp1_wrap_policy, fully_shard_model
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 FP32 = Mamba2Mixer.fp32_parameters
@@ -620,6 +621,67 @@ def groups_train_as_one_process_does(folder: Path) -> None:
     for make in (lambda: make_model(num_hidden_layers=3), make_hybrid):
         assert_trains_like(make().train(), fully_shard_model(make(), group_size=2).train(), 1e-5)
         assert_trains_like(make().double().train(), fully_shard_model(make().double(), group_size=2).train(), 1e-12)
+
+
+@check("fsdp")
+def captured_steps_are_eager_ones(folder: Path) -> None:
+    """Gradients wait in FSDP2 between the batches of a step; one of another length, and an evaluation, come between."""
+    lengths = [17] * 12 + [11, 17, 17] + [17] * 3 + ([17, 11, 17] if RANK else [17] * 3) + [17] * 3
+    wrap: dict[str, Callable[[], Any]] = {
+        "fsdp2": lambda: fully_shard_model(make_model().train(), mp_policy=UNCAST, group_size=2),
+        "kept": lambda: fully_shard_model(make_hybrid().train(), reshard_after_forward=False),
+        "ddp": lambda: nn.parallel.DistributedDataParallel(make_model().train()),
+    }
+    for name, make in wrap.items():
+        model, plain = make(), make()
+        step = CapturedStep(model, accumulate=3)
+        with pytest.MonkeyPatch.context() as patch:
+            graphs = fake_graphs.install(patch, step)
+            patch.setattr(captured, "WARMUP_OF_DDP", 3)
+            for index, length in enumerate(lengths):
+                ids = (MINE + index) % 59 + 3
+                last = index % 3 == 2
+                loss = step(input_ids=ids[:, :length], labels=ids[:, :length])
+                with captured._synchronized(plain, last):
+                    expected = plain(input_ids=ids[:, :length], labels=ids[:, :length]).loss / 3
+                    expected.backward()
+                assert torch.equal(loss, expected), (name, index)
+                for each in (model, plain):
+                    if not last:
+                        continue
+                    with torch.no_grad():
+                        for p in each.parameters():
+                            p -= 0.1 * p.grad
+                            p.grad = None
+                        each.eval()(MINE)
+                        each.train()
+            for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+                assert torch.equal(whole(p), whole(q)), name
+        assert step.reason is None, (name, step.reason)
+        assert sum(graph.replays for graph in graphs) > 10, name
+        assert step.graphs == len(graphs) == 3, name
+
+
+@check("fsdp")
+def captures_fail_together(folder: Path) -> None:
+    """A capture that only one process cannot make, or a replay that only one finds wrong, is nobody's."""
+    for trouble in ("capture", "replay"):
+        model = fully_shard_model(make_model().train(), group_size=2)
+        step = CapturedStep(model)
+        with pytest.MonkeyPatch.context() as patch:
+            graphs = fake_graphs.install(patch, step, wrong=float(trouble == "replay" and RANK == 1))
+            if trouble == "capture" and RANK == 1:
+                patch.setattr(fake_graphs.FakeGraph, "capture", lambda graph, run: (run(), torch.zeros(1) @ MINE)[0])
+            for _ in range(4):
+                step(input_ids=MINE, labels=MINE)
+        assert step.graphs == 0
+        assert len(graphs) == 1
+        expected = "cannot be captured" if trouble == "capture" else "not those of the eager step"
+        assert expected in str(step.reason), (trouble, step.reason)
+        reference = fully_shard_model(make_model().train(), group_size=2)
+        reference(input_ids=MINE, labels=MINE).loss.backward()
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            assert distance(p.grad, 4 * whole(q.grad)) < 1e-5, trouble
 
 
 @check("fsdp")

@@ -163,7 +163,7 @@ class TestWhenLogitsAreReturned:
             assert "logits" not in model(ids, labels=ids, return_logits=False)
 
     @pytest.mark.parametrize("head", ["resized", "replaced"])
-    def test_left_out_of_a_head_that_takes_its_place(self, head: str, tiny_model: Callable[..., Any], ids: Tensor) -> None:
+    def test_in_training_with_another_head(self, head: str, tiny_model: Callable[..., Any], ids: Tensor) -> None:
         model = tiny_model(tie_word_embeddings=False).train()
         if head == "resized":
             model.resize_token_embeddings(80, mean_resizing=False)
