@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import fake_graphs
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainingArguments
 
 from mamba2_hf import Mamba2Config, Mamba2ForCausalLM
 from mamba2_hf.errors import ArgumentError
-from mamba2_hf.training import CapturedStep, capture_training, captured
+from mamba2_hf.training import CapturedStep, capture_training, captured, fully_shard_model
 
 VOCAB = 61
 Zero = Callable[[torch.optim.Optimizer], None]
@@ -174,6 +176,116 @@ def test_without_a_gpu_it_says_so(model: Any) -> None:
     assert both.step.reason == "the model is on cpu, not on one GPU"
     with pytest.raises(ArgumentError, match="accumulate is 0"):
         CapturedStep(model, 0)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """One process with a GPU, so that collectives are copies."""
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    yield
+    dist.destroy_process_group()
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    return fully_shard_model(model, mp_policy=policy, group_size=2)
+
+
+def in_ddp(model: nn.Module) -> nn.Module:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return nn.parallel.DistributedDataParallel(model)
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "alone": lambda model: model,
+        "half": lambda model: model.bfloat16(),
+        "fsdp2": sharded,
+        "ddp": in_ddp,
+        "ddp of the default stream": nn.parallel.DistributedDataParallel,
+    }
+
+    @pytest.fixture
+    def made(self) -> Callable[[], Any]:
+        """A model whose kernels are those of the 130M."""
+        sizes: dict[str, Any] = {"vocab_size": 512, "hidden_size": 768, "num_hidden_layers": 4, "num_heads": 24}
+
+        def make() -> Any:
+            torch.manual_seed(0)
+            with torch.device("cuda"):
+                return Mamba2ForCausalLM(Mamba2Config(**sizes, head_dim=64, n_groups=1, state_size=128)).train()
+
+        return make
+
+    @pytest.mark.parametrize("accumulate", [1, 3])
+    @pytest.mark.parametrize("wrap", WRAPS)
+    def test_steps_are_those_of_an_eager_loop(
+        self, wrap: str, accumulate: int, made: Callable[[], Any], process_group: None
+    ) -> None:
+        models = [self.WRAPS[wrap](made()) for _ in range(2)]
+        step = CapturedStep(models[0], accumulate)
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in models]
+        lengths = [96] * 8 + [64, 96, 96, 64, 64, 64, 64, 64] + [96] * 4
+        for index, length in enumerate(lengths):
+            for part in range(accumulate):
+                inputs = {name: value.cuda() for name, value in batch(3 * index + part, length).items()}
+                loss = step(**inputs)
+                with captured._synchronized(models[1], part == accumulate - 1):
+                    expected = models[1](**inputs).loss / accumulate
+                    expected.backward()
+                assert torch.equal(loss, expected), (index, part, step.reason)
+            for p, q in zip(*(model.parameters() for model in models), strict=True):
+                assert torch.equal(captured.local(p.grad), captured.local(q.grad))
+            for model, optimizer in zip(models, optimizers, strict=True):
+                optimizer.step()
+                optimizer.zero_grad()
+                with torch.no_grad():
+                    model.eval()(inputs["input_ids"])
+                model.train()
+        assert step.reason is None
+        assert step.graphs == (2 if accumulate == 1 else 4)
+
+    @pytest.mark.parametrize("wrap", ["alone", "fsdp2"])
+    def test_a_step_that_reads_values_runs_eagerly(
+        self, wrap: str, made: Callable[[], Any], process_group: None
+    ) -> None:
+        model = self.WRAPS[wrap](made())
+        step = CapturedStep(model)
+        for index in range(5):
+            inputs = {name: value.cuda() for name, value in batch(index, 64).items()}
+            del inputs["seq_idx"]
+            mask = torch.ones_like(inputs["input_ids"])
+            mask[0, 50:] = 0
+            loss = step(**inputs, attention_mask=mask)
+            assert torch.equal(loss, model(**inputs, attention_mask=mask).loss)
+        assert "sequence.py" in str(step.reason)
+
+    def test_the_step_of_a_trainer(self, made: Callable[[], Any], tmp_path: Path) -> None:
+        curves = []
+        for capture in (False, True):
+            trainer = Trainer(
+                made(),
+                TrainingArguments(
+                    str(tmp_path),
+                    bf16=True,
+                    report_to="none",
+                    disable_tqdm=True,
+                    save_strategy="no",
+                    logging_steps=1,
+                    max_steps=8,
+                    per_device_train_batch_size=2,
+                    gradient_accumulation_steps=2,
+                ),
+                train_dataset=[{name: value[0] for name, value in batch(index, 64).items()} for index in range(32)],
+            )
+            step = capture_training(trainer) if capture else None
+            trainer.train()
+            curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        assert step is not None
+        assert step.reason is None
+        assert step.graphs == 2
+        assert curves[0] == curves[1]
 
 
 class TestTrainer:
