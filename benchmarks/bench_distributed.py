@@ -335,7 +335,7 @@ def provenance() -> dict[str, str]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": versions + nccl,
         "command": shlex.join(["bench_distributed.py", *sys.argv[1:]]),
-        "commit": done.stdout.strip() or os.environ.get("COMMIT", ""),
+        "commit": os.environ.get("COMMIT") or done.stdout.strip(),
         "date": f"{datetime.date.today()}",
     }
 
