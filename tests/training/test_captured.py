@@ -191,19 +191,13 @@ def sharded(model: nn.Module) -> nn.Module:
     return fully_shard_model(model, mp_policy=policy, group_size=2)
 
 
-def in_ddp(model: nn.Module) -> nn.Module:
-    with torch.cuda.stream(torch.cuda.Stream()):
-        return nn.parallel.DistributedDataParallel(model)
-
-
 @pytest.mark.gpu
 class TestOnAGpu:
     WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
         "alone": lambda model: model,
         "half": lambda model: model.bfloat16(),
         "fsdp2": sharded,
-        "ddp": in_ddp,
-        "ddp of the default stream": nn.parallel.DistributedDataParallel,
+        "ddp": nn.parallel.DistributedDataParallel,
     }
 
     @pytest.fixture
@@ -223,8 +217,12 @@ class TestOnAGpu:
     def test_steps_are_those_of_an_eager_loop(
         self, wrap: str, accumulate: int, made: Callable[[], Any], process_group: None
     ) -> None:
-        models = [self.WRAPS[wrap](made()) for _ in range(2)]
-        step = CapturedStep(models[0], accumulate)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            model = self.WRAPS[wrap](made())
+        torch.cuda.synchronize()
+        models = [model, self.WRAPS[wrap](made())]
+        step = CapturedStep(model, accumulate, stream)
         optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in models]
         lengths = [96] * 8 + [64, 96, 96, 64, 64, 64, 64, 64] + [96] * 4
         for index, length in enumerate(lengths):
@@ -260,6 +258,28 @@ class TestOnAGpu:
             loss = step(**inputs, attention_mask=mask)
             assert torch.equal(loss, model(**inputs, attention_mask=mask).loss)
         assert "sequence.py" in str(step.reason)
+
+    def test_ddp_of_another_stream_runs_eagerly(self, made: Callable[[], Any], process_group: None) -> None:
+        step = CapturedStep(nn.parallel.DistributedDataParallel(made()))
+        step(**{name: value.cuda() for name, value in batch(0).items()})
+        assert "another stream" in str(step.reason)
+
+    def test_a_capture_that_fails_leaves_no_trace(self, made: Callable[[], Any]) -> None:
+        model = made()
+        step = CapturedStep(model)
+        capturing = torch.cuda.is_current_stream_capturing
+
+        def read(*_: Any) -> None:
+            if capturing():
+                model.lm_head.weight.sum().item()
+
+        model.backbone.layers[1].register_forward_hook(read)
+        for index in range(5):
+            inputs = {name: value.cuda() for name, value in batch(index, 64).items()}
+            loss = step(**inputs)
+            assert torch.equal(loss, model(**inputs).loss)
+            torch.randn(3, device="cuda")
+        assert "cannot be captured" in str(step.reason)
 
     def test_the_step_of_a_trainer(self, made: Callable[[], Any], tmp_path: Path) -> None:
         curves = []

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, BackendError
 
 logger = logging.get_logger(__name__)
 
@@ -57,22 +57,18 @@ class CapturedStep:
         model: returns its loss for ``model(**batch)``.
         accumulate: how many batches make up an optimizer's step. Gradients are synchronized in the last, and the loss
             is divided by it, unless ``num_items_in_batch`` is given.
+        stream: the ``torch.cuda.Stream`` that captures are made on. ``DistributedDataParallel`` has to be made on it,
+            ``with torch.cuda.stream(stream)``: its backward runs where it was made, and no capture can follow it to the
+            default stream.
     """
 
-    def __init__(self, model: nn.Module, accumulate: int = 1) -> None:
+    def __init__(self, model: nn.Module, accumulate: int = 1, stream: Any = None) -> None:
         if accumulate < 1:
             raise ArgumentError(f"accumulate is {accumulate}, expected at least 1: the batches of an optimizer's step")
-        self.reason: str | None = None
-        self._model = model
         self._accumulate = accumulate
         self._batches = 0
-        self._gradients: _Gradients | None = None
-        self._graphs: dict[Hashable, _Captured] = {}
-        self._pool: Any = None
-        self._stream: Any = None
-        self._learning = True
-        self._calls = 0
-        self._seen: Counter[Hashable] = Counter()
+        self._stream = stream
+        self.follow(model)
 
     @property
     def graphs(self) -> int:
@@ -81,14 +77,30 @@ class CapturedStep:
 
     def drop(self) -> None:
         """Forgets what was captured, and captures anew."""
-        self.reason, self._gradients, self._pool, self._stream = None, None, None, None
-        self._graphs, self._learning, self._calls, self._seen = {}, True, 0, Counter()
+        self.reason: str | None = None
+        self._gradients: _Gradients | None = None
+        self._graphs: dict[Hashable, _Captured] = {}
+        self._pool: Any = None
+        self._learning = True
+        self._calls = 0
+        self._seen: Counter[Hashable] = Counter()
+        self._ready: set[Hashable] = set()
+
+    def follow(self, model: nn.Module) -> None:
+        """Captures the steps of another model, or of what wraps the model now."""
+        self._model = model
+        self._has_ddp = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
+        self.drop()
 
     def __call__(self, **batch: Any) -> Tensor:
         """The loss ``()``, detached; its gradients are added to ``.grad``.
 
         Args:
             batch: arguments of the model; tensors may change from call to call, everything else as little as shapes.
+
+        Raises:
+            BackendError: a capture failed halfway under FSDP2 or DDP, on every process. Steps that would are found out
+                before, as far as PyTorch can tell.
         """
         self._batches += 1
         last = self._batches % self._accumulate == 0
@@ -119,6 +131,8 @@ class CapturedStep:
             self.drop()
             self._gradients = _Gradients(self._model)
             self.reason = why_not_train(self._model)
+            if self.reason is None and self._has_ddp and self._stream is None:
+                self.reason = "DistributedDataParallel was made on another stream: make it on one that is given, too"
             self._learning = self.reason is None
             if self.reason is not None:
                 logger.warning_once(f"training goes on without a CUDA graph: {self.reason}")
@@ -127,8 +141,8 @@ class CapturedStep:
         graph = self._graphs.get(key)
         agreed = False
         if self._learning:
-            ready = self._seen[key] >= WARMUP and self._calls > _warmup(self._model)
-            agreed = self._agree(ready and graph is None and self.reason is None and self.graphs < MAX_GRAPHS)
+            ready = key in self._ready and graph is None and self.reason is None and self.graphs < MAX_GRAPHS
+            agreed = self._agree(ready)
             if _processes() > 1 and self._calls == LEARNING_STEPS * self._accumulate:
                 self._learning = False
                 if not self._graphs and self.reason is None:
@@ -141,9 +155,10 @@ class CapturedStep:
             return self._capture(run, batch, key)
         device = self._device
         batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        if self._learning and self.graphs < MAX_GRAPHS:
-            self._seen[key] += 1
-        if self._seen[key] != WARMUP:
+        if not self._learning or self.graphs == MAX_GRAPHS or key in self._ready:
+            return self._aside(run, batch)
+        self._seen[key] += 1
+        if self._seen[key] < WARMUP or self._calls < (WARMUP_OF_DDP if self._has_ddp else WARMUP):
             if len(self._seen) > MAX_SHAPES and not self._graphs:
                 self._refuse(f"batches have come in {MAX_SHAPES} shapes: pad or pack them to one")
             return self._aside(run, batch)
@@ -151,6 +166,8 @@ class CapturedStep:
             loss = self._aside(run, batch)
         if found:
             self._refuse(f"the step waits for the GPU, to read what it holds, in {found[0]}")
+        else:
+            self._ready.add(key)
         return loss
 
     @property
@@ -215,8 +232,12 @@ class CapturedStep:
         go_back()
         captured, failure = self._captured(run, static, before)
         if not self._agree(captured is not None):
-            go_back()
             self._refuse(f"its step cannot be captured: {failure or 'another process failed to'}")
+            if self._has_ddp or gradients.sharded:
+                raise BackendError(
+                    f"{self.reason}. FSDP2 and DDP cannot go on from the middle of a step: train without CapturedStep"
+                )
+            go_back()
             return self._aside(run, batch)
         assert captured is not None
         go_back()
@@ -240,7 +261,7 @@ class CapturedStep:
         try:
             loss = graph.capture(functools.partial(run, **static))
         except RuntimeError as error:
-            self._gradients.reset()
+            graph.abandon()
             return None, str(error).splitlines()[0]
         finally:
             if collecting:
@@ -291,6 +312,11 @@ class Graph:
         """Runs what was captured, on the current stream."""
         self._graph.replay()
 
+    def abandon(self) -> None:
+        """Cleans up after a capture that failed, which leaves the generator of random numbers waiting for its end."""
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+
 
 @dataclasses.dataclass
 class _Captured:
@@ -335,11 +361,10 @@ class _Gradients:
         for module in self._shards:
             module.reshard()
 
-    def reset(self) -> None:
-        """Has FSDP2 forget a step that failed halfway."""
-        for module in self._shards[:1]:
-            if hasattr(module, "reset_iter_state"):
-                module.reset_iter_state()
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 has any of it."""
+        return bool(self._shards)
 
     def read(self) -> list[Tensor | None]:
         """All gradients, None where there is none."""
@@ -375,11 +400,6 @@ def why_not_train(model: nn.Module) -> str | None:
 
 def _processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _warmup(model: nn.Module) -> int:
-    ddp = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
-    return WARMUP_OF_DDP if ddp else WARMUP
 
 
 def _fsdp_modules(model: nn.Module) -> list[Any]:
@@ -448,6 +468,8 @@ def capture_training(trainer: Any) -> CapturedStep:
     """
     original = trainer.training_step
     step = CapturedStep(trainer.model, trainer.args.gradient_accumulation_steps)
+    if trainer.args.device.type == "cuda":
+        step._stream = _prepare_aside(trainer.accelerator)
 
     def training_step(model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         reason = _why_not_trainer(trainer)
@@ -456,8 +478,7 @@ def capture_training(trainer: Any) -> CapturedStep:
                 step._refuse(reason)
             return original(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
         if model is not step._model:  # accelerate's
-            step._model = model
-            step.drop()
+            step.follow(model)
         if not model.training:
             model.train()
         if isinstance(num_items_in_batch, int):
@@ -473,6 +494,22 @@ def capture_training(trainer: Any) -> CapturedStep:
 
     trainer.training_step = training_step
     return step
+
+
+def _prepare_aside(accelerator: Any) -> Any:
+    """The stream on which accelerate will put models in DistributedDataParallel."""
+    stream, original = torch.cuda.Stream(), accelerator.prepare_model
+
+    def prepare_model(*args: Any, **kwargs: Any) -> Any:
+        here = torch.cuda.current_stream()
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            model = original(*args, **kwargs)
+        here.wait_stream(stream)
+        return model
+
+    accelerator.prepare_model = prepare_model
+    return stream
 
 
 _COUNT = "num_items_in_batch of the step"
