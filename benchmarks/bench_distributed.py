@@ -333,7 +333,9 @@ def provenance() -> dict[str, str]:
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": versions + nccl,
-        "command": shlex.join(["bench_distributed.py", *sys.argv[1:]]),
+        "command": shlex.join(
+            ["bench_distributed.py", *(a for a in sys.argv[1:] if not a.endswith(".csv") and a != "--out")]
+        ),
         "commit": os.environ.get("COMMIT") or done.stdout.strip(),
         "date": f"{datetime.date.today()}",
     }

@@ -637,7 +637,7 @@ def captured_steps_are_eager_ones(folder: Path) -> None:
         step = CapturedStep(model, accumulate=3, stream="of DDP")
         with pytest.MonkeyPatch.context() as patch:
             graphs = fake_graphs.install(patch, step)
-            patch.setattr(captured, "WARMUP_OF_DDP", 3)
+            patch.setattr(captured, "WARMUP_OF_DDP", 2)
             for index, length in enumerate(lengths):
                 ids = (MINE + index) % 59 + 3
                 last = index % 3 == 2

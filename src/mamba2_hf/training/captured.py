@@ -26,7 +26,9 @@ MAX_GRAPHS = 4
 MAX_SHAPES = 64
 """Batches of so many shapes, none of which came often enough to be captured, are no longer looked at."""
 WARMUP, WARMUP_OF_DDP = 2, 11
-"""Eager steps before a capture: kernels are compiled, and DistributedDataParallel has settled on its buckets."""
+"""Eager steps before a capture: kernels are compiled, and DistributedDataParallel has settled on its buckets and no longer
+takes the time of its reductions.
+"""
 LEARNING_STEPS = 32
 """Where there are several processes, they agree on captures, which waits for the GPU; so they do in the first steps."""
 
@@ -158,7 +160,7 @@ class CapturedStep:
         if not self._learning or self.graphs == MAX_GRAPHS or key in self._ready:
             return self._aside(run, batch)
         self._seen[key] += 1
-        if self._seen[key] < WARMUP or self._calls < (WARMUP_OF_DDP if self._has_ddp else WARMUP):
+        if self._seen[key] < WARMUP or self._calls < (WARMUP_OF_DDP * self._accumulate if self._has_ddp else WARMUP):
             if len(self._seen) > MAX_SHAPES and not self._graphs:
                 self._refuse(f"batches have come in {MAX_SHAPES} shapes: pad or pack them to one")
             return self._aside(run, batch)
