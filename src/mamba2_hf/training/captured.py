@@ -26,8 +26,8 @@ MAX_GRAPHS = 4
 MAX_SHAPES = 64
 """Batches of so many shapes, none of which came often enough to be captured, are no longer looked at."""
 WARMUP, WARMUP_OF_DDP = 2, 11
-"""Eager steps before a capture: kernels are compiled, and DistributedDataParallel has settled on its buckets and no longer
-takes the time of its reductions.
+"""Eager steps before a capture: kernels are compiled, and DistributedDataParallel has settled on its buckets, and no
+longer takes the time of its reductions.
 """
 LEARNING_STEPS = 32
 """Where there are several processes, they agree on captures, which waits for the GPU; so they do in the first steps."""
