@@ -469,9 +469,8 @@ def capture_training(trainer: Any) -> CapturedStep:
         The step, whose ``reason`` says why training is not captured, if so.
     """
     original = trainer.training_step
-    step = CapturedStep(trainer.model, trainer.args.gradient_accumulation_steps)
-    if trainer.args.device.type == "cuda":
-        step._stream = _prepare_aside(trainer.accelerator)
+    stream = _prepare_aside(trainer.accelerator) if trainer.args.device.type == "cuda" else None
+    step = CapturedStep(trainer.model, trainer.args.gradient_accumulation_steps, stream)
 
     def training_step(model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         reason = _why_not_trainer(trainer)
