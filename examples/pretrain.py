@@ -2,10 +2,14 @@
 
     python examples/pretrain.py --tiny                                        # a toy, a minute on a CPU
     python examples/pretrain.py --preset 130m --text corpus.jsonl --tokenizer EleutherAI/gpt-neox-20b
+    torchrun --nproc_per_node 8 examples/pretrain.py --preset 1.3b --text corpus/ --shard 8 --captured
     accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \
         --fsdp_state_dict_type FULL_STATE_DICT --mixed_precision bf16 --num_processes 8 \
-        examples/pretrain.py --preset 1.3b --text corpus/ --checkpointing
+        examples/pretrain.py --preset 1.3b --text corpus/ --captured          # the same; its options say how
     python examples/pretrain.py ... --resume                                  # goes on from the last checkpoint
+
+`--shard N` spreads weights and optimizer over groups of N processes (FSDP2); more groups train copies of the model, as
+all processes do without it. `--captured` runs a step's forward and backward as a CUDA graph, on one GPU too.
 
 `--text` is a folder of text files or a .jsonl file with a "text" per line; without it, the sources of Python's `email`
 package are read. The folder gets `model/`, `loss.csv`, `loss.png` and the checkpoints. Weights are held in fp32 and
@@ -14,20 +18,23 @@ multiplied in bf16 on a GPU; `A_log`, `D`, `dt_bias` and the states stay in fp32
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import transformers
 import typer
+from accelerate import ParallelismConfig
 from datasets import Dataset, IterableDataset
 from rich.console import Console
-from text_data import packed_rows, plot_losses, shared_arguments, show_progress
+from text_data import leave_the_collector_out, packed_rows, plot_losses, shared_arguments, show_progress
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from mamba2_hf import Mamba2Config, Mamba2ForCausalLM, Mamba2HybridConfig, Mamba2HybridForCausalLM, spread_layers
 from mamba2_hf.pretrained import shipped_model_path
+from mamba2_hf.training import capture_training
 
 console = Console(stderr=True)
 transformers.utils.logging.disable_progress_bar()
@@ -58,6 +65,8 @@ def main(
     accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 1,
     length: Annotated[int, typer.Option(help="Tokens per row.")] = 2048,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, a forward more.")] = False,
+    shard: Annotated[int, typer.Option(help="Processes that share one copy of the weights (torchrun).")] = 1,
+    captured: Annotated[bool, typer.Option("--captured", help="Steps as CUDA graphs.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="A toy and a few short steps, for a first look.")] = False,
 ) -> None:
@@ -84,6 +93,7 @@ def main(
         adam_beta2=0.95,
         prediction_loss_only=True,
         gradient_checkpointing=checkpointing,
+        **parallelism(shard),
     )
     trainer = Trainer(
         model=model,
@@ -93,11 +103,29 @@ def main(
         processing_class=words,
     )
     show_progress(trainer, console)
+    leave_the_collector_out(trainer)
+    step = capture_training(trainer) if captured else None
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if resume else None)
+    if step is not None and trainer.is_world_process_zero():
+        console.print(f"steps were {f'called, not captured: {step.reason}' if step.reason else 'captured'}")
     trainer.save_model(str(out / "model"))
     if trainer.is_world_process_zero():
         plot_losses(trainer.state.log_history, out, console)
         console.print(f"the model is in {out / 'model'}")
+
+
+def parallelism(shard: int) -> dict[str, Any]:
+    """Arguments of Trainer for FSDP2 over ``shard`` of the processes that torchrun has started, none for one."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if shard < 1 or processes % shard:
+        raise typer.BadParameter(f"--shard {shard} does not divide the {processes} processes that torchrun has started")
+    if shard == 1:
+        return {}
+    return {
+        "fsdp": True,
+        "fsdp_config": {"version": 2},
+        "parallelism_config": ParallelismConfig(dp_replicate_size=processes // shard, dp_shard_size=shard),
+    }
 
 
 def new_model(preset: str, hybrid: bool, tokenizer: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import math
 from collections.abc import Iterator
@@ -58,21 +59,22 @@ def read_texts(source: Path | None, tokenizer: Any) -> tuple[Dataset, Dataset]:
 
 
 def packed_rows(source: Path | None, tokenizer: Any, length: int, held_out: bool) -> Iterator[dict[str, list[int]]]:
-    """Rows of ``length`` tokens, document after document; a position of 0 says where one starts.
+    """Rows of ``length`` tokens, document after document, and the number of the document that each token is of. A GPU
+    reads those by itself, where positions are looked through by the CPU.
 
     What is left at the end fills no row and is left out.
     """
     ids: list[int] = []
-    positions: list[int] = []
+    documents: list[int] = []
     for index, text in enumerate(texts(source)):
         if is_held_out(index) != held_out:
             continue
         document = encode(text, tokenizer)
         ids += document
-        positions += range(len(document))
+        documents += [index] * len(document)
         while len(ids) >= length:
-            yield {"input_ids": ids[:length], "position_ids": positions[:length], "labels": ids[:length]}
-            ids, positions = ids[length:], positions[length:]
+            yield {"input_ids": ids[:length], "seq_idx": documents[:length], "labels": ids[:length]}
+            ids, documents = ids[length:], documents[length:]
 
 
 def shared_arguments(out: Path, steps: int, batch: int, learning_rate: float) -> dict[str, Any]:
@@ -99,6 +101,23 @@ def shared_arguments(out: Path, steps: int, batch: int, learning_rate: float) ->
         "report_to": "none",
         "disable_tqdm": True,  # the bar below shows the loss too
     }
+
+
+def leave_the_collector_out(trainer: Trainer) -> None:
+    """Has Python's garbage collector no longer look through all that the imports and the model have made: it would stop
+    a process in the middle of a step for a quarter of a second, and with it all that wait for its gradients.
+    """
+    trainer.add_callback(_Freeze())
+
+
+class _Freeze(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if gc.get_freeze_count() == 0:
+            gc.collect()
+            gc.freeze()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        gc.unfreeze()
 
 
 def show_progress(trainer: Trainer, console: Console) -> None:

@@ -11,6 +11,7 @@
 * ``Mamba2HybridForCausalLM.from_pretrained`` reads the formats of other hybrids.
 * Trainer keeps weight decay off ``A_log``, ``D``, ``dt_bias`` and the norms of our models.
 * TRL's SFTTrainer gets logits in training, in those of its versions that read them for their metrics.
+* accelerate's FSDP2 leaves the fp32 residual stream of our models as it is between layers.
 * PEFT may put LoRA on every linear of our models, ``out_proj`` included, and knows the default targets. Adapters that
   are made of cached keys and values are refused when they are added.
 
@@ -48,6 +49,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from .errors import ArgumentError
+from .layers.fp32 import without_casts
 from .models import (
     Mamba2Config,
     Mamba2ForCausalLM,
@@ -89,6 +91,8 @@ def register() -> None:
     Mamba2HybridConfig.foreign_reader = staticmethod(_read_foreign_config)
     Mamba2HybridPreTrainedModel.foreign_reader = staticmethod(_read_foreign)
     when_imported("transformers.trainer", _keep_decay_off)
+    for module in ("accelerate.utils.fsdp_utils", "accelerate.utils", "accelerate.accelerator"):  # each has the name
+        when_imported(module, _keep_stream_in_fp32)
     when_imported("trl.trainer.sft_trainer", _return_logits_to_sft)
     when_imported("trl.trainer.utils", _find_ours_by_name)
     when_imported("transformers.cli.serving.model_manager", _find_ours_by_name)
@@ -235,6 +239,27 @@ def _keep_decay_off(trainer: Any) -> None:
             "mamba2_hf.parameter_groups(model)",
             stacklevel=2,
         )
+
+
+def _keep_stream_in_fp32(module: Any) -> None:
+    """Wraps ``fsdp2_prepare_model``, whose policy casts what blocks get and return to the dtype of their weights."""
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def fsdp2_prepare_model(accelerator: Any, model: nn.Module) -> nn.Module:
+            models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+            plugin = accelerator.state.fsdp_plugin
+            policy = plugin.mixed_precision_policy
+            if policy is None or not models or not all(isinstance(part, SSDPreTrainedModel) for part in models):
+                return original(accelerator, model)
+            plugin.mixed_precision_policy = without_casts(policy)
+            try:
+                return original(accelerator, model)
+            finally:
+                plugin.mixed_precision_policy = policy
+
+        return fsdp2_prepare_model
+
+    _wrap(module, "fsdp2_prepare_model", around)
 
 
 def _return_logits_to_sft(sft_trainer: Any) -> None:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ class TestText:
         expected = [token for text in kept for token in text_data.encode(text, tokenizer)]
         assert [token for row in rows for token in row["input_ids"]] == expected[: 50 * len(rows)]
         assert len(expected) - 50 * len(rows) < 50
-        starts = [p == 0 for row in rows for p in row["position_ids"]]
+        documents = [document for row in rows for document in row["seq_idx"]]
+        starts = [True, *(a != b for a, b in pairwise(documents))]
         ends = [token == tokenizer.eos_token_id for row in rows for token in row["input_ids"]]
         assert starts[1:] == ends[:-1]
 

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fake_graphs
 import pytest
 import torch
 import torch.distributed as dist
@@ -43,10 +45,10 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 from mamba2_hf import Mamba2Config, Mamba2ForCausalLM, Mamba2HybridConfig, Mamba2HybridForCausalLM
-from mamba2_hf.errors import ArgumentError
+from mamba2_hf.errors import ArgumentError, BackendError
 from mamba2_hf.layers import Mamba2Mixer
 from mamba2_hf.layers.fp32 import KeepsFp32
-from mamba2_hf.training import fsdp1_wrap_policy, fully_shard_model
+from mamba2_hf.training import CapturedStep, captured, fsdp1_wrap_policy, fully_shard_model
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 FP32 = Mamba2Mixer.fp32_parameters
@@ -520,31 +522,187 @@ def lora_on_a_sharded_model(folder: Path) -> None:
         assert q.grad is None or distance(p.grad, q.grad) < 0.05, name
 
 
-@check("fsdp")
-def the_way_accelerate_shards(folder: Path) -> None:
-    """Its FSDP2 wants a GPU; what it does to the model is this one function."""
+def accelerated(model: Any, cpu_ram_efficient_loading: bool = False) -> Any:
+    """A model as accelerate shards it in bf16. Its FSDP2 wants a GPU; what it does to a model is this one function."""
     from accelerate import PartialState
-    from accelerate.utils import FullyShardedDataParallelPlugin
-    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model
 
     PartialState(cpu=True)  # its logger asks for it
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=cpu_ram_efficient_loading,
+    )
+    plugin.set_mixed_precision("bf16")
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        torch_device_mesh=None,
+        mixed_precision="bf16",
+        is_main_process=RANK == 0,
+        device=torch.device("cpu"),
+    )
+    return fsdp2_prepare_model(accelerator, model)
+
+
+UNCAST = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+
+
+def sharded_ways(make: Callable[[], Any]) -> Iterator[tuple[str, Any]]:
+    """Models sharded in every way that there is, gathered in bf16."""
+    yield "ours", fully_shard_model(make(), mp_policy=UNCAST, group_size=2)
+    yield "accelerate", accelerated(make())
+    alone = make()
+    if alone.lm_head.weight is not alone.backbone.embeddings.weight:
+        fully_shard(alone.lm_head, mp_policy=UNCAST)
+        yield "head alone", shard(alone, mp_policy=UNCAST)
+    tail = make()
+    fully_shard([tail.backbone.norm_f, tail.backbone.embeddings, tail.lm_head], mp_policy=UNCAST)
+    yield "tail", shard(tail, mp_policy=UNCAST)
+
+
+def largest_kept(model: Any) -> int:
+    """Elements of the largest tensor that a training forward keeps for its backward."""
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        loss = model.train()(MINE, labels=MINE).loss
+    loss.backward()
+    return max(kept)
+
+
+@check("fsdp")
+def no_logits_are_held_however_the_head_is_sharded(folder: Path) -> None:
+    vocab = 2000
+    for tied in (True, False):
+        plain = make_model(vocab_size=vocab, tie_word_embeddings=tied).bfloat16().train()
+        expected = plain(MINE, labels=MINE).loss
+        for name, model in sharded_ways(lambda: make_model(vocab_size=vocab, tie_word_embeddings=tied)):  # noqa: B023
+            assert largest_kept(model) == vocab * model.config.hidden_size < MINE.numel() * vocab, (name, tied)
+            assert distance(model(MINE, labels=MINE).loss, expected) < 0.01, (name, tied)
+            model.lm_head.register_forward_hook(lambda head, args, logits: 2 * logits)  # who looks at logits sees them
+            out = model(MINE, labels=MINE)
+            assert distance(out.logits, 2 * plain(MINE).logits) < 0.05, (name, tied)
+
+
+@check("fsdp")
+def the_residual_stream_enters_blocks_in_fp32(folder: Path) -> None:
+    for make in (make_model, make_hybrid):
+        for name, model in sharded_ways(make):
+            assert_stream_in_fp32(model, name)
+
+
+def assert_stream_in_fp32(model: Any, name: str = "") -> None:
+    seen: list[torch.dtype] = []
+    # A hook of the module that follows the first block; what the first one gets are embeddings.
+    for block in model.backbone.layers[1:]:
+        block.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    model.train()(MINE, labels=MINE).loss.backward()
+    assert seen, name
+    assert set(seen) == {torch.float32}, (name, seen)
+
+
+@check("fsdp")
+def groups_of_blocks_give_the_gradients_of_blocks(folder: Path) -> None:
+    for make in (lambda: make_model(num_hidden_layers=5), make_hybrid):
+        expected: dict[str, Tensor] = {}
+        for size in (1, 2, 3, None):
+            for checkpointing in (False, True):
+                model = make().train()
+                if checkpointing:
+                    model.gradient_checkpointing_enable({"use_reentrant": False})
+                fully_shard_model(model, mp_policy=UNCAST, group_size=size)
+                model(MINE, labels=MINE).loss.backward()
+                for name, p in model.named_parameters():
+                    gradient = expected.setdefault(name, whole(p.grad))
+                    assert torch.equal(whole(p.grad), gradient), (size, checkpointing, name)
+
+
+@check("fsdp")
+def groups_train_as_one_process_does(folder: Path) -> None:
+    for make in (lambda: make_model(num_hidden_layers=3), make_hybrid):
+        assert_trains_like(make().train(), fully_shard_model(make(), group_size=2).train(), 1e-5)
+        assert_trains_like(make().double().train(), fully_shard_model(make().double(), group_size=2).train(), 1e-12)
+
+
+@check("fsdp")
+def captured_steps_are_eager_ones(folder: Path) -> None:
+    """Gradients wait in FSDP2 between the batches of a step; one of another length, and an evaluation, come between."""
+    lengths = [17] * 12 + [11, 17, 17] + [17] * 3 + ([17, 11, 17] if RANK else [17] * 3) + [17] * 3
+    wrap: dict[str, Callable[[], Any]] = {
+        "fsdp2": lambda: fully_shard_model(make_model().train(), mp_policy=UNCAST, group_size=2),
+        "kept": lambda: fully_shard_model(make_hybrid().train(), reshard_after_forward=False),
+        "ddp": lambda: nn.parallel.DistributedDataParallel(make_model().train()),
+    }
+    for name, make in wrap.items():
+        model, plain = make(), make()
+        step = CapturedStep(model, accumulate=3, stream="of DDP")
+        with pytest.MonkeyPatch.context() as patch:
+            graphs = fake_graphs.install(patch, step)
+            patch.setattr(captured, "WARMUP_OF_DDP", 2)
+            for index, length in enumerate(lengths):
+                ids = (MINE + index) % 59 + 3
+                last = index % 3 == 2
+                loss = step(input_ids=ids[:, :length], labels=ids[:, :length])
+                with captured._synchronized(plain, last):
+                    expected = plain(input_ids=ids[:, :length], labels=ids[:, :length]).loss / 3
+                    expected.backward()
+                assert torch.equal(loss, expected), (name, index)
+                for each in (model, plain):
+                    if not last:
+                        continue
+                    with torch.no_grad():
+                        for p in each.parameters():
+                            p -= 0.1 * p.grad
+                            p.grad = None
+                        each.eval()(MINE)
+                        each.train()
+            for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+                assert torch.equal(whole(p), whole(q)), name
+        assert step.reason is None, (name, step.reason)
+        assert sum(graph.replays for graph in graphs) > 10, name
+        assert step.graphs == len(graphs) == 3, name
+
+
+@check("fsdp")
+def captures_fail_together(folder: Path) -> None:
+    """A capture that only one process cannot make, or a replay that only one finds wrong, is nobody's."""
+    for trouble in ("capture", "replay"):
+        model = fully_shard_model(make_model().train(), group_size=2)
+        step = CapturedStep(model)
+        with pytest.MonkeyPatch.context() as patch:
+            graphs = fake_graphs.install(patch, step, wrong=float(trouble == "replay" and RANK == 1))
+            if trouble == "capture" and RANK == 1:
+                patch.setattr(fake_graphs.FakeGraph, "capture", lambda graph, run: (run(), torch.zeros(1) @ MINE)[0])
+            for _ in range(3):
+                step(input_ids=MINE, labels=MINE)
+            if trouble == "capture":  # on both, rather than that one waits for the other
+                with pytest.raises(BackendError, match="FSDP2 and DDP cannot go on from the middle of a step"):
+                    step(input_ids=MINE, labels=MINE)
+                assert "cannot be captured" in str(step.reason)
+                continue
+            step(input_ids=MINE, labels=MINE)
+        assert step.graphs == 0
+        assert len(graphs) == 1
+        assert "not those of the eager step" in str(step.reason), step.reason
+        reference = fully_shard_model(make_model().train(), group_size=2)
+        reference(input_ids=MINE, labels=MINE).loss.backward()
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            assert distance(p.grad, 4 * whole(q.grad)) < 1e-5, trouble
+
+
+@check("fsdp")
+def casts_of_the_stream_are_warned_of(folder: Path) -> None:
+    with pytest.warns(UserWarning, match="cast_forward_inputs=False"):
+        fully_shard_model(make_model(), mp_policy=BF16)
+    with pytest.raises(ArgumentError, match="group_size is 0"):
+        fully_shard_model(make_model(), group_size=0)
+
+
+@check("fsdp")
+def the_way_accelerate_shards(folder: Path) -> None:
     for cpu_ram_efficient_loading in (False, True):
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            cpu_ram_efficient_loading=cpu_ram_efficient_loading,
-        )
-        plugin.set_mixed_precision("bf16")
-        accelerator = SimpleNamespace(
-            state=SimpleNamespace(fsdp_plugin=plugin),
-            torch_device_mesh=None,
-            mixed_precision="bf16",
-            is_main_process=RANK == 0,
-            device=torch.device("cpu"),
-        )
         loaded = make_model().bfloat16()  # accelerate makes fp32 master weights of it
         reference = copy.deepcopy(loaded).train()
-        model = fsdp2_prepare_model(accelerator, loaded).train()
+        model = accelerated(loaded, cpu_ram_efficient_loading).train()
         assert isinstance(model.backbone.layers[0], FSDPModule)
         with dtypes_inside(model) as seen:
             loss = model(MINE, labels=MINE).loss
@@ -559,13 +717,9 @@ def the_way_accelerate_shards(folder: Path) -> None:
 
 @check("fsdp")
 def distributed_data_parallel(folder: Path) -> None:
-    model = nn.parallel.DistributedDataParallel(make_model())
-    reference = make_model()
-    for part in PARTS:
-        (reference(part, labels=part).loss / WORLD).backward()
-    model(MINE, labels=MINE).loss.backward()
-    for (name, p), q in zip(model.module.named_parameters(), reference.named_parameters(), strict=True):
-        assert distance(p.grad, q[1].grad) < 1e-5, name
+    assert_trains_like(make_model().train(), nn.parallel.DistributedDataParallel(make_model().train()), 1e-5)
+    double = nn.parallel.DistributedDataParallel(make_hybrid().double().train())
+    assert_trains_like(make_hybrid().double().train(), double, 1e-12)
 
 
 def saved(folder: Path, model: Any = None, **changes: Any) -> Path:
@@ -629,6 +783,9 @@ def tensor_parallel_half_precision_and_tied(folder: Path) -> None:
     assert model.backbone.layers[0].mixer.A_log.dtype == torch.float32
 
 
+LARGE = 2000  # a vocabulary whose logits would be the largest tensors
+
+
 def fsdp_plan(folder: Path, dtype: torch.dtype, mixed: bool, **changes: Any) -> None:
     path = saved(folder, **changes)
     plain = Mamba2ForCausalLM.from_pretrained(path, dtype=dtype)
@@ -644,6 +801,10 @@ def fsdp_plan(folder: Path, dtype: torch.dtype, mixed: bool, **changes: Any) -> 
     with dtypes_or_shards_inside(model) as seen:
         model.train()(MINE, labels=MINE).loss.backward()
     assert seen == dict.fromkeys(FP32, torch.float32)
+    if mixed:
+        assert_stream_in_fp32(model)
+        model.zero_grad()
+        assert largest_kept(model) < MINE.numel() * LARGE
     reference = Mamba2ForCausalLM.from_pretrained(path, dtype=torch.float32).train()
     for part in PARTS:
         (reference(part, labels=part).loss / WORLD).backward()
@@ -671,7 +832,7 @@ def fsdp_plan_in_fp32(folder: Path) -> None:
 
 @check("transformers")
 def fsdp_plan_in_mixed_precision(folder: Path) -> None:
-    fsdp_plan(folder, torch.float32, mixed=True)
+    fsdp_plan(folder, torch.float32, mixed=True, vocab_size=LARGE)
 
 
 @check("transformers")
@@ -687,6 +848,16 @@ def fsdp_plan_in_bf16_and_mixed_precision(folder: Path) -> None:
 @check("transformers")
 def fsdp_plan_with_tied_embeddings(folder: Path) -> None:
     fsdp_plan(folder, torch.float32, mixed=False, tie_word_embeddings=True)
+    fsdp_plan(folder, torch.float32, mixed=True, tie_word_embeddings=True, vocab_size=LARGE)
+
+
+@check("transformers")
+def pipeline_parallelism_is_refused_at_once(folder: Path) -> None:
+    path = saved(folder)
+    started = time.monotonic()
+    with pytest.raises(ArgumentError, match=r"pp_size=2: Mamba2ForCausalLM has no pipeline parallelism.*tp_size"):
+        load(path, pp_size=WORLD)
+    assert time.monotonic() - started < 10
 
 
 def hybrid_in(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> tuple[Any, Any]:

@@ -40,14 +40,18 @@ def launch(repository: Path, options: tuple[str, ...], *arguments: object) -> No
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    start(
+        repository,
+        "accelerate.commands.launch",
+        *("--num_processes", "2", "--num_machines", "1", "--main_process_port", port),
+        *("--mixed_precision", "bf16", "--dynamo_backend", "no", *options, WORKER, *arguments),
+    )
+
+
+def start(repository: Path, launcher: str, *arguments: object) -> None:
     folders = [repository / "src", WORKER.parent, repository / "examples"]
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--num_processes", "2", "--num_machines", "1", "--main_process_port", str(port)),
-            *("--mixed_precision", "bf16", "--dynamo_backend", "no", *options),
-            *(str(WORKER), *map(str, arguments)),
-        ],
+        [sys.executable, "-m", launcher, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -86,6 +90,19 @@ def check(folder: Path) -> list[dict[str, Any]]:
     # The gathered weights are those that were trained.
     assert found[0]["final"] < 0.95 * found[0]["curve"][-1]
     return found
+
+
+def test_the_pretraining_example_shards_under_torchrun(repository: Path, tmp_path: Path) -> None:
+    """Two processes with copies of the weights, and two with a half each, train the same."""
+    found = []
+    for shard in (1, 2):
+        out = tmp_path / str(shard)
+        sizes = ("--preset", "tiny", "--steps", 3, "--batch", 2, "--length", 64, "--shard", shard, "--captured")
+        worker = (str(WORKER), tmp_path, "fsdp" if shard > 1 else "ddp", "pretrain", *sizes, "--out", out)
+        start(repository, "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *worker)
+        with (out / "loss.csv").open(newline="") as file:
+            found.append([float(row["train"]) for row in csv.DictReader(file) if row["train"]])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_the_pretraining_example_shards_and_goes_on(repository: Path, tmp_path: Path) -> None:

@@ -9,9 +9,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from transformers.distributed import DistributedConfig
+
+from mamba2_hf import Mamba2ForCausalLM, Mamba2HybridForCausalLM, Mamba2Model
+from mamba2_hf.errors import ArgumentError
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 WORLD = 2
@@ -69,6 +75,16 @@ def run(suite: str, folder: Path, source: Path) -> dict[str, list[str]]:
         failed = any(result != "passed" for result in done.values())
         results.append((done, "not run: an earlier check failed" if failed else f"not run:\n{said[-3000:]}"))
     return {name: [done.get(name, otherwise) for done, otherwise in results] for name in checks(suite)}
+
+
+@pytest.mark.parametrize("config", [{"pp_size": 2}, DistributedConfig(pp_size=2)], ids=["dict", "object"])
+@pytest.mark.parametrize("cls", [Mamba2ForCausalLM, Mamba2HybridForCausalLM, Mamba2Model])
+def test_pipeline_parallelism_is_refused_before_processes_meet(cls: Any, config: Any, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        cls(cls.config_class(num_hidden_layers=1)).config.save_pretrained(tmp_path)
+    with pytest.raises(ArgumentError, match=f"pp_size=2: {cls.__name__} has no pipeline parallelism"):
+        cls.from_pretrained(tmp_path, distributed_config=config)
+    assert not dist.is_initialized()
 
 
 @pytest.fixture(scope="module")

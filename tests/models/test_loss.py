@@ -162,6 +162,16 @@ class TestWhenLogitsAreReturned:
             assert (out.loss - expected.loss).abs() > 0.01
             assert "logits" not in model(ids, labels=ids, return_logits=False)
 
+    @pytest.mark.parametrize("head", ["resized", "replaced"])
+    def test_in_training_with_another_head(self, head: str, tiny_model: Callable[..., Any], ids: Tensor) -> None:
+        model = tiny_model(tie_word_embeddings=False).train()
+        if head == "resized":
+            model.resize_token_embeddings(80, mean_resizing=False)
+            assert type(model.lm_head) is type(tiny_model().lm_head)
+        else:
+            model.lm_head = nn.Linear(model.config.hidden_size, VOCAB, bias=False)
+        assert_same_training(model, input_ids=ids, labels=ids)
+
     def test_a_loss_function_of_the_user_gets_them(self, tiny_model: Callable[..., Any], ids: Tensor) -> None:
         model = tiny_model().train()
         model.loss_function = lambda logits, labels, **_: logits.square().mean()

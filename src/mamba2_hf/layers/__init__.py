@@ -5,6 +5,7 @@ transformers here.
 from __future__ import annotations
 
 from .attention import Attention
+from .head import Head
 from .kv import KeyValueState
 from .mixer import Mamba2Mixer
 from .mlp import MLP
@@ -22,6 +23,7 @@ __all__ = [
     "Buffers",
     "Experts",
     "GatedRMSNorm",
+    "Head",
     "KeyCounts",
     "KeyValueState",
     "Mamba2Mixer",

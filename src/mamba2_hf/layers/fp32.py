@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -62,6 +63,23 @@ class KeepsFp32(nn.Module):
                     f"{other.dtype} by MixedPrecisionPolicy(param_dtype={other.dtype}), or shard it with "
                     "mamba2_hf.training.fully_shard_model, which makes groups of their own"
                 )
+
+
+def without_casts(policy: Any) -> Any:
+    """A ``MixedPrecisionPolicy`` of FSDP2 that leaves what modules get and return as it is. With casts to the dtype of
+    the weights, which is its default for inputs, the fp32 residual stream is rounded before every layer.
+    """
+    return dataclasses.replace(policy, cast_forward_inputs=False, output_dtype=None)
+
+
+def stop_casts(model: nn.Module) -> None:
+    """Replaces the policies of FSDP2's modules by those :func:`without_casts`, where others have sharded ``model``."""
+    from torch.distributed.fsdp import FSDPModule  # not in every build of PyTorch
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            state._mp_policy = without_casts(state._mp_policy)
 
 
 class _StoredShard(Tensor):

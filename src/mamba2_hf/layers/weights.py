@@ -11,10 +11,12 @@ from torch.nn.modules import module as every_module
 
 from ..ops import Linear, LowRank
 from .causal_conv1d import PLAIN_TENSORS, CausalConv1d
+from .head import Head
 from .norm import GatedRMSNorm, RMSNorm
 
-_PLAIN_TYPES = (nn.Linear, nn.Conv1d, CausalConv1d, RMSNorm, GatedRMSNorm)
+_PLAIN_TYPES = (nn.Linear, Head, nn.Conv1d, CausalConv1d, RMSNorm, GatedRMSNorm)
 _SHAPELESS = (__name__.partition(".")[0] + ".", "torch.nn.modules.", "peft.tuners.", "bitsandbytes.nn.")
+_FSDP2 = "torch.distributed.fsdp._fully_shard."
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -23,6 +25,16 @@ def is_unhooked(module: nn.Module) -> bool:
     if hasattr(module, "_hf_hook") or "forward" in module.__dict__ or all_hooked():
         return False
     return not any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def hooked_by_fsdp2(module: nn.Module) -> bool:
+    """Whether ``module`` is sharded by ``fully_shard`` and nothing else is around its ``forward``: to call it gathers
+    its weight, and nobody looks at what it returns.
+    """
+    if hasattr(module, "_hf_hook") or "forward" in module.__dict__ or all_hooked():
+        return False
+    hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
+    return bool(hooks) and all(str(getattr(hook, "__module__", "")).startswith(_FSDP2) for hook in hooks)
 
 
 def all_hooked() -> bool:

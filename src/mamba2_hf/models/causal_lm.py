@@ -14,8 +14,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
 from ..errors import ArgumentError, CacheError
-from ..layers import SequenceLayout, linear, plain_weight
-from ..layers.weights import all_hooked
+from ..layers import Head, SequenceLayout, linear, plain_weight
+from ..layers.weights import all_hooked, hooked_by_fsdp2
 from ..ops import linear_cross_entropy
 from ..ops.runtime.modes import observed
 from . import prefill
@@ -158,14 +158,26 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
     def _fused_loss(
         self, hidden_states: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None
     ) -> Tensor | None:
-        """The loss without logits; None where the head has to be called, or the loss is one of the user's own."""
-        weight = plain_weight(self.lm_head)
-        if weight is None or self.lm_head.bias is not None or self.loss_function is not ForCausalLMLoss:
+        """The loss without logits; None where somebody sees the head's logits, or the loss is one of the user's own."""
+        head = self.lm_head
+        weight = plain_weight(head)
+        sharded = weight is None and isinstance(head, Head) and hooked_by_fsdp2(head)
+        if not (sharded or weight is not None) or head.bias is not None or self.loss_function is not ForCausalLMLoss:
             return None
         labels = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(hidden_states.device)  # (B T,)
-        loss = linear_cross_entropy(hidden_states.flatten(0, 1), weight, labels, scale=self._logits_scale)
+        if weight is None:
+            loss = head(hidden_states, labels, self._logits_scale)
+        else:
+            loss = linear_cross_entropy(hidden_states.flatten(0, 1), weight, labels, scale=self._logits_scale)
         count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
         return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
+
+    def _get_resized_lm_head(self, *args: Any, **kwargs: Any) -> nn.Linear:
+        """As in transformers, which makes an ``nn.Linear`` of it."""
+        head = super()._get_resized_lm_head(*args, **kwargs)
+        if type(head) is nn.Linear:
+            head.__class__ = Head
+        return head
 
     @property
     def _logits_scale(self) -> float:

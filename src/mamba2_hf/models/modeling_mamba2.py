@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..layers import Mamba2Mixer, RMSNorm, SequenceLayout
+from ..layers import Head, Mamba2Mixer, RMSNorm, SequenceLayout
 from ..layers.sequence import PLAIN
 from .arguments import check_ignored
 from .backbone import SSDBackbone, SSDLayer, batch_and_tokens, read_layout
@@ -197,7 +197,7 @@ class Mamba2ForCausalLM(SSDForCausalLM, Mamba2PreTrainedModel):
     def __init__(self, config: Mamba2Config) -> None:
         super().__init__(config)
         self.backbone = Mamba2Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(

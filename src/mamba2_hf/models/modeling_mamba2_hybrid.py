@@ -16,6 +16,7 @@ from ..layers import (
     MLP,
     Attention,
     Experts,
+    Head,
     Mamba2Mixer,
     MoE,
     Placement,
@@ -581,7 +582,7 @@ class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
     def __init__(self, config: Mamba2HybridConfig) -> None:
         super().__init__(config)
         self.backbone = Mamba2HybridModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from ..errors import CheckpointError
+from ..errors import ArgumentError, CheckpointError
 from ..layers import GatedRMSNorm, Mamba2Mixer, RMSNorm
+from ..layers.fp32 import stop_casts
 from ..layers.mixer import FP32_PARAMETERS
 
 
@@ -40,6 +41,30 @@ class SSDPreTrainedModel(PreTrainedModel):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         config.validate()  # fields that were assigned one by one have not been judged together yet
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config: Any, device_map: Any = None) -> Any:
+        """As in transformers, except for what these models cannot do, which is refused before processes meet.
+
+        Raises:
+            ArgumentError: pipeline parallelism is asked for.
+        """
+        given = distributed_config
+        stages = given.get("pp_size") if isinstance(given, dict) else getattr(given, "pp_size", None)
+        if stages is not None and stages > 1:
+            raise ArgumentError(
+                f"pp_size={stages}: {cls.__name__} has no pipeline parallelism. To spread its weights over GPUs use "
+                'tp_size or fsdp_size of the DistributedConfig, or device_map="auto" in one process'
+            )
+        return super().prepare_distribute_model(distributed_config, device_map)
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        """As in transformers, with the residual stream in fp32 under ``fsdp_mixed_precision``."""
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        if mesh_manager is not None and distributed_config.fsdp_mixed_precision:
+            stop_casts(model)
+        return model
 
     @property
     def device(self) -> torch.device:
