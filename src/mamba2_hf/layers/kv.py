@@ -113,7 +113,7 @@ class KeyValueState(Recorder):
         return keys, values
 
     def _slide(self, keys: Tensor, values: Tensor, placement: Placement, started: bool) -> tuple[Tensor, Tensor]:
-        """A buffer of the last keys, aligned to the right."""
+        """Adds to buffers of the last keys, aligned to the right."""
         assert self.keys is not None
         assert self.values is not None
         stored = self.keys.shape[2]
@@ -124,7 +124,7 @@ class KeyValueState(Recorder):
         return joined if started else (keys, values)
 
     def _fill(self, keys: Tensor, values: Tensor, placement: Placement, started: bool) -> tuple[Tensor, Tensor]:
-        """A buffer of all keys, filled from the left."""
+        """Adds to buffers of all keys, filled from the left."""
         assert self.keys is not None
         assert self.values is not None
         assert placement.past is not None

@@ -40,7 +40,7 @@ class Buffers:
     """Tensors that calls write in place, so that compiled and captured graphs find them where they were.
 
     A buffer is replaced by :meth:`replace`, and by nothing else. It calls ``on_move``, by which the owner of a graph
-    learns that the graph would write to memory that nobody reads. A copy of the owner is told by copies of its buffers.
+    learns that the graph would write to memory no longer read. A copy of the owner is told by copies of its buffers.
     """
 
     names: ClassVar[tuple[str, ...]]
@@ -161,7 +161,7 @@ class SSDState(Recorder):
         inputs, x, dt, B = (torch.cat(parts, 1)[:, :kept] for parts in zip(*self.recorded, strict=True))
         conv, ssm = (torch.zeros_like(self.conv), None) if self._before is None else self._before
         A, dt_limit = self._decay
-        # C is of the output alone, which nobody reads.
+        # C is of the output alone, which is not used.
         _, ssm = ops.ssd_chunk_scan(
             *(x, dt, A, B, B), dt_softplus=True, dt_limit=dt_limit, initial_states=ssm, return_final_states=True
         )

@@ -222,7 +222,7 @@ def conv_backward_kernel(x, weight, bias, initial, ids, bounds, dy, dfinal, dx, 
                          sx_b, sx_t, sdy_b, sdy_t, sdx_b, sdx_t,
                          SILU: tl.constexpr, MODE: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr,
                          STEPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Dx of one run of tokens for one block of channels, and the run's share ``(K + 1, C)`` of dweight and dbias.
+    """Computes dx of a run of tokens for a block of channels, and the run's share ``(K + 1, C)`` of dweight and dbias.
 
     ``pending`` is dx of the last K - 1 tokens, each complete, and written, K - 1 steps after its own token. So the
     first K - 1 tokens of the next run are walked too, for their share in this run's dx only.

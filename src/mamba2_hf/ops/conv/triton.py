@@ -49,7 +49,7 @@ def documents(x: Tensor, packing: Packing) -> Documents:
 
 
 def conv_forward(call: Conv, packing: Documents, *, states: bool = True) -> tuple[Tensor, Tensor]:
-    """Launches the forward: ``y (B, T, C)`` and, if wanted, the final states ``(B or S, C, K - 1)``, contiguous."""
+    """Launches the convolution: ``y (B, T, C)`` and, if wanted, the final states ``(B or S, C, K - 1)``, contiguous."""
     x, weight, bias, initial, _, activation = call
     batch, tokens, channels = x.shape
     x, initial = channels_last(x), _history_like(initial, x)
@@ -93,7 +93,7 @@ class ConvGradients(NamedTuple):
 def conv_backward(
     dy: Tensor, dfinal: Tensor | None, call: Conv, packing: Documents, *, dx: Tensor | None = None
 ) -> ConvGradients:
-    """Launches the backward; ``dx`` may name the (strided) tensor that receives the input's gradient."""
+    """Launches the convolution's backward; ``dx`` may name the (strided) tensor that receives the gradient of x."""
     x, weight, bias, initial, _, activation = call
     batch, tokens, channels = x.shape
     taps = weight.shape[1]

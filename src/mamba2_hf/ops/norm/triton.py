@@ -90,7 +90,7 @@ def _load_row(x, z, dy, more, row, first, end, sx, sz, sdy, smore,
 def norm_backward_kernel(x, z, weight, dy, more, dx, dz, y, partial, M, RUN, eps, sx, sz, sdy, smore, sdx, sdz, sy,
                          SIZE: tl.constexpr, GATE_LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
                          BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
-    """Dx and dz of one group in ``RUN`` rows, and their share of dweight; where it has a place, the forward's y again.
+    """Computes dx and dz of one group in ``RUN`` rows, and their share of dweight; if it has a place, y too.
 
     With ``u`` the normed input, ``n = u r`` and ``e`` the gradient of ``n``: ``du = r (e - n mean(e n))``. ``more``, if
     any, is added to dx. The rows after the current ones are under way while it is computed.
@@ -226,7 +226,7 @@ def _gate(x: Tensor, z: Tensor, dy: Tensor | None, y: Tensor | None, dx: Tensor 
 
 
 def norm_forward(call: Norm) -> Tensor:
-    """Launches the forward."""
+    """Launches the norm of :func:`gated_rms_norm`, without autograd."""
     x, z, weight, eps, group_size, norm_before_gate, dtype = call
     width = x.shape[-1]
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -259,7 +259,7 @@ class NormGradients(NamedTuple):
 def norm_backward(
     dy: Tensor, call: Norm, *, more: Tensor | None = None, dz: Tensor | None = None, y: Tensor | None = None
 ) -> NormGradients:
-    """Launches the backward.
+    """Launches the backward of the norm.
 
     Args:
         dy: the gradient.

@@ -164,5 +164,5 @@ def _layout(tile: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """Something to point at where there is nothing; it is not read."""
+    """``tensor``; for None another one, for the kernel to point at and not to read."""
     return other if tensor is None else tensor
