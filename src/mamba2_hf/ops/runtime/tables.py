@@ -157,7 +157,7 @@ def hopper_kernels(chip: Chip, shape: SSDShape, dtype: torch.dtype) -> bool:
 
 
 def hopper_walk(per_group: int, N: int) -> HopperConfig:
-    """Launch parameters of Hopper\'s ``walk_kernel``: two heads share B and C; states of 256 want all registers."""
+    """Launch parameters of Hopper's ``walk_kernel``: two heads share B and C; states of 256 want all registers."""
     if per_group == 1:
         return HopperConfig(1, 2, 0, 168 if N == 256 else 128)
     return HopperConfig(2, 2, 240, 168) if N == 256 else HopperConfig(2, 3, 232, 168)

@@ -97,7 +97,7 @@ def prep_kernel(
     Q: tl.constexpr, BH: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
     PACKED: tl.constexpr, MARKS: tl.constexpr,
 ):  # fmt: skip
-    """Stores ``steps (chunks, H, 2, Q)``: log2 decays, ``A log2(e)`` times the chunk's running sum of step sizes, and these.
+    """Stores ``steps (chunks, H, 2, Q)``: ``A log2(e)`` times the running sum of a chunk's step sizes, and these.
 
     With ``MARKS`` the running sum falls by ``APART`` where ``seq_idx (B, T)`` changes, so that every decay from one
     document to another is exactly zero.
