@@ -18,7 +18,7 @@ from mamba2_hf.ops.runtime.launch import launch
 from mamba2_hf.ops.scan import problem
 from mamba2_hf.ops.scan.op import Scan
 from mamba2_hf.ops.scan.prep import prep_backward_kernel
-from mamba2_hf.ops.scan.reference import ssd_chunked, ssd_recurrent
+from mamba2_hf.ops.scan.reference import ssd_recurrent
 from mamba2_hf.ops.spec import Packing, SSDShape
 
 pytestmark = pytest.mark.usefixtures("poison", "triton_serves")
@@ -247,10 +247,11 @@ def test_large_tensors(sizes: tuple[int, ...]) -> None:
         y, _ = scan(given[0], given[1], A.to(torch.promote_types(x.dtype, A.dtype)), given[2], given[3])
         return y, *torch.autograd.grad(y, given, dy)
 
-    actual = run(*rows, dy, partial(ssd_chunk_scan, dt_softplus=True, return_final_states=True, backend="triton"))
+    scan = partial(ssd_chunk_scan, dt_softplus=True, return_final_states=True)
+    actual = run(*rows, dy, partial(scan, backend="triton"))
     for row in {0, B - 1}:
         cut = [t[row : row + 1].double() for t in (*rows, dy)]
-        expected = run(*cut, partial(ssd_chunked, dt_softplus=True, chunk_size=128))
+        expected = run(*cut, partial(scan, chunk_size=128, backend="torch"))
         for a, e in zip(actual, expected, strict=True):
             assert (a[row : row + 1].double() - e).norm() < TOLERANCE[torch.bfloat16] * e.norm()
 
