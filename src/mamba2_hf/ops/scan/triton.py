@@ -20,8 +20,7 @@ from ..runtime.sums import sum_rows
 from ..runtime.tables import cdiv
 from . import portable
 from .op import Scan
-from .prep import prep_backward_kernel
-from .problem import Call, Into, cut, fits_tma, last_contiguous, prepare
+from .problem import Call, Into, cut, fits_tma, last_contiguous, prepare, step_gradients
 from .ssd_forward import link_kernel
 
 
@@ -57,32 +56,13 @@ class ScanPasses:
         leave = self._between(reverse=True, inputs=dy, maps=call.args.C, outer=leave)
         found = self.kernels.gradients(call, pieces, dy, self._entry(), leave, into)
 
-        batch, tokens, heads = call.args.dt.shape
         if into is None:
             new = torch.zeros if call.packed else torch.empty
-            ddt = new(batch, tokens, heads, dtype=given.dt.dtype, device=dy.device)
+            ddt = new(call.args.dt.shape, dtype=given.dt.dtype, device=dy.device)
         else:
             ddt = into.ddt.zero_() if call.packed else into.ddt
-        dots = found.dots.shape[2]
-        shares = torch.empty(pieces.chunks, 3 if dots == 4 else 2, heads, dtype=torch.float32, device=dy.device)
-        launch(
-            prep_backward_kernel,
-            (pieces.chunks, cdiv(heads, tables.PREP_HEADS)),
-            *(
-                call.args.dt,
-                call.args.dt_bias,
-                call.args.A,
-                pieces.steps,
-                found.dots,
-                found.ends,
-                ddt,
-                shares,
-                pieces.chunk_table,
-            ),
-            *(tokens, pieces.per_row, heads, *given.dt_limit, *call.args.dt.stride()[:2], *ddt.stride()[:2]),
-            **call.prep_flags(pieces.Q),
-            DOTS=dots,
-            PIECES=call.pieces,
+        shares = step_gradients(
+            *(call.args, pieces.steps, found.dots, found.ends, ddt, pieces.per_row, pieces.chunk_table)
         )
         share = sum_rows(shares, torch.float32)  # of A, dt_bias and D
         dx, dB, dC, dD, dz = found.dx, found.dB, found.dC, found.dD, found.dz
