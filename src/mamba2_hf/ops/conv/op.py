@@ -12,7 +12,8 @@ from ..checks import check_devices, check_floating, check_packing, check_rank, c
 from ..runtime.modes import needs_grad
 from ..spec import UNPACKED, Packing, State
 
-ACTIVATIONS = (None, "silu", "swish")
+ACTIVATIONS = {None: None, "silu": "silu", "swish": "silu"}
+"""By name: what ``torch.nn.functional`` and ``kernels.activate`` call it."""
 
 
 class Conv(NamedTuple):
@@ -158,4 +159,5 @@ def check_activation(activation: str | None) -> None:
 def activate(y: Tensor, activation: str | None, *, inplace: bool = False) -> Tensor:
     """The activation of ``y``, written over it where ``inplace``."""
     check_activation(activation)
-    return y if activation is None else F.silu(y, inplace=inplace)
+    name = ACTIVATIONS[activation]
+    return y if name is None else getattr(F, name)(y, inplace=inplace)

@@ -239,7 +239,6 @@ ADD = 2048, 8  # elements and warps of a program that adds to the residual strea
 # The convolution.
 
 MAX_TAPS = 8  # the taps are unrolled
-SILU = {None: False, "silu": True, "swish": True}  # whether kernels apply it, by the activation's name
 # Channels and warps of a program, 8 bytes per thread and load in half precision, and tokens loaded together: the
 # forward loads the next ones before it computes, the backward needs its registers.
 CONV_FORWARD, CONV_BACKWARD = (256, 2, 4), (128, 1, 8)
@@ -407,7 +406,6 @@ def refusals(
     stream: torch.dtype | None = None,
     shape: SSDShape | None = None,
     taps: int = 0,
-    activation: str | None = None,
     group_size: int = 0,
     width: int = 0,
     differentiable: bool = False,
@@ -416,7 +414,7 @@ def refusals(
 
     Args:
         op: its name. dtype: of its tensors. stream: of the residual stream, where there is one.
-        shape: of its scan. taps, activation: of its convolution.
+        shape: of its scan. taps: of its convolution.
         group_size: of its gated norm. width: of the norm before the mixer.
         differentiable: whether gradients are wanted of an op that updates states in place.
     """
@@ -427,8 +425,6 @@ def refusals(
             yield f"dtype {kind} is not bfloat16, float16 or float32"
     if taps > MAX_TAPS:
         yield f"{taps} taps are more than {MAX_TAPS}"
-    if activation not in SILU:
-        yield f"activation {activation!r} is not SiLU"
     if shape is not None:
         if shape.head_dim > LARGEST_STATE:
             yield f"head_dim {shape.head_dim} is above {LARGEST_STATE}"
