@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import CacheError
 from ..ops.packing import bounded_starts, document_starts
 from .sequence import SequenceLayout, kept_first, rank, take
-from .state import Buffers
+from .state import Buffers, check_rows
 
 Visible = Callable[[Any, Any, Any, Any], Tensor]
 """Of row, head, query and key: whether the query sees the key. Indices may be numbers or tensors that broadcast."""
@@ -349,11 +349,7 @@ def place(layout: SequenceLayout, rows: int, tokens: int, counts: KeyCounts | No
             past = None  # of the rows before a reset
         if past is not None:
             past = past.to(device)
-            if past.shape[0] != rows:
-                raise CacheError(
-                    f"the cache holds {past.shape[0]} sequences and the input has {rows}: use batch_repeat_interleave "
-                    "or batch_select_indices, or start with an empty cache"
-                )
+            check_rows(past.shape[0], rows)
             if torch.is_grad_enabled() or not _is_writable(past):
                 past = past.clone()  # autograd may keep it for a backward that runs after the next call
     if capacity is not None:

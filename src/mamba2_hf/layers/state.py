@@ -19,6 +19,15 @@ NOT_RECORDED = (
 """What a state says that records, and gets what it cannot take back."""
 
 
+def check_rows(held: int, rows: int) -> None:
+    """Raises :class:`CacheError` unless a cache of ``held`` sequences is given as many ``rows``."""
+    if held != rows:
+        raise CacheError(
+            f"the cache holds {held} sequences and the input has {rows}: use batch_repeat_interleave or "
+            "batch_select_indices, or start with an empty cache"
+        )
+
+
 def pick(buffer: Tensor, indices: Tensor) -> Tensor:
     """The rows of ``buffer`` at ``indices``, in its own memory where they are as many as before."""
     picked = buffer.index_select(0, indices.to(buffer.device))
@@ -199,11 +208,7 @@ class SSDState(Recorder):
         """
         if not self.started or self.conv is None or self.ssm is None:
             return None, None
-        if self.conv.shape[0] != batch:
-            raise CacheError(
-                f"the cache holds {self.conv.shape[0]} sequences and the input has {batch}: "
-                "use batch_repeat_interleave or batch_select_indices, or start with an empty cache"
-            )
+        check_rows(self.conv.shape[0], batch)
         self.leave_inference_mode()
         return (self.conv.clone(), self.ssm.clone()) if torch.is_grad_enabled() else (self.conv, self.ssm)
 

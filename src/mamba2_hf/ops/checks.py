@@ -7,7 +7,7 @@ where reading them is free: ``cu_seqlens`` on the CPU, outside of tracing.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -53,11 +53,11 @@ def check_integers(**tensors: Tensor) -> None:
             fail(f"{name} has dtype {tensor.dtype}, expected an integer dtype")
 
 
-def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
-    """Raises unless all that are there are on ``device``."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != device:
-            fail(f"{name} is on {tensor.device}, but the input is on {device}: move one of them with .to(...)")
+def check_devices(device: torch.device, **values: Any) -> None:
+    """Raises unless all tensors among ``values`` are on ``device``."""
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.device != device:
+            fail(f"{name} is on {value.device}, but the input is on {device}: move one of them with .to(...)")
 
 
 def check_same_dtype(**tensors: Tensor) -> None:

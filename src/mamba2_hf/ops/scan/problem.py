@@ -17,7 +17,7 @@ from torch import Tensor
 from ..packing import document_numbers
 from ..runtime import tables
 from ..runtime.launch import launch
-from ..runtime.rows import dense
+from ..runtime.rows import channels_last, dense
 from ..runtime.tables import Chip, cdiv
 from ..spec import Packing, SSDShape
 from .op import Scan
@@ -122,15 +122,15 @@ class Gradients(NamedTuple):
 
 def prepare(given: Scan) -> Call:
     """Makes the arguments ready: last dimensions contiguous, devices and sizes settled."""
-    x, B, C = (last_contiguous(t) for t in (given.x, given.B, given.C))
-    z = None if given.z is None else last_contiguous(given.z)
+    x, B, C = (channels_last(t) for t in (given.x, given.B, given.C))
+    z = None if given.z is None else channels_last(given.z)
     seq_idx, cu_seqlens = given.packing
     chip = tables.current_chip()
     # A descriptor would read on into the next document: packed rows are read through masked pointers.
     aligned = all(fits_tma(t) for t in (x, B, C, z) if t is not None)
     args = given._replace(
         x=x,
-        dt=last_contiguous(given.dt),
+        dt=channels_last(given.dt),
         A=given.A.contiguous(),
         B=B,
         C=C,
@@ -186,11 +186,6 @@ def cut(call: Call, Q: int, *, marks: bool = False) -> Cut:
 def strides(tensor: Tensor | None) -> tuple[int, ...]:
     """The first three strides; zeros for a tensor that is not there."""
     return (0, 0, 0) if tensor is None else tensor.stride()[:3]
-
-
-def last_contiguous(tensor: Tensor) -> Tensor:
-    """``tensor``, or a copy where its last dimension is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def fits_tma(tensor: Tensor) -> bool:

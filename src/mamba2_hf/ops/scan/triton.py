@@ -16,11 +16,12 @@ from .. import flops
 from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.op import op
+from ..runtime.rows import channels_last
 from ..runtime.sums import sum_rows
 from ..runtime.tables import cdiv
 from . import portable
 from .op import Scan
-from .problem import Call, Into, cut, fits_tma, last_contiguous, prepare, step_gradients
+from .problem import Call, Into, cut, fits_tma, prepare, step_gradients
 from .ssd_forward import link_kernel
 
 
@@ -46,7 +47,7 @@ class ScanPasses:
             into: where those of x, B, C and dt go; new tensors if None.
         """
         given, call, pieces = self.given, self.call, self.cut
-        dy = last_contiguous(dy.to(call.args.x.dtype))
+        dy = channels_last(dy.to(call.args.x.dtype))
         if call.tma and not (fits_tma(dy) and dy.stride(2) == dy.shape[3]):
             dy = dy.clone(memory_format=torch.contiguous_format)
         dy = dy.view(call.args.x.shape)
@@ -95,7 +96,10 @@ class ScanPasses:
         if self.cut.per_sequence == 1:
             return outer
         heads, P, N = self.call.shape.heads, self.call.shape.head_dim, self.call.shape.state
-        states, decay = self.kernels.summaries(self.call, self.cut, reverse=reverse, inputs=inputs, maps=maps)
+        states = torch.empty(self.cut.segments, heads, P, N, dtype=torch.float32, device=inputs.device)
+        decay = torch.empty(self.cut.segments, heads, dtype=torch.float32, device=inputs.device)
+        given = {"reverse": reverse, "inputs": inputs, "maps": maps}
+        self.kernels.summaries(self.call, self.cut, **given, states=states, decay=decay)
         launch(
             link_kernel,
             (self.call.shape.states, cdiv(P * N, tables.LINK_BLOCK), heads),
