@@ -51,6 +51,13 @@ def hidden_states() -> Tensor:
     return torch.randn(BATCH, TOKENS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
+class Gate(nn.Module):
+    """Gates without a norm."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return x * nn.functional.silu(gate)
+
+
 class NormFirst(minimal_mamba2.RMSNorm):
     """Gates what it has normed."""
 
@@ -76,11 +83,11 @@ def one_page(mixer: Mamba2Mixer) -> minimal_mamba2.Mamba2:
     )
     layer = minimal_mamba2.Mamba2(config)
     if isinstance(norm, SiluGate):
-        layer.norm = SiluGate()
+        layer.norm = Gate()
     else:
         kind = NormFirst if norm.norm_before_gate else minimal_mamba2.RMSNorm
         layer.norm = kind(mixer.inner_size, norm.eps, mixer.inner_size // norm.group_size)
-    if mixer.multipliers is not None:
+    if mixer.multipliers:
         maps = mixer.n_groups * mixer.state_size
         sizes = torch.tensor([mixer.inner_size, mixer.inner_size, maps, maps, mixer.num_heads])
         scale = torch.tensor(mixer.multipliers, dtype=torch.float64).repeat_interleave(sizes)
