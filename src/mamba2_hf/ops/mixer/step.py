@@ -165,7 +165,7 @@ def mamba2_step(call: Step) -> Tensor:
 def step(call: Step) -> Tensor:
     """Launches the step; both states are updated in place."""
     zxbcdt, conv_state, ssm_state, weights, spec = call
-    conv_weight, conv_bias, dt_bias, A, _, D, norm_weight = weights
+    conv_weight, conv_bias, dt_bias, A, _, D, gated_norm_weight = weights
     group_size, norm_before_gate = spec.group_size, spec.norm_before_gate
     batch, tokens, _ = zxbcdt.shape
     heads, P, N = ssm_state.shape[1:]
@@ -176,7 +176,7 @@ def step(call: Step) -> Tensor:
     bp, warps = state_programs(batch, P, tokens)
     blocks = cdiv(P, bp)
     raw, squares = y, None
-    if norm_weight is not None:
+    if gated_norm_weight is not None:
         raw = torch.empty(y.shape, dtype=torch.float32, device=u.device)
         squares = torch.empty(batch * tokens, heads * blocks, dtype=torch.float32, device=u.device)
     launch(
@@ -196,7 +196,7 @@ def step(call: Step) -> Tensor:
         LOG_RATES=A is None,
         ACTIVATION=ACTIVATIONS[spec.activation],
         D_RANK=0 if D is None else D.dim(),
-        GATE=norm_weight is None or not norm_before_gate,
+        GATE=gated_norm_weight is None or not norm_before_gate,
         PER_GROUP=heads // spec.n_groups,
         P=P,
         N=N,
@@ -215,7 +215,7 @@ def step(call: Step) -> Tensor:
             raw,
             squares,
             u,
-            dense(norm_weight),
+            dense(gated_norm_weight),
             y,
             conv_state,
             tokens,

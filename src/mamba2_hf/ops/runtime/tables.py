@@ -69,11 +69,6 @@ def current_chip() -> Chip:
     return _chip(torch.cuda.current_device())
 
 
-def chip_of(device: torch.device) -> Chip:
-    """The chip that ``device`` is."""
-    return _chip(torch.cuda.current_device() if device.index is None else device.index)
-
-
 def tile(size: int, largest: int) -> int:
     """The power of two that covers ``size``, between what a matrix product needs and ``largest``."""
     return min(max(power_of_two(size), 16), largest)
