@@ -92,5 +92,6 @@ def _describe(kernel: object, target: str) -> Kernel:
         re.sub(r"//.*|^\s*(\.loc|\.file)\b.*|\$L__tmp\d+:|^\.?Ltmp\d+:|^\s*;.*", "", line)
         for line in assembly.splitlines()
     )
-    code = hashlib.sha256("\n".join(line for line in lines if line.strip()).encode()).hexdigest()[:16]
+    text = "\n".join(line for line in lines if line.strip()).replace(metadata.name, "kernel")
+    code = hashlib.sha256(text.encode()).hexdigest()[:16]
     return Kernel(metadata.name, metadata.shared, registers, stack, metadata.num_warps, code)
