@@ -54,6 +54,11 @@ def choose(op: str, device: Any, requested: str | None = None, **call: Any) -> A
     return SimpleNamespace(name="torch", reason="the only backend in this file")
 
 
+def usable(device: Any) -> Any:
+    """Whether there is another backend, and why not."""
+    return False, "this file holds the PyTorch backend only"
+
+
 def backend_module(name: str) -> Any:
     """The PyTorch backend."""
     return _TORCH

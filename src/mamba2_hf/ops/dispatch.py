@@ -114,6 +114,11 @@ def backend_module(name: str) -> ModuleType:
     return _modules[name]
 
 
+def usable(device: torch.device) -> tuple[bool, str]:
+    """Whether Triton can run where the tensors are, and why (not)."""
+    return _usable(device)
+
+
 def report() -> list[BackendStatus]:
     """Every backend with whether it can be used on this machine, and why (not)."""
     return [BackendStatus(name, *_available(name)) for name in BACKENDS]
