@@ -237,6 +237,7 @@ class TestRepository:
     def test_house_files_exist(self):
         expected = (
             "README.md",
+            "CONTRIBUTING.md",
             "CHANGELOG.md",
             "LICENSE",
             "Makefile",
@@ -262,10 +263,17 @@ class TestRepository:
         assert "make test" in ci
         assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
-    def test_readme_links_lead_to_files(self):
-        links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+    def test_links_lead_to_files(self, page):
+        links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", (ROOT / page).read_text(encoding="utf-8"))
         broken = [link for link in links if "://" not in link and not (ROOT / link).exists()]
         assert not broken
+
+    def test_files_named_to_contributors_exist(self):
+        named = re.findall(r"`([\w/.]+\.py)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+        files = [str(path.relative_to(ROOT)) for path in tracked_files()]
+        assert named
+        assert not [name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)]
 
     def test_no_file_names_a_place_on_one_machine(self):
         place = re.compile(r"(?<![\w.:/])/(?:work|root|home|opt|mnt|Users)/[\w.]")

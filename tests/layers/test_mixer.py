@@ -1,4 +1,4 @@
-"""The mixer against the paper's drawing of it, its states, and the parameters that no cast reaches."""
+"""The mixer against the one page of examples/minimal_mamba2.py, its states, and the parameters that no cast reaches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import minimal_mamba2
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from mamba2_hf.errors import CacheError
 from mamba2_hf.layers import Mamba2Mixer, RMSNorm, SSDState
 from mamba2_hf.layers.norm import SiluGate
 from mamba2_hf.layers.sequence import PLAIN, sequence_layout
-from mamba2_hf.ops.scan.reference import ssd_recurrent
 
 BATCH, TOKENS, WIDTH = 2, 21, 16
 SIZES: dict[str, Any] = {"num_heads": 4, "head_dim": 8, "n_groups": 2, "state_size": 4}
@@ -51,54 +51,78 @@ def hidden_states() -> Tensor:
     return torch.randn(BATCH, TOKENS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def composed(mixer: Mamba2Mixer, hidden_states: Tensor) -> Tensor:
-    """The paper's Figure 6 written out, for one document per row."""
-    groups = mixer.n_groups * mixer.state_size
-    parts = mixer.in_proj(hidden_states).split([*[mixer.inner_size] * 2, groups, groups, mixer.num_heads], -1)
-    z, x, B, C, dt = (part * factor for part, factor in zip(parts, mixer.multipliers or (1,) * 5, strict=True))
-    xbc = torch.cat([x, B, C], -1)
-    xbc = nn.functional.silu(mixer.conv1d(xbc.mT)[..., : xbc.shape[1]].mT)
-    x, B, C = xbc.split([mixer.inner_size, groups, groups], -1)
-    y, _ = ssd_recurrent(
-        x.unflatten(-1, (mixer.num_heads, -1)),
-        dt,
-        -torch.exp(mixer.A_log),
-        B.unflatten(-1, (mixer.n_groups, -1)),
-        C.unflatten(-1, (mixer.n_groups, -1)),
-        D=mixer.D,
-        dt_bias=mixer.dt_bias,
-        dt_softplus=True,
-        dt_limit=mixer.dt_limit,
+class Gate(nn.Module):
+    """Gates without a norm."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return x * nn.functional.silu(gate)
+
+
+class NormFirst(minimal_mamba2.RMSNorm):
+    """Gates what it has normed."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        assert gate is not None
+        return super().forward(x) * nn.functional.silu(gate)
+
+
+def one_page(mixer: Mamba2Mixer) -> minimal_mamba2.Mamba2:
+    """The layer of ``examples/minimal_mamba2.py`` with the weights of ``mixer``, and what hybrids vary around it."""
+    norm = mixer.norm
+    config = minimal_mamba2.Config(
+        hidden_size=WIDTH,
+        num_heads=mixer.num_heads,
+        head_dim=mixer.head_dim,
+        state_size=mixer.state_size,
+        n_groups=mixer.n_groups,
+        conv_kernel=mixer.conv_kernel,
+        chunk_size=5,
+        time_step_limit=mixer.dt_limit,
+        use_bias=mixer.in_proj.bias is not None,
+        use_conv_bias=mixer.conv1d.bias is not None,
     )
-    size = mixer.norm.group_size
-    y = y.flatten(-2).unflatten(-1, (-1, size))
-    gate = nn.functional.silu(z).unflatten(-1, (-1, size))
-    if isinstance(mixer.norm, SiluGate):
-        return mixer.out_proj((y * gate).flatten(-2))
-    if not mixer.norm.norm_before_gate:
-        y = y * gate
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + mixer.norm.eps)
-    y = y * mixer.norm.weight.unflatten(-1, (-1, size))
-    if mixer.norm.norm_before_gate:
-        y = y * gate
-    return mixer.out_proj(y.flatten(-2))
+    layer = minimal_mamba2.Mamba2(config)
+    if isinstance(norm, SiluGate):
+        layer.norm = Gate()
+    else:
+        kind = NormFirst if norm.norm_before_gate else minimal_mamba2.RMSNorm
+        layer.norm = kind(mixer.inner_size, norm.eps, mixer.inner_size // norm.group_size)
+    if mixer.multipliers:
+        maps = mixer.n_groups * mixer.state_size
+        sizes = torch.tensor([mixer.inner_size, mixer.inner_size, maps, maps, mixer.num_heads])
+        scale = torch.tensor(mixer.multipliers, dtype=torch.float64).repeat_interleave(sizes)
+        layer.in_proj.register_forward_hook(lambda module, args, out: out * scale)
+    layer.double().load_state_dict(mixer.state_dict())
+    return layer
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 class TestResults:
     def test_are_the_paper_s(self, options: str, hidden_states: Tensor) -> None:
         mixer = make_mixer(**OPTIONS[options])
-        torch.testing.assert_close(mixer(hidden_states), composed(mixer, hidden_states), atol=1e-10, rtol=1e-8)
+        expected, _ = one_page(mixer)(hidden_states)
+        torch.testing.assert_close(mixer(hidden_states), expected, atol=1e-10, rtol=1e-8)
 
     def test_gradients_are_the_paper_s(self, options: str, hidden_states: Tensor) -> None:
         mixer = make_mixer(**OPTIONS[options])
-        hidden_states.requires_grad_()
-        inputs = [hidden_states, *mixer.parameters()]
+        layer = one_page(mixer)
         probe = torch.randn_like(hidden_states)
-        got = torch.autograd.grad((mixer(hidden_states) * probe).sum(), inputs)
-        expected = torch.autograd.grad((composed(mixer, hidden_states) * probe).sum(), inputs)
-        for one, other in zip(got, expected, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-7)
+        (mixer(ours := hidden_states.clone().requires_grad_()) * probe).sum().backward()
+        (layer(theirs := hidden_states.clone().requires_grad_())[0] * probe).sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-9, rtol=1e-7)
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(mixer.get_parameter(name).grad, parameter.grad, atol=1e-9, rtol=1e-7, msg=name)
+
+    @pytest.mark.parametrize("prompt", [0, 1, 13])
+    @torch.no_grad()
+    def test_states_are_the_paper_s(self, prompt: int, options: str, hidden_states: Tensor) -> None:
+        """After a prompt and steps."""
+        mixer, state = make_mixer(**OPTIONS[options]), SSDState()
+        layer, expected = one_page(mixer), None
+        for part in hidden_states.split([prompt, *[1] * (TOKENS - prompt)], 1)[prompt == 0 :]:
+            out, expected = layer(part, expected)
+            torch.testing.assert_close(mixer(part, state=state), out, atol=1e-10, rtol=1e-8)
+        torch.testing.assert_close((state.conv, state.ssm), expected, atol=1e-10, rtol=1e-8)
 
     @pytest.mark.parametrize("split", [[21], [1] * 21, [2, 6, 1, 1, 11], [20, 1]])
     def test_states_carry_over_any_split(self, split: list[int], options: str, hidden_states: Tensor) -> None:

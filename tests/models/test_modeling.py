@@ -8,8 +8,10 @@ import math
 import pickle
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import minimal_mamba2
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,6 +104,41 @@ class TestAgainstStock:
         for ours, stock in ((Mamba2ForCausalLM, StockForCausalLM), (Mamba2Model, StockModel)):
             wanted = inspect.signature(stock.forward).parameters.keys() - {"kwargs"}
             assert wanted <= inspect.signature(ours.forward).parameters.keys()
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_groups": 1}, {"n_groups": 8, "conv_kernel": 3}, {"use_bias": False}])
+class TestAgainstOnePage:
+    """The whole model of ``examples/minimal_mamba2.py``, in fp64."""
+
+    def both(self, tiny_model: Make, tmp_path: Path, changes: dict[str, Any]) -> tuple[Any, minimal_mamba2.Mamba2LM]:
+        model = tiny_model(**changes).double()
+        model.save_pretrained(tmp_path)
+        page = minimal_mamba2.Mamba2LM(minimal_mamba2.Config.read(tmp_path)).double()
+        page.load_state_dict(model.state_dict())
+        return model, page
+
+    @pytest.mark.parametrize("tokens", [1, 2, 65, 129])
+    def test_loss_and_gradients(self, tiny_model: Make, tmp_path: Path, changes: dict[str, Any], tokens: int) -> None:
+        model, page = self.both(tiny_model, tmp_path, changes)
+        ids = torch.randint(3, 61, (2, tokens + 1), generator=torch.Generator().manual_seed(tokens))
+        losses = []
+        for logits in (model(ids[:, :-1]).logits, page(ids[:, :-1])[0]):
+            losses.append(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+            losses[-1].backward()
+        torch.testing.assert_close(*losses, rtol=0, atol=1e-10)
+        for name, parameter in page.named_parameters():
+            torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad, rtol=1e-7, atol=1e-10, msg=name)
+
+    @torch.no_grad()
+    def test_a_prompt_and_then_steps(self, tiny_model: Make, tmp_path: Path, changes: dict[str, Any]) -> None:
+        model, page = self.both(tiny_model, tmp_path, changes)
+        ids = torch.randint(3, 61, (2, 75), generator=torch.Generator().manual_seed(0))
+        cache, states = None, None
+        for part in ids.split([67, *[1] * 8], 1):
+            out = model(part, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            expected, states = page(part, states)
+            torch.testing.assert_close(out.logits, expected, rtol=0, atol=1e-10)
 
 
 class TestHiddenStates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -32,6 +33,7 @@ class Kernel(NamedTuple):
     registers: int | None  # None where the target has no tool that tells
     stack: int | None  # bytes of local memory a thread: what was spilled
     warps: int
+    code: str  # a digest of its assembly, without what says where in the source it came from
 
 
 class _Driver:
@@ -85,4 +87,11 @@ def _describe(kernel: object, target: str) -> Kernel:
             file.flush()
             usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
         registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-    return Kernel(metadata.name, metadata.shared, registers, stack, metadata.num_warps)
+    assembly = (kernel.asm.get("ptx") or kernel.asm["amdgcn"]).split("\t.section\t.debug")[0]
+    lines = (
+        re.sub(r"//.*|^\s*(\.loc|\.file)\b.*|\$L__tmp\d+:|^\.?Ltmp\d+:|^\s*;.*", "", line)
+        for line in assembly.splitlines()
+    )
+    text = "\n".join(line for line in lines if line.strip()).replace(metadata.name, "kernel")
+    code = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Kernel(metadata.name, metadata.shared, registers, stack, metadata.num_warps, code)

@@ -234,7 +234,7 @@ class TestMemory:
     ("changes", "message"),
     [
         ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels has shape \(3,\), expected \(37,\)"),
-        ({"labels": torch.zeros(ROWS)}, "labels have dtype torch.float32, expected integers"),
+        ({"labels": torch.zeros(ROWS)}, "labels has dtype torch.float32, expected an integer dtype"),
         ({"weight": torch.zeros(VOCAB, 5, dtype=torch.float64)}, r"weight has shape \(61, 5\), expected \(61, 24\)"),
         ({"weight": torch.zeros(VOCAB, WIDTH)}, "hidden has dtype torch.float64, weight torch.float32"),
         ({"hidden": torch.zeros(2, 3, WIDTH)}, r"hidden has 3 dimensions \(2, 3, 24\), expected 2"),

@@ -14,11 +14,9 @@ from torch import Tensor
 from mamba2_hf.ops import ssd_chunk_scan
 from mamba2_hf.ops.dispatch import backend_module
 from mamba2_hf.ops.runtime import tables
-from mamba2_hf.ops.runtime.launch import launch
 from mamba2_hf.ops.scan import problem
 from mamba2_hf.ops.scan.op import Scan
-from mamba2_hf.ops.scan.prep import prep_backward_kernel
-from mamba2_hf.ops.scan.reference import ssd_chunked, ssd_recurrent
+from mamba2_hf.ops.scan.reference import ssd_recurrent
 from mamba2_hf.ops.spec import Packing, SSDShape
 
 pytestmark = pytest.mark.usefixtures("poison", "triton_serves")
@@ -247,10 +245,11 @@ def test_large_tensors(sizes: tuple[int, ...]) -> None:
         y, _ = scan(given[0], given[1], A.to(torch.promote_types(x.dtype, A.dtype)), given[2], given[3])
         return y, *torch.autograd.grad(y, given, dy)
 
-    actual = run(*rows, dy, partial(ssd_chunk_scan, dt_softplus=True, return_final_states=True, backend="triton"))
+    scan = partial(ssd_chunk_scan, dt_softplus=True, return_final_states=True)
+    actual = run(*rows, dy, partial(scan, backend="triton"))
     for row in {0, B - 1}:
         cut = [t[row : row + 1].double() for t in (*rows, dy)]
-        expected = run(*cut, partial(ssd_chunked, dt_softplus=True, chunk_size=128))
+        expected = run(*cut, partial(scan, chunk_size=128, backend="torch"))
         for a, e in zip(actual, expected, strict=True):
             assert (a[row : row + 1].double() - e).norm() < TOLERANCE[torch.bfloat16] * e.norm()
 
@@ -450,17 +449,9 @@ def test_pieces_of_a_wide_head_add_up() -> None:
     ends = torch.randn(pieces.chunks, 3, 2, generator=draw).to(DEVICE)
 
     def gradients(dots: Tensor, ends: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        ddt, shares = torch.empty(2, 70, 3, device=DEVICE), torch.empty(pieces.chunks, 3, 3, device=DEVICE)
-        launch(
-            prep_backward_kernel,
-            (pieces.chunks, 1),
-            *(call.args.dt, call.args.dt_bias, call.args.A, pieces.steps, dots, ends, ddt, shares, None),
-            *(70, pieces.per_row, 3, 0.0, math.inf, *call.args.dt.stride()[:2], *ddt.stride()[:2]),
-            **call.prep_flags(64),
-            DOTS=4,
-            PIECES=count,
-        )
-        return ddt, shares
+        ddt = torch.empty(2, 70, 3, device=DEVICE)
+        flat = dots.view(pieces.chunks, 3 * count, 4, 64), ends.view(pieces.chunks, -1)
+        return ddt, problem.step_gradients(call.args, pieces.steps, *flat, ddt, pieces.per_row, None)
 
     with torch.no_grad():
         found = gradients(dots, ends, 2)

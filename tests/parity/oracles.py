@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import minimal_mamba2
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 State = Mapping[str, Tensor]
@@ -26,22 +26,18 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def mamba2(x: Tensor, state: State, prefix: str, *, head_dim: int, groups: int, states: int) -> Tensor:
-    """``(T, d)`` to ``(T, d)``, by the recurrence."""
-    heads = len(state[f"{prefix}.A_log"])
-    inner = heads * head_dim
-    z, xbc, dt = (x @ state[f"{prefix}.in_proj.weight"].T).split([inner, inner + 2 * groups * states, heads], -1)
-    xbc = F.silu(convolve(xbc, state[f"{prefix}.conv1d.weight"], state[f"{prefix}.conv1d.bias"]))
-    values, b, c = xbc.split([inner, groups * states, groups * states], -1)
-    dt = F.softplus(dt + state[f"{prefix}.dt_bias"])
-    decay = torch.exp(-dt * state[f"{prefix}.A_log"].exp())
-    hidden, outputs = x.new_zeros(heads, head_dim, states), []
-    for t in range(len(x)):
-        v = values[t].view(heads, head_dim)
-        bt, ct = (m[t].view(groups, states).repeat_interleave(heads // groups, 0) for m in (b, c))
-        hidden = decay[t, :, None, None] * hidden + torch.einsum("h,hp,hn->hpn", dt[t], v, bt)
-        outputs.append((torch.einsum("hpn,hn->hp", hidden, ct) + state[f"{prefix}.D"][:, None] * v).flatten())
-    gated = torch.stack(outputs) * F.silu(z)
-    return rms_norm(gated, state[f"{prefix}.norm.weight"], groups) @ state[f"{prefix}.out_proj.weight"].T
+    """``(T, d)`` to ``(T, d)``, by the layer of ``examples/minimal_mamba2.py``."""
+    config = minimal_mamba2.Config(
+        hidden_size=x.shape[1],
+        num_heads=len(state[f"{prefix}.A_log"]),
+        head_dim=head_dim,
+        n_groups=groups,
+        state_size=states,
+        conv_kernel=state[f"{prefix}.conv1d.weight"].shape[-1],
+    )
+    layer = minimal_mamba2.Mamba2(config).to(x.dtype)
+    layer.load_state_dict({name: state[f"{prefix}.{name}"] for name in layer.state_dict()})
+    return layer(x[None])[0][0]
 
 
 def rotate(x: Tensor, size: int, base: float = 10000.0) -> Tensor:

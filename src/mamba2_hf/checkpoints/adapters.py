@@ -60,11 +60,6 @@ class _Pair:
     magnitude: Tensor | None = None
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").exists()
-
-
 def convert_adapter(
     source: str | Path,
     destination: str | Path,

@@ -222,7 +222,7 @@ class _Stops:
 
     def __enter__(self) -> _Stops:
         if threading.current_thread() is threading.main_thread():
-            # A handler that somebody installed knows better what to do, and nohup's ignoring is meant.
+            # A handler that was installed knows better what to do, and nohup's ignoring is meant.
             for name, default in (("SIGINT", signal.default_int_handler), ("SIGTERM", None), ("SIGHUP", None)):
                 number = getattr(signal, name, None)
                 if number is not None and signal.getsignal(number) == (default or signal.SIG_DFL):

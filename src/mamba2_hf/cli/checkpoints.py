@@ -241,7 +241,7 @@ def verify(
     Prints the largest difference of a logit. Exits with 1 if the two are not the same model.
     """
     with _errors():
-        _hush()
+        _quiet_transformers()
         from ..checkpoints import verify as run
 
         result = run(first, second, tokens=tokens, seed=seed, tolerance=tolerance)
@@ -375,8 +375,8 @@ def _bar(*, hidden: bool) -> Iterator[Any]:
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
-def _hush() -> None:
-    """No progress bars and warnings of transformers in between."""
+def _quiet_transformers() -> None:
+    """Keeps progress bars and warnings of transformers out of what is printed."""
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -24,16 +24,8 @@ def attend_eagerly(
     module: Attention, queries: Tensor, keys: Tensor, values: Tensor, placement: Placement, weights: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """:data:`Attend` in plain PyTorch, with every weight in memory."""
-    rows, tokens = torch.arange(queries.shape[0]), torch.arange(queries.shape[2])
-    places = (
-        rows[:, None, None, None],
-        None,
-        tokens[None, None, :, None],
-        torch.arange(keys.shape[2])[None, None, None],
-    )
-    visible = placement.visible(module.window, keys.shape[2])(
-        *(None if place is None else place.to(queries.device) for place in places)
-    )
+    row, query, key = (torch.arange(t.shape[i], device=t.device) for t, i in ((queries, 0), (queries, 2), (keys, 2)))
+    visible = placement.visible(module.window, len(key))(row[:, None, None, None], None, query[:, None], key)
     mask = torch.zeros((), dtype=queries.dtype, device=queries.device).masked_fill(~visible, float("-inf"))
     return attention(module, queries, keys, values, mask, module.scale, weights=weights)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import CacheError
 from .placement import Placement
-from .state import NOT_RECORDED, Recorder
+from .state import NOT_RECORDED, Recorder, check_rows
 
 
 class KeyValueState(Recorder):
@@ -56,18 +56,17 @@ class KeyValueState(Recorder):
 
     def crop(self, tokens: int) -> None:
         """Forgets the last ``tokens`` of those recorded, and settles the others: they cannot be removed later."""
-        if tokens and self.keys is not None and self.values is not None:
+        if tokens and self.keys is not None:
             assert tokens <= self.recorded_tokens
             self.started = self._was_started or tokens < self.recorded_tokens
             if self.window is None and self.capacity is None:
-                self.replace(keys=self.keys[:, :, :-tokens], values=self.values[:, :, :-tokens])
+                self._replace(*(held[:, :, :-tokens] for held in self.pair))
             for name, parts in self._past.items():
-                if name == "conv":
-                    joined = torch.cat(parts, 2)
-                    self.update_conv(joined[:, :, : joined.shape[2] - tokens][:, :, -parts[0].shape[2] :])
-                    continue
                 held = torch.cat(parts, 2)
                 held = held[:, :, : held.shape[2] - tokens]
+                if name == "conv":
+                    self.update_conv(held[:, :, -parts[0].shape[2] :])
+                    continue
                 assert self.limit is not None
                 held = held[:, :, max(held.shape[2] - self.limit, 0) :]
                 if self.capacity is None:
@@ -89,13 +88,14 @@ class KeyValueState(Recorder):
         Raises:
             CacheError: the state belongs to another batch size.
         """
-        self._check_rows(keys.shape[0])
+        if self.started:
+            check_rows(self.batch_size, keys.shape[0])
         self.leave_inference_mode()
         if self.record_past:
             self._record(keys, values, placement)
         if self.capacity is None:
             return self._grow(keys, values, placement)
-        if self.keys is None or self.values is None or (not self.started and self.keys.shape[0] != keys.shape[0]):
+        if self.keys is None or (not self.started and self.keys.shape[0] != keys.shape[0]):
             self.allocate(keys, values)
         started, self.started = self.started, True
         if self.limit is not None:
@@ -104,58 +104,60 @@ class KeyValueState(Recorder):
 
     def _grow(self, keys: Tensor, values: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
         stored = 0
-        if self.started and self.keys is not None and self.values is not None:
+        if self.started and self.keys is not None:
             stored = self.keys.shape[2]
-            keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+            keys, values = self._joined(keys, values)
         width, index = placement.kept(stored, self.limit)
-        self.replace(keys=_keep(keys, width, index), values=_keep(values, width, index))
+        self._replace(_keep(keys, width, index), _keep(values, width, index))
         self.started = True
         return keys, values
 
+    def _joined(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What is held, then these."""
+        held = self.pair
+        return torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2)
+
+    def _replace(self, keys: Tensor, values: Tensor) -> None:
+        self.replace(keys=keys, values=values)
+
+    def _copy(self, pair: tuple[Tensor, Tensor], width: int, index: Tensor | None) -> None:
+        """Fills the buffers with those of ``pair`` that :func:`_keep` chooses."""
+        for buffer, new in zip(self.pair, pair, strict=True):
+            buffer.copy_(_keep(new, width, index))
+
     def _slide(self, keys: Tensor, values: Tensor, placement: Placement, started: bool) -> tuple[Tensor, Tensor]:
-        """A buffer of the last keys, aligned to the right."""
-        assert self.keys is not None
-        assert self.values is not None
-        stored = self.keys.shape[2]
-        joined = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
-        width, index = placement.kept(stored, stored)
-        self.keys.copy_(_keep(joined[0], width, index))
-        self.values.copy_(_keep(joined[1], width, index))
+        """Adds to buffers of the last keys, aligned to the right."""
+        stored, joined = self.pair[0].shape[2], self._joined(keys, values)
+        self._copy(joined, *placement.kept(stored, stored))
         return joined if started else (keys, values)
 
     def _fill(self, keys: Tensor, values: Tensor, placement: Placement, started: bool) -> tuple[Tensor, Tensor]:
-        """A buffer of all keys, filled from the left."""
-        assert self.keys is not None
-        assert self.values is not None
+        """Adds to buffers of all keys, filled from the left."""
         assert placement.past is not None
+        held = self.pair
         past, tokens = placement.past[:, None], keys.shape[2]
         if started and tokens == 1:
             index = past[:, None, :, None].expand_as(keys)  # (B, H, 1, D)
+            seen = held
             if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-                seen = self.keys.scatter(2, index, keys), self.values.scatter(2, index, values)
-            else:
-                seen = self.keys, self.values
-            self.keys.scatter_(2, index, keys.detach())
-            self.values.scatter_(2, index, values.detach())
+                seen = held[0].scatter(2, index, keys), held[1].scatter(2, index, values)
+            held[0].scatter_(2, index, keys.detach())
+            held[1].scatter_(2, index, values.detach())
             return seen
         if placement.fresh is None and placement.starts is None and not started:
-            self.keys[:, :, :tokens] = keys.detach()
-            self.values[:, :, :tokens] = values.detach()
+            held[0][:, :, :tokens] = keys.detach()
+            held[1][:, :, :tokens] = values.detach()
             return keys, values
         # The key at a place of the buffer is a cached one or a new one, told relative to the first new one.
         assert placement.lengths is not None
-        slots = torch.arange(self.keys.shape[2], device=past.device)  # (L,)
+        slots = torch.arange(held[0].shape[2], device=past.device)  # (L,)
         fresh = tokens if placement.fresh is None else placement.fresh[:, None]
         place = slots + fresh - placement.lengths[:, None]  # (B, L)
-        seen = keys, values
-        behind = 0
+        seen, behind = (keys, values), 0
         if started:
-            behind = self.keys.shape[2]
-            seen = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+            seen, behind = self._joined(keys, values), held[0].shape[2]
             place = torch.where(place < 0, place + past, place + behind)
-        index = place.clamp(0, behind + tokens - 1)
-        self.keys.copy_(_keep(seen[0], behind, index))
-        self.values.copy_(_keep(seen[1], behind, index))
+        self._copy(seen, behind, place.clamp(0, behind + tokens - 1))
         return seen
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:
@@ -164,10 +166,7 @@ class KeyValueState(Recorder):
         """
         assert self.capacity is not None
         length = self.capacity if self.limit is None else self.limit
-        self.replace(
-            keys=keys.new_zeros(*keys.shape[:2], length, keys.shape[3]),
-            values=values.new_zeros(*values.shape[:2], length, values.shape[3]),
-        )
+        self._replace(*(new.new_zeros(*new.shape[:2], length, new.shape[3]) for new in (keys, values)))
 
     def reserve(self, capacity: int) -> None:
         """Makes room for ``capacity`` tokens of a row, no fewer than now, keeping what is there."""
@@ -175,27 +174,26 @@ class KeyValueState(Recorder):
         assert before is not None
         more = (self.limit or capacity) - before
         places = (0, 0, 0, more) if self.limit is None else (0, 0, more, 0)  # as they are aligned
-        if self.keys is not None and self.values is not None and more:
-            self.replace(keys=F.pad(self.keys, places), values=F.pad(self.values, places))
+        if self.keys is not None and more:
+            self._replace(*(F.pad(held, places) for held in self.pair))
 
     def own_keys(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``(B, H, S, D)``, each row's own at the right end: as many as the longest of ``lengths (B,)``
         or, if there is a window, as it leaves of them.
         """
-        assert self.keys is not None
-        assert self.values is not None
-        width = int(lengths.max())
+        keys, values = self.pair
+        width, index = int(lengths.max()), None
         if self.capacity is not None and self.limit is None:
-            columns = torch.arange(width, device=self.keys.device)[None]
-            index = (columns + lengths.to(self.keys.device)[:, None] - width).clamp(min=0)
-            return _keep(self.keys, width, index), _keep(self.values, width, index)
-        width = width if self.limit is None else min(width, self.limit)
-        return _keep(self.keys, width, None), _keep(self.values, width, None)
+            columns = torch.arange(width, device=keys.device)[None]
+            index = (columns + lengths.to(keys.device)[:, None] - width).clamp(min=0)
+        elif self.limit is not None:
+            width = min(width, self.limit)
+        return _keep(keys, width, index), _keep(values, width, index)
 
     def restore(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
         """Takes what :meth:`own_keys` gave, in whatever kind of buffers this state has."""
         if self.capacity is None:
-            self.replace(keys=keys.clone(), values=values.clone())
+            self._replace(keys.clone(), values.clone())
         else:
             self.allocate(keys, values)
             self.write_rows(slice(None), keys, values, lengths)
@@ -203,18 +201,16 @@ class KeyValueState(Recorder):
 
     def write_rows(self, rows: slice, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
         """Writes what :meth:`own_keys` gave into ``rows`` of buffers with a capacity."""
-        assert self.keys is not None
-        assert self.values is not None
         width = keys.shape[2]
         if self.limit is None:
             columns = torch.arange(width, device=keys.device)[None]
             index = (columns + width - lengths.to(keys.device)[:, None]).clamp(max=width - 1)
-            self.keys[rows, :, :width] = _keep(keys, width, index)
-            self.values[rows, :, :width] = _keep(values, width, index)
+            for held, new in zip(self.pair, (keys, values), strict=True):
+                held[rows, :, :width] = _keep(new, width, index)
         elif width:
             width = min(width, self.limit)
-            self.keys[rows, :, -width:] = keys[:, :, -width:]
-            self.values[rows, :, -width:] = values[:, :, -width:]
+            for held, new in zip(self.pair, (keys, values), strict=True):
+                held[rows, :, -width:] = new[:, :, -width:]
 
     def put(self, row: int, other: KeyValueState | None, lengths: Tensor) -> None:
         """Replaces a sequence by the only one of another state, with as many keys as ``lengths (1,)`` says, or by none,
@@ -233,7 +229,7 @@ class KeyValueState(Recorder):
         """
         if not self.started or self.conv is None:
             return None
-        self._check_rows(rows)
+        check_rows(self.batch_size, rows)
         self.leave_inference_mode()
         return self.conv.clone() if torch.is_grad_enabled() else self.conv
 
@@ -250,12 +246,12 @@ class KeyValueState(Recorder):
             self.leave_inference_mode()
             self.conv.copy_(conv.detach())
 
-    def _check_rows(self, rows: int) -> None:
-        if self.started and self.batch_size != rows:
-            raise CacheError(
-                f"the cache holds {self.batch_size} sequences and the input has {rows}: use batch_repeat_interleave or "
-                "batch_select_indices, or start with an empty cache"
-            )
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, of a state that has them."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
 
     @property
     def batch_size(self) -> int:

@@ -228,7 +228,7 @@ class Mamba2Mixer(KeepsFp32):
         state.record(inputs, x, dt.to(A.dtype) + self.dt_bias, B, A, self.dt_limit)
 
     def _attention_matrix(self, zxbcdt: Tensor, layout: SequenceLayout) -> Tensor:
-        """``(B, H, T, T)``."""
+        """The SSD attention matrix of each head, ``(B, H, T, T)``."""
         _, xbc, dt = self._split(zxbcdt)
         _, B, C = self._split_xbc(self._convolve(xbc, None, layout)[0])
         seq_idx = layout.seq_idx

@@ -193,9 +193,9 @@ class MoE(nn.Module):
     """A router and its experts, with an MLP beside them that every token passes.
 
     Args:
-        router: decides.
-        experts: compute.
-        shared: the MLP; None for none.
+        router: chooses the experts of a token, and their weights.
+        experts: as :class:`Experts`.
+        shared: the MLP that every token passes; None for none.
         hidden_size: width of a token.
         latent_size: width that tokens are projected to for the experts; None for their own.
         bias: whether the projections to that width and back have a bias.

@@ -3,7 +3,7 @@
 Attention runs on a grid ``(B, T)`` in which the tokens of a row that count lie at its left, whatever padding the input
 had. A key's place is told relative to the first new token of its row: 0, 1, ... are new, -1, -2, ... are cached. A
 token sees the keys from the first one of its document (of its window) up to itself. Padding stands behind the tokens
-that count, where none of them looks, so that a padded batch needs no more of a mask than one without padding.
+that count, where no query sees it, so that a padded batch needs no more of a mask than one without padding.
 
 The cache keeps the keys of each row's last document only, as no later token may see others.
 """
@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CacheError
+from ..ops.packing import bounded_starts, document_starts
 from .sequence import SequenceLayout, kept_first, rank, take
-from .state import Buffers
+from .state import Buffers, check_rows
 
 Visible = Callable[[Any, Any, Any, Any], Tensor]
 """Of row, head, query and key: whether the query sees the key. Indices may be numbers or tensors that broadcast."""
@@ -65,7 +66,7 @@ class KeyCounts(Buffers):
         self.shift: Tensor | None = None  # (B,) positions of rotary embeddings past these counts
 
     def reset(self) -> None:
-        """No keys."""
+        """Forgets all keys."""
         self.width = 0
         if self.capacity is None:
             self.replace(lengths=None, shift=None)
@@ -348,11 +349,7 @@ def place(layout: SequenceLayout, rows: int, tokens: int, counts: KeyCounts | No
             past = None  # of the rows before a reset
         if past is not None:
             past = past.to(device)
-            if past.shape[0] != rows:
-                raise CacheError(
-                    f"the cache holds {past.shape[0]} sequences and the input has {rows}: use batch_repeat_interleave "
-                    "or batch_select_indices, or start with an empty cache"
-                )
+            check_rows(past.shape[0], rows)
             if torch.is_grad_enabled() or not _is_writable(past):
                 past = past.clone()  # autograd may keep it for a backward that runs after the next call
     if capacity is not None:
@@ -390,13 +387,9 @@ def place(layout: SequenceLayout, rows: int, tokens: int, counts: KeyCounts | No
 def _document_starts(layout: SequenceLayout, rows: int, tokens: int, to_grid: Tensor | None) -> Tensor | None:
     """``(B, T)`` the column where each token's document starts; None if every row is one document."""
     if layout.seq_idx is not None:
-        changes = F.pad(layout.seq_idx[:, 1:] != layout.seq_idx[:, :-1], (1, 0))
+        changes = document_starts(layout.seq_idx)
     elif layout.cu_seqlens is not None and layout.first is not None:
-        bounds = layout.cu_seqlens.long()
-        length = tokens if layout.source is None else layout.source.shape[0]
-        flags = torch.zeros(length + 1, dtype=torch.bool, device=bounds.device)
-        flags = flags.index_fill(0, bounds.clamp(max=length), True)[:length]
-        flags = flags | (torch.arange(length, device=bounds.device) >= bounds[-1])  # what belongs to no document
+        flags = bounded_starts(layout.cu_seqlens, tokens if layout.source is None else layout.source.shape[0])
         changes = flags[None]
         if layout.slot is not None and to_grid is not None:
             changes = take(flags, take(layout.slot.flatten(), to_grid))

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..ops import Packing
 from ..ops.checks import check_packing
+from ..ops.packing import bounded_starts, document_starts
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def sequence_layout(
         return _without_padding(keep, seq_idx)
     if seq_idx is None:
         return PLAIN
-    return SequenceLayout(seq_idx=seq_idx, breaks=_changes(seq_idx))
+    return SequenceLayout(seq_idx=seq_idx, breaks=document_starts(seq_idx))
 
 
 def _mask(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
@@ -200,9 +201,7 @@ def _flat(batch: int, tokens: int, keep: Tensor | None, cu_seqlens: Tensor) -> S
         raise ArgumentError(f"cu_seq_lens were given with batch {batch}: lay the documents end to end in one row")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ArgumentError(f"cu_seq_lens has shape {tuple(cu_seqlens.shape)}, expected (S + 1,) for S >= 1 documents")
-    starts = torch.zeros(tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
-    starts = starts.index_fill(0, cu_seqlens.long().clamp(max=tokens), True)[:tokens]
-    starts = starts | (torch.arange(tokens, device=starts.device) >= cu_seqlens[-1])  # what belongs to no document
+    starts = bounded_starts(cu_seqlens, tokens)
     first = cu_seqlens.new_zeros(1, dtype=torch.long)
     last = first + cu_seqlens.shape[0] - 2
     if keep is None:
@@ -261,11 +260,6 @@ def _gaps(keep: Tensor) -> Tensor:
     return F.pad(~(keep[:, 1:] & keep[:, :-1]), (1, 0), value=True)
 
 
-def _changes(seq_idx: Tensor) -> Tensor:
-    """``(B, T)``: whether a token's document is not its left neighbor's."""
-    return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
-
-
 def _without_padding(keep: Tensor, seq_idx: Tensor | None) -> SequenceLayout:
     """The tokens that count, end to end: a document per row, or several where ``seq_idx`` says so."""
     batch, tokens = keep.shape
@@ -280,7 +274,7 @@ def _without_padding(keep: Tensor, seq_idx: Tensor | None) -> SequenceLayout:
         cu_seqlens = F.pad(keep.sum(1).cumsum(0), (1, 0))
         return SequenceLayout(cu_seqlens=cu_seqlens, source=source, slot=slot, keep=keep, breaks=breaks)
 
-    breaks = breaks | _changes(seq_idx)
+    breaks = breaks | document_starts(seq_idx)
     row, document = source // tokens, seq_idx.flatten()[source]
     new = F.pad((row[1:] == row[:-1]) & (document[1:] != document[:-1]), (1, 0))
     more = torch.zeros(batch, dtype=torch.long, device=keep.device).index_add(0, row, new.long())

@@ -19,6 +19,15 @@ NOT_RECORDED = (
 """What a state says that records, and gets what it cannot take back."""
 
 
+def check_rows(held: int, rows: int) -> None:
+    """Raises :class:`CacheError` unless a cache of ``held`` sequences is given as many ``rows``."""
+    if held != rows:
+        raise CacheError(
+            f"the cache holds {held} sequences and the input has {rows}: use batch_repeat_interleave or "
+            "batch_select_indices, or start with an empty cache"
+        )
+
+
 def pick(buffer: Tensor, indices: Tensor) -> Tensor:
     """The rows of ``buffer`` at ``indices``, in its own memory where they are as many as before."""
     picked = buffer.index_select(0, indices.to(buffer.device))
@@ -40,7 +49,7 @@ class Buffers:
     """Tensors that calls write in place, so that compiled and captured graphs find them where they were.
 
     A buffer is replaced by :meth:`replace`, and by nothing else. It calls ``on_move``, by which the owner of a graph
-    learns that the graph would write to memory that nobody reads. A copy of the owner is told by copies of its buffers.
+    learns that the graph would write to memory no longer read. A copy of the owner is told by copies of its buffers.
     """
 
     names: ClassVar[tuple[str, ...]]
@@ -161,7 +170,7 @@ class SSDState(Recorder):
         inputs, x, dt, B = (torch.cat(parts, 1)[:, :kept] for parts in zip(*self.recorded, strict=True))
         conv, ssm = (torch.zeros_like(self.conv), None) if self._before is None else self._before
         A, dt_limit = self._decay
-        # C is of the output alone, which nobody reads.
+        # C is of the output alone, which is not used.
         _, ssm = ops.ssd_chunk_scan(
             *(x, dt, A, B, B), dt_softplus=True, dt_limit=dt_limit, initial_states=ssm, return_final_states=True
         )
@@ -199,11 +208,7 @@ class SSDState(Recorder):
         """
         if not self.started or self.conv is None or self.ssm is None:
             return None, None
-        if self.conv.shape[0] != batch:
-            raise CacheError(
-                f"the cache holds {self.conv.shape[0]} sequences and the input has {batch}: "
-                "use batch_repeat_interleave or batch_select_indices, or start with an empty cache"
-            )
+        check_rows(self.conv.shape[0], batch)
         self.leave_inference_mode()
         return (self.conv.clone(), self.ssm.clone()) if torch.is_grad_enabled() else (self.conv, self.ssm)
 

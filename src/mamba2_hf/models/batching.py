@@ -108,7 +108,7 @@ class _Running:
     ends: frozenset[int]
     samples: bool
     processors: LogitsProcessorList
-    company: Any
+    sampler: Any  # see `_sampler`
     generator: torch.Generator
     on_token: Callable[[int], None] | None
     tokens: list[int] = field(default_factory=list)
@@ -125,15 +125,15 @@ class _Running:
         return (self.tokens or self.ids)[-1]
 
 
-def _company(config: GenerationConfig, processors: LogitsProcessorList) -> Any:
-    """What requests have in common that may choose their tokens together; None for one that has to choose alone."""
+def _sampler(config: GenerationConfig, processors: LogitsProcessorList) -> Any:
+    """The settings that requests share whose tokens are chosen together; None for one that has to choose alone."""
     if not config.do_sample or any(type(each) not in _BY_SCORES for each in processors):
         return None
     return tuple((type(each), *sorted(vars(each).items())) for each in processors)
 
 
 def _choose(logits: Tensor, requests: Sequence[_Running]) -> Tensor:
-    """The next tokens ``(n,)`` of one request, or of several in the same company, by logits ``(n, V)``, as ``generate``
+    """The next tokens ``(n,)`` of one request, or of several with one sampler, by logits ``(n, V)``, as ``generate``
     would; -1 where those are no numbers.
     """
     first = requests[0]
@@ -294,7 +294,7 @@ class ContinuousBatch:
                 ends=frozenset(() if ends is None else [ends] if isinstance(ends, int) else ends),
                 samples=config.do_sample,
                 processors=processors,
-                company=_company(config, processors),
+                sampler=_sampler(config, processors),
                 generator=torch.Generator(device).manual_seed(seed),
                 on_token=request.on_token,
             )
@@ -369,7 +369,7 @@ class ContinuousBatch:
             cache = Mamba2Cache(self.model.config, state_dtype=self._state_dtype)
             state = self.model.read(ids[:, :-1], past_key_values=cache)
         self.cache.put(row, state)
-        running.text = ids if running.processors and running.company is None else None
+        running.text = ids if running.processors and running.sampler is None else None
         self._rows[row] = running
 
     def _look_at_model(self) -> None:
@@ -397,8 +397,8 @@ class ContinuousBatch:
         together: dict[Any, list[int]] = {}
         for row, running in enumerate(self._rows):
             if running is not None and (running.samples or running.processors):
-                alone = running.company is None
-                together.setdefault(running.number if alone else running.company, []).append(row)
+                alone = running.sampler is None
+                together.setdefault(running.number if alone else running.sampler, []).append(row)
         picked = [logits.argmax(-1)]
         for rows in together.values():
             requests = [running for row in rows if (running := self._rows[row]) is not None]

@@ -5,6 +5,7 @@
 import math
 from typing import Any, ClassVar
 
+from ..ops.conv.op import ACTIVATIONS
 from .base_config import SSDConfig, as_limits
 from .mamba_ssm_config import is_mamba_ssm_config, translate_mamba_ssm_config
 from .strict_config import strict_config
@@ -34,7 +35,7 @@ class Mamba2Config(SSDConfig):
         conv_kernel: K, taps of the causal convolution.
         chunk_size: tiling hint kept for other readers of the format; it never changes a result here.
         use_bias, use_conv_bias: biases of the projections and of the convolution.
-        hidden_act: activation of the convolution, "silu" or "swish".
+        hidden_act: activation of the convolution, one of :data:`mamba2_hf.ops.conv.op.ACTIVATIONS`.
         layer_norm_epsilon: of every norm.
         residual_in_fp32: whether the residual stream is kept in fp32.
         time_step_min, time_step_max, time_step_floor: range of the initial step sizes, drawn log-uniformly.
@@ -124,7 +125,8 @@ class Mamba2Config(SSDConfig):
             "n_groups",
             f"it has to divide num_heads={self.num_heads}, so that every group has as many heads",
         )
-        self._require(self.hidden_act in ("silu", "swish"), "hidden_act", "the Mamba-2 kernels know 'silu' ('swish')")
+        names = ", ".join(repr(name) for name in ACTIVATIONS if name)
+        self._require(self.hidden_act in ACTIVATIONS, "hidden_act", f"the convolution knows {names}")
         rank = self.time_step_rank
         self._require(isinstance(rank, int) and rank >= 1, "time_step_rank", "'auto' or a number of at least 1")
         self._check_common()

@@ -7,7 +7,7 @@ where reading them is free: ``cu_seqlens`` on the CPU, outside of tracing.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -46,11 +46,18 @@ def check_floating(**tensors: Tensor) -> None:
             fail(f"{name} has dtype {tensor.dtype}, expected a floating point dtype")
 
 
-def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
-    """Raises unless all that are there are on ``device``."""
+def check_integers(**tensors: Tensor) -> None:
+    """Raises unless all have integer dtypes."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != device:
-            fail(f"{name} is on {tensor.device}, but the input is on {device}: move one of them with .to(...)")
+        if tensor.is_floating_point() or tensor.dtype == torch.bool:
+            fail(f"{name} has dtype {tensor.dtype}, expected an integer dtype")
+
+
+def check_devices(device: torch.device, **values: Any) -> None:
+    """Raises unless all tensors among ``values`` are on ``device``."""
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.device != device:
+            fail(f"{name} is on {value.device}, but the input is on {device}: move one of them with .to(...)")
 
 
 def check_same_dtype(**tensors: Tensor) -> None:
@@ -77,8 +84,7 @@ def check_packing(batch: int, tokens: int, packing: Packing) -> int:
     if seq_idx is not None and cu_seqlens is not None:
         fail("seq_idx and cu_seqlens were both given: name the documents in one way only")
     if seq_idx is not None:
-        if seq_idx.is_floating_point() or seq_idx.dtype == torch.bool:
-            fail(f"seq_idx has dtype {seq_idx.dtype}, expected an integer dtype")
+        check_integers(seq_idx=seq_idx)
         check_shape("seq_idx", seq_idx, (batch, tokens), "(B, T)")
     if cu_seqlens is None:
         return batch

@@ -42,12 +42,12 @@ def register(namespace: str, name: str, formula: Callable[..., int]) -> None:
 
 
 def product(rows: int, weight: Shape) -> int:
-    """Of ``rows`` vectors times a matrix."""
+    """Counts ``rows`` vectors times a matrix."""
     return 2 * rows * weight[0] * weight[1]
 
 
 def scan(x: Shape, B: Shape, cu_seqlens: Shape | None) -> int:
-    """Of the chunked form.
+    """Counts the scan in its chunked form.
 
     Args:
         x: ``(B, T, H, P)``.
@@ -63,7 +63,7 @@ def scan(x: Shape, B: Shape, cu_seqlens: Shape | None) -> int:
 
 
 def inner(zxbcdt: Shape, channels: int, heads: int, head_dim: int, groups: int, cu_seqlens: Shape | None) -> int:
-    """Of the mixer between its projections, which is that of its scan.
+    """Counts the mixer between its projections, of which only the scan counts.
 
     Args:
         zxbcdt: ``(B, T, 2 H P + 2 G N + H)``.
@@ -76,20 +76,11 @@ def inner(zxbcdt: Shape, channels: int, heads: int, head_dim: int, groups: int, 
 
 
 def step(state: Shape, tokens: int = 1) -> int:
-    """Of the recurrence, which reads the state ``(B, H, P, N)`` once per token."""
+    """Counts the recurrence, which goes through the state ``(B, H, P, N)`` once per token."""
     return 2 * tokens * math.prod(state)
 
 
-def linear_cross_entropy(
-    hidden: Shape,
-    weight: Shape,
-    labels: Shape,
-    scale: float,
-    ignore_index: int,
-    dtype: torch.dtype,
-    wants_hidden: bool,
-    wants_weight: bool,
-    backend: str,
-) -> int:
-    """Of the logits and, with them, of their gradients."""
+def linear_cross_entropy(hidden: Shape, weight: Shape, *rest: Any) -> int:
+    """Counts the logits and, with them, the gradients that are wanted of hidden states and weight."""
+    *_, wants_hidden, wants_weight, _ = rest
     return product(hidden[0], weight) * (1 + wants_hidden + wants_weight)

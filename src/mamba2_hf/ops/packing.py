@@ -11,12 +11,29 @@ from torch import Tensor
 
 def document_numbers(seq_idx: Tensor) -> Tensor:
     """Numbers the documents of each row ``(B, T)`` 0, 1, 2, ..., so that ids which return later stay apart."""
-    return F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long().cumsum(1), (1, 0))
+    return F.pad(_changes(seq_idx).long().cumsum(1), (1, 0))
+
+
+def document_starts(seq_idx: Tensor) -> Tensor:
+    """Marks the first token of each document, ``(B, T)``."""
+    return F.pad(_changes(seq_idx), (1, 0), value=True)
+
+
+def _changes(seq_idx: Tensor) -> Tensor:
+    """Whether a token's document is not its left neighbor's, ``(B, T - 1)``."""
+    return seq_idx[:, 1:] != seq_idx[:, :-1]
 
 
 def document_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """The document of each token, ``(T,)``; tokens past the last document get ``S``."""
     return _ended(cu_seqlens[1:].to(torch.int64), tokens)
+
+
+def bounded_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Marks the first token of each document of one row, and every token past the last document, ``(T,)``."""
+    starts = torch.zeros(tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
+    starts = starts.index_fill(0, cu_seqlens.long().clamp(max=tokens), True)[:tokens]
+    return starts | (torch.arange(tokens, device=starts.device) >= cu_seqlens[-1])
 
 
 def _ended(ends: Tensor, count: int) -> Tensor:

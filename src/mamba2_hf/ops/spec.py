@@ -103,7 +103,7 @@ class MixerWeights(NamedTuple):
 
     @property
     def heads(self) -> int:
-        """H."""
+        """How many heads there are, H."""
         return self.decay.shape[0]
 
     @property

@@ -6,6 +6,8 @@ from typing import Any
 
 from .attention.triton import attend_one as attend_one
 from .attention.triton import rotary as rotary
+from .conv import kernels
+from .conv import op as conv
 from .conv.triton import causal_conv1d as causal_conv1d
 from .conv.triton import causal_conv1d_update as causal_conv1d_update
 from .cross_entropy.triton import cross_entropy_rows as cross_entropy_rows
@@ -22,8 +24,10 @@ from .scan.triton import ssd_chunk_scan as ssd_chunk_scan
 from .scan.update import ssd_state_update as ssd_state_update
 
 
-def supports(op: str, **call: Any) -> tuple[bool, str]:
+def supports(op: str, *, activation: str | None = None, **call: Any) -> tuple[bool, str]:
     """Whether this backend can serve a call of ``op``, and why (not); without a call, within which limits."""
+    if conv.ACTIVATIONS.get(activation, activation) not in kernels.ACTIVATIONS:
+        return False, f"activation {activation!r} has no kernel"
     if not call:
         return True, f"serves bfloat16, float16 and float32, {tables.limits(op)}".removesuffix(", ")
     refusal = next(tables.refusals(op, **call), None)

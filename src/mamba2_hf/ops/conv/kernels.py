@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ..scan.prep import _silu
 
+ACTIVATIONS = (None, "silu")  # that `activate` and `_slope` know
 # How documents are told apart; see `Documents`.
 NO_PACKING = tl.constexpr(0)
 BY_INDEX = tl.constexpr(1)
@@ -110,9 +111,19 @@ def convolve(window, value, taps, offset, K: tl.constexpr):
 
 
 @triton.jit
-def _silu_gradient(total):
-    gate = tl.sigmoid(total)
-    return gate * (1.0 + total * (1.0 - gate))
+def activate(total, ACTIVATION: tl.constexpr):
+    """The activation of the convolution's output."""
+    if ACTIVATION == "silu":
+        total = _silu(total)
+    return total
+
+
+@triton.jit
+def _slope(total, ACTIVATION: tl.constexpr):
+    """The derivative of :func:`activate`."""
+    if ACTIVATION == "silu":
+        gate = tl.sigmoid(total)
+        return gate * (1.0 + total * (1.0 - gate))
 
 
 @triton.jit
@@ -152,7 +163,7 @@ def _load_steps(row, t, end, stride, channel, inside, VEC: tl.constexpr, STEPS: 
 
 @triton.jit(do_not_specialize=["T", "RUN", "documents"])
 def conv_forward_kernel(x, weight, bias, initial, ids, bounds, y, T, C, RUN, documents, sx_b, sx_t, sy_b, sy_t,
-                        SILU: tl.constexpr, MODE: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr,
+                        ACTIVATION: tl.constexpr, MODE: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr,
                         STEPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """One run of tokens for one block of channels. Strides are in units of ``VEC`` elements."""
     row, t0, channel = _place(T, C, RUN, BLOCK)
@@ -174,8 +185,7 @@ def conv_forward_kernel(x, weight, bias, initial, ids, bounds, y, T, C, RUN, doc
                 window, _fresh = _enter(t + u, window, ids, documents, initial, channel, inside, T, C, MODE, K)
             value = values[u].to(tl.float32)
             total = convolve(window, value, taps, offset, K)
-            if SILU:
-                total = total * tl.sigmoid(total)
+            total = activate(total, ACTIVATION)
             if MODE == BY_BOUNDS:
                 total = tl.where(_owned(t + u, ids, documents, T, MODE), total, 0.0)
             at = y_row + (t + u).to(tl.int64) * sy_t * VEC + channel
@@ -220,9 +230,9 @@ def _final_state_gradient(t, dfinal, row, ids, bounds, documents, channel, insid
 @triton.jit(do_not_specialize=["T", "RUN", "documents"])
 def conv_backward_kernel(x, weight, bias, initial, ids, bounds, dy, dfinal, dx, partial, T, C, RUN, documents,
                          sx_b, sx_t, sdy_b, sdy_t, sdx_b, sdx_t,
-                         SILU: tl.constexpr, MODE: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr,
+                         ACTIVATION: tl.constexpr, MODE: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr,
                          STEPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Dx of one run of tokens for one block of channels, and the run's share ``(K + 1, C)`` of dweight and dbias.
+    """Computes dx of a run of tokens for a block of channels, and the run's share ``(K + 1, C)`` of dweight and dbias.
 
     ``pending`` is dx of the last K - 1 tokens, each complete, and written, K - 1 steps after its own token. So the
     first K - 1 tokens of the next run are walked too, for their share in this run's dx only.
@@ -258,8 +268,8 @@ def conv_backward_kernel(x, weight, bias, initial, ids, bounds, dy, dfinal, dx, 
                 age = tl.where(fresh, 0, age + 1)
             if MODE == BY_BOUNDS:
                 gradient = tl.where(_owned(t + u, ids, documents, T, MODE), gradient, 0.0)
-            if SILU:
-                gradient *= _silu_gradient(convolve(window, value, taps, offset, K))
+            if ACTIVATION is not None:
+                gradient *= _slope(convolve(window, value, taps, offset, K), ACTIVATION)
             own = tl.where(t + u < end, gradient, 0.0)
             window, old, full = window + (value,), sums, pending + (zero,)
             sums, pending = (old[K] + own,), ()
@@ -286,7 +296,7 @@ def conv_backward_kernel(x, weight, bias, initial, ids, bounds, dy, dfinal, dx, 
 @triton.jit(do_not_specialize=["T", "documents"])
 def conv_initial_gradient_kernel(x, weight, bias, initial, ids, bounds, dy, dfinal, dinitial, T, C, documents,
                                  sx_b, sx_t, sdy_b, sdy_t,
-                                 SILU: tl.constexpr, MODE: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr,
+                                 ACTIVATION: tl.constexpr, MODE: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr,
                                  BLOCK: tl.constexpr):  # fmt: skip
     """Gradient of one document's initial state ``(C, K - 1)``: only its first K - 1 tokens reach that far back."""
     document = tl.program_id(0).to(tl.int64)
@@ -314,8 +324,8 @@ def conv_initial_gradient_kernel(x, weight, bias, initial, ids, bounds, dy, dfin
         mask = _when(alive, inside)
         value = tl.load(x_row + token * sx_t * VEC + channel, mask=mask, other=0.0).to(tl.float32)
         gradient = tl.load(dy_row + token * sdy_t * VEC + channel, mask=mask, other=0.0).to(tl.float32)
-        if SILU:
-            gradient *= _silu_gradient(convolve(window, value, taps, offset, K))
+        if ACTIVATION is not None:
+            gradient *= _slope(convolve(window, value, taps, offset, K), ACTIVATION)
         window = (window + (value,))[1:]
         reaching = reaching + (gradient,)
     for column in tl.static_range(K - 1):
@@ -333,17 +343,15 @@ def conv_initial_gradient_kernel(x, weight, bias, initial, ids, bounds, dy, dfin
 
 
 @triton.jit
-def _advance(window, value, taps, offset, SILU: tl.constexpr, K: tl.constexpr):
+def _advance(window, value, taps, offset, ACTIVATION: tl.constexpr, K: tl.constexpr):
     """Output of the convolution for one token, and the window moved on by it."""
-    total = convolve(window, value, taps, offset, K)
-    if SILU:
-        total = _silu(total)
+    total = activate(convolve(window, value, taps, offset, K), ACTIVATION)
     return total, (window + (value,))[1:]
 
 
 @triton.jit
 def conv_update_kernel(x, state, weight, bias, y, C, sx_b, sx_t, ss_b, ss_c, ss_l,
-                       SILU: tl.constexpr, T: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
+                       ACTIVATION: tl.constexpr, T: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
                        BLOCK: tl.constexpr):  # fmt: skip
     """A block of channels of one row: outputs of T new tokens, and the state ``(C, L)`` moved on by T."""
     blocks = tl.cdiv(C, BLOCK)
@@ -364,7 +372,7 @@ def conv_update_kernel(x, state, weight, bias, y, C, sx_b, sx_t, ss_b, ss_c, ss_
     for i in tl.static_range(K - 1):
         window = window + (inputs[L - (K - 1) + i].to(tl.float32),)
     for t in tl.static_range(T):
-        total, window = _advance(window, inputs[L + t].to(tl.float32), taps, offset, SILU, K)
+        total, window = _advance(window, inputs[L + t].to(tl.float32), taps, offset, ACTIVATION, K)
         tl.store(y + (row * T + t) * C + channel, total.to(y.dtype.element_ty), mask=inside)
 
 
@@ -378,15 +386,12 @@ def columns_of(conv, channel, mask, sc_c, sc_l, L: tl.constexpr):
 
 
 @triton.jit
-def convolve_columns(columns, new, taps, offset, dtype, SILU: tl.constexpr, L: tl.constexpr, K: tl.constexpr):
+def convolve_columns(columns, new, taps, offset, dtype, ACTIVATION: tl.constexpr, L: tl.constexpr, K: tl.constexpr):
     """The convolution's output for the input ``new``."""
     window = ()
     for i in tl.static_range(K - 1):
         window = window + (columns[L - (K - 1) + i].to(dtype).to(tl.float32),)
-    out = convolve(window, new, taps, offset, K)
-    if SILU:
-        out = _silu(out)
-    return out
+    return activate(convolve(window, new, taps, offset, K), ACTIVATION)
 
 
 @triton.jit

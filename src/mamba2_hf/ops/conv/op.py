@@ -12,7 +12,8 @@ from ..checks import check_devices, check_floating, check_packing, check_rank, c
 from ..runtime.modes import needs_grad
 from ..spec import UNPACKED, Packing, State
 
-ACTIVATIONS = (None, "silu", "swish")
+ACTIVATIONS = {None: None, "silu": "silu", "swish": "silu"}
+"""By name: what ``torch.nn.functional`` and ``kernels.activate`` call it."""
 
 
 class Conv(NamedTuple):
@@ -121,7 +122,7 @@ def check_conv(call: Conv) -> int:
     states = check_packing(batch, tokens, packing)
     if initial_states is not None:
         check_shape("initial_states", initial_states, (states, channels, taps - 1), "(B or S, C, K - 1)")
-    check_devices(x.device, weight=weight, bias=bias, initial_states=initial_states, seq_idx=packing.seq_idx)
+    check_devices(x.device, **call._asdict(), seq_idx=packing.seq_idx)
     return states
 
 
@@ -137,7 +138,7 @@ def check_conv_update(call: ConvUpdate) -> None:
             f"conv_state has shape {tuple(conv_state.shape)}, expected (B, C, L) with "
             f"B = {x.shape[0]}, C = {x.shape[-1]} and L >= K - 1 = {taps - 1}"
         )
-    check_devices(x.device, conv_state=conv_state, weight=weight, bias=bias)
+    check_devices(x.device, **call._asdict())
 
 
 def _check_taps(channels: int, weight: Tensor, bias: Tensor | None, activation: str | None) -> int:
@@ -158,4 +159,5 @@ def check_activation(activation: str | None) -> None:
 def activate(y: Tensor, activation: str | None, *, inplace: bool = False) -> Tensor:
     """The activation of ``y``, written over it where ``inplace``."""
     check_activation(activation)
-    return y if activation is None else F.silu(y, inplace=inplace)
+    name = ACTIVATIONS[activation]
+    return y if name is None else getattr(F, name)(y, inplace=inplace)

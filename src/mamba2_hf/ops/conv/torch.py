@@ -97,5 +97,5 @@ def _first_tap(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _activate(y: Tensor, activation: str | None) -> Tensor:
-    """In place where no graph is recorded."""
+    """The activation of ``y``, written over it where no graph is recorded."""
     return activate(y, activation, inplace=not torch.is_grad_enabled())

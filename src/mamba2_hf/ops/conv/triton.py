@@ -13,7 +13,7 @@ from ..runtime.launch import launch
 from ..runtime.op import op
 from ..runtime.rows import channels_last, dense, vector_strides
 from ..runtime.sums import sum_rows
-from ..runtime.tables import SILU, cdiv
+from ..runtime.tables import cdiv
 from ..spec import UNPACKED, Packing
 from .kernels import (
     BY_BOUNDS,
@@ -25,7 +25,7 @@ from .kernels import (
     conv_state_kernel,
     conv_update_kernel,
 )
-from .op import Conv, ConvUpdate
+from .op import ACTIVATIONS, Conv, ConvUpdate
 
 
 class Documents(NamedTuple):
@@ -49,7 +49,7 @@ def documents(x: Tensor, packing: Packing) -> Documents:
 
 
 def conv_forward(call: Conv, packing: Documents, *, states: bool = True) -> tuple[Tensor, Tensor]:
-    """Launches the forward: ``y (B, T, C)`` and, if wanted, the final states ``(B or S, C, K - 1)``, contiguous."""
+    """Launches the convolution: ``y (B, T, C)`` and, if wanted, the final states ``(B or S, C, K - 1)``, contiguous."""
     x, weight, bias, initial, _, activation = call
     batch, tokens, channels = x.shape
     x, initial = channels_last(x), _history_like(initial, x)
@@ -64,7 +64,7 @@ def conv_forward(call: Conv, packing: Documents, *, states: bool = True) -> tupl
         (batch * cdiv(tokens, run) * blocks,),
         *(x, weight.contiguous(), bias, initial, packing.ids, packing.bounds, y),
         *(tokens, channels, run, packing.states, *strides),
-        SILU=SILU[activation],
+        ACTIVATION=ACTIVATIONS[activation],
         STEPS=steps,
         **common,
     )
@@ -93,7 +93,7 @@ class ConvGradients(NamedTuple):
 def conv_backward(
     dy: Tensor, dfinal: Tensor | None, call: Conv, packing: Documents, *, dx: Tensor | None = None
 ) -> ConvGradients:
-    """Launches the backward; ``dx`` may name the (strided) tensor that receives the input's gradient."""
+    """Launches the convolution's backward; ``dx`` may name the (strided) tensor that receives the gradient of x."""
     x, weight, bias, initial, _, activation = call
     batch, tokens, channels = x.shape
     taps = weight.shape[1]
@@ -108,7 +108,9 @@ def conv_backward(
     runs = batch * cdiv(tokens, run)
     partial = torch.empty(runs, taps + 1, channels, dtype=torch.float32, device=x.device)
     inputs = (x, weight.contiguous(), bias, state, packing.ids, packing.bounds, dy, dfinal)
-    common = dict(SILU=SILU[activation], MODE=packing.mode, VEC=vector, K=taps, BLOCK=block, num_warps=warps)
+    common = dict(
+        ACTIVATION=ACTIVATIONS[activation], MODE=packing.mode, VEC=vector, K=taps, BLOCK=block, num_warps=warps
+    )
     launch(
         conv_backward_kernel,
         (runs * blocks,),
@@ -169,7 +171,7 @@ def update(call: ConvUpdate) -> Tensor:
         (batch * cdiv(channels, tables.CONV_UPDATE_CHANNELS),),
         *(x, conv_state, weight.contiguous(), dense(bias), y, channels),
         *(*x.stride()[:2], *conv_state.stride()),
-        SILU=SILU[activation],
+        ACTIVATION=ACTIVATIONS[activation],
         T=tokens,
         L=conv_state.shape[2],
         K=weight.shape[1],

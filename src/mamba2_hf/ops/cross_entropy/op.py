@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import BackendError
 from .. import dispatch, flops
-from ..checks import check_devices, check_floating, check_rank, check_same_dtype, check_shape, fail
+from ..checks import check_devices, check_floating, check_integers, check_rank, check_same_dtype, check_shape, fail
 from ..runtime.modes import needs_grad, product_dtype, transformed, without_autocast
 from ..spec import compute_dtype
 
@@ -74,8 +74,7 @@ def check_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, s
     check_rank("weight", weight, 2, "(V, d)")
     check_shape("weight", weight, (weight.shape[0], hidden.shape[1]), "(V, d), with the d of hidden")
     check_shape("labels", labels, (hidden.shape[0],), "(R,), one per row of hidden")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        fail(f"labels have dtype {labels.dtype}, expected integers")
+    check_integers(labels=labels)
     if not -float("inf") < scale < float("inf"):
         fail(f"scale is {scale}, expected a finite number")
     if product_dtype(hidden) == hidden.dtype:

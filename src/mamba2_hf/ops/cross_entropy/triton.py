@@ -76,7 +76,7 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor, scale: float, ignore_inde
 
 @op("cross_entropy_rows", fake=lambda call: call.logits.new_empty(call.logits.shape[0], dtype=torch.float32))
 def rows(call: Rows) -> Tensor:
-    """Launches the kernel."""
+    """Computes the losses ``(R,)``; see :func:`cross_entropy_rows`."""
     logits, labels, scale, ignore_index, gradient = call
     count, vocab = logits.shape
     losses = torch.empty(count, dtype=torch.float32, device=logits.device)

@@ -21,11 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..conv.kernels import columns_of, convolve_columns, load_taps, move_columns
+from ..conv.op import ACTIVATIONS
 from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.overlap import follow, overlap
 from ..runtime.rows import channels_last, dense
-from ..runtime.tables import SILU, cdiv, power_of_two, state_programs
+from ..runtime.tables import cdiv, power_of_two, state_programs
 from ..scan.prep import _silu
 from ..scan.update import _step_size
 from .op import LayerStep
@@ -89,7 +90,7 @@ def enter_kernel(x, norm_weight, weight, bias, y, outputs, inner, maps, of_z, of
 
 @triton.jit
 def _enter_maps(pid, x, norm_weight, weight, bias, conv, taps, offset, maps, ready, inner, count, of_b, of_c, eps,
-                sc_c, sc_l, SCALED: tl.constexpr, SILU: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
+                sc_c, sc_l, SCALED: tl.constexpr, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
                 L: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """``BO`` of the ``count`` channels of B and C, convolved, to ``maps (count,)``."""
     j = pid * BO + tl.arange(0, BO)
@@ -103,7 +104,7 @@ def _enter_maps(pid, x, norm_weight, weight, bias, conv, taps, offset, maps, rea
         scale *= tl.where(2 * j < count, of_b, of_c)
     dtype: tl.constexpr = weight.dtype.element_ty
     new = _project(weights, inputs, scale, bias, inner + channel, mask, dtype, WIDTH, BK)
-    tl.store(maps + j, convolve_columns(columns, new, taps, offset, dtype, SILU, L, K), mask=mask)
+    tl.store(maps + j, convolve_columns(columns, new, taps, offset, dtype, ACTIVATION, L, K), mask=mask)
     tl.debug_barrier()
     tl.atomic_add(ready, 1, sem="release")
     move_columns(conv, columns, new, channel, mask, sc_c, sc_l, L)
@@ -112,7 +113,7 @@ def _enter_maps(pid, x, norm_weight, weight, bias, conv, taps, offset, maps, rea
 @triton.jit
 def enter_step_kernel(x, norm_weight, weight, bias, conv, state, taps, offset, dt_bias, A, D, scale, maps, ready, gate,
                       raw, squares, of_z, of_x, of_b, of_c, of_dt, eps, low, high, H, shared, sc_c, sc_l,
-                      ss_h, ss_p, ss_n, SCALED: tl.constexpr, SILU: tl.constexpr, D_RANK: tl.constexpr,
+                      ss_h, ss_p, ss_n, SCALED: tl.constexpr, ACTIVATION: tl.constexpr, D_RANK: tl.constexpr,
                       PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
                       K: tl.constexpr, L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr,
                       BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
@@ -127,7 +128,7 @@ def enter_step_kernel(x, norm_weight, weight, bias, conv, state, taps, offset, d
     inner, groups = H * P, H // PER_GROUP
     if pid < shared:
         _enter_maps(pid, x, norm_weight, weight, bias, conv, taps, offset, maps, ready, inner, 2 * groups * N,
-                    of_b, of_c, eps, sc_c, sc_l, SCALED, SILU, WIDTH, K, L, BO, BK, OVERLAP)  # fmt: skip
+                    of_b, of_c, eps, sc_c, sc_l, SCALED, ACTIVATION, WIDTH, K, L, BO, BK, OVERLAP)  # fmt: skip
         return
     blocks: tl.constexpr = (P + BP - 1) // BP
     head, block = (pid - shared) // blocks, (pid - shared) % blocks
@@ -159,7 +160,7 @@ def enter_step_kernel(x, norm_weight, weight, bias, conv, state, taps, offset, d
     new = _project(weights_x, inputs, normed_x, bias, inner + channel, mask_p, dtype, WIDTH, BK)
     z = _project(weights_z, inputs, normed_z, bias, channel, mask_p, dtype, WIDTH, BK)
     dt = tl.sum(_project(weights_dt, inputs, normed_dt, bias, channel_dt, always, dtype, WIDTH, BK), 0)
-    value = convolve_columns(columns, new, taps, offset, dtype, SILU, L, K)
+    value = convolve_columns(columns, new, taps, offset, dtype, ACTIVATION, L, K)
     step = _step_size(dt, dt_offset, low, high, True)
     seen = tl.atomic_add(ready, 0, sem="acquire")
     while seen < shared:
@@ -266,7 +267,7 @@ def one_row_step(call: LayerStep) -> Tensor:
     conv = (conv_weight.contiguous(), dense(conv_bias))
     per_head = (dense(dt_bias), A_log.contiguous(), dense(D))
     mixer = {
-        "SILU": SILU[spec.activation],
+        "ACTIVATION": ACTIVATIONS[spec.activation],
         "D_RANK": 0 if D is None else D.dim(),
         "PER_GROUP": heads // n_groups,
         "P": P,

@@ -156,7 +156,8 @@ def mamba2_inner(
         zxbcdt: ``(B, T, 2 H P + 2 G N + H)``, the in_proj output in the order z, x, B, C, dt.
         conv_weight: ``(H P + 2 G N, K)``. conv_bias: ``(H P + 2 G N,)`` or None.
         dt_bias: ``(H,)`` or None. A: ``(H,)``, negative. D: ``(H,)``, ``(H, P)`` or None.
-        norm_weight: ``(H P,)``; None gates without a norm.
+        norm_weight: ``(H P,)`` of the gated norm, which records and functions of whole layers call
+            ``gated_norm_weight``; None gates without a norm.
         head_dim: P. n_groups: G.
         activation: of the convolution.
         eps, group_size, norm_before_gate: of the norm; see :func:`gated_rms_norm`.

@@ -21,11 +21,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..conv.kernels import columns_of, convolve_columns, load_taps, move_columns
+from ..conv.op import ACTIVATIONS
 from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.overlap import follow, lead, overlap, prefetch
 from ..runtime.rows import channels_last, dense
-from ..runtime.tables import SILU, cdiv, power_of_two
+from ..runtime.tables import cdiv, power_of_two
 from ..scan.prep import _silu
 from ..scan.problem import fits_tma
 from ..scan.update import _step_size
@@ -137,7 +138,7 @@ def enter_rows_kernel(x, weight, weight_tiles, bias, u, rows, outputs, inner, ma
 
 @triton.jit
 def convolve_rows_kernel(u, conv, weight, bias, xbc, inner, channels, outputs, sc_b, sc_c, sc_l,
-                         SILU: tl.constexpr, K: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
+                         ACTIVATION: tl.constexpr, K: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
                          OVERLAP: tl.constexpr):  # fmt: skip
     """The convolution of a block of channels of one row of ``u (rows, outputs)``, to ``xbc (rows, channels)``, fp32;
     its state ``conv (rows, channels, L)`` moves on.
@@ -152,7 +153,7 @@ def convolve_rows_kernel(u, conv, weight, bias, xbc, inner, channels, outputs, s
     lead(OVERLAP)
     value = tl.load(u + row * outputs + inner + channel, mask=mask, other=0.0)
     new = value.to(tl.float32)
-    total = convolve_columns(columns, new, taps, offset, value.dtype, SILU, L, K)
+    total = convolve_columns(columns, new, taps, offset, value.dtype, ACTIVATION, L, K)
     tl.store(xbc + row * channels + channel, total, mask=mask)
     tl.debug_barrier()  # threads store to columns that others have loaded
     move_columns(conv, columns, new, channel, mask, sc_c, sc_l, L)
@@ -274,7 +275,7 @@ def rows_step(call: LayerStep) -> Tensor:
     counters = torch.empty(cdiv(size, leave.BN) * cdiv(rows, leave.BM), dtype=torch.int32, device=device)
     normed = _norm(stream, weights.norm_weight, spec.norm_eps, counters, in_weight.dtype)
     u = _enter(normed, in_weight, in_bias, inner, spec)
-    xbc = _convolve(u, conv_state, conv_weight, conv_bias, inner, SILU[spec.activation])
+    xbc = _convolve(u, conv_state, conv_weight, conv_bias, inner, ACTIVATIONS[spec.activation])
 
     bn = power_of_two(N)
     bp = min(tables.ROWS_STATE_TILE // bn, power_of_two(P))
@@ -342,7 +343,9 @@ def _enter(x: Tensor, weight: Tensor, bias: Tensor | None, inner: int, spec: Mix
     return u
 
 
-def _convolve(u: Tensor, conv: Tensor, weight: Tensor, bias: Tensor | None, inner: int, silu: bool) -> Tensor:
+def _convolve(
+    u: Tensor, conv: Tensor, weight: Tensor, bias: Tensor | None, inner: int, activation: str | None
+) -> Tensor:
     """The convolution of ``u (B, outputs)``, ``(B, channels)`` in fp32; ``conv`` is moved on in place."""
     rows, outputs = u.shape
     channels, taps = weight.shape
@@ -351,7 +354,7 @@ def _convolve(u: Tensor, conv: Tensor, weight: Tensor, bias: Tensor | None, inne
         convolve_rows_kernel,
         (rows * cdiv(channels, tables.ROWS_CONV_BLOCK),),
         *(u, conv, weight.contiguous(), dense(bias), xbc, inner, channels, outputs, *conv.stride()),
-        SILU=silu,
+        ACTIVATION=activation,
         K=taps,
         L=conv.shape[2],
         BLOCK=tables.ROWS_CONV_BLOCK,

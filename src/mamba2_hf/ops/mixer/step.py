@@ -14,12 +14,13 @@ from torch import Tensor
 
 from .. import flops
 from ..conv.kernels import _advance, _window, load_taps
+from ..conv.op import ACTIVATIONS
 from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.op import op
 from ..runtime.overlap import follow
 from ..runtime.rows import channels_last, dense
-from ..runtime.tables import SILU, cdiv, power_of_two, state_programs
+from ..runtime.tables import cdiv, power_of_two, state_programs
 from ..scan.prep import _silu
 from ..scan.update import _step_size
 from .op import Step
@@ -37,7 +38,7 @@ def part_multiplier(channel, inner, maps, of_z, of_x, of_b, of_c, of_dt):
 @triton.jit
 def step_kernel(u, conv, state, weight, bias, dt_bias, A, D, scale, y, squares, low, high, H, T, L,
                 su_b, su_t, sc_b, sc_c, sc_l, ss_b, ss_h, ss_p, ss_n,
-                LOG_RATES: tl.constexpr, SILU: tl.constexpr, D_RANK: tl.constexpr, GATE: tl.constexpr,
+                LOG_RATES: tl.constexpr, ACTIVATION: tl.constexpr, D_RANK: tl.constexpr, GATE: tl.constexpr,
                 PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
                 BP: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """All T tokens of one block of a head's channels, from the in_proj output ``u`` (z, x, B, C, dt) to ``y``.
@@ -79,9 +80,9 @@ def step_kernel(u, conv, state, weight, bias, dt_bias, A, D, scale, y, squares, 
         new_b = tl.load(token + inner + of_b, mask=mask_n, other=0.0).to(tl.float32)
         new_c = tl.load(token + inner + of_c, mask=mask_n, other=0.0).to(tl.float32)
         dt = tl.load(token + 2 * inner + 2 * groups * N + head)
-        x, window_x = _advance(window_x, new_x, taps_x, bias_x, SILU, K)
-        b, window_b = _advance(window_b, new_b, taps_b, bias_b, SILU, K)
-        c, window_c = _advance(window_c, new_c, taps_c, bias_c, SILU, K)
+        x, window_x = _advance(window_x, new_x, taps_x, bias_x, ACTIVATION, K)
+        b, window_b = _advance(window_b, new_b, taps_b, bias_b, ACTIVATION, K)
+        c, window_c = _advance(window_c, new_c, taps_c, bias_c, ACTIVATION, K)
         step = _step_size(dt, offset, low, high, True)
         s = s * tl.exp(step * rate) + (x * step)[:, None] * b[None, :]
         out = tl.sum(s * c[None, :], 1)
@@ -164,7 +165,7 @@ def mamba2_step(call: Step) -> Tensor:
 def step(call: Step) -> Tensor:
     """Launches the step; both states are updated in place."""
     zxbcdt, conv_state, ssm_state, weights, spec = call
-    conv_weight, conv_bias, dt_bias, A, _, D, norm_weight = weights
+    conv_weight, conv_bias, dt_bias, A, _, D, gated_norm_weight = weights
     group_size, norm_before_gate = spec.group_size, spec.norm_before_gate
     batch, tokens, _ = zxbcdt.shape
     heads, P, N = ssm_state.shape[1:]
@@ -175,7 +176,7 @@ def step(call: Step) -> Tensor:
     bp, warps = state_programs(batch, P, tokens)
     blocks = cdiv(P, bp)
     raw, squares = y, None
-    if norm_weight is not None:
+    if gated_norm_weight is not None:
         raw = torch.empty(y.shape, dtype=torch.float32, device=u.device)
         squares = torch.empty(batch * tokens, heads * blocks, dtype=torch.float32, device=u.device)
     launch(
@@ -193,9 +194,9 @@ def step(call: Step) -> Tensor:
         *(dense(D), None, raw, squares, *spec.dt_limit, heads, tokens, conv_state.shape[2]),
         *(*u.stride()[:2], *conv_state.stride(), *ssm_state.stride()),
         LOG_RATES=A is None,
-        SILU=SILU[spec.activation],
+        ACTIVATION=ACTIVATIONS[spec.activation],
         D_RANK=0 if D is None else D.dim(),
-        GATE=norm_weight is None or not norm_before_gate,
+        GATE=gated_norm_weight is None or not norm_before_gate,
         PER_GROUP=heads // spec.n_groups,
         P=P,
         N=N,
@@ -214,7 +215,7 @@ def step(call: Step) -> Tensor:
             raw,
             squares,
             u,
-            dense(norm_weight),
+            dense(gated_norm_weight),
             y,
             conv_state,
             tokens,

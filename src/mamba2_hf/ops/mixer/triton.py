@@ -270,7 +270,7 @@ class Projection:
         return self.parts.scaled(found, multipliers, given.dtype)
 
     def _lowered(self, lora: LowRank, x: Tensor) -> Tensor:
-        """``(B T, r)``."""
+        """What LoRA's down makes of ``x``, ``(B T, r)``."""
         return torch.mm(x, lora.down.t())
 
 

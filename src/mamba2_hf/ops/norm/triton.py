@@ -20,6 +20,7 @@ from ..runtime.op import op
 from ..runtime.rows import channels_last, vector_strides
 from ..runtime.sums import sum_rows
 from ..runtime.tables import cdiv, power_of_two
+from ..scan.prep import _silu
 from .op import Norm
 
 
@@ -32,11 +33,6 @@ def _load(base, row, stride, column, mask, UNIT: tl.constexpr):
 @triton.jit
 def _store(base, row, stride, column, value, mask, UNIT: tl.constexpr):
     tl.store(base + row.to(tl.int64)[:, None] * stride * UNIT + column[None, :], value.to(base.dtype.element_ty), mask)
-
-
-@triton.jit
-def _silu(z):
-    return z * tl.sigmoid(z)
 
 
 @triton.jit
@@ -90,7 +86,7 @@ def _load_row(x, z, dy, more, row, first, end, sx, sz, sdy, smore,
 def norm_backward_kernel(x, z, weight, dy, more, dx, dz, y, partial, M, RUN, eps, sx, sz, sdy, smore, sdx, sdz, sy,
                          SIZE: tl.constexpr, GATE_LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
                          BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
-    """Dx and dz of one group in ``RUN`` rows, and their share of dweight; where it has a place, the forward's y again.
+    """Computes dx and dz of one group in ``RUN`` rows, and their share of dweight; if it has a place, y too.
 
     With ``u`` the normed input, ``n = u r`` and ``e`` the gradient of ``n``: ``du = r (e - n mean(e n))``. ``more``, if
     any, is added to dx. The rows after the current ones are under way while it is computed.
@@ -226,8 +222,8 @@ def _gate(x: Tensor, z: Tensor, dy: Tensor | None, y: Tensor | None, dx: Tensor 
 
 
 def norm_forward(call: Norm) -> Tensor:
-    """Launches the forward."""
-    x, z, weight, eps, group_size, norm_before_gate, dtype = call
+    """Launches the norm of :func:`gated_rms_norm`, without autograd."""
+    x, z, weight, eps, group_size, _, dtype = call
     width = x.shape[-1]
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     rows, gate = _as_rows(x), _as_rows(z)
@@ -237,13 +233,7 @@ def norm_forward(call: Norm) -> Tensor:
         norm_forward_kernel,
         (cdiv(rows.shape[0], tile.rows), width // group_size),
         *(rows, gate, weight.contiguous(), y, rows.shape[0], eps, *strides),
-        SIZE=group_size,
-        GATE_LAST=norm_before_gate,
-        UNIT=unit,
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        CHUNKS=tile.chunks,
-        num_warps=tile.warps,
+        **_constants(call, unit, tile),
     )
     return y
 
@@ -259,7 +249,7 @@ class NormGradients(NamedTuple):
 def norm_backward(
     dy: Tensor, call: Norm, *, more: Tensor | None = None, dz: Tensor | None = None, y: Tensor | None = None
 ) -> NormGradients:
-    """Launches the backward.
+    """Launches the backward of the norm.
 
     Args:
         dy: the gradient.
@@ -268,7 +258,7 @@ def norm_backward(
         dz: the (strided) tensor that receives the gate's gradient; a new one if None.
         y: where the forward's result goes once more, contiguous; nowhere if None.
     """
-    x, z, weight, eps, group_size, norm_before_gate, _ = call
+    x, z, weight, eps, group_size, *_ = call
     width = x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if z is not None and dz is None:
@@ -285,13 +275,7 @@ def norm_backward(
         norm_backward_kernel,
         (programs, groups),
         *(*read[:2], weight.contiguous(), *read[2:], *written, partial, rows, run, eps, *strides),
-        SIZE=group_size,
-        GATE_LAST=norm_before_gate,
-        UNIT=unit,
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        CHUNKS=tile.chunks,
-        num_warps=tile.warps,
+        **_constants(call, unit, tile),
     )
     return NormGradients(dx, dz, sum_rows(partial, weight.dtype))
 
@@ -305,6 +289,12 @@ def gated_rms_norm(call: Norm) -> Tensor:
 @gated_rms_norm.backward
 def _backward(call: Norm, dy: Tensor) -> NormGradients:
     return norm_backward(dy, call)
+
+
+def _constants(call: Norm, unit: int, tile: tables.NormTile) -> dict[str, Any]:
+    rows, block, chunks, warps = tile
+    sizes = {"SIZE": call.group_size, "UNIT": unit, "ROWS": rows, "BLOCK": block, "CHUNKS": chunks, "num_warps": warps}
+    return sizes | {"GATE_LAST": call.norm_before_gate}
 
 
 def _as_rows(x: Tensor | None) -> Any:

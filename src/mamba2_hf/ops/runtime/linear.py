@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _on_plain_cpu(*tensors: Tensor) -> bool:
     """Whether nothing but their values is asked of these tensors: fp32 on a CPU, no gradient, graph or transform, and
-    nobody who counts products.
+    no dispatch mode.
     """
     return (
         not (torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed() or observed())

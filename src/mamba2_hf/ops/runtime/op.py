@@ -40,7 +40,7 @@ class Field(NamedTuple):
 
     @property
     def argument(self) -> str:
-        """The op's argument."""
+        """The declaration of the op's argument in its schema."""
         return f"{self.schema} {self.path.replace('.', '_')}"
 
 
@@ -257,7 +257,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _flattened(values: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients, without the tuples and numbers of the records that hold them."""
+    """Returns the gradients in ``values``, without the tuples and numbers of the records that hold them."""
     found: list[Tensor | None] = []
     for value in values:
         if isinstance(value, tuple):
@@ -268,7 +268,7 @@ def _flattened(values: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
 
 
 def _tensors(count: int) -> str:
-    """The results of a schema."""
+    """Declares ``count`` results in a schema."""
     return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
 
 

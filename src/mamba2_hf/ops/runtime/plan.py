@@ -2,7 +2,7 @@
 
 What an op allocates, computes in PyTorch and launches depends on the sizes, strides and dtypes of its arguments, not on
 what is in them. Walking there takes Python several times as long as the launches themselves, and longer than the GPU
-needs for a layer of a few thousand tokens. So the second call of a kind is watched and written down as a plan: memory,
+needs for a layer of a few thousand tokens. So the second call of a kind is recorded as a plan: memory,
 PyTorch's operations and launches, in order. Further calls of that kind carry the plan out with other addresses.
 
 A call that no plan can express is made as ever: one that reads a value off the GPU, takes arguments that share memory,
@@ -54,7 +54,7 @@ class Place(NamedTuple):
 
 
 class Allocation(NamedTuple):
-    """New memory."""
+    """A step that allocates a tensor."""
 
     slot: int
     shape: tuple[int, ...]
@@ -75,7 +75,7 @@ class Allocation(NamedTuple):
 
 
 class Arena(NamedTuple):
-    """New memory for several tensors, which are known by their addresses only."""
+    """A step that allocates memory for several tensors, which are known by their addresses only."""
 
     slot: int  # that stands for all of it
     parts: tuple[tuple[int, int], ...]  # slots, and bytes from the beginning
@@ -159,7 +159,7 @@ class InterpretedLaunch(NamedTuple):
 
 
 class Address:
-    """What a tile descriptor needs of a tensor."""
+    """Stands in a tile descriptor for a tensor of which only the address is known."""
 
     __slots__ = ("_address",)
 
@@ -167,7 +167,7 @@ class Address:
         self._address = address
 
     def data_ptr(self) -> int:
-        """The address, as of a tensor."""
+        """Returns the address, as a tensor does."""
         return self._address
 
 
@@ -180,7 +180,7 @@ class Plan:
     Args:
         slots: how many pieces of memory there are.
         given: slots of arguments, and their positions.
-        steps: in order, each with the slots that nobody uses after it.
+        steps: in order, each with the slots that are not used after it.
         results: what is returned; ``single``: whether as one tensor.
     """
 
@@ -221,7 +221,7 @@ class NotReplayable(Exception):
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down what a call does while it is made."""
+    """Records, step by step, what a call does while it runs."""
 
     def __init__(self, args: tuple[Any, ...]) -> None:
         super().__init__()
@@ -424,7 +424,7 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def enabled() -> bool:
-    """Whether plans are made: not in the interpreter, where nobody waits for Python, nor while launches are watched."""
+    """Whether plans are made: not in the interpreter, whose kernels take longer, nor while hooks observe launches."""
     runtime = knobs.runtime
     hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
     return not (_INTERPRETED or any(getattr(hook, "calls", hook) for hook in hooks))
@@ -437,7 +437,7 @@ def forget() -> None:
 
 
 def _kind(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """All that a call's work depends on; None where that is not known."""
+    """Returns all that a call's work depends on; None where that is not known."""
     device = args[0].device.type
     kind: list[Any] = [torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None]
     for arg in args:
@@ -526,5 +526,5 @@ def _is_list(arg: Any) -> bool:
 
 
 def _places(places: tuple[tuple[int, Place], ...], lists: list[Any]) -> list[Place]:
-    """All places among arguments."""
+    """Returns all places among arguments."""
     return [place for _, place in places] + [part for parts in lists for part in parts if type(part) is Place]

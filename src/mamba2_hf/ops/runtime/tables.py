@@ -15,7 +15,7 @@ from ..spec import SSDShape
 
 
 class Chip(NamedTuple):
-    """What the tables depend on."""
+    """A GPU, as far as the tables depend on it."""
 
     backend: str  # "cuda" or "hip"
     capability: int  # 80, 90, ... on CUDA
@@ -69,11 +69,6 @@ def current_chip() -> Chip:
     return _chip(torch.cuda.current_device())
 
 
-def chip_of(device: torch.device) -> Chip:
-    """The chip that ``device`` is."""
-    return _chip(torch.cuda.current_device() if device.index is None else device.index)
-
-
 def tile(size: int, largest: int) -> int:
     """The power of two that covers ``size``, between what a matrix product needs and ``largest``."""
     return min(max(power_of_two(size), 16), largest)
@@ -87,7 +82,7 @@ def precision(chip: Chip, dtype: torch.dtype) -> str:
 
 
 def walk(chip: Chip, dtype: torch.dtype, P: int, N: int) -> Config:
-    """``walk_kernel``: the whole state column, ``N x BP`` fp32, stays in registers."""
+    """Launch parameters of ``walk_kernel``: the whole state column, ``N x BP`` fp32, stays in registers."""
     bn = tile(N, 256)
     if dtype == torch.float32:
         return Config(Q=32, BP=tile(P, 32), BN=bn, warps=4, stages=1)
@@ -98,13 +93,13 @@ def walk(chip: Chip, dtype: torch.dtype, P: int, N: int) -> Config:
 
 
 def state(chip: Chip, dtype: torch.dtype, P: int, N: int, Q: int) -> Config:
-    """``state_kernel``."""
+    """Launch parameters of ``state_kernel``."""
     wide = 64 if dtype != torch.float32 else 32
     return Config(Q=Q, BP=tile(P, wide), BN=tile(N, wide), warps=4, stages=_stages(chip, 2))
 
 
 def inputs_backward(chip: Chip, dtype: torch.dtype, P: int, N: int) -> Config:
-    """``inputs_backward_kernel``; its Q is that of the whole backward."""
+    """Launch parameters of ``inputs_backward_kernel``; its Q is that of the whole backward."""
     bn = tile(N, 256)
     if dtype == torch.float32:
         return Config(Q=32, BP=tile(P, 32), BN=bn, warps=4, stages=1, heads=8)
@@ -113,14 +108,14 @@ def inputs_backward(chip: Chip, dtype: torch.dtype, P: int, N: int) -> Config:
 
 
 def maps_backward(chip: Chip, dtype: torch.dtype, P: int, N: int, Q: int) -> Config:
-    """``maps_backward_kernel``."""
+    """Launch parameters of ``maps_backward_kernel``."""
     if dtype == torch.float32:
         return Config(Q=Q, BP=tile(P, 32), BN=tile(N, 64), warps=4, stages=1, heads=8)
     return Config(Q=Q, BP=tile(P, 64), BN=tile(N, 128), warps=8, stages=_stages(chip, 3 if P <= 64 else 1), heads=40)
 
 
 def _stages(chip: Chip, stages: int) -> int:
-    """Several tiles in flight on A100 and Hopper only.
+    """How many tiles are in flight: several on A100 and Hopper only.
 
     AMD and consumer chips have 64 to 100 KiB of shared memory; on Blackwell, Triton 3.6 cannot pipeline these loops.
     """
@@ -128,7 +123,7 @@ def _stages(chip: Chip, stages: int) -> int:
 
 
 def _warps(chip: Chip, warps: int) -> int:
-    """Before Hopper matrix products take their operands from registers: twice the threads hold them."""
+    """Twice the warps before Hopper, where matrix products take their operands from registers."""
     return 2 * warps if chip.backend == "cuda" and chip.capability < 90 else warps
 
 
@@ -157,21 +152,21 @@ def hopper_kernels(chip: Chip, shape: SSDShape, dtype: torch.dtype) -> bool:
 
 
 def hopper_walk(per_group: int, N: int) -> HopperConfig:
-    """``walk_kernel``: two heads share B and C where a group has two; states of 256 want every register there is."""
+    """Launch parameters of Hopper's ``walk_kernel``: two heads share B and C; states of 256 want all registers."""
     if per_group == 1:
         return HopperConfig(1, 2, 0, 168 if N == 256 else 128)
     return HopperConfig(2, 2, 240, 168) if N == 256 else HopperConfig(2, 3, 232, 168)
 
 
 def hopper_state(per_group: int, N: int) -> HopperConfig:
-    """``state_kernel``: as :func:`hopper_walk`."""
+    """Launch parameters of Hopper's ``state_kernel``: as :func:`hopper_walk`."""
     if per_group == 1:
         return HopperConfig(1, 2, 0, 160 if N == 256 else 96)
     return HopperConfig(2, 2 if N == 256 else 4, 232, 168)
 
 
 def hopper_gradients(chip: Chip, per_group: int, N: int, rows: int) -> HopperConfig:
-    """``chunk_backward_kernel``: as many heads a program as leave every processor two programs."""
+    """Launch parameters of ``chunk_backward_kernel``: as many heads a program as leave every processor two programs."""
     wanted = -(-2 * chip.processors // rows)
     blocks = next(n for n in range(1, per_group + 1) if per_group % n == 0 and (n >= wanted or n == per_group))
     return HopperConfig(per_group // blocks, 1 if N == 256 else 3, 232, 168)
@@ -239,7 +234,6 @@ ADD = 2048, 8  # elements and warps of a program that adds to the residual strea
 # The convolution.
 
 MAX_TAPS = 8  # the taps are unrolled
-SILU = {None: False, "silu": True, "swish": True}  # whether kernels apply it, by the activation's name
 # Channels and warps of a program, 8 bytes per thread and load in half precision, and tokens loaded together: the
 # forward loads the next ones before it computes, the backward needs its registers.
 CONV_FORWARD, CONV_BACKWARD = (256, 2, 4), (128, 1, 8)
@@ -262,7 +256,7 @@ NORM_BACKWARD_WARPS = 1056  # of all programs: as many as Hopper has room for
 
 
 class NormTile(NamedTuple):
-    """How a program holds groups of channels."""
+    """How a program of a norm holds groups of channels."""
 
     rows: int
     block: int
@@ -272,7 +266,7 @@ class NormTile(NamedTuple):
 
 @functools.cache
 def norm_tile(size: int, elements: int, per_warp: int) -> NormTile:
-    """A program's groups of ``size`` channels."""
+    """How a program holds groups of ``size`` channels, with how many ``elements`` in all and ``per_warp``."""
     block, exact = min(power_of_two(size), NORM_CHUNK), size & -size
     if 256 <= exact < block and size <= 8 * exact:
         block = exact
@@ -407,7 +401,6 @@ def refusals(
     stream: torch.dtype | None = None,
     shape: SSDShape | None = None,
     taps: int = 0,
-    activation: str | None = None,
     group_size: int = 0,
     width: int = 0,
     differentiable: bool = False,
@@ -416,7 +409,7 @@ def refusals(
 
     Args:
         op: its name. dtype: of its tensors. stream: of the residual stream, where there is one.
-        shape: of its scan. taps, activation: of its convolution.
+        shape: of its scan. taps: of its convolution.
         group_size: of its gated norm. width: of the norm before the mixer.
         differentiable: whether gradients are wanted of an op that updates states in place.
     """
@@ -427,8 +420,6 @@ def refusals(
             yield f"dtype {kind} is not bfloat16, float16 or float32"
     if taps > MAX_TAPS:
         yield f"{taps} taps are more than {MAX_TAPS}"
-    if activation not in SILU:
-        yield f"activation {activation!r} is not SiLU"
     if shape is not None:
         if shape.head_dim > LARGEST_STATE:
             yield f"head_dim {shape.head_dim} is above {LARGEST_STATE}"

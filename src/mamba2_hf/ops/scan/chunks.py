@@ -37,7 +37,7 @@ def scan_chunks(
     document: Tensor | None = None,
     restart: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The chunked form itself.
+    """Computes the scan from operands in chunks.
 
     Args:
         chunks: operands; ``c`` chunks of ``Q`` tokens.
@@ -185,5 +185,5 @@ def _pass_in_blocks(added: Tensor, log_decay: Tensor, epoch: Tensor, first: Tens
 
 
 def per_channel(D: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(H, P)`` or ``(H, 1)``."""
+    """``D (H,)`` or ``(H, P)`` as a factor of ``(..., H, P)``."""
     return (D if D.dim() == 2 else D[:, None]).to(dtype)

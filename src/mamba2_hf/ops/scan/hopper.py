@@ -49,11 +49,11 @@ def walk(call: Call, cut: Cut, entry: Tensor | None) -> tuple[Tensor, Tensor]:
     return y, final
 
 
-def summaries(call: Call, cut: Cut, *, reverse: bool, inputs: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Each segment's own state (or its gradient), ``(segments, H, P, N)``, and its decay, ``(segments, H)``."""
+def summaries(
+    call: Call, cut: Cut, *, reverse: bool, inputs: Tensor, maps: Tensor, states: Tensor, decay: Tensor
+) -> None:
+    """Leaves each segment's own state (or its gradient) in ``states``, and its decay in ``decay``."""
     _, heads, _, N = call.state_shape
-    states = torch.empty(cut.segments, heads, P, N, dtype=torch.float32, device=inputs.device)
-    decay = torch.empty(cut.segments, heads, dtype=torch.float32, device=inputs.device)
     per_group = heads // call.shape.groups
     config = tables.hopper_state(per_group, N)
     x, m = _tokens(inputs, P), _tokens(maps, N)
@@ -68,7 +68,6 @@ def summaries(call: Call, cut: Cut, *, reverse: bool, inputs: Tensor, maps: Tens
         HAS_ENTRY=False,
         HAS_DENTRY=False,
     )
-    return states, decay
 
 
 def gradients(
@@ -164,5 +163,5 @@ def _layout(tile: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """Something to point at where there is nothing; it is not read."""
+    """``tensor``; for None another one, for the kernel to point at and not to read."""
     return other if tensor is None else tensor

@@ -6,8 +6,8 @@ C, which are read once for all of them. And the state lies transposed, ``(P, N)`
 takes it as it is: the only tile that goes through shared memory on its way is the chunk's matrix.
 
 A wider head is ``PIECES`` heads of 64 channels with the same steps and skip: ``H`` and ``PER_GROUP`` count the pieces,
-``steps (chunks, H / PIECES, 2, Q)``, log2 decays and step sizes (see ``prep.py``), and ``D (H / PIECES,)`` the heads.
-Tiles past a row's end read as zeros and are not written. Names as in ``NOTATION.md``.
+``steps (chunks, H / PIECES, 2, Q)``, log2 decays and step sizes (see ``problem.py``), and ``D (H / PIECES,)`` the
+heads. Tiles past a row's end read as zeros and are not written. Names as in ``NOTATION.md``.
 """
 
 from __future__ import annotations

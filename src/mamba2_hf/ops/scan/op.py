@@ -191,18 +191,7 @@ def check_scan(call: Scan) -> SSDShape:
     states = check_packing(batch, tokens, packing)
     if initial_states is not None:
         check_shape("initial_states", initial_states, (states, heads, head_dim, state), "(B or S, H, P, N)")
-    check_devices(
-        x.device,
-        dt=dt,
-        A=A,
-        B=B,
-        C=C,
-        D=D,
-        z=z,
-        dt_bias=dt_bias,
-        initial_states=initial_states,
-        seq_idx=packing.seq_idx,
-    )
+    check_devices(x.device, **call._asdict(), seq_idx=packing.seq_idx)
     return SSDShape(batch, tokens, heads, head_dim, groups, state, states)
 
 
@@ -222,5 +211,5 @@ def check_update(call: Update) -> SSDShape:
     if z is not None:
         check_shape("z", z, tuple(x.shape), "(B, H, P), as x")
     check_dt_limit(dt_limit)
-    check_devices(state.device, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+    check_devices(state.device, **call._asdict())
     return SSDShape(batch, 1, heads, head_dim, groups, n, batch)

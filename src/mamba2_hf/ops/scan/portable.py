@@ -23,15 +23,7 @@ def chunk_size(call: Call) -> int:
 
 def walk(call: Call, cut: Cut, entry: Tensor | None) -> tuple[Tensor, Tensor]:
     """``y`` and the final states; ``entry (segments, H, P, N)`` enters the segments."""
-    x, B, C, z, D, P, tma = (
-        call.args.x,
-        call.args.B,
-        call.args.C,
-        call.args.z,
-        call.args.D,
-        call.shape.head_dim,
-        call.tma,
-    )
+    (x, _, _, B, C, D, z, *_), P, tma = call.args, call.shape.head_dim, call.tma
     config = tables.walk(call.chip, x.dtype, P, call.shape.state)
     y = (torch.zeros if call.packed else torch.empty)(x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty(call.state_shape, dtype=torch.float32, device=x.device)
@@ -56,13 +48,11 @@ def walk(call: Call, cut: Cut, entry: Tensor | None) -> tuple[Tensor, Tensor]:
     return y, final
 
 
-def summaries(call: Call, cut: Cut, *, reverse: bool, inputs: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Each segment's own state (or its gradient), ``(segments, H, P, N)``, and its decay, ``(segments, H)``."""
-    _, heads, P, N = call.state_shape
-    states = torch.empty(cut.segments, heads, P, N, dtype=torch.float32, device=inputs.device)
-    decay = torch.empty(cut.segments, heads, dtype=torch.float32, device=inputs.device)
+def summaries(
+    call: Call, cut: Cut, *, reverse: bool, inputs: Tensor, maps: Tensor, states: Tensor, decay: Tensor
+) -> None:
+    """Leaves each segment's own state (or its gradient) in ``states``, and its decay in ``decay``."""
     _walk_states(call, cut, reverse=reverse, inputs=inputs, maps=maps, entry=None, decay=decay, after=states)
-    return states, decay
 
 
 def gradients(
@@ -72,7 +62,7 @@ def gradients(
 
     ``entry`` and ``leave (segments, H, P, N)``: states, and their gradients, between segments. ``into`` is not used.
     """
-    x, B, C, z, D, chip = call.args.x, call.args.B, call.args.C, call.args.z, call.args.D, call.chip
+    (x, _, _, B, C, D, z, *_), chip = call.args, call.chip
     batch, tokens, heads, P, groups, N, _ = call.shape
     per_group = heads // groups
     dy = dout

@@ -16,12 +16,12 @@ from .. import flops
 from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.op import op
+from ..runtime.rows import channels_last
 from ..runtime.sums import sum_rows
 from ..runtime.tables import cdiv
 from . import portable
 from .op import Scan
-from .prep import prep_backward_kernel
-from .problem import Call, Into, cut, fits_tma, last_contiguous, prepare
+from .problem import Call, Into, cut, fits_tma, prepare, step_gradients
 from .ssd_forward import link_kernel
 
 
@@ -47,7 +47,7 @@ class ScanPasses:
             into: where those of x, B, C and dt go; new tensors if None.
         """
         given, call, pieces = self.given, self.call, self.cut
-        dy = last_contiguous(dy.to(call.args.x.dtype))
+        dy = channels_last(dy.to(call.args.x.dtype))
         if call.tma and not (fits_tma(dy) and dy.stride(2) == dy.shape[3]):
             dy = dy.clone(memory_format=torch.contiguous_format)
         dy = dy.view(call.args.x.shape)
@@ -57,32 +57,13 @@ class ScanPasses:
         leave = self._between(reverse=True, inputs=dy, maps=call.args.C, outer=leave)
         found = self.kernels.gradients(call, pieces, dy, self._entry(), leave, into)
 
-        batch, tokens, heads = call.args.dt.shape
         if into is None:
             new = torch.zeros if call.packed else torch.empty
-            ddt = new(batch, tokens, heads, dtype=given.dt.dtype, device=dy.device)
+            ddt = new(call.args.dt.shape, dtype=given.dt.dtype, device=dy.device)
         else:
             ddt = into.ddt.zero_() if call.packed else into.ddt
-        dots = found.dots.shape[2]
-        shares = torch.empty(pieces.chunks, 3 if dots == 4 else 2, heads, dtype=torch.float32, device=dy.device)
-        launch(
-            prep_backward_kernel,
-            (pieces.chunks, cdiv(heads, tables.PREP_HEADS)),
-            *(
-                call.args.dt,
-                call.args.dt_bias,
-                call.args.A,
-                pieces.steps,
-                found.dots,
-                found.ends,
-                ddt,
-                shares,
-                pieces.chunk_table,
-            ),
-            *(tokens, pieces.per_row, heads, *given.dt_limit, *call.args.dt.stride()[:2], *ddt.stride()[:2]),
-            **call.prep_flags(pieces.Q),
-            DOTS=dots,
-            PIECES=call.pieces,
+        shares = step_gradients(
+            *(call.args, pieces.steps, found.dots, found.ends, ddt, pieces.per_row, pieces.chunk_table)
         )
         share = sum_rows(shares, torch.float32)  # of A, dt_bias and D
         dx, dB, dC, dD, dz = found.dx, found.dB, found.dC, found.dD, found.dz
@@ -115,7 +96,10 @@ class ScanPasses:
         if self.cut.per_sequence == 1:
             return outer
         heads, P, N = self.call.shape.heads, self.call.shape.head_dim, self.call.shape.state
-        states, decay = self.kernels.summaries(self.call, self.cut, reverse=reverse, inputs=inputs, maps=maps)
+        states = torch.empty(self.cut.segments, heads, P, N, dtype=torch.float32, device=inputs.device)
+        decay = torch.empty(self.cut.segments, heads, dtype=torch.float32, device=inputs.device)
+        given = {"reverse": reverse, "inputs": inputs, "maps": maps}
+        self.kernels.summaries(self.call, self.cut, **given, states=states, decay=decay)
         launch(
             link_kernel,
             (self.call.shape.states, cdiv(P * N, tables.LINK_BLOCK), heads),
