@@ -18,13 +18,15 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS)
 SETUP := pyproject.toml $(wildcard constraints/*.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint wheel clean
+.PHONY: help demo test lint docs wheel release clean
 
 help:
 	@echo "make demo    set up $(VENV) and write text with the shipped model (PROMPT='def read_json(path):')"
 	@echo "make test    set up $(VENV) and run the tests (JOBS=$(JOBS), ARGS='-k cache')"
 	@echo "make lint    set up $(VENV); ruff and mypy"
+	@echo "make docs    set up $(VENV); build the documentation into site/"
 	@echo "make wheel   build the wheel into dist/"
+	@echo "make release build both archives, check them, and try the wheel in an environment of its own"
 	@echo "make clean   remove $(VENV), build outputs and caches"
 
 demo: $(VENV)/.installed
@@ -41,8 +43,21 @@ lint: $(VENV)/.installed-dev
 wheel: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m build --wheel
 
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+# The wheel writes text from outside of the checkout, in an environment that has never seen it.
+release: $(VENV)/.installed-dev
+	rm -rf dist build/release
+	$(VENV)/bin/python -m build
+	$(VENV)/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) 'torch>=2.11'
+	build/release/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) dist/*.whl
+	cd build/release && bin/mamba2-hf generate "def read_json(path):" -n 16 && bin/mamba2-hf env
+
 clean:
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # torch goes first and alone: asked for together with packages that accept any version, pip may pick another release.
 $(VENV)/.torch: $(SETUP)

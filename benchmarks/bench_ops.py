@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from table import write_csv
+from table import PLOTS, write_csv
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -92,6 +92,9 @@ def scans() -> list[Scan]:
         "H128_G8_4x8192": (4, 8192, 128, 64, 128, 8),
         "H24_16x2048": (16, 2048, 24, 64, 128, 1),
         "H80_1x2048": (1, 2048, 80, 64, 128, 1),
+        "N128_4x4096": (4, 4096, 48, 64, 128, 1),
+        "N256_4x4096": (4, 4096, 48, 64, 256, 1),
+        "P128_4x4096": (4, 4096, 32, 128, 128, 1),
     }
     found = [Scan(f"ssd_{'fwdbwd' if b else 'fwd'}_{k}", *v, b) for k, v in sizes.items() for b in (False, True)]
     found += [Scan(f"length_fwd_{t}", 32768 // t, t, 32, 64, 64, 1, False) for t in (1024 << i for i in range(6))]
@@ -381,7 +384,7 @@ def plot(path: Path) -> None:
             formatted("{x:g}")
         axes.legend()
         figure.tight_layout()
-        figure.savefig(path.with_name(f"{path.stem}_{kind.split('_')[0]}.svg"))
+        figure.savefig(PLOTS / f"{path.stem}_{kind.split('_')[0]}.svg")
     figure, axes = plt.subplots(figsize=(7, 4))
     chosen = [r for r in rows if r["case"].startswith("ssd_")]
     names = list(dict.fromkeys(r["case"] for r in chosen))
@@ -397,7 +400,7 @@ def plot(path: Path) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path.with_name(f"{path.stem}_floor.svg"))
+    figure.savefig(PLOTS / f"{path.stem}_floor.svg")
 
 
 def main() -> None:

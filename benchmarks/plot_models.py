@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator
+from table import PLOTS
 
 Row = dict[str, str]
 Bars = dict[str, dict[str, float]]  # a name in the legend: a value for each case
@@ -59,7 +60,7 @@ def draw_decoding(folder: Path) -> None:
         bars[DECODED[row["what"]] if ours else f"{row['impl']}, generate"][case] = float(row["ms"])
         if ours and row["floor_ms"]:
             floors[case] = float(row["floor_ms"])
-    draw_bars(folder / "models_decoding.svg", bars, floors, "ms a token of every sequence", "log")
+    draw_bars(PLOTS / "models_decoding.svg", bars, floors, "ms a token of every sequence", "log")
 
 
 def draw_training(folder: Path) -> None:
@@ -70,7 +71,7 @@ def draw_training(folder: Path) -> None:
         if int(row["batch"]) == int(case.split()[-1].split("x")[0]):  # not a smaller batch, as all that fitted
             bars.setdefault(row["impl"], {})[case] = float(row["ms_p50"])
             floors[case] = float(row["floor_ms"])
-    draw_bars(folder / "models_training.svg", bars, floors, "ms of a training step", "linear")
+    draw_bars(PLOTS / "models_training.svg", bars, floors, "ms of a training step", "linear")
 
 
 def draw_caches(folder: Path) -> None:
@@ -88,7 +89,7 @@ def draw_caches(folder: Path) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend()
-    save(figure, folder / "hybrid_cache.svg")
+    save(figure, PLOTS / "hybrid_cache.svg")
 
 
 def save(figure: Any, path: Path) -> None:

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+PLOTS = Path(__file__).resolve().parents[1] / "docs" / "assets"
+"""Where plots of results go."""
+
 
 def write_csv(path: Path | None, fields: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes all rows there are, in place of what was written before; nothing without a path. Called after every row,
