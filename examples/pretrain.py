@@ -6,10 +6,14 @@
     accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \
         --fsdp_state_dict_type FULL_STATE_DICT --mixed_precision bf16 --num_processes 8 \
         examples/pretrain.py --preset 1.3b --text corpus/ --captured          # the same; its options say how
+    torchrun --nproc_per_node 8 examples/pretrain.py --preset 1.3b --text books/ --length 1048576 --batch 1 \
+        --context 8 --checkpointing                                           # rows of a million tokens
     python examples/pretrain.py ... --resume                                  # goes on from the last checkpoint
 
 `--shard N` spreads weights and optimizer over groups of N processes (FSDP2); more groups train copies of the model, as
-all processes do without it. `--captured` runs a step's forward and backward as a CUDA graph, on one GPU too.
+all processes do without it. `--context N` spreads every row over N processes, which pass states to each other, and
+weights over all, unless `--shard` says otherwise. `--captured` runs a step's forward and backward as a CUDA graph, on
+one GPU too.
 
 `--text` is a folder of text files or a .jsonl file with a "text" per line; without it, the sources of Python's `email`
 package are read. The folder gets `model/`, `loss.csv`, `loss.png` and the checkpoints. Weights are held in fp32 and
@@ -66,6 +70,7 @@ def main(
     length: Annotated[int, typer.Option(help="Tokens per row.")] = 2048,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, a forward more.")] = False,
     shard: Annotated[int, typer.Option(help="Processes that share one copy of the weights (torchrun).")] = 1,
+    context: Annotated[int, typer.Option(help="Processes that share each row (torchrun).")] = 1,
     captured: Annotated[bool, typer.Option("--captured", help="Steps as CUDA graphs.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="A toy and a few short steps, for a first look.")] = False,
@@ -93,7 +98,7 @@ def main(
         adam_beta2=0.95,
         prediction_loss_only=True,
         gradient_checkpointing=checkpointing,
-        **parallelism(shard),
+        **parallelism(shard, context),
     )
     trainer = Trainer(
         model=model,
@@ -114,17 +119,26 @@ def main(
         console.print(f"the model is in {out / 'model'}")
 
 
-def parallelism(shard: int) -> dict[str, Any]:
-    """Arguments of Trainer for FSDP2 over ``shard`` of the processes that torchrun has started, none for one."""
+def parallelism(shard: int, context: int) -> dict[str, Any]:
+    """Arguments of Trainer for FSDP2 over ``shard`` of the processes that torchrun has started, none for one; groups of
+    ``context`` of them share rows.
+    """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if context > 1 and shard == 1:
+        shard = processes
     if shard < 1 or processes % shard:
         raise typer.BadParameter(f"--shard {shard} does not divide the {processes} processes that torchrun has started")
+    if context < 1 or shard % context:
+        raise typer.BadParameter(f"--context {context} does not divide the {shard} processes that share the weights")
     if shard == 1:
         return {}
+    sizes = {"dp_replicate_size": processes // shard, "dp_shard_size": shard // context, "cp_size": context}
     return {
         "fsdp": True,
         "fsdp_config": {"version": 2},
-        "parallelism_config": ParallelismConfig(dp_replicate_size=processes // shard, dp_shard_size=shard),
+        "parallelism_config": ParallelismConfig(**sizes),
+        # Processes that share rows have to read the same ones, and one that deals out rows would give each its own.
+        "accelerator_config": {"dispatch_batches": False if context > 1 else None},
     }
 
 

@@ -10,6 +10,8 @@
   offloaded under, and its ``generate`` makes a cache with places for states.
 * ``Mamba2HybridForCausalLM.from_pretrained`` reads the formats of other hybrids.
 * Trainer keeps weight decay off ``A_log``, ``D``, ``dt_bias`` and the norms of our models.
+* accelerate's ``ParallelismConfig(cp_size=...)``, alone or through Trainer, spreads sequences over processes by
+  :func:`~mamba2_hf.distributed.context_parallel` where the model is one of ours. It then gets whole batches.
 * TRL's SFTTrainer gets logits in training, in those of its versions that read them for their metrics.
 * accelerate's FSDP2 leaves the fp32 residual stream of our models as it is between layers.
 * PEFT may put LoRA on every linear of our models, ``out_proj`` included, and knows the default targets. Adapters that
@@ -20,6 +22,7 @@ Libraries that are not imported yet are not imported here; they are met when the
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib.abc
@@ -48,6 +51,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
+from .distributed import context_parallel
 from .errors import ArgumentError
 from .layers.fp32 import without_casts
 from .models import (
@@ -91,6 +95,8 @@ def register() -> None:
     Mamba2HybridConfig.foreign_reader = staticmethod(_read_foreign_config)
     Mamba2HybridPreTrainedModel.foreign_reader = staticmethod(_read_foreign)
     when_imported("transformers.trainer", _keep_decay_off)
+    when_imported("transformers.trainer", _leave_batches_whole)
+    when_imported("accelerate.accelerator", _spread_sequences)
     for module in ("accelerate.utils.fsdp_utils", "accelerate.utils", "accelerate.accelerator"):  # each has the name
         when_imported(module, _keep_stream_in_fp32)
     when_imported("trl.trainer.sft_trainer", _return_logits_to_sft)
@@ -138,7 +144,9 @@ def when_imported(name: str, then: Callable[[Any], None]) -> None:
     """
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
-    _finder.then[name] = then
+    callbacks = _finder.then.setdefault(name, [])
+    if then not in callbacks:
+        callbacks.append(then)
     if (module := sys.modules.get(name)) is not None:
         then(module)
 
@@ -147,7 +155,7 @@ class _CallbackFinder(importlib.abc.MetaPathFinder):
     """Lets modules be found as usual, and has their loaders call back after they were executed."""
 
     def __init__(self) -> None:
-        self.then: dict[str, Callable[[Any], None]] = {}
+        self.then: dict[str, list[Callable[[Any], None]]] = {}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -163,13 +171,14 @@ class _CallbackFinder(importlib.abc.MetaPathFinder):
         return None
 
     @staticmethod
-    def _call_back(loader: Any, fullname: str, then: Callable[[Any], None]) -> None:
+    def _call_back(loader: Any, fullname: str, then: list[Callable[[Any], None]]) -> None:
         execute = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
             if module.__name__ == fullname:  # a loader may serve several modules
-                then(module)
+                for each in then:
+                    each(module)
 
         loader.exec_module = exec_module
 
@@ -220,6 +229,56 @@ def _with_our_cache(original: Callable[..., Any]) -> Callable[..., Any]:
                 as_mamba2_cache(model_kwargs[name], config)  # in place
 
     return prepare
+
+
+def _holds_ours(model: Any) -> bool:
+    return isinstance(model, nn.Module) and any(isinstance(module, SSDPreTrainedModel) for module in model.modules())
+
+
+def _spread_sequences(accelerator: Any) -> None:
+    """Wraps ``Accelerator._prepare_cp``, which leaves nothing but causal attention to pass from slice to slice."""
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare(self: Any, *args: Any) -> Any:
+            ours = [arg for arg in args if _holds_ours(arg)]
+            if not ours:
+                return original(self, *args)
+            for model in ours:
+                context_parallel(model, self.torch_device_mesh["cp"])
+            self._cp_context = lambda **_: (
+                contextlib.nullcontext()
+            )  # of maybe_context_parallel, which would cut batches
+            return args
+
+        return prepare
+
+    _wrap(getattr(accelerator, "Accelerator", None), "_prepare_cp", around)
+
+
+def _leave_batches_whole(trainer: Any) -> None:
+    """Wraps ``Trainer._prepare_context_parallel_inputs``, which cuts batches that our models cut themselves."""
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare(self: Any, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            plan = getattr(self.accelerator, "parallelism_config", None)
+            if plan is None or not plan.cp_enabled or not _holds_ours(model):
+                return original(self, model, inputs)
+            wholes = {
+                "label_smoothing_factor": self.label_smoother is not None,
+                "compute_loss_func": self.compute_loss_func is not None,
+                "compute_metrics": self.compute_metrics is not None and not model.training,
+            }
+            for name, given in wholes.items():
+                if given:
+                    raise ArgumentError(
+                        f"{name} needs all logits, and with cp_size={plan.cp_size} each process has those of its "
+                        "slice: leave it out, or train without cp_size"
+                    )
+            return contextlib.nullcontext, inputs
+
+        return prepare
+
+    _wrap(getattr(trainer, "Trainer", None), "_prepare_context_parallel_inputs", around)
 
 
 def _keep_decay_off(trainer: Any) -> None:

@@ -22,6 +22,7 @@ SCANS: dict[str, dict[str, Any]] = {
     "odd": {"P": 48, "N": 24, "T": 100, "G": 2, "packed": True},
     "segments": {"N": 64, "T": 16384, "dtype": "float32"},
     "wide": {"N": 256, "dtype": "float32"},
+    "odd slices": {"P": 48, "N": 24, "T": 100, "G": 2, "slices": True},
 }
 # Sizes and options that take other paths through the kernels made for Hopper, where "plain" goes too.
 HOPPER_SCANS: dict[str, dict[str, Any]] = {
@@ -30,6 +31,7 @@ HOPPER_SCANS: dict[str, dict[str, Any]] = {
     "own maps": {"G": 4, "N": 64},
     "large state": {"N": 256},
     "wide heads": {"P": 128},
+    "slices": {"P": 128, "slices": True},
 }
 SLOWEST = "wide"  # compiled for one target
 SCAN_KERNELS = {"walk_kernel", "state_kernel", "inputs_backward_kernel", "maps_backward_kernel"}
@@ -86,14 +88,21 @@ def compile_scan(
     z: bool = False,
     documents: bool = False,
     packed: bool = False,
+    slices: bool = False,
 ) -> list[dict[str, Any]]:
-    """Forward and backward of one scan, compiled and not run."""
+    """Forward and backward of one scan, compiled and not run; with ``slices`` of rows that go on elsewhere."""
     import torch
     from compiling import compile_only
 
     from mamba2_hf.ops.scan.op import Scan
     from mamba2_hf.ops.scan.triton import ssd_chunk_scan
     from mamba2_hf.ops.spec import Packing
+
+    class Neighbors:
+        def state_before(self, own: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+            return own
+
+        gradient_after = state_before
 
     _set_chip(target)
     kind = getattr(torch, dtype)
@@ -112,7 +121,8 @@ def compile_scan(
                     torch.zeros(1, T, dtype=torch.int32) if documents else None,
                     torch.tensor([0, 10, T]) if packed else None,
                 ),
-            )
+            ),
+            Neighbors() if slices else None,
         )
         y.sum().backward()
     return [kernel._asdict() for kernel in kernels]

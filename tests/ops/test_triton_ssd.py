@@ -292,7 +292,7 @@ def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("short_segments")
 @pytest.mark.parametrize("bounds", [None, [0, 10, 10, 600, 800]])
-@pytest.mark.parametrize("options", [{}, {"initial": False}])
+@pytest.mark.parametrize("options", [{}, {"initial": False}, {"z": True}])
 def test_long_sequences_are_walked_in_segments(bounds: list[int] | None, options: dict[str, Any]) -> None:
     inputs = make(B=1, T=900, H=2, G=1, states=4 if bounds else None, **options)
     compare(inputs, **({"cu_seqlens": torch.tensor(bounds)} if bounds else {}))

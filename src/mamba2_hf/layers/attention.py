@@ -140,7 +140,11 @@ class Attention(nn.Module):
         queries, keys, values = (tensor.transpose(1, 2) for tensor in (queries, keys, values))
         if state is not None:
             keys, values = state.extend(keys, values, placement)
-        attended, weights = self.attend(self, queries, keys, values, placement, output_attentions)
+        weights = None
+        if layout.neighbors is not None:
+            attended = layout.neighbors.attend(self, queries, keys, values, placement)
+        else:
+            attended, weights = self.attend(self, queries, keys, values, placement, output_attentions)
         if weights is not None:
             weights = layout.unalign_matrix(weights)
         return linear(self.o_proj, placement.unalign(attended).flatten(-2)), weights
@@ -151,6 +155,8 @@ class Attention(nn.Module):
         assert self.conv_kernel is not None
         initial = None if state is None else layout.spread_states(state.initial_conv(placement.rows))
         inputs = torch.cat(projected, -1)
+        if layout.neighbors is not None and self.conv_kernel > 1:
+            initial = layout.neighbors.columns_before(inputs[:, inputs.shape[1] - self.conv_kernel + 1 :].mT)
         joined, final = causal_convolution(*(self.conv1d, self.conv_kernel, inputs, initial, layout, None))
         if state is not None:
             state.update_conv(layout.gather_states(final), inputs)

@@ -13,6 +13,7 @@ from ..errors import CacheError
 from ..ops.checks import limits
 from ..ops.mixer.torch import times_parts
 from ..ops.packing import document_ids
+from ..ops.scan.op import Scan, scan
 from ..ops.spec import decay_rates
 from .causal_conv1d import CausalConv1d
 from .conv import causal_convolution
@@ -144,7 +145,8 @@ class Mamba2Mixer(KeepsFp32):
         initial = None if state is None else self._initial(stream, layout, state)
         packed = None if residual is None else layout.pack(residual)
         packing = ops.Packing(layout.seq_idx, layout.cu_seqlens)
-        out, *final = ops.layer(layout.pack(stream), weights, spec, packing, initial, packed)
+        call = (layout.pack(stream), weights, spec, packing, initial, packed)
+        out, *final = ops.layer(*call, neighbors=layout.neighbors)
         if state is not None:
             state.update(*map(layout.gather_states, final))
         return layout.unpack(out)
@@ -196,28 +198,24 @@ class Mamba2Mixer(KeepsFp32):
         if weights is not None:
             u, packing = layout.pack(zxbcdt), ops.Packing(layout.seq_idx, layout.cu_seqlens)
             call = ops.Inner(u, weights, self._spec(), packing, conv_initial, ssm_initial, state is not None)
-            y, *final = ops.inner(call)
+            y, *final = ops.inner(call, neighbors=layout.neighbors)
             y = layout.unpack(y)
         else:
             z, inputs, dt = self._split(zxbcdt)
+            if layout.neighbors is not None and self.conv_kernel > 1:
+                conv_initial = layout.neighbors.columns_before(inputs[:, inputs.shape[1] - self.conv_kernel + 1 :].mT)
             xbc, conv_final = self._convolve(inputs, conv_initial, layout)
             x, B, C = self._split_xbc(xbc)
             A = self.A
             if state is not None and state.record_past:
                 self._record(state, inputs, x, dt, B, A)
             x, dt, B, C = map(layout.pack, (x, dt, B, C))
-            y, ssm_final = ops.ssd_chunk_scan(
-                *(x, dt, A, B, C),
-                D=self.D,
-                dt_bias=self.dt_bias,
-                dt_softplus=True,
-                dt_limit=self.dt_limit,
-                chunk_size=self.chunk_size,
-                initial_states=ssm_initial,
-                seq_idx=layout.seq_idx,
-                cu_seqlens=layout.cu_seqlens,
-                return_final_states=True,
+            packing = ops.Packing(layout.seq_idx, layout.cu_seqlens)
+            scanned = Scan(
+                *(x, dt, A, B, C, self.D, None, self.dt_bias, ssm_initial, packing, True),
+                *(self.dt_limit, self.chunk_size),
             )
+            y, ssm_final = scan(scanned, neighbors=layout.neighbors)
             y, final = self.norm(layout.unpack(y.flatten(-2)), z), [conv_final, ssm_final]
         if state is not None:
             state.update(*map(layout.gather_states, final))

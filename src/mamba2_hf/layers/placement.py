@@ -119,6 +119,8 @@ class Placement:
         masks: whatever attention makes of :meth:`visible` or :meth:`flat`, by window.
         device: of all tensors.
         rotary: cosines and sines on the grid, ``(1, T, D')`` or ``(B, T, D')``.
+        pieces: where rows are slices, the pieces of them whose queries are computed here; the slice itself is placed as
+            if the tokens before it were cached.
     """
 
     rows: int
@@ -135,6 +137,7 @@ class Placement:
     masks: dict[int | None, Any]
     device: torch.device
     rotary: tuple[Tensor, Tensor] | None = None
+    pieces: tuple[Any, ...] = ()
 
     @property
     def is_static(self) -> bool:

@@ -9,6 +9,7 @@ nor the state. Modules still take and return ``(B, T, ...)``, as the caller gave
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ class SequenceLayout:
         keep: ``(B, T)`` whether a token counts (padding does not).
         first, last: ``(B,)`` first and last document of each row; None if document b is row b.
         breaks: ``(B, T)`` whether a token may not be predicted from the one before it; None if every one may.
+        neighbors: where rows are slices, those before and after them: a ``distributed.context_parallel.Slice``.
     """
 
     seq_idx: Tensor | None = None
@@ -45,6 +47,7 @@ class SequenceLayout:
     first: Tensor | None = None
     last: Tensor | None = None
     breaks: Tensor | None = None
+    neighbors: Any = None
 
     @property
     def is_plain(self) -> bool:
@@ -53,7 +56,7 @@ class SequenceLayout:
 
     def to(self, device: torch.device | str) -> SequenceLayout:
         """The same layout on another device; layers may be spread over several."""
-        example = self.seq_idx if self.cu_seqlens is None else self.cu_seqlens
+        example = next((tensor for tensor in (self.cu_seqlens, self.seq_idx, self.keep) if tensor is not None), None)
         if example is None or example.device == torch.device(device):
             return self
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from ..layers.weights import is_unobserved
 from .cache import Mamba2Cache, as_mamba2_cache
 from .outputs import Mamba2Output
 from .pretrained import SSDPreTrainedModel
+
+if TYPE_CHECKING:
+    from ..distributed import Context
 
 
 class SSDLayer(GradientCheckpointingLayer):
@@ -41,6 +45,8 @@ class SSDBackbone(SSDPreTrainedModel):
     layers: nn.ModuleList
     norm_f: nn.Module
     gradient_checkpointing = False
+    context: Any = None
+    """The ``Context`` by which sequences are spread over processes: see ``mamba2_hf.distributed.context_parallel``."""
     other_names = {"embed_tokens": "embeddings", "norm": "norm_f"}
 
     @property
@@ -70,8 +76,9 @@ class SSDBackbone(SSDPreTrainedModel):
         """The forward of every backbone; its arguments are those of :meth:`Mamba2Model.forward`."""
         batch, tokens = batch_and_tokens(input_ids, inputs_embeds)
         cache = as_mamba2_cache(past_key_values, self.config)
+        context: Context | None = self.context
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = self.config.use_cache and not self.training and context is None
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             _refuse_cache(cache, use_cache)
         if cache is None and use_cache:
@@ -82,6 +89,21 @@ class SSDBackbone(SSDPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         return_dict = self.config.return_dict if return_dict is None else return_dict
+        if context is not None:
+            if torch.compiler.is_compiling() or _calls_are_compiled():
+                self.refuse_in_context("torch.compile")
+            if cache is not None:
+                self.refuse_in_context("a cache (use_cache=True or past_key_values)")
+            if output_attentions:
+                self.refuse_in_context("output_attentions=True")
+            given = inputs_embeds if input_ids is None else input_ids
+            assert given is not None  # one of them is
+            context.check(given)
+            layout = context.layout(layout, batch, tokens, given.device)
+            input_ids = None if input_ids is None else context.cut(input_ids)
+            inputs_embeds = None if inputs_embeds is None else context.cut(inputs_embeds)
+            position_ids = None if position_ids is None else context.cut(position_ids[:, -tokens:])
+            tokens = context.length(tokens)
 
         hidden_states = inputs_embeds if input_ids is None else self._embed(input_ids)  # (B, T, d)
         assert hidden_states is not None
@@ -102,6 +124,8 @@ class SSDBackbone(SSDPreTrainedModel):
         attentions: list[Tensor] = []
         router_logits: list[Tensor] = []
         inside, restore = (layout.row, layout.unpack) if packed else (layout, layout.blank)
+        if context is not None:  # padding is behind all that counts, where it reaches none of it
+            inside = replace(layout, keep=None)
         hidden_states = layout.pack(hidden_states) if packed else hidden_states  # (1, R, d) or (B, T, d)
         for layer in self.layers:
             if output_hidden_states:
@@ -127,6 +151,14 @@ class SSDBackbone(SSDPreTrainedModel):
             router_logits=tuple(router_logits) or None,
         )
         return output if return_dict else output.to_tuple()
+
+    def refuse_in_context(self, what: str) -> None:
+        """Raises an :class:`ArgumentError` where sequences are spread over processes."""
+        if self.context is not None:
+            raise ArgumentError(
+                f"{what} cannot be had while sequences are spread over {self.context.group.size} processes: end that "
+                "by mamba2_hf.distributed.context_parallel(model, None)"
+            )
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         try:
@@ -159,6 +191,15 @@ class SSDBackbone(SSDPreTrainedModel):
     def _check_attentions(self, batch: int, tokens: int, cache: Mamba2Cache | None) -> None:
         """Refuses ``output_attentions=True`` where it cannot be had."""
         raise NotImplementedError
+
+
+def _calls_are_compiled() -> bool:
+    """Whether functions that are called here are compiled, as those of a caller are that ``torch.compile`` gave up."""
+    return _traced(torch.empty(0))[1]
+
+
+def _traced(tensor: Tensor) -> tuple[Tensor, bool]:
+    return tensor.neg(), torch.compiler.is_compiling()  # a function without any operation would not be compiled
 
 
 def _refuse_cache(cache: Mamba2Cache | None, use_cache: bool) -> None:

@@ -84,10 +84,15 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             raise ArgumentError(f"return_logits=False and {contrary} were given: return_logits=None leaves it open")
         # Some of the logits with all of the labels is for the loss function to refuse.
         without_logits = return_logits is False or (return_logits is None and self.training and not some)
-        if labels is not None and self.loss_function is ForCausalLMLoss:
-            labels = _token_labels(
-                labels, None if some else batch_and_tokens(inputs["input_ids"], inputs["inputs_embeds"])
-            )
+        shape = batch_and_tokens(inputs["input_ids"], inputs["inputs_embeds"])
+        usual_loss = labels is not None and self.loss_function is ForCausalLMLoss
+        if labels is not None and usual_loss:
+            labels = _token_labels(labels, None if some else shape)
+        context = self.backbone.context
+        if some:
+            self.backbone.refuse_in_context("logits_to_keep")
+        if labels is not None and not usual_loss:
+            self.backbone.refuse_in_context("a loss function other than transformers' for language models")
         outputs = self.backbone(**inputs, return_dict=True, layout=layout)
         hidden_states = outputs.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
@@ -97,9 +102,21 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         if labels is not None and layout.breaks is not None:
             labels = labels.masked_fill(layout.breaks.to(labels.device), -100)
 
+        more: dict[str, Tensor] = {}
+        processes = 1  # whose shares of the loss are summed, as where a number of items is that of them all
+        if labels is not None and usual_loss and not some:
+            more["shift_labels"] = F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()  # (B, T)
+        if context is not None and labels is not None:
+            targets = more["shift_labels"]
+            if num_items_in_batch is None:
+                num_items_in_batch = (targets != -100).sum()
+            else:
+                processes = context.group.size
+            more["shift_labels"] = context.cut(targets, -100).contiguous()
+
         logits = loss = None
-        if labels is not None and without_logits:
-            loss = self._fused_loss(hidden_states, labels, num_items_in_batch)
+        if without_logits and more:
+            loss = self._fused_loss(hidden_states, more["shift_labels"], num_items_in_batch)
         if loss is None:
             logits = self._logits(hidden_states)
             if labels is not None:
@@ -108,10 +125,15 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                     labels=labels,
                     vocab_size=self.config.vocab_size,
                     num_items_in_batch=num_items_in_batch,
+                    **more,
                 )
+        if context is not None and outputs.router_logits:
+            layout = context.layout(layout, *shape, hidden_states.device)
         aux_loss = self._aux_loss(outputs, layout)
+        if context is not None and loss is not None:
+            loss = context.sum(loss) / processes
         if loss is not None and aux_loss is not None:
-            loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+            loss = loss + self.config.router_aux_loss_coef / processes * aux_loss.to(loss.device)
         output = Mamba2CausalLMOutput(
             loss=loss,
             logits=None if return_logits is False else logits,
@@ -158,13 +180,15 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
     def _fused_loss(
         self, hidden_states: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None
     ) -> Tensor | None:
-        """The loss without logits; None where somebody sees the head's logits, or the loss is one of the user's own."""
+        """The usual loss without logits, given the label of each token's next one, ``(B, T)``; None where somebody sees
+        the head's logits.
+        """
         head = self.lm_head
         weight = plain_weight(head)
         sharded = weight is None and isinstance(head, Head) and hooked_by_fsdp2(head)
-        if not (sharded or weight is not None) or head.bias is not None or self.loss_function is not ForCausalLMLoss:
+        if not (sharded or weight is not None) or head.bias is not None:
             return None
-        labels = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(hidden_states.device)  # (B T,)
+        labels = labels.flatten().to(hidden_states.device)  # (B T,)
         if weight is None:
             loss = head(hidden_states, labels, self._logits_scale)
         else:
@@ -428,6 +452,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """Installs a :class:`Mamba2Cache` as ``past_key_values``, whatever name the caller used."""
+        self.backbone.refuse_in_context("generate")
         given = as_mamba2_cache(one_cache(model_kwargs.get(CACHE), model_kwargs.pop("cache_params", None)), self.config)
         kind, use_cache = generation_config.cache_implementation, generation_config.use_cache is not False
         if use_cache and generation_config.output_attentions:

@@ -56,6 +56,7 @@ class SSDForSequenceClassification(SSDPreTrainedModel):
                 (``config.problem_type``, or by dtype and ``num_labels``).
             kwargs: more arguments of :meth:`Mamba2Model.forward`.
         """
+        self.backbone.refuse_in_context(type(self).__name__)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.backbone(
             input_ids=input_ids,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -100,8 +101,17 @@ def _attend_flat(
     return placed.index_copy(0, documents.queries, out[0]).unflatten(0, grid.shape[:2])
 
 
-def prepare_masks(config: Any, placement: Placement, windows: Iterable[int | None], dtype: torch.dtype) -> None:
+def prepare_masks(
+    config: Any, placement: Placement, windows: Iterable[int | None], dtype: torch.dtype, *, piece: bool = False
+) -> None:
     """Makes what :func:`attend` needs of a call, once for all layers with the same window.
+
+    Args:
+        config: names the implementation of attention.
+        placement: of the tokens.
+        windows: of the layers.
+        dtype: of the scores.
+        piece: whether these are some tokens of long rows, for which a matrix of all pairs would be too much.
 
     Raises:
         ArgumentError: the attention implementation takes no masks, and the call needs one.
@@ -115,6 +125,9 @@ def prepare_masks(config: Any, placement: Placement, windows: Iterable[int | Non
             placement.masks[window] = OwnKeys(placement.lengths if placement.is_static else None)
         elif placement.sees_all or (name == "sdpa" and placement.is_plain_causal(window)):
             placement.masks[window] = None
+        elif name == "sdpa" and piece and window is None and placement.is_regular and placement.device.type == "cuda":
+            # Of the kinds that PyTorch knows by name; elsewhere it would make the matrix, and warn.
+            placement.masks[window] = causal_lower_right(placement.tokens, placement.key_count(window))
         elif name in ALL_MASK_ATTENTION_FUNCTIONS:
             keys = placement.key_count(window)
             placement.masks[window] = ALL_MASK_ATTENTION_FUNCTIONS[name](

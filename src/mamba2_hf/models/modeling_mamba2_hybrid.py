@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ from .modeling_mamba2 import check_attentions
 from .outputs import Mamba2CausalLMOutput, Mamba2Output
 from .pretrained import SSDPreTrainedModel
 from .rotary import RotaryEmbedding
+
+if TYPE_CHECKING:
+    from ..distributed import Context
 
 _TO_STREAM = "writes_to_the_stream"
 """Marks linear layers whose result is added to the residual stream."""
@@ -557,7 +560,8 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
         if not self.windows:
             return options, {}
         counts = None if cache is None else cache.key_counts
-        placement = place(layout, batch, tokens, counts, hidden_states.device)
+        device, neighbors = hidden_states.device, layout.neighbors
+        placement = place(layout, batch, tokens, counts, device) if neighbors is None else neighbors.place(device)
         positions = None
         if self.has_rotary:
             if position_ids is not None:
@@ -566,7 +570,8 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
             shift = None if counts is None else counts.shift
             counted = placement.positions(shift) if positions is None else positions
             placement.rotary = self.rotary(hidden_states, counted)
-        prepare_masks(self.config, placement, self.windows, hidden_states.dtype)
+        for each in placement.pieces or (placement,):
+            prepare_masks(self.config, each, self.windows, hidden_states.dtype, piece=neighbors is not None)
         counted_by = {"placement": placement, "positions": positions}
         return {**options, "placement": placement.of_row(layout) if packed else placement}, counted_by
 
@@ -660,10 +665,30 @@ class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
         """How far the routers are from using all experts alike (Switch Transformer, arXiv 2101.03961)."""
         if not outputs.router_logits:
             return None
+        if self.backbone.context is not None:
+            return self._aux_loss_of_slices(outputs.router_logits, self.backbone.context, layout)
         loss: Tensor = load_balancing_loss_func(
             outputs.router_logits, self.config.num_experts, self.config.num_experts_per_tok, layout.keep
         )
         return loss
+
+    def _aux_loss_of_slices(
+        self, router_logits: tuple[Tensor, ...], context: Context, layout: SequenceLayout
+    ) -> Tensor:
+        """The same where each process has the logits ``(B n, E)`` of its slice: what is averaged is summed over all."""
+        experts, chosen = self.config.num_experts, self.config.num_experts_per_tok
+        counts = router_logits[0].new_zeros(experts, dtype=torch.float32)
+        shares, rows = counts, counts[:1]
+        length = router_logits[0].shape[0]
+        keep = counts.new_ones(length) if layout.keep is None else layout.keep.flatten().to(counts)
+        for logits in router_logits:
+            probabilities = torch.softmax(logits, -1)
+            index = probabilities.topk(chosen, -1).indices
+            counts = counts.index_add(0, index.flatten(), keep.repeat_interleave(chosen))
+            shares = shares + (probabilities.float() * keep[:, None]).sum(0)
+            rows = rows + keep.sum()
+        counts, rows = context.sum(torch.cat([counts, rows])).detach().split([experts, 1])
+        return experts * (counts / rows * (context.sum(shares) / rows)).sum()
 
 
 class Mamba2HybridForSequenceClassification(SSDForSequenceClassification, Mamba2HybridPreTrainedModel):

@@ -28,6 +28,7 @@ from .mixer.op import (
     step,
 )
 from .mlp.op import ExpertsStep, MLPStep, experts_step, gated_activation, mlp_step
+from .neighbors import Neighbors
 from .norm.op import gated_rms_norm
 from .scan.op import ssd_chunk_scan, ssd_state_update
 from .scan.reference import ssd_attention_matrix
@@ -43,6 +44,7 @@ __all__ = [
     "MLPStep",
     "MixerSpec",
     "MixerWeights",
+    "Neighbors",
     "Packing",
     "Step",
     "activate",

@@ -25,6 +25,7 @@ from ..checks import (
     limits,
 )
 from ..conv.op import Conv, ConvUpdate, check_conv, check_conv_update
+from ..neighbors import Neighbors
 from ..norm.op import check_norm
 from ..runtime.modes import needs_grad, product_dtype
 from ..spec import (
@@ -194,8 +195,12 @@ def mamba2_inner(
     return (y, conv_state, ssm_state) if return_final_states else y
 
 
-def inner(call: Inner, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`mamba2_inner` of a record; states that are not asked for may be empty."""
+def inner(call: Inner, backend: str | None = None, neighbors: Neighbors | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`mamba2_inner` of a record; states that are not asked for may be empty.
+
+    With ``neighbors`` every row is a slice of one that other devices hold the rest of: what enters it comes from there,
+    and the states mean nothing.
+    """
     shape = check_inner(call)
     backend = dispatch.choose(
         *("mamba2_inner", call.zxbcdt.device, backend),
@@ -207,7 +212,8 @@ def inner(call: Inner, backend: str | None = None) -> tuple[Tensor, Tensor, Tens
     ).name
     if call.weights.A is None:
         call = call._replace(weights=call.weights._replace(A=call.weights.rates, A_log=None))
-    y, conv_state, ssm_state = dispatch.backend_module(backend).mamba2_inner(call)
+    run = dispatch.backend_module(backend).mamba2_inner
+    y, conv_state, ssm_state = run(call) if neighbors is None else run(call, neighbors)
     return y, conv_state, ssm_state
 
 
@@ -294,6 +300,7 @@ def layer(
     states: tuple[Tensor | None, Tensor | None] | None = None,
     residual: Tensor | None = None,
     backend: str | None = None,
+    neighbors: Neighbors | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`mamba2_layer` of records, for prompts too: with the states to start from, and what the result is added to.
 
@@ -303,6 +310,7 @@ def layer(
             where no final states are wanted either.
         residual: ``(B, T, d)`` in the dtype of ``stream``, to be added to in its place: another branch of the layer is
             in it (attention beside the mixer), or is in ``stream`` alone (a block that layers share).
+        neighbors: see :func:`inner`.
 
     Returns:
         ``(B, T, d)`` in the dtype of ``stream``, and the final states, which may be empty if they are not asked for.
@@ -324,7 +332,8 @@ def layer(
         group_size=spec.group_size,
         activation=spec.activation,
     ).name
-    y, conv_state, ssm_state = dispatch.backend_module(backend).mamba2_layer(call)
+    run = dispatch.backend_module(backend).mamba2_layer
+    y, conv_state, ssm_state = run(call) if neighbors is None else run(call, neighbors)
     return y, conv_state, ssm_state
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..conv.op import Conv, ConvUpdate
 from ..conv.torch import causal_conv1d, causal_conv1d_update
+from ..neighbors import Neighbors
 from ..norm.op import Norm
 from ..norm.torch import gated_rms_norm
 from ..runtime.linear import linear
@@ -22,18 +23,18 @@ from .op import Inner, Layer, LayerStep, Step
 SEGMENT_TOKENS = 512  # of all rows, on a CPU: what they need stays in the caches and in the allocator
 
 
-def mamba2_inner(call: Inner) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`mamba2_hf.ops.mamba2_inner`. Where gradients are needed only the inputs are kept.
+def mamba2_inner(call: Inner, neighbors: Neighbors | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mamba2_hf.ops.inner`. Where gradients are needed only the inputs are kept.
 
     The states come at no cost here, so they are there whether asked for or not.
     """
     u, packing, conv, ssm = call.zxbcdt, call.packing, call.conv_initial_states, call.ssm_initial_states
 
     def run(segment: Tensor, conv: Tensor | None, ssm: Tensor | None, *weights: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _segment(Inner(segment, MixerWeights(*weights), call.spec, packing, conv, ssm))
+        return _segment(Inner(segment, MixerWeights(*weights), call.spec, packing, conv, ssm), neighbors)
 
     segments: tuple[Tensor, ...] = (u,)
-    if in_steps(u.device) and packing == (None, None):
+    if in_steps(u.device) and packing == (None, None) and neighbors is None:
         segments = u.split(CHUNK_SIZE * max(1, SEGMENT_TOKENS // (CHUNK_SIZE * u.shape[0])), 1)
     ys = []
     with without_autocast(u.device):
@@ -45,12 +46,15 @@ def mamba2_inner(call: Inner) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(ys, 1) if len(ys) > 1 else ys[0], conv, ssm
 
 
-def _segment(call: Inner) -> tuple[Tensor, Tensor, Tensor]:
+def _segment(call: Inner, neighbors: Neighbors | None) -> tuple[Tensor, Tensor, Tensor]:
     """The mixer over some tokens of each row."""
     _, weights, spec, packing, conv_initial, ssm_initial, _ = call
     shape = call.shape
     inner, bc = shape.heads * shape.head_dim, shape.groups * shape.state
     z, xbc, dt = call.zxbcdt.split([inner, inner + 2 * bc, shape.heads], -1)
+    before = weights.conv_weight.shape[1] - 1
+    if neighbors is not None and before:
+        conv_initial = neighbors.columns_before(xbc[:, shape.tokens - before :].mT)
     xbc, conv_state = causal_conv1d(
         Conv(xbc, weights.conv_weight, weights.conv_bias, conv_initial, packing, spec.activation)
     )
@@ -63,6 +67,7 @@ def _segment(call: Inner) -> tuple[Tensor, Tensor, Tensor]:
             *(weights.D, z.unflatten(-1, heads) if gated else None, weights.dt_bias, ssm_initial, packing),
             *(True, spec.dt_limit, spec.chunk_size),
         ),
+        neighbors,
         recompute=False,
     )
     return _normed(call, y.flatten(-2), z), conv_state, state
@@ -92,9 +97,10 @@ def mamba2_step(call: Step) -> Tensor:
     return _normed(call, torch.stack(ys, 1).flatten(-2), z)
 
 
-def mamba2_layer(call: Layer) -> tuple[Tensor, Tensor, Tensor]:
+def mamba2_layer(call: Layer, neighbors: Neighbors | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mamba2_hf.ops.layer`; products are taken in ``dtype`` by the autocast that asked for it."""
-    y, conv_state, ssm_state = mamba2_inner(call.mixer(_entered(call, call.dtype), call.weights.mixer.rates))
+    mixer = call.mixer(_entered(call, call.dtype), call.weights.mixer.rates)
+    y, conv_state, ssm_state = mamba2_inner(mixer, neighbors)
     return _left(call, y), conv_state, ssm_state
 
 

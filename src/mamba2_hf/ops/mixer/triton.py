@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import flops
 from ..conv.op import Conv
 from ..conv.triton import conv_backward, conv_forward, documents
+from ..neighbors import Entering, Neighbors
 from ..norm.op import Norm
 from ..norm.triton import gate_backward, gate_forward, norm_backward, norm_forward
 from ..runtime import tables
@@ -44,10 +45,11 @@ class Mixer:
 
     Args:
         call: the arguments.
+        entering: what enters rows that are slices; the forward has left it for the backward.
     """
 
-    def __init__(self, call: Inner) -> None:
-        self.call, self.shape = call, call.shape
+    def __init__(self, call: Inner, entering: Entering | None = None) -> None:
+        self.call, self.shape, self.entering = call, call.shape, entering
         weights, heads, inner = call.weights, self.shape.heads, self.shape.heads * self.shape.head_dim
         self.widths = inner, self.shape.groups * self.shape.state, heads
         self.z, norm, spec = call.zxbcdt[..., :inner], weights.gated_norm_weight, call.spec
@@ -55,10 +57,10 @@ class Mixer:
         if norm is not None:
             options = (spec.gated_norm_eps, spec.group_size, spec.norm_before_gate, self.z.dtype)
             self.norm = Norm(self.z, self.z, norm, *options)  # x is to be replaced
-        self.conv = Conv(
-            *(call.zxbcdt[..., inner:-heads], weights.conv_weight, weights.conv_bias, call.conv_initial_states),
-            *(call.packing, call.spec.activation),
-        )
+        xbc, initial = call.zxbcdt[..., inner:-heads], call.conv_initial_states
+        if entering is not None:
+            initial = entering.columns(xbc, weights.conv_weight.shape[1])
+        self.conv = Conv(xbc, weights.conv_weight, weights.conv_bias, initial, call.packing, spec.activation)
         self.packing = documents(call.zxbcdt, call.packing)
         self.convolved, self.conv_state = conv_forward(self.conv, self.packing, states=call.states)
         self.scan = ScanPasses(self._scan())
@@ -87,7 +89,7 @@ class Mixer:
 
     def scanned(self) -> tuple[Tensor, Tensor]:
         """The scan's output ``(B, T, H P)`` and final states."""
-        y, states = self.scan.forward()
+        y, states = self.scan.forward(self.entering)
         return y.flatten(-2), states
 
     def gated(self, y: Tensor) -> Tensor:
@@ -115,10 +117,15 @@ class Mixer:
         inner, maps, heads = self.widths
         dconvolved = torch.empty_like(self.convolved)
         into = Into(*self._heads_and_groups(*dconvolved.split([inner, maps, maps], -1)), du[..., -heads:])
-        found: tuple[Any, ...] = self.scan.backward(dy.unflatten(-1, (heads, -1)), dssm_state, into)
+        dy = dy.unflatten(-1, (heads, -1))
+        found: tuple[Any, ...] = self.scan.backward(dy, dssm_state, into, self.entering)
         _, _, dA, _, _, dD, _, dbias, dssm = found
         del self.convolved, self.scan, found  # what follows wants their memory
-        conv = conv_backward(dconvolved, dconv_state, self.conv, self.packing, dx=du[..., inner:-heads])
+        dxbc = du[..., inner:-heads]
+        conv = conv_backward(dconvolved, dconv_state, self.conv, self.packing, dx=dxbc)
+        if self.entering is not None and conv.initial is not None:
+            dcolumns = self.entering.neighbors.columns_after(conv.initial)
+            dxbc[:, dxbc.shape[1] - dcolumns.shape[2] :] += dcolumns.mT
         return MixerWeights(conv.weight, conv.bias, dbias, dA, None, dD, dnorm), conv.initial, dssm
 
 
@@ -138,22 +145,40 @@ def _inner_flops(call: Any) -> int:
 
 
 @op("mamba2_inner", fake=_inner_fake, flops=(_inner_flops, lambda call: flops.BACKWARD * _inner_flops(call)))
-def mamba2_inner(call: Inner) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`mamba2_hf.ops.mamba2_inner`; states that are not asked for are empty."""
-    mixer = Mixer(call)
+def inner(call: Inner) -> tuple[Tensor, Tensor, Tensor]:
+    """The output of the gated norm and the states; those that are not asked for are empty."""
+    return _inner(call)
+
+
+def _inner(call: Inner, entering: Entering | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    mixer = Mixer(call, entering)
     y, ssm_state = mixer.scanned()
     return mixer.gated(y), mixer.conv_state, ssm_state if call.states else y.new_empty(0)
 
 
-@mamba2_inner.backward
+@inner.backward
 def _inner_backward(
-    call: Inner, dy: Tensor, dconv_state: Tensor | None, dssm_state: Tensor | None
+    call: Inner,
+    dy: Tensor,
+    dconv_state: Tensor | None,
+    dssm_state: Tensor | None,
+    entering: Entering | None = None,
 ) -> tuple[Tensor, MixerWeights, Tensor | None, Tensor | None]:
     u = call.zxbcdt
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    mixer = Mixer(call)
+    mixer = Mixer(call, entering)
     dy, dnorm = mixer.gated_backward(dy, mixer.scanned()[0], du)
     return du, *mixer.backward(dy, dconv_state, dssm_state, du, dnorm)
+
+
+_inner_of_slices = inner.between(_inner)
+_inner_of_slices.backward(lambda call, entering, dy, *_: _inner_backward(call, dy, None, None, entering))
+
+
+def mamba2_inner(call: Inner, neighbors: Neighbors | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mamba2_hf.ops.inner`."""
+    y, conv_state, ssm_state = inner(call) if neighbors is None else _inner_of_slices(call, neighbors)
+    return y, conv_state, ssm_state
 
 
 @triton.jit
@@ -311,12 +336,16 @@ def _layer_backward_flops(call: Any) -> int:
 @op("mamba2_layer", fake=_layer_fake, kept=3, flops=(lambda call: sum(_layer_parts(call)), _layer_backward_flops))
 def layer(call: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The stream after the layer and the final states; for the backward the outputs of in_proj and the scan, and A."""
+    return _layer(call)
+
+
+def _layer(call: Layer, incoming: Entering | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with without_autocast(call.stream.device):
         normed = norm_forward(_norm(call))
         zxbcdt = _entering(call).forward(normed)
         del normed
         A = call.weights.mixer.rates
-        mixer = Mixer(call.mixer(zxbcdt, A))
+        mixer = Mixer(call.mixer(zxbcdt, A), incoming)
         y, ssm_state = mixer.scanned()
         mixed = Projection(call, call.weights.out_proj).forward(mixer.gated(y))
         after = _add(call.stream if call.residual is None else call.residual, mixed, call.spec.output_multiplier)
@@ -332,11 +361,12 @@ def _layer_backward(
     zxbcdt: Tensor,
     y: Tensor,
     A: Tensor,
+    incoming: Entering | None = None,
 ) -> tuple[Tensor, LayerWeights, Tensor | None, Tensor | None, Tensor | None]:
     with without_autocast(dstream.device):
         dstream = dstream.contiguous()
         dmixed = _times(dstream, call.spec.output_multiplier, call.dtype).flatten(0, 1)
-        mixer = Mixer(call.mixer(zxbcdt, A))
+        mixer = Mixer(call.mixer(zxbcdt, A), incoming)
         du = _new(zxbcdt)
         leaving = Projection(call, call.weights.out_proj)
         dnormed, dlowered = leaving.input_gradient(dmixed)
@@ -360,9 +390,16 @@ def _layer_backward(
         return dx, LayerWeights(dnorm, din, dweights._replace(A=None, A_log=dA_log), dout), dresidual, dconv, dssm
 
 
-def mamba2_layer(call: Layer) -> tuple[Tensor, Tensor, Tensor]:
+_layer_of_slices = layer.between(_layer)
+_layer_of_slices.backward(
+    lambda call, incoming, dstream, _, __, *kept: _layer_backward(call, dstream, None, None, *kept, incoming)
+)
+
+
+def mamba2_layer(call: Layer, neighbors: Neighbors | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mamba2_hf.ops.layer`."""
-    after, conv_state, ssm_state, *_ = layer(call)
+    found = layer(call) if neighbors is None else _layer_of_slices(call, neighbors)
+    after, conv_state, ssm_state, *_ = found
     return after, conv_state, ssm_state
 
 

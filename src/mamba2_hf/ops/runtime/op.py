@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ...errors import BackendError
 from ..flops import register as count_flops
+from ..neighbors import Entering, Neighbors
 from .plan import replayed
 
 NAMESPACE = "mamba2_hf"
@@ -129,12 +130,18 @@ class Op(Generic[Record]):
             f"{NAMESPACE}::{self.name}", differentiate, setup_context=setup_context, lib=_LIBRARY
         )
         watched = lambda *args: (registered if _is_watched(args[0]) else launch)(*args)  # noqa: E731
-        self._run = self._recorded(*self._autograd(watched))
+        self._run = self._recorded(self._forward, *self._autograd(watched))
         return run
 
-    def _recorded(self, keep: Callable[..., None], differentiate: Callable[..., Any]) -> Callable[..., Any]:
-        """The op in eager mode, with its gradients."""
-        forward, differentiable = self._forward, self.differentiable
+    def between(self, forward: Callable[[Record, Entering], Any]) -> Between[Record]:
+        """Decorates what the op does where rows are slices; see :class:`Between`."""
+        return Between(self, forward)
+
+    def _recorded(
+        self, forward: Callable[..., Any], keep: Callable[..., None], differentiate: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """``forward`` in eager mode, with its gradients."""
+        differentiable = self.differentiable
 
         class Function(torch.autograd.Function):
             @staticmethod
@@ -186,6 +193,31 @@ class Op(Generic[Record]):
         return setup_context, differentiate
 
 
+class Between(Generic[Record]):
+    """An op on slices of rows, which asks their neighbors for what enters them. It waits on the way, so that no plan
+    repeats it, and no schema holds neighbors, so that it runs in eager mode only.
+
+    Args:
+        of: the op.
+        forward: takes its record and what enters, and returns what the op does.
+    """
+
+    def __init__(self, of: Op[Record], forward: Callable[[Record, Entering], Any]) -> None:
+        self._op = of
+        self._forward = here(lambda *args: forward(of.build(args), args[-1]))
+
+    def __call__(self, record: Record, neighbors: Neighbors) -> Any:
+        """Runs the op."""
+        return self._run(*self._op.flatten(record), Entering(neighbors))
+
+    def backward(self, run: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+        """Decorates the backward: as of :meth:`Op.backward`, with what entered behind the record."""
+        of = self._op
+        launch = here(lambda *args: _flattened(run(of.build(args[of.results :]), args[-1], *args[: of.results])))
+        self._run = of._recorded(self._forward, *of._autograd(launch))
+        return run
+
+
 def op(
     name: str, *, fake: Callable[[Any], Any], kept: int = 0, flops: tuple[Callable[[Any], int], ...] | None = None
 ) -> Callable[[Callable[[Record], Any]], Op[Record]]:
@@ -194,8 +226,12 @@ def op(
 
 
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """``launch``, run on the device of its first tensor, by a plan where there is one."""
-    launch = replayed(launch)
+    """:func:`here`, by a plan where there is one."""
+    return here(replayed(launch))
+
+
+def here(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """``launch``, run on the device of its first tensor."""
 
     def run(*args: Any) -> Any:
         device = args[0].get_device()

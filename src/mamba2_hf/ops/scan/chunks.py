@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..neighbors import Neighbors
 from ..packing import document_numbers
 from ..runtime.modes import in_steps, known, plus, times
 
@@ -36,6 +37,7 @@ def scan_chunks(
     *,
     document: Tensor | None = None,
     restart: tuple[Tensor, Tensor] | None = None,
+    neighbors: Neighbors | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes the scan from operands in chunks.
 
@@ -46,6 +48,7 @@ def scan_chunks(
         initial_states: ``(B, H, P, N)``, entering the first chunk of each row.
         document: ``(B, c, Q)`` ids; nothing passes between tokens whose ids differ on the way.
         restart: ``(c,)`` mask of the chunks that a given state ``(c, H, P, N)`` enters in place of the carried one.
+        neighbors: from which the state comes that enters the first chunk of each row, in place of ``initial_states``.
 
     Returns:
         ``y (B, c, Q, H, P)`` with the skip; and the last state ``(B, H, P, N)``, or with ``restart`` the state after
@@ -89,6 +92,10 @@ def scan_chunks(
         given = _inward(given, groups)  # (c, G, N, H/G, P)
         added = added + _per_head(is_first[:, None] * torch.exp(passes), groups) * given
         cut = cut | is_first
+    if neighbors is not None:
+        _, own = _pass_states(added, passes, cut, None, keep_all=False)
+        decay = torch.exp(passes.sum(1)) * ~cut.any(1, keepdim=True)  # (B, H)
+        first = _inward(neighbors.state_before(_outward(own), decay), groups)
     carried, states = _pass_states(added, passes, cut, first, keep_all=restart is not None)
     if restart is not None:
         carried = torch.where(is_first.view(-1, 1, 1, 1, 1), given, carried)

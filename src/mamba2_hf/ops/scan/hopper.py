@@ -50,9 +50,11 @@ def walk(call: Call, cut: Cut, entry: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def summaries(
-    call: Call, cut: Cut, *, reverse: bool, inputs: Tensor, maps: Tensor, states: Tensor, decay: Tensor
+    call: Call, cut: Cut, *, reverse: bool, inputs: Tensor, maps: Tensor, states: Tensor, decay: Tensor, open_: bool
 ) -> None:
-    """Leaves each segment's own state (or its gradient) in ``states``, and its decay in ``decay``."""
+    """Leaves each segment's own state (or its gradient) in ``states``, and its decay in ``decay``; of a segment that
+    nothing follows only where sequences are ``open_``.
+    """
     _, heads, _, N = call.state_shape
     per_group = heads // call.shape.groups
     config = tables.hopper_state(per_group, N)
@@ -65,17 +67,23 @@ def summaries(
         FORWARD=not reverse,
         REVERSE=reverse,
         SUMMARY=True,
+        OPEN=open_,
         HAS_ENTRY=False,
         HAS_DENTRY=False,
     )
 
 
+def before_gate(call: Call, dout: Tensor) -> Tensor:
+    """``dout``: there is no gate."""
+    return dout
+
+
 def gradients(
-    call: Call, cut: Cut, dout: Tensor, entry: Tensor | None, leave: Tensor | None, into: Into | None
+    call: Call, cut: Cut, dout: Tensor, dy: Tensor, entry: Tensor | None, leave: Tensor | None, into: Into | None
 ) -> Gradients:
     """Everything of the backward that is not about single numbers; see :class:`Gradients`.
 
-    ``entry`` and ``leave (segments, H, P, N)``: states, and their gradients, between segments.
+    ``dy`` is ``dout``. ``entry`` and ``leave (segments, H, P, N)``: states, and their gradients, between segments.
     """
     x, D = call.args.x, call.args.D
     _, tokens, heads, _, groups, N, _ = call.shape
@@ -96,6 +104,7 @@ def gradients(
         FORWARD=True,
         REVERSE=True,
         SUMMARY=False,
+        OPEN=False,
         HAS_ENTRY=entry is not None,
         HAS_DENTRY=leave is not None,
     )

@@ -375,7 +375,8 @@ def state_consumer(states, steps, entries, results, shared, own, bars, place, co
 def state_kernel(x, B, dy, C, S, dS, steps, entry, dentry, after, dafter, decay, H, per_row, per_segment,
                  PER_GROUP: gl.constexpr, PIECES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
                  HEADS: gl.constexpr, STAGES: gl.constexpr, FORWARD: gl.constexpr, REVERSE: gl.constexpr,
-                 SUMMARY: gl.constexpr, HAS_ENTRY: gl.constexpr, HAS_DENTRY: gl.constexpr, REGISTERS: gl.constexpr,
+                 SUMMARY: gl.constexpr, OPEN: gl.constexpr, HAS_ENTRY: gl.constexpr, HAS_DENTRY: gl.constexpr,
+                 REGISTERS: gl.constexpr,
                  num_warps: gl.constexpr):  # fmt: skip
     """Walks a segment passing the state only: ``S <- passes S + (inputs * weight)^T maps``.
 
@@ -383,9 +384,9 @@ def state_kernel(x, B, dy, C, S, dS, steps, entry, dentry, after, dafter, decay,
     inputs dy, maps C, weight ``enters``. With both, the second half of the programs takes the reverse.
 
     ``SUMMARY``: starts from zero and leaves the segment's own state in ``after (segments, H, P, N)`` (``dafter``) and
-    its decay in ``decay (segments, H)``; the segment that nothing follows is skipped. Otherwise every chunk's state on
-    entering it (seen in walking direction) goes to ``S (chunks H, P, N)`` (``dS``), and what comes out of the sequence
-    to ``after (B, H, P, N)`` (``dafter``).
+    its decay in ``decay (segments, H)``; the segment that nothing follows is skipped, unless the sequence goes on
+    elsewhere (``OPEN``). Otherwise every chunk's state on entering it (seen in walking direction) goes to
+    ``S (chunks H, P, N)`` (``dS``), and what comes out of the sequence to ``after (B, H, P, N)`` (``dafter``).
     """
     blocks: gl.constexpr = (PER_GROUP + HEADS - 1) // HEADS
     groups = H // PER_GROUP
@@ -405,8 +406,9 @@ def state_kernel(x, B, dy, C, S, dS, steps, entry, dentry, after, dafter, decay,
     ends = gl.where(reverse, first == 0, first + count == per_row)
     if SUMMARY:
         target = segment
-        count = gl.where(ends, 0, count)
-        target = gl.where(ends, -1, segment)
+        if not OPEN:
+            count = gl.where(ends, 0, count)
+            target = gl.where(ends, -1, segment)
     else:
         target = gl.where(ends, row, -1)
     dtype: gl.constexpr = x.dtype

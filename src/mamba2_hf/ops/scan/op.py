@@ -19,6 +19,7 @@ from ..checks import (
     fail,
     limits,
 )
+from ..neighbors import Neighbors
 from ..runtime.modes import needs_grad
 from ..spec import INF, UNPACKED, Packing, SSDShape, State
 
@@ -121,10 +122,21 @@ def ssd_chunk_scan(
         *(x, dt, A, B, C, D, z, dt_bias, initial_states),
         *(Packing(seq_idx, cu_seqlens), dt_softplus, limits(dt_limit), chunk_size),
     )
-    shape = check_scan(call)
-    backend = dispatch.choose("ssd_chunk_scan", x.device, backend, shape=shape, dtype=x.dtype).name
-    y, states = dispatch.backend_module(backend).ssd_chunk_scan(call)
+    y, states = scan(call, backend)
     return (y, states) if return_final_states else y
+
+
+def scan(call: Scan, backend: str | None = None, neighbors: Neighbors | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`ssd_chunk_scan` of a record: ``y`` and the final states.
+
+    With ``neighbors`` every row is a slice of one that other devices hold the rest of: what enters it comes from there,
+    and the final states mean nothing.
+    """
+    shape = check_scan(call)
+    backend = dispatch.choose("ssd_chunk_scan", call.x.device, backend, shape=shape, dtype=call.x.dtype).name
+    run = dispatch.backend_module(backend).ssd_chunk_scan
+    y, states = run(call) if neighbors is None else run(call, neighbors)
+    return y, states
 
 
 def ssd_state_update(

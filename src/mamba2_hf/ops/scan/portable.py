@@ -49,34 +49,45 @@ def walk(call: Call, cut: Cut, entry: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def summaries(
-    call: Call, cut: Cut, *, reverse: bool, inputs: Tensor, maps: Tensor, states: Tensor, decay: Tensor
+    call: Call, cut: Cut, *, reverse: bool, inputs: Tensor, maps: Tensor, states: Tensor, decay: Tensor, open_: bool
 ) -> None:
-    """Leaves each segment's own state (or its gradient) in ``states``, and its decay in ``decay``."""
-    _walk_states(call, cut, reverse=reverse, inputs=inputs, maps=maps, entry=None, decay=decay, after=states)
+    """Leaves each segment's own state (or its gradient) in ``states``, and its decay in ``decay``; of a segment that
+    nothing follows only where sequences are ``open_``.
+    """
+    _walk_states(
+        *(call, cut), reverse=reverse, inputs=inputs, maps=maps, entry=None, decay=decay, after=states, open_=open_
+    )
+
+
+def before_gate(call: Call, dout: Tensor) -> Tensor:
+    """From the gradient of the output to that of what the gate multiplies."""
+    x, z = call.args.x, call.args.z
+    if z is None:
+        return dout
+    batch, tokens, heads, P = x.shape
+    dy = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch(
+        gate_backward_kernel,
+        (cdiv(tokens, tables.GATE_ROWS), cdiv(heads * P, tables.GATE_BLOCK), batch),
+        *(dout, z, dy, tokens, heads * P, *strides(dout), *strides(z)),
+        P=P,
+        BLOCK=tables.GATE_BLOCK,
+        ROWS=tables.GATE_ROWS,
+    )
+    return dy
 
 
 def gradients(
-    call: Call, cut: Cut, dout: Tensor, entry: Tensor | None, leave: Tensor | None, into: Into | None
+    call: Call, cut: Cut, dout: Tensor, dy: Tensor, entry: Tensor | None, leave: Tensor | None, into: Into | None
 ) -> Gradients:
     """Everything of the backward that is not about single numbers; see :class:`Gradients`.
 
-    ``entry`` and ``leave (segments, H, P, N)``: states, and their gradients, between segments. ``into`` is not used.
+    ``dy`` is what :func:`before_gate` makes of ``dout``. ``entry`` and ``leave (segments, H, P, N)``: states, and their
+    gradients, between segments. ``into`` is not used.
     """
     (x, _, _, B, C, D, z, *_), chip = call.args, call.chip
     batch, tokens, heads, P, groups, N, _ = call.shape
     per_group = heads // groups
-    dy = dout
-    if z is not None:
-        dy = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        launch(
-            gate_backward_kernel,
-            (cdiv(tokens, tables.GATE_ROWS), cdiv(heads * P, tables.GATE_BLOCK), batch),
-            *(dout, z, dy, tokens, heads * P, *strides(dout), *strides(z)),
-            P=P,
-            BLOCK=tables.GATE_BLOCK,
-            ROWS=tables.GATE_ROWS,
-        )
-
     # The state on entering every chunk, and its gradient on leaving it, (chunks, H, N, P).
     states, dstates = (torch.empty(cut.chunks, heads, N, P, dtype=x.dtype, device=x.device) for _ in range(2))
     dinitial = torch.empty(call.state_shape, dtype=torch.float32, device=x.device)
@@ -166,6 +177,7 @@ def _walk_states(
     after: Tensor,
     at_chunks: Tensor | None = None,
     decay: Tensor | None = None,
+    open_: bool = False,
 ) -> None:
     P, N = call.shape.head_dim, call.shape.state
     config = tables.state(call.chip, inputs.dtype, P, N, cut.Q)
@@ -184,6 +196,7 @@ def _walk_states(
         **_tiles(config),
         REVERSE=reverse,
         SUMMARY=at_chunks is None,
+        OPEN=open_,
         HAS_ENTRY=entry is not None,
         **_flags(call, cut),
     )

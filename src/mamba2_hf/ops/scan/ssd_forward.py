@@ -99,8 +99,8 @@ def state_kernel(
     i_row, i_token, i_head, m_row, m_token, m_head,
     PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    REVERSE: tl.constexpr, SUMMARY: tl.constexpr, HAS_ENTRY: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    PACKED: tl.constexpr, TMA: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, SUMMARY: tl.constexpr, OPEN: tl.constexpr, HAS_ENTRY: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walks a segment passing the state only: ``S <- passes S + maps^T (inputs * weight)``.
 
@@ -108,7 +108,8 @@ def state_kernel(
     gradient of the state: ``inputs`` is dy, ``maps`` is C and the weight ``enters``.
 
     ``SUMMARY``: starts from zero and leaves the segment's own state in ``after (segments, H, P, N)`` and its decay in
-    ``decay (segments, H)`` for ``link_kernel``; the segment that nothing follows is skipped. Otherwise every chunk's
+    ``decay (segments, H)`` for ``link_kernel``; the segment that nothing follows is skipped, unless the sequence goes
+    on elsewhere (``OPEN``). Otherwise every chunk's
     state on entering it (seen in walking direction) goes to ``at_chunks (chunks, H, N, P)``, and what comes out of the
     sequence to ``after (sequences, H, P, N)``.
     """
@@ -127,8 +128,9 @@ def state_kernel(
             return
     ends = first if REVERSE else last
     if SUMMARY:
-        if ends:
-            return
+        if not OPEN:
+            if ends:
+                return
     offsets, inside = state_tile(n0, p0, P, N, BP, BN)
     if HAS_ENTRY:
         before = tl.load(entry + (tl.cast(segment, tl.int64) * H + h) * (P * N) + offsets, mask=inside, other=0.0)

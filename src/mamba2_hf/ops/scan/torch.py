@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..neighbors import Neighbors
 from ..packing import chunk_layout
 from ..runtime.modes import known, recomputed, times, without_autocast
 from ..spec import CHUNK_SIZE, compute_dtype
@@ -19,12 +20,16 @@ from .op import Scan, Update
 from .reference import step_size
 
 
-def ssd_chunk_scan(call: Scan, *, recompute: bool = True) -> tuple[Tensor, Tensor]:
+def ssd_chunk_scan(call: Scan, neighbors: Neighbors | None = None, *, recompute: bool = True) -> tuple[Tensor, Tensor]:
     """See :func:`mamba2_hf.ops.ssd_chunk_scan`; always returns the final states too.
 
+    With ``neighbors`` rows are slices, whose documents ``seq_idx`` tells apart, if there are several.
     ``recompute=False`` is for callers that recompute a larger region themselves.
     """
-    scan = _scan_rows if call.packing.cu_seqlens is None else _scan_packed
+
+    def scan(call: Scan) -> tuple[Tensor, Tensor]:
+        return _scan_rows(call, neighbors) if call.packing.cu_seqlens is None else _scan_packed(call)
+
     with without_autocast(call.x.device):
         if recompute:
             rest: Any = call[9:]
@@ -32,7 +37,7 @@ def ssd_chunk_scan(call: Scan, *, recompute: bool = True) -> tuple[Tensor, Tenso
         return scan(call)
 
 
-def _scan_rows(call: Scan) -> tuple[Tensor, Tensor]:
+def _scan_rows(call: Scan, neighbors: Neighbors | None) -> tuple[Tensor, Tensor]:
     """Every row is one sequence, or several told apart by ``seq_idx``."""
     x, dt, A, B, C, D, z, dt_bias, initial_states, (seq_idx, _), dt_softplus, dt_limit, chunk_size = call
     chunk_size = chunk_size or CHUNK_SIZE
@@ -53,7 +58,7 @@ def _scan_rows(call: Scan) -> tuple[Tensor, Tensor]:
     document = None
     if seq_idx is not None:  # padding continues the last document, so that the final state is the last document's
         document = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], 1).unflatten(1, (count, size))
-    y, states = scan_chunks(chunks, A, D, initial_states, document=document)
+    y, states = scan_chunks(chunks, A, D, initial_states, document=document, neighbors=neighbors)
     y = y.flatten(1, 2)
     y = y[:, torch.arange(tokens, device=y.device)] if open_ else y[:, :tokens]  # a slice's strides tell its length
     return _gate(y, z).to(x.dtype), states.contiguous()

@@ -6,6 +6,7 @@ The forward leaves nothing but its inputs for the backward, which recomputes the
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import flops
+from ..neighbors import Entering, Neighbors
 from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.op import op
@@ -33,29 +35,34 @@ class ScanPasses:
         self.call, self.kernels = _route(prepare(given))
         self.cut = cut(self.call, self.kernels.chunk_size(self.call), marks=self.kernels is not portable)
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """``y`` and the final states."""
+    def forward(self, entering: Entering | None = None) -> tuple[Tensor, Tensor]:
+        """``y`` and the final states; ``entering`` is given where rows are slices."""
         x = self.given.x
-        y, final = self.kernels.walk(self.call, self.cut, self._entry())
+        y, final = self.kernels.walk(self.call, self.cut, self._entry(entering))
         return y.to(x.dtype).view(x.shape), final.view(final.shape[0], *x.shape[2:], final.shape[3])
 
-    def backward(self, dy: Tensor, dfinal: Tensor | None, into: Into | None = None) -> tuple[Tensor | None, ...]:
+    def backward(
+        self, dy: Tensor, dfinal: Tensor | None, into: Into | None = None, entering: Entering | None = None
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial states, each in its tensor's dtype.
 
         Args:
             dy: gradient of y. dfinal: gradient of the final states, or None.
             into: where those of x, B, C and dt go; new tensors if None.
+            entering: as the forward left it, where rows are slices; the final states have no gradient then.
         """
         given, call, pieces = self.given, self.call, self.cut
-        dy = channels_last(dy.to(call.args.x.dtype))
-        if call.tma and not (fits_tma(dy) and dy.stride(2) == dy.shape[3]):
-            dy = dy.clone(memory_format=torch.contiguous_format)
-        dy = dy.view(call.args.x.shape)
+        dout = channels_last(dy.to(call.args.x.dtype))
+        if call.tma and not (fits_tma(dout) and dout.stride(2) == dout.shape[3]):
+            dout = dout.clone(memory_format=torch.contiguous_format)
+        dout = dout.view(call.args.x.shape)
+        dy = self.kernels.before_gate(call, dout)
         if into is not None:
-            into = into._replace(dx=into.dx.view(dy.shape))
+            into = into._replace(dx=into.dx.view(dout.shape))
         leave = dfinal if dfinal is None else dfinal.contiguous().view(call.state_shape)
-        leave = self._between(reverse=True, inputs=dy, maps=call.args.C, outer=leave)
-        found = self.kernels.gradients(call, pieces, dy, self._entry(), leave, into)
+        ask = None if entering is None else entering.neighbors.gradient_after
+        leave = self._between(reverse=True, inputs=dy, maps=call.args.C, outer=leave, ask=ask)
+        found = self.kernels.gradients(call, pieces, dout, dy, self._entry(entering), leave, into)
 
         if into is None:
             new = torch.zeros if call.packed else torch.empty
@@ -86,20 +93,43 @@ class ScanPasses:
             None if initial is None else found.dinitial.view(initial.shape).to(initial.dtype),
         )
 
-    def _entry(self) -> Tensor | None:
+    def _entry(self, entering: Entering | None) -> Tensor | None:
         """The state that enters each segment, ``(segments, H, P, N)``; None where all are zero."""
-        call = self.call
-        return self._between(reverse=False, inputs=call.args.x, maps=call.args.B, outer=call.args.initial_states)
+        args = self.call.args
+        outer, ask = args.initial_states, None
+        if entering is not None and entering.state is not None:
+            outer = entering.state.view(self.call.state_shape)
+        elif entering is not None:
+            ask = entering.ask_state
+        return self._between(reverse=False, inputs=args.x, maps=args.B, outer=outer, ask=ask)
 
-    def _between(self, *, reverse: bool, inputs: Tensor, maps: Tensor, outer: Tensor | None) -> Tensor | None:
-        """The state (or its gradient) that enters each segment in walking direction; ``outer`` enters sequences."""
-        if self.cut.per_sequence == 1:
+    def _between(
+        self,
+        *,
+        reverse: bool,
+        inputs: Tensor,
+        maps: Tensor,
+        outer: Tensor | None,
+        ask: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> Tensor | None:
+        """The state (or its gradient) that enters each segment in walking direction.
+
+        ``outer`` enters sequences; or what ``ask`` makes of each one's own state, from zero, and its decay.
+        """
+        if self.cut.per_sequence == 1 and ask is None:
             return outer
         heads, P, N = self.call.shape.heads, self.call.shape.head_dim, self.call.shape.state
         states = torch.empty(self.cut.segments, heads, P, N, dtype=torch.float32, device=inputs.device)
         decay = torch.empty(self.cut.segments, heads, dtype=torch.float32, device=inputs.device)
         given = {"reverse": reverse, "inputs": inputs, "maps": maps}
-        self.kernels.summaries(self.call, self.cut, **given, states=states, decay=decay)
+        self.kernels.summaries(self.call, self.cut, **given, states=states, decay=decay, open_=ask is not None)
+        if ask is not None:
+            own, passes = _joined(states, decay, self.cut.per_sequence, reverse)
+            # In the heads of the input: which kernels run, and with which heads, is for every device to choose.
+            own = own.view(-1, *self.given.x.shape[2:], N)
+            outer = ask(own, passes.unflatten(1, (own.shape[1], -1))[..., 0]).contiguous().view(self.call.state_shape)
+        if self.cut.per_sequence == 1:
+            return outer
         launch(
             link_kernel,
             (self.call.shape.states, cdiv(P * N, tables.LINK_BLOCK), heads),
@@ -112,6 +142,20 @@ class ScanPasses:
             PACKED=self.call.packed,
         )
         return states
+
+
+def _joined(states: Tensor, decay: Tensor, per_sequence: int, reverse: bool) -> tuple[Tensor, Tensor]:
+    """The states of segments, ``(B s, H, P, N)``, each from zero, and their decays ``(B s, H)``, to those of whole
+    sequences, ``(B, H, P, N)`` and ``(B, H)``.
+    """
+    if per_sequence == 1:
+        return states, decay
+    states, decay = states.unflatten(0, (-1, per_sequence)), decay.unflatten(0, (-1, per_sequence))
+    passed = decay if reverse else decay.flip(1)
+    behind = passed.cumprod(1)  # (B, s, H) decays of the segments from the last one walked on
+    after = torch.cat([torch.ones_like(behind[:, :1]), behind[:, :-1]], 1)
+    after = after if reverse else after.flip(1)
+    return (after[..., None, None] * states).sum(1), behind[:, -1]
 
 
 def _fake(call: Scan) -> tuple[Tensor, Tensor]:
@@ -134,11 +178,16 @@ def _backward(call: Scan, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor | N
     return ScanPasses(call).backward(dy, dfinal)
 
 
-def ssd_chunk_scan(call: Scan) -> tuple[Tensor, Tensor]:
-    """See :func:`mamba2_hf.ops.ssd_chunk_scan`; always returns the final states too."""
+_of_slices = scan.between(lambda call, entering: ScanPasses(call).forward(entering))
+_of_slices.backward(lambda call, entering, dy, _: ScanPasses(call).backward(dy, None, entering=entering))
+
+
+def ssd_chunk_scan(call: Scan, neighbors: Neighbors | None = None) -> tuple[Tensor, Tensor]:
+    """See :func:`mamba2_hf.ops.scan.op.scan`."""
     dtype = call.x.dtype
     z = None if call.z is None else call.z.to(dtype)
-    y, states = scan(call._replace(B=call.B.to(dtype), C=call.C.to(dtype), z=z))
+    call = call._replace(B=call.B.to(dtype), C=call.C.to(dtype), z=z)
+    y, states = scan(call) if neighbors is None else _of_slices(call, neighbors)
     return y, states
 
 

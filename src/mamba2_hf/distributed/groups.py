@@ -1,0 +1,89 @@
+"""Processes that work on one thing together, as a dimension of a device mesh names them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class Group:
+    """A process group and this process's place in it.
+
+    Every method is a collective: all processes of the group call it, with tensors of the same shape and dtype. None of
+    them is differentiable; see ``collectives.py``.
+
+    Args:
+        process_group: of ``torch.distributed``.
+        rank: of this process in the group.
+        size: how many processes it has.
+    """
+
+    def __init__(self, process_group: Any, rank: int, size: int) -> None:
+        self.process_group, self.rank, self.size = process_group, rank, size
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh, name: str) -> Group:
+        """The group of this process along the dimension ``name`` of a mesh; a mesh of one dimension may have any name.
+
+        Raises:
+            ArgumentError: the mesh has no such dimension.
+        """
+        names = mesh.mesh_dim_names
+        if mesh.ndim > 1:
+            if name not in (names or ()):
+                raise ArgumentError(
+                    f"the mesh has the dimensions {names}, and {name!r} is needed: init_device_mesh(..., "
+                    f"mesh_dim_names=(..., {name!r})), or pass the mesh of one dimension that is meant"
+                )
+            mesh = mesh[name]
+        return cls(mesh.get_group(), mesh.get_local_rank(), mesh.size())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return self  # a copy of a model works with the same processes
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """What all processes have, ``(size, ...)``."""
+        import torch.distributed as dist
+
+        gathered = tensor.new_empty(self.size * tensor.numel())
+        # By its name from torch 2.13 on, or the one before.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(gathered, tensor.flatten(), group=self.process_group)
+        return gathered.view(self.size, *tensor.shape)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        import torch.distributed as dist
+
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self.process_group)
+        return total
+
+    def sum_of_parts(self, tensor: Tensor) -> Tensor:
+        """From ``(size, ...)`` in all processes the sum of this process's entries, ``(...)``."""
+        import torch.distributed as dist
+
+        total = tensor.new_empty(tensor[0].numel())
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(total, tensor.flatten(), group=self.process_group)
+        return total.view(tensor.shape[1:])
+
+    def exchange(self, tensor: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Sends the first ``sent[0]`` rows of ``tensor (R, ...)`` to process 0, and so on; returns what comes, by rank.
+
+        Args:
+            tensor: ``(sum(sent), ...)``.
+            sent, received: rows to and from each process.
+        """
+        import torch.distributed as dist
+
+        found = tensor.new_empty(sum(received), *tensor.shape[1:])
+        dist.all_to_all_single(found, tensor.contiguous(), received, sent, group=self.process_group)
+        return found

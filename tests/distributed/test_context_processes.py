@@ -1,0 +1,24 @@
+"""Sequences spread over four processes on the CPU; the checks are in ``context_worker.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from processes import checks, run
+
+WORKER = Path(__file__).with_name("context_worker.py")
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, list[str]]:
+    return run(WORKER, 4, tmp_path_factory.mktemp("context"), repository)
+
+
+@pytest.mark.parametrize("name", checks(WORKER))
+def test_context(name: str, results: dict[str, list[str]]) -> None:
+    for rank, result in enumerate(results[name]):
+        assert result == "passed", f"process {rank}: {result}"
