@@ -70,6 +70,8 @@ def ops() -> str:
         "ssd_fwdbwd_H24_16x2048": "SSD forward and backward, 24 heads, 16 x 2048",
         "mixer_fwdbwd_H80_8x2048": "Convolution, SSD and norm, forward and backward, 80 heads, 8 x 2048",
         "mixer_fwdbwd_H24_16x2048": "the same, 24 heads, 16 x 2048",
+        "ssd_fwd_N256_4x4096": "SSD forward, 48 heads, N 256, 4 x 4096",
+        "ssd_fwdbwd_P128_4x4096": "SSD forward and backward, 32 heads, P 128, 4 x 4096",
         "step_256_float32": "One step of 256 sequences, 80 heads, fp32 state",
     }
     rows = []
@@ -171,12 +173,9 @@ def hybrids() -> str:
     rows = []
     for name, title in titles.items():
         parts = (("training_4x2048", OURS), ("prefill_1x32768", OURS), ("decode_b1", GRAPH), ("decode_b16", GRAPH))
-        rows.append(
-            (
-                title,
-                *(number(cell("hybrid_families", "ms_p50", case=f"{name}_{part}", impl=impl)) for part, impl in parts),
-            )
-        )
+        found = [cell("hybrid_families", "ms_p50", case=f"{name}_{part}", impl=impl) for part, impl in parts]
+        if any(value is not None for value in found):
+            rows.append((title, *map(number, found)))
     header = ("ms", "training step, 4 x 2048", "prefill, 1 x 32768", "a token, one sequence", "a token, 16 sequences")
     return table(header, rows)
 

@@ -147,7 +147,10 @@ def prepare_masks(
             )
 
 
-FEW_TOKENS = 4  # up to which the experts' weights are gathered for each token rather than tokens for each expert
+FEW_TOKENS, SOME_TOKENS = 4, 16
+"""Under the former the experts' weights are gathered for each token rather than tokens for each expert; where a
+dtype has no grouped product, and its substitute would wait for the GPU, up to the latter, and in whatever a graph captures.
+"""
 
 
 def _run_here(cls: type[Experts]) -> type[Experts]:
@@ -159,10 +162,13 @@ def _run_here(cls: type[Experts]) -> type[Experts]:
     def forward(self: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         if x.dtype == torch.float64:
             return Experts.forward(self, x, index, weights)
-        if self.config._experts_implementation == "grouped_mm" and not self._is_expert_parallel:
-            if x.shape[0] < FEW_TOKENS and x.is_cuda and not torch.is_grad_enabled():
+        if self.config._experts_implementation == "grouped_mm" and not self._is_expert_parallel and x.is_cuda:
+            groups, tokens = self.can_group(x), x.shape[0]
+            few = tokens < FEW_TOKENS or (not groups and tokens <= SOME_TOKENS)
+            few = few or (not groups and torch.cuda.is_current_stream_capturing())
+            if few and not torch.is_grad_enabled():
                 return ALL_EXPERTS_FUNCTIONS["batched_mm"](self, x, index, weights)  # type: ignore[no-any-return]
-            if self.can_group(x):
+            if groups:
                 return Experts.grouped(self, x, index, weights)
         return run(self, x, index, weights)
 
