@@ -29,6 +29,7 @@ FLOORS = {
     "ops": 0,
     "pretrained": 0,
     "layers": 1,
+    "theory": 1,
     "distributed": 2,
     "models": 3,
     "checkpoints": 4,
@@ -189,6 +190,12 @@ class TestImportingThePackage:
             "import transformers.cache_utils, transformers.modeling_layers, transformers.conversion_mapping\n" + loaded
         )
         assert set(ast.literal_eval(python(f"import mamba2_hf\n{loaded}"))) <= set(ast.literal_eval(stock))
+
+    def test_loads_what_is_asked_for_only_when_it_is(self):
+        assert (
+            python("import sys, mamba2_hf; print([name for name in sys.modules if 'mamba2_hf.theory' in name])")
+            == "[]\n"
+        )
 
     def test_works_without_optional_packages_and_peers(self):
         missing = "".join(f"sys.modules[{name!r}] = None\n" for name in sorted(OPTIONAL - {"accelerate"} | PEERS))
