@@ -34,9 +34,8 @@ def grid(matrix: Tensor, left: int, top: int, title: str, outlines: tuple[Outlin
             parts.append(f'<rect {place} width="{CELL}" height="{CELL}" fill="{color(value / scale)}" stroke="#ddd"/>')
     for row, column, rows, columns in outlines:
         place = f'x="{left + column * CELL}" y="{top + row * CELL}"'
-        parts.append(
-            f'<rect {place} width="{columns * CELL}" height="{rows * CELL}" fill="none" stroke="#000" stroke-width="2"/>'
-        )
+        size = f'width="{columns * CELL}" height="{rows * CELL}"'
+        parts.append(f'<rect {place} {size} fill="none" stroke="#000" stroke-width="2"/>')
     return "\n".join(parts)
 
 

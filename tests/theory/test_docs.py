@@ -10,7 +10,6 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-
 COLOR = re.compile(r"#([0-9a-f]{6})")
 
 
