@@ -11,7 +11,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,7 +65,7 @@ def _mixer(view: MixerView, span: int) -> dict[str, Any]:
         "heads": view.heads,
         "size": view.matrix.shape[1],
         "scale": _numbers(scale),
-        "entries": _base64(entries.numpy()),
+        "entries": _base64(entries.numpy().tobytes()),
         "reach": _numbers(view.reach),
     }
     if view.half_life is not None and view.state_size is not None:
@@ -98,8 +97,8 @@ def _means(series: Tensor, span: int) -> Tensor:
 def _numbers(tensor: Tensor) -> str:
     """Little-endian fp32, within its range."""
     largest = torch.finfo(torch.float32).max
-    return _base64(tensor.to(torch.float32).clamp(-largest, largest).numpy().astype("<f4"))
+    return _base64(tensor.to(torch.float32).clamp(-largest, largest).numpy().astype("<f4").tobytes())
 
 
-def _base64(array: np.ndarray[Any, Any]) -> str:
-    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
