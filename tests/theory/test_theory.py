@@ -155,8 +155,11 @@ class TestSemiseparable:
     @given(seeds, lengths)
     def test_a_scalar_recurrence_is_one_semiseparable(self, seed, tokens):
         a, x = draw(seed)(2, tokens), draw(seed + 1)(2, tokens, 3)
-        same(semiseparable.one_semiseparable(a) @ x, semiseparable.scalar_recurrence(a, x))
-        assert all(semiseparable.order(M) == 1 for M in semiseparable.one_semiseparable(a))
+        M = semiseparable.one_semiseparable(a)
+        same(M @ x, semiseparable.scalar_recurrence(a, x))
+        for j in range(tokens):
+            same(M[:, j, : j + 1], torch.stack([a[:, i + 1 : j + 1].prod(1) for i in range(j + 1)], 1))
+        assert [semiseparable.order(head) for head in M] == [1, 1]
 
     @few
     @given(seeds, st.integers(1, 3), st.integers(0, 3))

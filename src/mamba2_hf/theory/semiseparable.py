@@ -22,15 +22,9 @@ from ..errors import ArgumentError
 def one_semiseparable(a: Tensor) -> Tensor:
     """``1SS(a)``: ``(..., T)`` to ``(..., T, T)`` with ``a_j ... a_{i+1}`` at ``(j, i)`` (Equation 6).
 
-    It is built from products, row by row, and not from quotients of one running product: an ``a`` of zero is allowed.
+    Each row is the one above times ``a_j``, and a 1 on the diagonal: no quotients, an ``a`` of zero is allowed.
     """
-    row = torch.zeros_like(a)
-    rows = []
-    for t in range(a.shape[-1]):
-        row = row * a[..., t, None]
-        row = torch.cat([row[..., :t], torch.ones_like(row[..., :1]), row[..., t + 1 :]], -1)
-        rows.append(row)
-    return torch.stack(rows, -2)
+    return scalar_recurrence(a, torch.eye(a.shape[-1], dtype=a.dtype, device=a.device))
 
 
 def scalar_recurrence(a: Tensor, x: Tensor) -> Tensor:

