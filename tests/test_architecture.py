@@ -29,10 +29,12 @@ FLOORS = {
     "ops": 0,
     "pretrained": 0,
     "layers": 1,
+    "theory": 1,
     "distributed": 2,
     "models": 3,
     "checkpoints": 4,
     "training": 4,
+    "inspect": 4,
     "registration": 5,
     "cli": 5,
     "__init__": 6,
@@ -189,6 +191,10 @@ class TestImportingThePackage:
             "import transformers.cache_utils, transformers.modeling_layers, transformers.conversion_mapping\n" + loaded
         )
         assert set(ast.literal_eval(python(f"import mamba2_hf\n{loaded}"))) <= set(ast.literal_eval(stock))
+
+    def test_loads_what_is_for_looking_only_when_asked(self):
+        loaded = python("import sys, mamba2_hf; print(*sys.modules)").split()
+        assert not {"mamba2_hf.theory", "mamba2_hf.inspect"} & set(loaded)
 
     def test_works_without_optional_packages_and_peers(self):
         missing = "".join(f"sys.modules[{name!r}] = None\n" for name in sorted(OPTIONAL - {"accelerate"} | PEERS))

@@ -241,6 +241,49 @@ class TestShippedByName:
         assert result.stdout == PROMPT + continuation(checkpoint, 4) + "\n"
 
 
+class TestLook:
+    def test_it_writes_one_page_and_prints_its_name(self, checkpoint, tmp_path):
+        page = tmp_path / "page.html"
+        result = run("look", str(checkpoint), PROMPT, "--out", str(page))
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"{page}\n"
+        assert f"{len(PROMPT)} tokens, 8 heads, " in result.stderr
+        assert f'"tokens":{json.dumps(list(PROMPT), separators=(",", ":"))}' in page.read_text(encoding="utf-8")
+
+    def test_text_comes_from_stdin_and_is_cut(self, checkpoint, tmp_path):
+        result = run(
+            *("look", str(checkpoint), "-", "--out", str(tmp_path / "page.html"), "--max-tokens", "8"), stdin=PROMPT
+        )
+        assert result.exit_code == 0, result.output
+        assert f"{len(PROMPT) - 8} tokens left out (--max-tokens)" in result.stderr
+
+    def test_ids_need_no_tokenizer(self, checkpoint, tmp_path):
+        bare, page = shutil.copytree(checkpoint, tmp_path / "bare"), tmp_path / "page.html"
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (bare / name).unlink()
+        result = run("look", str(bare), "[3, 1, 4]", "--ids", "--out", str(page))
+        assert result.exit_code == 0, result.output
+        assert '"tokens":["3","1","4"]' in page.read_text(encoding="utf-8")
+        assert run("look", str(bare), "text", "--out", str(page)).exit_code == 1
+
+    @pytest.mark.parametrize(
+        ("arguments", "code", "message"),
+        [
+            (["x", " "], 2, "the text is empty"),
+            (["x", "3 x", "--ids"], 2, "--ids takes numbers"),
+            (["hybrid", "3 9999", "--ids"], 1, "the model knows those from 0 to 4095"),
+            (["hybrid", "x", "--out", "nowhere/page.html"], 1, "no such directory"),
+            (["./nowhere", "x"], 1, "no such directory: nowhere"),
+        ],
+    )
+    def test_a_wrong_call_says_what_to_change(self, arguments, code, message, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        result = run("look", *arguments)
+        assert result.exit_code == code
+        assert message in result.stderr
+        assert not list(tmp_path.iterdir())
+
+
 class TestPrinter:
     @given(st.text(min_size=1), st.integers(0, 12))
     @example("naïve “quoted” 漢字 👩‍🔬", 3)

@@ -14,8 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+ONE_SCRIPT = {"theory.md"}  # pages that say that their blocks go on from each other
+
+
 def blocks(page: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    found = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    return ["\n".join(found)] if page.name in ONE_SCRIPT else found
 
 
 WITH_CODE = [page for page in PAGES if blocks(page)]

@@ -1,4 +1,4 @@
-"""The command line: ``mamba2-hf generate``, ``env``, ``convert``, ``verify``, ``card`` and ``push``.
+"""The command line: ``mamba2-hf generate``, ``look``, ``env``, ``convert``, ``verify``, ``card`` and ``push``.
 
 Exit codes: 0 when the command did what was asked, 1 when it could not (the message says what to change), 2 when it was
 called wrongly; 130 and 143 when it was stopped by SIGINT and SIGTERM. Only what a script wants goes to stdout;
@@ -14,6 +14,7 @@ import typer
 from . import checkpoints
 from .environment import ENV_EXAMPLES, env, version_of
 from .generate import GENERATE_EXAMPLES, generate
+from .look import LOOK_EXAMPLES, look
 
 __all__ = ["app", "main"]
 
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command(epilog=GENERATE_EXAMPLES)(generate)
+app.command(epilog=LOOK_EXAMPLES)(look)
 app.command(epilog=checkpoints.CONVERT_EXAMPLES)(checkpoints.convert)
 app.command(epilog=checkpoints.VERIFY_EXAMPLES)(checkpoints.verify)
 app.command(epilog=checkpoints.CARD_EXAMPLES)(checkpoints.card)

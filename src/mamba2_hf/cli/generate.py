@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from .console import DType, err, fail, first_line, out, write
+from .console import DType, err, fail, out, write
+from .models import DEVICE_HELP, DTYPE_HELP, MODEL_HELP, find_device, load_model
 
 # torch, transformers and the ops are imported by the commands that need them, so that --help answers at once.
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 class Backend(str, Enum):
@@ -61,8 +61,7 @@ def generate(
             "--model",
             "-m",
             metavar="PATH",
-            help="A local directory, a Hub id, or the name of a tiny Python model inside the package: mamba2 (the "
-            "default) or hybrid.",
+            help=f"{MODEL_HELP} mamba2 (the default) or hybrid.",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -70,7 +69,7 @@ def generate(
         str,
         typer.Option(
             metavar="NAME",
-            help="cpu, cuda, cuda:1 or any other PyTorch device; auto is a GPU where there is one.",
+            help=DEVICE_HELP,
             rich_help_panel=WHAT,
         ),
     ] = "auto",
@@ -78,8 +77,7 @@ def generate(
         DType,
         typer.Option(
             metavar="NAME",
-            help="Of the weights: float32, bfloat16 or float16; auto is float32 on the CPU and the checkpoint's own "
-            "on a GPU.",
+            help=DTYPE_HELP,
             rich_help_panel=WHAT,
         ),
     ] = DType.auto,
@@ -184,8 +182,9 @@ def generate(
     from ..errors import Mamba2HFError
     from ..ops import use_backend
 
-    where = _device(device)
-    net, tokenizer = _load(model, where, dtype)
+    where = find_device(device)
+    net, tokenizer = load_model(model, where, dtype)
+    assert tokenizer is not None  # it was asked for
     if state is not None or save_state is not None:
         _check_keeps_states(net)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=state is None).to(where)
@@ -290,24 +289,6 @@ class _Printer:
         return text
 
 
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise typer.BadParameter(
-            f"{name!r} is no PyTorch device; use cpu, cuda, cuda:1 ...", param_hint="--device"
-        ) from None
-    try:
-        torch.empty(0, device=device)
-    except Exception as error:  # each device type fails with an error of its own
-        fail(f"device {name} cannot be used here ({first_line(error)}); mamba2-hf env lists the devices")
-    return device
-
-
 def _sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
     """The arguments of ``generate`` for what the user asked for; nothing asked leaves the model's own settings."""
     if temperature == 0.0:
@@ -316,36 +297,3 @@ def _sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
     asked = {"temperature": temperature, "top_p": top_p}
     asked = {name: value for name, value in asked.items() if value is not None}
     return {"do_sample": True, **asked} if asked else {}
-
-
-def _load(model: str | None, device: torch.device, dtype: DType) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from .. import pretrained
-
-    path = str(pretrained.shipped_model_path()) if model is None else str(Path(model).expanduser())
-    if model in pretrained.SHIPPED and not Path(path).exists():
-        path = str(pretrained.shipped_model_path(model))
-    if model is None or Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
-            fail(f"no config.json in {path}; give a directory that a model was saved to, or a Hub id")
-    elif Path(path).exists():
-        fail(f"{path} is a file; give the directory that holds it, with its config.json and tokenizer")
-    elif model.startswith((".", "/", "~")) or (os.sep != "/" and os.sep in model) or model.count("/") > 1:
-        fail(f"no such directory: {path}; give a directory that a model was saved to, or a Hub id such as owner/name")
-    else:
-        path = model
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    kind: Any = torch.float32 if dtype is DType.auto and device.type == "cpu" else dtype.value
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        net = AutoModelForCausalLM.from_pretrained(path, dtype=kind).to(device).eval()
-    except Exception as error:  # broken files surface as errors of json, safetensors, tokenizers, torch ...
-        remedy = "check that the directory is complete" if Path(path).is_dir() else "check the id and the connection"
-        fail(f"cannot load a model from {path}: {first_line(error)} ({remedy})")
-    if net.generation_config.pad_token_id is None:
-        net.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
-    return net, tokenizer

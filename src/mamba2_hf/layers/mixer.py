@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..ops.checks import limits
 from ..ops.mixer.torch import times_parts
 from ..ops.packing import document_ids
 from ..ops.scan.op import Scan, scan
+from ..ops.scan.reference import step_size
 from ..ops.spec import decay_rates
 from .causal_conv1d import CausalConv1d
 from .conv import causal_convolution
@@ -26,6 +27,23 @@ from .weights import is_unhooked, plain_linear, plain_weight
 
 FP32_PARAMETERS = ("A_log", "D", "dt_bias")
 NORMS = ("gate_first", "norm_first", "none")
+
+
+class ScanInputs(NamedTuple):
+    """What a mixer's scan and gate are given."""
+
+    x: Tensor
+    """``(B, T, H, P)``"""
+    dt: Tensor
+    """``(B, T, H)`` step sizes after bias, softplus and clamp, fp32 (fp64)."""
+    A: Tensor
+    """``(H,)`` decay rates, negative."""
+    B: Tensor
+    """``(B, T, G, N)``"""
+    C: Tensor
+    """``(B, T, G, N)``"""
+    z: Tensor
+    """``(B, T, H, P)``, the gate before its SiLU."""
 
 
 class Mamba2Mixer(KeepsFp32):
@@ -107,9 +125,20 @@ class Mamba2Mixer(KeepsFp32):
         With ``output_attentions`` also the SSD attention matrix of each head, ``(B, H, T, T)``, which knows nothing of
         ``state``; see :func:`mamba2_hf.ops.ssd_attention_matrix`.
         """
-        zxbcdt = times_parts(linear(self.in_proj, hidden_states), self.multipliers, self.inner_size, self.num_heads)
+        zxbcdt = self._enter(hidden_states)
         out = linear(self.out_proj, self._inner(zxbcdt, layout, state))
         return (out, self._attention_matrix(zxbcdt, layout)) if output_attentions else out
+
+    def scan_inputs(self, hidden_states: Tensor) -> ScanInputs:
+        """What the scan is given for ``hidden_states (B, T, d)``, rows of one document each from its start."""
+        z, xbc, dt = self._split(self._enter(hidden_states))
+        x, B, C = self._split_xbc(self._convolve(xbc, None, PLAIN)[0])
+        dt = step_size(dt, self.dt_bias, True, self.dt_limit, self.A.dtype)
+        return ScanInputs(x, dt, self.A, B, C, z.unflatten(-1, (self.num_heads, self.head_dim)))
+
+    def _enter(self, hidden_states: Tensor) -> Tensor:
+        """``(B, T, d)`` to z, x, B, C and dt side by side, ``(B, T, 2 H P + 2 G N + H)``."""
+        return times_parts(linear(self.in_proj, hidden_states), self.multipliers, self.inner_size, self.num_heads)
 
     def layer(
         self,

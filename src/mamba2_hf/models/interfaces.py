@@ -148,8 +148,10 @@ def prepare_masks(
 
 
 FEW_TOKENS, SOME_TOKENS = 4, 16
-"""Under the former the experts' weights are gathered for each token rather than tokens for each expert. Where a dtype has
-no grouped product, and its substitute would wait for the GPU: up to the latter, and in whatever a graph captures.
+"""Under the former the experts' weights are gathered for each token rather than tokens for each expert.
+
+Where a dtype has no grouped product, and its substitute would wait for the GPU, so they are up to the latter, and in
+whatever a graph captures.
 """
 
 
