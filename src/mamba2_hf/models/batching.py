@@ -429,10 +429,7 @@ class ContinuousBatch:
                 break
             if not request.is_read:
                 chosen.append(request)
-        try:
-            self._read(chosen)
-        finally:
-            known.release()
+        self._read(chosen)
 
     def _read(self, requests: Sequence[_Running]) -> None:
         """Reads prompts but for their last tokens, which steps take; what they begin with in common once."""
@@ -456,7 +453,7 @@ class ContinuousBatch:
                     states[place] = state
                     hit[place] |= bool(text) and place != pieces[text][0]
                 if state is not None:
-                    known.store(text, state, in_use=any(stops[place] for place in pieces[text]))
+                    known.store(text, state, used=any(stops[place] for place in pieces[text]))
         for request, state in zip(requests, states, strict=True):
             self._forget_prompt(request)
             request.is_read, request.state, request.of_model = True, state, known.changes

@@ -16,7 +16,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -54,8 +54,17 @@ class PrefixCacheStats:
     evicted: int = 0
 
 
+class _State(NamedTuple):
+    cache: Mamba2Cache
+    nbytes: int
+
+
 class PrefixCache:
-    """States of texts in a budget of bytes, on the model's device; those used least recently go first.
+    """States of texts in a budget of bytes, on the model's device.
+
+    When a state needs room, those go first that nobody has gone on from yet, then the others, of either the ones used
+    least recently: many texts that end at once do not displace what all prompts begin with. At most half of the budget
+    is kept from new states in this way.
 
     It may serve several batches of one model, one after the other. It forgets everything when the model's weights,
     adapters, modules or hooks have changed, as far as PyTorch counts that: call :meth:`clear` after weights were
@@ -81,10 +90,10 @@ class PrefixCache:
         self.max_bytes, self.min_tokens = max_bytes, min_tokens
         self.changes = 0
         """How often the states became useless; what was read before another value belongs to another model."""
-        self._states: OrderedDict[bytes, Mamba2Cache] = OrderedDict()
-        self._texts: list[bytes] = []  # the same keys, sorted
-        self._in_use: set[bytes] = set()
-        self._nbytes = self._evicted = 0
+        self._new: OrderedDict[bytes, _State] = OrderedDict()  # used least recently first
+        self._used: OrderedDict[bytes, _State] = OrderedDict()
+        self._texts: list[bytes] = []  # the keys of both, sorted
+        self._evicted = 0
         self._counts = {"hits": 0, "misses": 0, "tokens_saved": 0, "tokens_read": 0}
         self._watch: ModelWatch | None = None
         self._of: tuple[SSDForCausalLM, torch.dtype | None] | None = None
@@ -92,15 +101,13 @@ class PrefixCache:
     @property
     def stats(self) -> PrefixCacheStats:
         """What it has saved since it was made, and what it holds now."""
-        held = {"states": len(self._states), "nbytes": self._nbytes, "evicted": self._evicted}
-        return PrefixCacheStats(**self._counts, **held)
+        nbytes = _nbytes(self._new) + _nbytes(self._used)
+        return PrefixCacheStats(**self._counts, states=len(self._texts), nbytes=nbytes, evicted=self._evicted)
 
     def clear(self) -> None:
         """Forgets all states."""
-        self._states.clear()
-        self._texts.clear()
-        self._in_use.clear()
-        self._nbytes = 0
+        for held in (self._new, self._used, self._texts):
+            held.clear()
         self.changes += 1
 
     def bind(self, model: SSDForCausalLM, state_dtype: torch.dtype | None) -> None:
@@ -124,7 +131,7 @@ class PrefixCache:
             self.clear()
 
     def find(self, text: bytes) -> CacheRow | None:
-        """The state of the longest text that is kept and that ``text`` begins with. It stays until :meth:`release`."""
+        """The state of the longest text that is kept and that ``text`` begins with."""
         while self._texts:
             place = bisect_right(self._texts, text)
             if not place:
@@ -132,9 +139,7 @@ class PrefixCache:
             near = self._texts[place - 1]
             common = shared_tokens(near, text)
             if common * _BYTES == len(near):
-                self._states.move_to_end(near)
-                self._in_use.add(near)
-                return CacheRow(self._states[near], 0, common)
+                return CacheRow(self._use(near).cache, 0, common)
             text = text[: common * _BYTES]  # all between a text and what it begins with begin with that, too
         return None
 
@@ -156,39 +161,48 @@ class PrefixCache:
                     at = branch
         return [*found, tokens]
 
-    def store(self, text: bytes, row: CacheRow, *, in_use: bool = False) -> None:
-        """Keeps a copy of the state behind ``text``, if it may be of use and there is room for it; one that is in use
-        stays until :meth:`release`.
-        """
-        if row.tokens < self.min_tokens or text in self._states or not self.max_bytes:
-            return
-        assert self._of is not None
-        state = Mamba2Cache(self._of[0].config, state_dtype=self._of[1])
-        state.gather([row])
-        needed, going = self._nbytes + state.nbytes - self.max_bytes, []
-        for key, held in self._states.items():
-            if needed <= 0:
-                break
-            if key not in self._in_use:
-                going.append(key)
-                needed -= held.nbytes
-        if needed > 0:
-            return
-        for key in going:
-            self._nbytes -= self._states.pop(key).nbytes
-            del self._texts[bisect_left(self._texts, key)]
-        self._evicted += len(going)
-        self._states[text] = state
-        self._nbytes += state.nbytes
-        insort(self._texts, text)
-        if in_use:
-            self._in_use.add(text)
+    def store(self, text: bytes, row: CacheRow, *, used: bool = False) -> None:
+        """Keeps a copy of the state behind ``text``, if it may be of use and there is room for it.
 
-    def release(self) -> None:
-        """Lets states go that were found, which are the ones used most recently from now on."""
-        for key in self._states.keys() & self._in_use:
-            self._states.move_to_end(key)
-        self._in_use.clear()
+        Args:
+            text: that is behind it.
+            row: of the cache that holds it, or a row of a batch.
+            used: whether somebody goes on from it already.
+        """
+        if row.tokens < self.min_tokens or not self.max_bytes:
+            return
+        if text not in self._new and text not in self._used:
+            assert self._of is not None
+            cache = Mamba2Cache(self._of[0].config, state_dtype=self._of[1])
+            cache.gather([row])
+            state = _State(cache, cache.nbytes)
+            if state.nbytes > self.max_bytes:
+                return
+            self._make_room(state.nbytes)
+            self._new[text] = state
+            insort(self._texts, text)
+        if used or text in self._used:
+            self._use(text)
+        else:
+            self._new.move_to_end(text)
+
+    def _use(self, text: bytes) -> _State:
+        state = self._used.pop(text) if text in self._used else self._new.pop(text)
+        self._used[text] = state
+        more = _nbytes(self._used) - self.max_bytes // 2
+        while more > 0:
+            oldest, held = self._used.popitem(last=False)
+            self._new[oldest] = held
+            more -= held.nbytes
+        return state
+
+    def _make_room(self, nbytes: int) -> None:
+        more = _nbytes(self._new) + _nbytes(self._used) + nbytes - self.max_bytes
+        while more > 0:
+            text, held = (self._new or self._used).popitem(last=False)
+            del self._texts[bisect_left(self._texts, text)]
+            more -= held.nbytes
+            self._evicted += 1
 
     def count(self, **counts: int) -> None:
         """Adds to those of :attr:`stats` that count what happened."""
@@ -197,6 +211,10 @@ class PrefixCache:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(max_bytes={self.max_bytes}, min_tokens={self.min_tokens}, {self.stats})"
+
+
+def _nbytes(states: OrderedDict[bytes, _State]) -> int:
+    return sum(state.nbytes for state in states.values())
 
 
 def text_key(tokens: Sequence[int]) -> bytes:
