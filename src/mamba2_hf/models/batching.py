@@ -36,7 +36,7 @@ from ..errors import ArgumentError
 from . import prefill
 from .cache import CacheRow, Mamba2Cache
 from .causal_lm import SSDForCausalLM
-from .graphs import DecodeGraph, ModelWatch, why_not
+from .graphs import DecodeGraph, why_not
 from .outputs import CACHE
 from .prefix_cache import PrefixCache, beginning, text_key, text_tokens, tokens_of
 
@@ -248,7 +248,7 @@ class ContinuousBatch:
         self._alike: list[_Alike] | None = None  # of the rows as they are
         self._fed: Tensor | None = None  # (slots, 1) what the next step feeds, where it is known on the device
         self._count = 0
-        self._watch = ModelWatch(model)
+        self._captures = -1  # `PrefixCache.captures` of the graph
         self._captured = captured and not model.generation_config.disable_compile
         self._reason: str | None = None if self._captured else "it was asked for"
         self._allocate()
@@ -400,12 +400,15 @@ class ContinuousBatch:
         """
         free = [row for row, running in enumerate(self._rows) if running is None][: len(self._waiting)]
         if free:
+            self.prefix_cache.look_at_model()
             self._read_waiting(len(free))
             for row in free:
                 self._join(row, self._waiting[0])
                 self._waiting.popleft()
-        if self._captured and (free or (self.cache.graph is not None and self._watch.moved())):
-            self._look_at_model()
+        elif self.cache.graph is not None and self.prefix_cache.model_moved():
+            self.prefix_cache.look_at_model()
+        if self._captured and self._captures != self.prefix_cache.captures:
+            self._renew_graph()
         callbacks = self._advance() if self.running else []
         for callback, token in callbacks:  # at the end, when the batch is ready to go on whatever they do
             callback(token)
@@ -415,7 +418,6 @@ class ContinuousBatch:
     def _read_waiting(self, joining: int) -> None:
         """Reads the prompts of the first requests that wait, as many as join, and some behind them."""
         known = self.prefix_cache
-        known.forget_if_changed()
         for request in self._waiting:
             if request.is_read and request.of_model != known.changes:
                 request.is_read, request.state = False, None
@@ -512,10 +514,9 @@ class ContinuousBatch:
             running.text = torch.tensor([running.ids], device=self.model.device)  # (1, T)
         self._set_row(row, running)
 
-    def _look_at_model(self) -> None:
-        """Keeps what was captured only of a model that has not changed since."""
-        if not self._watch.changed():
-            return
+    def _renew_graph(self) -> None:
+        """Forgets what was captured, as the model has changed since."""
+        self._captures = self.prefix_cache.captures
         self._reason = why_not(self.model)
         self.cache.graph = DecodeGraph() if self._reason is None else None
         if self._reason is not None:
@@ -577,12 +578,10 @@ class ContinuousBatch:
                 if reason != "nan":
                     written.append((row, running))
                 self._ended.append(Completion(running.number, running.tokens, reason))
-        if written and self.prefix_cache.max_bytes:
-            self.prefix_cache.forget_if_changed()
-            for row, running in written:
-                if running.of_model == self.prefix_cache.changes:
-                    text = text_key([*running.ids, *running.tokens[:-1]])
-                    self.prefix_cache.store(text, CacheRow(self.cache, row, running.seen))
+        for row, running in written:
+            if running.of_model == self.prefix_cache.changes:
+                text = text_key([*running.ids, *running.tokens[:-1]])
+                self.prefix_cache.store(text, CacheRow(self.cache, row, running.seen))
         return callbacks
 
 

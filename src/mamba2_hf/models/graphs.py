@@ -109,43 +109,42 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 class ModelWatch:
-    """Tells whether a model is still what was captured of it. What its tensors hold is no part of that, unless
-    ``contents`` says so: a replay reads them where they lie.
+    """Tells whether a model is still what was captured of it. What its tensors hold is no part of that: a replay reads
+    them where they lie.
 
     Args:
         model: to look at; the first :meth:`changed` says yes.
-        contents: whether a change in place counts, as far as PyTorch counts it: not by way of ``.data``.
     """
 
-    def __init__(self, model: nn.Module, *, contents: bool = False) -> None:
-        self._model, self._contents = model, contents
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._tensors: list[Tensor] = []
-        self._places: list[Any] = []
+        self._places: list[int] = []
+        self._versions: list[int] = []
         self._modules: list[Any] = []
+        self.written = False
+        """Whether the last :meth:`changed` found that a tensor had been written in place, as far as PyTorch counts
+        that: not by way of ``.data``."""
 
     def moved(self) -> bool:
         """Whether a tensor lies elsewhere than when :meth:`changed` last looked, which takes a tenth of a microsecond
         for each: a replay would read memory that may be another's by now.
         """
-        return self._look() != self._places
-
-    def _look(self) -> list[Any]:
-        places: list[Any] = [tensor.data_ptr() for tensor in self._tensors]
-        if self._contents:
-            places += [0 if tensor.is_inference() else tensor._version for tensor in self._tensors]
-        return places
+        return [tensor.data_ptr() for tensor in self._tensors] != self._places
 
     def changed(self) -> bool:
         """Whether anything is different from when this was last asked: tensors, modules, their hooks, or what they hold
         of numbers, strings and containers of these, which is where adapters keep which of them is active and how much
         it counts. Takes milliseconds.
         """
-        before = self._places, self._modules
+        before, versions = (self._places, self._modules), self._versions
         tensors = [*self._model.parameters(), *self._model.buffers()]
         # Tensors of other types, which are not captured, need not lie anywhere.
         self._tensors = [tensor for tensor in tensors if type(tensor) in (nn.Parameter, Tensor)]
-        self._places = self._look()
+        self._places = [tensor.data_ptr() for tensor in self._tensors]
+        self._versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
         self._modules = [*map(id, tensors), *_modules(self._model)]
+        self.written = self._versions != versions
         return (self._places, self._modules) != before
 
 

@@ -89,13 +89,15 @@ class PrefixCache:
                 raise ArgumentError(f"{name} is {value!r}: expected an int of at least {least}")
         self.max_bytes, self.min_tokens = max_bytes, min_tokens
         self.changes = 0
-        """How often the states became useless; what was read before another value belongs to another model."""
+        """How often all states became useless: what was read at another value is of another model."""
+        self.captures = 0
+        """How often the model became another than a graph of it: by more than what its weights hold."""
+        self._watch: ModelWatch | None = None
         self._new: OrderedDict[bytes, _State] = OrderedDict()  # used least recently first
         self._used: OrderedDict[bytes, _State] = OrderedDict()
         self._texts: list[bytes] = []  # the keys of both, sorted
         self._evicted = 0
         self._counts = {"hits": 0, "misses": 0, "tokens_saved": 0, "tokens_read": 0}
-        self._watch: ModelWatch | None = None
         self._of: tuple[SSDForCausalLM, torch.dtype | None] | None = None
 
     @property
@@ -123,11 +125,18 @@ class PrefixCache:
                 f"{f'state_dtype={state_dtype}' if self._of[0] is model else 'this one'}: make a PrefixCache for each"
             )
         if self._watch is None:
-            self._of, self._watch = (model, state_dtype), ModelWatch(model, contents=True)
+            self._of, self._watch = (model, state_dtype), ModelWatch(model)
 
-    def forget_if_changed(self) -> None:
+    def model_moved(self) -> bool:
+        """Whether a weight lies elsewhere than when :meth:`look_at_model` last looked; takes microseconds."""
+        return self._watch is not None and self._watch.moved()
+
+    def look_at_model(self) -> None:
         """Forgets all states if the model is not what it was when this was last asked. Takes milliseconds."""
-        if self._watch is not None and self._watch.changed():
+        assert self._watch is not None
+        changed = self._watch.changed()
+        self.captures += changed
+        if changed or self._watch.written:
             self.clear()
 
     def find(self, text: bytes) -> CacheRow | None:
