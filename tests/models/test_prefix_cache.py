@@ -87,7 +87,7 @@ def test_any_order_of_prompts_that_begin_alike(data: st.DataObject, in_fp64: Any
     model = in_fp64(kind)
     one = PrefixCache(ROOM)
     run(ContinuousBatch(model, slots=1, max_length=99, prefix_cache=one), [Request(tokens(65, 0), BASE)])
-    budget = int(one.stats.nbytes / one.stats.states * data.draw(st.sampled_from([0, 0.5, 1, 3, 5, 100])))
+    budget = int(one.stats.nbytes / one.stats.states * data.draw(st.sampled_from([0, 1, 2, 3, 5, 100])))
     kept = PrefixCache(budget, min_tokens=data.draw(st.sampled_from([1, 2, 5])))
     batch = ContinuousBatch(model, slots=data.draw(st.integers(1, 4)), max_length=64, prefix_cache=kept)
     texts = [tokens(length, seed) for seed, length in enumerate((1, 2, 7, 12))]
@@ -195,10 +195,15 @@ def test_those_used_least_recently_go_first(in_fp64: Any) -> None:
     kept.clear()
     assert (kept.stats.states, kept.stats.nbytes) == (0, 0)
     assert read(0) == 19
-    none = PrefixCache(probe.stats.nbytes // 2 - 1, min_tokens=8)
-    ended = generate_batch(model, requests, prefix_cache=none)
+    state = probe.stats.nbytes // 2
+    least = PrefixCache(state, min_tokens=8)
+    ended = generate_batch(model, requests, prefix_cache=least)
     assert [each.tokens for each in ended] == [alone(model, request) for request in requests]
-    assert none.stats.states == none.stats.evicted == 0
+    assert (least.stats.states, least.stats.evicted) == (1, 7)
+    with pytest.raises(
+        ArgumentError, match=rf"max_bytes={state // 2}, and one state of this model takes \d+: make room"
+    ):
+        generate_batch(model, requests, prefix_cache=PrefixCache(state // 2))
 
 
 def test_one_that_is_used_outlives_those_that_join_with_it(in_fp64: Any) -> None:
@@ -273,6 +278,22 @@ def test_calls_hold_so_many_rows_and_tokens(in_fp64: Any, forwards: Any, monkeyp
     ended = run(ContinuousBatch(model, slots=21), requests)
     assert [shape for shape in shapes if shape[1] > 1] == [(16, 17), (4, 60), (1, 512), (1, 188)]
     assert [each.tokens for each in ended] == [alone(model, request) for request in requests]
+
+
+@on_each_device
+@pytest.mark.parametrize("kind", ["pure", *ARCHITECTURES])
+def test_a_call_is_cut_where_memory_is_short(
+    kind: str, device: str, in_fp64: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into pieces, of which some rows get nothing but padding."""
+    model = in_fp64(kind).to(device)
+    monkeypatch.setattr("mamba2_hf.models.prefill.tokens_at_once", lambda *_: 3)
+    shared = tokens(11, 0)
+    prompts = [[*shared, 5, 6], tokens(1, 1), [*shared, *tokens(9, 2)], tokens(4, 3), shared[:3], [*shared, 9, 5]]
+    requests = [Request(ids, BASE) for ids in prompts]
+    for kept in (PrefixCache(0), PrefixCache(ROOM, min_tokens=2)):
+        ended = generate_batch(model, requests, slots=4, prefix_cache=kept)
+        assert [each.tokens for each in ended] == [alone(model, request) for request in requests]
 
 
 @on_each_device

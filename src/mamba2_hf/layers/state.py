@@ -222,6 +222,11 @@ class SSDState(Recorder):
         """Sequences held, -1 before the first update."""
         return self.conv.shape[0] if self.started and self.conv is not None else -1
 
+    @property
+    def nbytes_of_row(self) -> int:
+        """Bytes of the states of one sequence, 0 before the first update."""
+        return sum(held[0].nbytes for held in (self.conv, self.ssm) if held is not None)
+
     def reset(self) -> None:
         """Forgets everything, keeping the buffers for the next update."""
         self.started = False

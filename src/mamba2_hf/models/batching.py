@@ -15,7 +15,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from transformers.generation import (
 from transformers.utils import logging
 
 from ..errors import ArgumentError
+from ..layers import SSDState
 from . import prefill
 from .cache import CacheRow, Mamba2Cache
 from .causal_lm import SSDForCausalLM
@@ -214,7 +215,7 @@ class ContinuousBatch:
         prefix_cache: the one that was given, or an empty one; its ``stats`` count what was read and what was not.
 
     Raises:
-        ArgumentError: an argument is out of range, or the prefix cache is another model's.
+        ArgumentError: an argument is out of range, or the prefix cache is another model's or too small for a state.
         CacheError: ``max_length`` is missing.
     """
 
@@ -267,6 +268,8 @@ class ContinuousBatch:
         self.model(**inputs)
         for row in range(len(self._rows)):
             self.cache.put(row, None)
+        states = [layer for layer in self.cache.layers if isinstance(layer, SSDState)]
+        self.prefix_cache.check_room(sum(layer.nbytes_of_row for layer in states))
 
     def _inputs(self, ids: Tensor, *, is_first_iteration: bool = False) -> dict[str, Any]:
         """What the forward gets for the next token of every row, ``(slots, 1)``."""
@@ -401,10 +404,12 @@ class ContinuousBatch:
         free = [row for row, running in enumerate(self._rows) if running is None][: len(self._waiting)]
         if free:
             self.prefix_cache.look_at_model()
-            self._read_waiting(len(free))
-            for row in free:
-                self._join(row, self._waiting[0])
-                self._waiting.popleft()
+            for first in range(0, len(free), _ROWS_AT_ONCE):
+                rows = free[first : first + _ROWS_AT_ONCE]
+                self._read_waiting(len(rows))
+                for row in rows:
+                    self._join(row, self._waiting[0])
+                    self._waiting.popleft()
         elif self.cache.graph is not None and self.prefix_cache.model_moved():
             self.prefix_cache.look_at_model()
         if self._captured and self._captures != self.prefix_cache.captures:
@@ -418,15 +423,16 @@ class ContinuousBatch:
     def _read_waiting(self, joining: int) -> None:
         """Reads the prompts of the first requests that wait, as many as join, and some behind them."""
         known = self.prefix_cache
-        for request in self._waiting:
-            if request.is_read and request.of_model != known.changes:
+        for request in takewhile(lambda request: request.is_read, self._waiting):
+            if request.of_model != known.changes:
                 request.is_read, request.state = False, None
                 insort(self._prompts, request.prompt)
         if all(request.is_read for request in islice(self._waiting, joining)):
             return
         chosen, tokens = [], 0
         for place, request in enumerate(self._waiting):
-            tokens += len(request.ids)
+            if not request.is_read:
+                tokens += _new_tokens(request.prompt, known.find(request.prompt))
             if place >= joining and (place >= _ROWS_AT_ONCE or tokens > _TOKENS_AHEAD):
                 break
             if not request.is_read:

@@ -127,6 +127,14 @@ class PrefixCache:
         if self._watch is None:
             self._of, self._watch = (model, state_dtype), ModelWatch(model)
 
+    def check_room(self, nbytes: int) -> None:
+        """Raises :class:`ArgumentError` where a state of so many bytes, which a text at least has, would not fit."""
+        if 0 < self.max_bytes < nbytes:
+            raise ArgumentError(
+                f"prefix_cache has max_bytes={self.max_bytes}, and one state of this model takes {nbytes}: make room "
+                f"for some of them, such as PrefixCache({16 * nbytes}), or leave prefix_cache out"
+            )
+
     def model_moved(self) -> bool:
         """Whether a weight lies elsewhere than when :meth:`look_at_model` last looked; takes microseconds."""
         return self._watch is not None and self._watch.moved()
