@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from bisect import insort
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from mamba2_hf import Completion, ContinuousBatch, Mamba2Cache, PrefixCache, Request, generate_batch
 from mamba2_hf.errors import ArgumentError, CacheError
 from mamba2_hf.models.cache import CacheRow
-from mamba2_hf.models.prefix_cache import shared_tokens, text_key
+from mamba2_hf.models.prefix_cache import _State, shared_tokens, text_key
 
 BASE: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 ROOM = 2**30
@@ -415,6 +416,25 @@ def test_gathers_rows_of_different_lengths(in_fp64: Any) -> None:
         torch.testing.assert_close(found[row], model(torch.tensor([text + more])).logits[0, -4:])
     with pytest.raises(CacheError, match="needs an empty cache"):
         cache.gather([None])
+
+
+@given(
+    texts=st.lists(st.lists(st.sampled_from([0, 1, 256]), max_size=6).map(text_key), max_size=8, unique=True),
+    data=st.data(),
+)
+def test_finds_what_texts_begin_with(texts: list[bytes], data: st.DataObject) -> None:
+    """As a search through all of them does."""
+    text = text_key(data.draw(st.lists(st.sampled_from([0, 1, 256]), min_size=1, max_size=7)))
+    kept = PrefixCache(ROOM, min_tokens=1)
+    for number, other in enumerate(texts):
+        if other:
+            kept._new[other] = _State(number, 1)
+            insort(kept._texts, other)
+    found = kept.find(text)
+    longest = max((other for other in texts if other and text.startswith(other)), key=len, default=None)
+    assert (None if found is None else texts[found.cache]) == longest
+    branches = {shared_tokens(text, other) for other in texts if other != text} - {0}
+    assert kept.stops(text, 0, sorted(texts)) == [*sorted(branches - {len(text) // 4}), len(text) // 4]
 
 
 def test_how_much_texts_have_in_common() -> None:

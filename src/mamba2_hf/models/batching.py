@@ -469,8 +469,8 @@ class ContinuousBatch:
         known.count(hits=sum(hit), misses=prompts - sum(hit), tokens_read=read, tokens_saved=tokens - read)
 
     def _read_on(self, behind: Mapping[bytes, CacheRow | None]) -> dict[bytes, CacheRow | None]:
-        """The states behind texts, each read on from one in ``behind``, or from its first token; several in one call,
-        whose lengths are alike.
+        """The states behind texts, each read on from the one in ``behind``, or from its first token; those of alike
+        lengths in one call.
         """
         found = dict(behind)
         calls: list[list[bytes]] = []
@@ -581,7 +581,7 @@ class ContinuousBatch:
                 reason = "length"
             if reason is not None:
                 self._set_row(row, None)
-                if reason != "nan":
+                if reason != "nan" and self.prefix_cache.max_bytes:
                     written.append((row, running))
                 self._ended.append(Completion(running.number, running.tokens, reason))
         for row, running in written:
