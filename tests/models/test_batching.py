@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -84,6 +85,33 @@ def test_those_who_choose_alike_choose_together(device: str, tiny_model: Callabl
     ]
     ended = generate_batch(model, requests, slots=len(ways))
     assert [each.tokens for each in ended] == [alone(model, request) for request in requests]
+
+
+@pytest.mark.parametrize("own", [{}, {"do_sample": True, "temperature": 1.5, "top_k": 9}], ids=["greedy", "sampled"])
+def test_rows_that_choose_alike_run_no_python_of_their_own(own: Any, tiny_model: Callable[..., Any]) -> None:
+    """Beyond reading a list of tokens."""
+    model = tiny_model()
+
+    def calls(rows: int) -> int:
+        batch, count = ContinuousBatch(model, slots=rows), 0
+        for seed in range(rows):
+            batch.add(Request(prompt(4, seed), {**BASE, **own}, seed=seed))
+        batch.step()
+        logits = batch._logits()
+        batch._tokens(logits)
+
+        def see(frame: Any, event: str, _: Any) -> None:
+            nonlocal count
+            count += event == "call"
+
+        sys.setprofile(see)
+        try:
+            batch._tokens(logits)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert calls(9) == calls(2)
 
 
 @on_each_device
@@ -322,6 +350,15 @@ class TestModelWatch:
             change()
             assert watch.changed()
             assert not watch.changed()
+
+    def test_tells_apart_that_weights_were_written(self, tiny_model: Callable[..., Any]) -> None:
+        model = tiny_model()
+        watch = ModelWatch(model)
+        watch.changed()
+        for write, written in ((flip, True), (lambda model: model(prompt(4)[None]), False)):
+            write(model)
+            assert not watch.changed()
+            assert watch.written == written
 
     def test_sees_at_once_that_weights_moved(self, tiny_model: Callable[..., Any]) -> None:
         model = tiny_model()

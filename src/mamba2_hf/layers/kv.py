@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -222,6 +224,38 @@ class KeyValueState(Recorder):
         if self.conv is not None:
             known = None if other is None else other.conv
             self.conv[row] = 0 if known is None else known[0]
+
+    def own_row(self, row: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``(H, S, D)`` of one row that holds ``length`` of them, or as many as a window leaves."""
+        if self.capacity is not None and self.limit is None:
+            keys, values = (held[row, :, :length] for held in self.pair)
+        else:
+            width = self.pair[0].shape[2]
+            first = width - (length if self.limit is None else min(length, self.limit))
+            keys, values = (held[row, :, first:] for held in self.pair)
+        return keys, values
+
+    def gather(self, rows: Sequence[tuple[KeyValueState, int, int] | None]) -> None:
+        """Holds copies of single sequences of other states from now on, in buffers that grow.
+
+        Args:
+            rows: the other state, the row and how many tokens that has seen; None for one that has seen nothing. Not
+                all are None.
+        """
+        source = next(row[0] for row in rows if row is not None)
+        pairs = [None if row is None else row[0].own_row(row[1], row[2]) for row in rows]
+        width = max(pair[0].shape[1] for pair in pairs if pair is not None)
+        buffers = [held.new_zeros(len(rows), held.shape[1], width, held.shape[3]) for held in source.pair]
+        for index, pair in enumerate(pairs):
+            for buffer, own in zip(buffers, pair or (), strict=False):
+                buffer[index, :, width - own.shape[1] :] = own
+        conv = None if source.conv is None else source.conv.new_zeros(len(rows), *source.conv.shape[1:])
+        if conv is not None:
+            for place, row in zip(conv, rows, strict=True):
+                if row is not None:
+                    place.copy_(row[0].conv[row[1]])  # type: ignore[index]
+        self.replace(keys=buffers[0], values=buffers[1], conv=conv)
+        self.started = True
 
     def initial_conv(self, rows: int) -> Tensor | None:
         """What the convolution continues from, ``(B, C, K - 1)``; None before the first call. A copy where autograd

@@ -99,6 +99,12 @@ class KeyCounts(Buffers):
             self.lengths.copy_(torch.tensor(lengths))
             self.width = max(*lengths, 1)
 
+    def gather(self, lengths: list[int], device: torch.device) -> None:
+        """Says how many keys each row holds in buffers that grow and were filled anew."""
+        self.width = max(lengths)
+        even = min(lengths) == self.width
+        self.replace(lengths=None if even else torch.tensor(lengths, device=device), shift=None)
+
 
 @dataclass
 class Placement:

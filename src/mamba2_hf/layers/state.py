@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -222,6 +222,11 @@ class SSDState(Recorder):
         """Sequences held, -1 before the first update."""
         return self.conv.shape[0] if self.started and self.conv is not None else -1
 
+    @property
+    def nbytes_of_row(self) -> int:
+        """Bytes of the states of one sequence, 0 before the first update."""
+        return sum(held[0].nbytes for held in (self.conv, self.ssm) if held is not None)
+
     def reset(self) -> None:
         """Forgets everything, keeping the buffers for the next update."""
         self.started = False
@@ -236,6 +241,20 @@ class SSDState(Recorder):
                 buffer.zero_()
             else:
                 buffer.copy_(getattr(other, name)[0])
+
+    def gather(self, rows: Sequence[tuple[SSDState, int] | None]) -> None:
+        """Holds copies of single sequences of other states from now on, zeros for None; not all are None."""
+        source = next(row[0] for row in rows if row is not None)
+        for name in ("conv", "ssm"):
+            held: Tensor = getattr(source, name)
+            buffer = held.new_zeros(len(rows), *held.shape[1:])
+            for place, row in zip(buffer, rows, strict=True):
+                if row is not None:
+                    place.copy_(getattr(row[0], name)[row[1]])
+            self.replace(**{name: buffer})
+        assert self.conv is not None
+        self.replace(ready=torch.zeros(1, dtype=torch.int32, device=self.conv.device))
+        self.started = True
 
     def select(self, indices: Tensor) -> None:
         """Keeps the sequences at ``indices (B',)``, in that order; what was recorded is settled."""

@@ -20,6 +20,7 @@ from .modeling_mamba2_hybrid import (
     Mamba2HybridModel,
     Mamba2HybridPreTrainedModel,
 )
+from .prefix_cache import PrefixCache, PrefixCacheStats
 from .pretrained import SSDPreTrainedModel
 
 __all__ = [
@@ -36,6 +37,8 @@ __all__ = [
     "Mamba2HybridPreTrainedModel",
     "Mamba2Model",
     "Mamba2PreTrainedModel",
+    "PrefixCache",
+    "PrefixCacheStats",
     "Request",
     "SSDForCausalLM",
     "SSDPreTrainedModel",

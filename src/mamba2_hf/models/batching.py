@@ -1,8 +1,9 @@
 """Continuous batching: requests of different lengths join a running batch, and leave it when they are done.
 
-A batch is a static :class:`Mamba2Cache` with a row for each of its slots. A request is read alone, in pieces; its state
-is then copied into a free row, and all rows take a token in one call. Buffers keep their addresses and the call its
-shape, however many rows are taken, so that one compiled or captured step serves the whole life of a batch.
+A batch is a static :class:`Mamba2Cache` with a row for each of its slots. Requests are read several in one call, in
+pieces, each from the state of the longest known text that it begins with (:class:`PrefixCache`); a state is then copied
+into a free row, and all rows take a token in one call. Buffers keep their addresses and the call its shape, however
+many rows are taken, so that one compiled or captured step serves the whole life of a batch.
 
 The continuous batching of transformers keeps keys and values in pages, and has no place for SSM states.
 """
@@ -10,10 +11,11 @@ The continuous batching of transformers keeps keys and values in pages, and has 
 from __future__ import annotations
 
 import contextlib
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 import torch
@@ -31,13 +33,21 @@ from transformers.generation import (
 from transformers.utils import logging
 
 from ..errors import ArgumentError
+from ..layers import SSDState
 from . import prefill
-from .cache import Mamba2Cache
+from .cache import CacheRow, Mamba2Cache
 from .causal_lm import SSDForCausalLM
-from .graphs import DecodeGraph, ModelWatch, why_not
+from .graphs import DecodeGraph, why_not
 from .outputs import CACHE
+from .prefix_cache import PrefixCache, beginning, text_key, text_tokens, tokens_of
 
 logger = logging.get_logger(__name__)
+
+_ROWS_AT_ONCE = 16
+"""Most prompts in one call: their states are held beside those of the batch."""
+_TOKENS_AHEAD = 2048
+"""Prompts that do not join yet are read with those that do while all have at most as many tokens, which take a GPU
+about as long as a few: so that not every row that is free for the next costs a call."""
 
 _BY_SCORES = {
     MinPLogitsWarper,
@@ -113,6 +123,10 @@ class _Running:
     on_token: Callable[[int], None] | None
     tokens: list[int] = field(default_factory=list)
     text: Tensor | None = None  # (1, T) on the device, where processors may look at it
+    prompt: bytes = b""  # the key of what is read, all but the last token
+    is_read: bool = False
+    state: CacheRow | None = None  # behind the prompt, once it is read; None behind nothing
+    of_model: int = -1  # `PrefixCache.changes` at that time
 
     @property
     def seen(self) -> int:
@@ -132,24 +146,40 @@ def _sampler(config: GenerationConfig, processors: LogitsProcessorList) -> Any:
     return tuple((type(each), *sorted(vars(each).items())) for each in processors)
 
 
-def _choose(logits: Tensor, requests: Sequence[_Running]) -> Tensor:
-    """The next tokens ``(n,)`` of one request, or of several with one sampler, by logits ``(n, V)``, as ``generate``
-    would; -1 where those are no numbers.
+class _Alike:
+    """Running requests whose tokens are chosen together: those with one sampler, or a single one that has none.
+
+    Args:
+        rows: theirs.
+        requests: in that order.
+        logits: ``(slots, V)``, such as they will be.
     """
-    first = requests[0]
-    scores = first.processors(first.text, logits)
-    if first.samples:
-        # As torch.multinomial, which takes one generator for all rows, and a dozen launches for one.
-        probabilities = scores.softmax(-1)
-        noise = torch.empty_like(probabilities)
-        for row, request in zip(noise, requests, strict=True):
-            row.exponential_(1, generator=request.generator)
-        chosen = torch.where(probabilities.sum(-1) > 0, (probabilities / noise).argmax(-1), -1)
-    else:
-        chosen = scores.argmax(-1)
-    if first.text is not None:
-        first.text = torch.cat([first.text, chosen[:, None]], 1)
-    return chosen
+
+    def __init__(self, rows: list[int], requests: list[_Running], logits: Tensor) -> None:
+        self._rows = torch.tensor(rows, device=logits.device)
+        self._first = requests[0]
+        self._noise = logits.new_empty(len(rows), logits.shape[1]) if self._first.samples else None
+        self._draws = (
+            [] if self._noise is None else list(zip(self._noise, (r.generator for r in requests), strict=True))
+        )
+
+    def choose(self, logits: Tensor, tokens: Tensor) -> None:
+        """Writes to ``tokens (slots,)`` what ``generate`` would choose by ``logits (slots, V)``; -1 where those are no
+        numbers.
+        """
+        first = self._first
+        scores = first.processors(first.text, logits[self._rows])
+        if self._noise is None:
+            chosen = scores.argmax(-1)
+        else:
+            # As torch.multinomial, which takes one generator for all rows, and a dozen launches for one.
+            probabilities = scores.softmax(-1)
+            for row, generator in self._draws:
+                row.exponential_(1, generator=generator)
+            chosen = torch.where(probabilities.sum(-1) > 0, (probabilities / self._noise).argmax(-1), -1)
+        if first.text is not None:
+            first.text = torch.cat([first.text, chosen[:, None]], 1)
+        tokens[self._rows] = chosen
 
 
 def _most(settings: Mapping[str, Any], tokens: int, default: int | None) -> int | None:
@@ -163,8 +193,9 @@ def _most(settings: Mapping[str, Any], tokens: int, default: int | None) -> int 
 class ContinuousBatch:
     """A batch that requests join and leave while it runs: :meth:`add` some, and call :meth:`step` until it is idle.
 
-    What a request gets is what ``generate`` gives for it alone, up to the rounding of larger matrix products. Reading a
-    new prompt holds the others up. Of a model with attention all rows have the keys of ``max_length`` tokens.
+    What a request gets is what ``generate`` gives for it alone, up to the rounding of larger matrix products. Reading
+    new prompts holds the others up; up to 16 are read in one call, short ones before there is a slot for them. Of a
+    model with attention all rows have the keys of ``max_length`` tokens.
 
     On a GPU the step is captured into a CUDA graph, where ``generate`` would do that, and replayed while the model is
     the same: weights that were moved are noticed before the next step; modules, hooks, and adapters with their settings
@@ -177,9 +208,14 @@ class ContinuousBatch:
         max_length: tokens of a request, new ones among them; a model without attention needs none.
         state_dtype: of the SSM states; see :class:`Mamba2Cache`.
         captured: whether the step may be captured; the model's generation config may say ``disable_compile``, too.
+        prefix_cache: of states that prompts may go on from, such as ``PrefixCache(8 * 2**30)``, so that what they begin
+            with in common is read once. It may have served other batches of the model. None keeps none.
+
+    Attributes:
+        prefix_cache: the one that was given, or an empty one; its ``stats`` count what was read and what was not.
 
     Raises:
-        ArgumentError: an argument is out of range.
+        ArgumentError: an argument is out of range, or the prefix cache is another model's or too small for a state.
         CacheError: ``max_length`` is missing.
     """
 
@@ -191,19 +227,29 @@ class ContinuousBatch:
         max_length: int | None = None,
         state_dtype: torch.dtype | None = None,
         captured: bool = True,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
         if not isinstance(model, SSDForCausalLM):
             raise ArgumentError(f"model is a {type(model).__name__}, expected a language model of this package")
         if slots < 1:
             raise ArgumentError(f"slots is {slots}: at least 1 request has to run at once")
+        if not isinstance(prefix_cache, PrefixCache | None):
+            raise ArgumentError(
+                f"prefix_cache is {prefix_cache!r:.80}: expected a mamba2_hf.PrefixCache(max_bytes), or None for none"
+            )
+        self.prefix_cache = PrefixCache(0) if prefix_cache is None else prefix_cache
+        self.prefix_cache.bind(model, state_dtype)
         self.model, self.max_length, self._state_dtype = model, max_length, state_dtype
         room = None if max_length is None else max(max_length, 2)
         self.cache = Mamba2Cache(model.config, static=True, max_length=room, state_dtype=state_dtype)
         self._rows: list[_Running | None] = [None] * slots
         self._waiting: deque[_Running] = deque()
+        self._prompts: list[bytes] = []  # of those that have not been read, sorted
         self._ended: list[Completion] = []
+        self._alike: list[_Alike] | None = None  # of the rows as they are
+        self._fed: Tensor | None = None  # (slots, 1) what the next step feeds, where it is known on the device
         self._count = 0
-        self._watch = ModelWatch(model)
+        self._captures = -1  # `PrefixCache.captures` of the graph
         self._captured = captured and not model.generation_config.disable_compile
         self._reason: str | None = None if self._captured else "it was asked for"
         self._allocate()
@@ -222,6 +268,8 @@ class ContinuousBatch:
         self.model(**inputs)
         for row in range(len(self._rows)):
             self.cache.put(row, None)
+        states = [layer for layer in self.cache.layers if isinstance(layer, SSDState)]
+        self.prefix_cache.check_room(sum(layer.nbytes_of_row for layer in states))
 
     def _inputs(self, ids: Tensor, *, is_first_iteration: bool = False) -> dict[str, Any]:
         """What the forward gets for the next token of every row, ``(slots, 1)``."""
@@ -286,10 +334,14 @@ class ContinuousBatch:
         )
         seed = int(torch.randint(2**62, ())) if request.seed is None else request.seed
         ends = config.eos_token_id
+        tokens = ids.tolist()
+        prompt = text_key(tokens[:-1])
+        insort(self._prompts, prompt)
         self._waiting.append(
             _Running(
                 number=self._count,
-                ids=ids.tolist(),
+                ids=tokens,
+                prompt=prompt,
                 most=config.max_new_tokens,
                 ends=frozenset(() if ends is None else [ends] if isinstance(ends, int) else ends),
                 samples=config.do_sample,
@@ -329,12 +381,14 @@ class ContinuousBatch:
         """Ends a request; the next step returns what it has. Returns whether it was there to be ended."""
         for row, running in enumerate(self._rows):
             if running is not None and running.number == request:
-                self._rows[row] = None
+                self._set_row(row, None)
                 self._ended.append(Completion(request, running.tokens, "cancelled"))
                 return True
         for waiting in self._waiting:
             if waiting.number == request:
                 self._waiting.remove(waiting)
+                if not waiting.is_read:
+                    self._forget_prompt(waiting)
                 self._ended.append(Completion(request, [], "cancelled"))
                 return True
         return False
@@ -347,71 +401,173 @@ class ContinuousBatch:
         Returns:
             the requests that have ended since the last step.
         """
-        joined = False
-        for row, running in enumerate(self._rows):
-            if running is None and self._waiting:
-                self._join(row, self._waiting[0])
-                self._waiting.popleft()
-                joined = True
-        if self._captured and (joined or (self.cache.graph is not None and self._watch.moved())):
-            self._look_at_model()
+        free = [row for row, running in enumerate(self._rows) if running is None][: len(self._waiting)]
+        if free:
+            self.prefix_cache.look_at_model()
+            for first in range(0, len(free), _ROWS_AT_ONCE):
+                rows = free[first : first + _ROWS_AT_ONCE]
+                self._read_waiting(len(rows))
+                for row in rows:
+                    self._join(row, self._waiting[0])
+                    self._waiting.popleft()
+        elif self.cache.graph is not None and self.prefix_cache.model_moved():
+            self.prefix_cache.look_at_model()
+        if self._captured and self._captures != self.prefix_cache.captures:
+            self._renew_graph()
         callbacks = self._advance() if self.running else []
         for callback, token in callbacks:  # at the end, when the batch is ready to go on whatever they do
             callback(token)
         ended, self._ended = self._ended, []
         return ended
 
-    def _join(self, row: int, running: _Running) -> None:
-        """Reads a prompt but for its last token, which the next step takes."""
-        state = None
-        ids = torch.tensor([running.ids], device=self.model.device)  # (1, T)
-        if len(running.ids) > 1:
-            cache = Mamba2Cache(self.model.config, state_dtype=self._state_dtype)
-            state = self.model.read(ids[:, :-1], past_key_values=cache)
-        self.cache.put(row, state)
-        running.text = ids if running.processors and running.sampler is None else None
-        self._rows[row] = running
-
-    def _look_at_model(self) -> None:
-        """Keeps what was captured only of a model that has not changed since."""
-        if not self._watch.changed():
+    def _read_waiting(self, joining: int) -> None:
+        """Reads the prompts of the first requests that wait, as many as join, and some behind them."""
+        known = self.prefix_cache
+        for request in takewhile(lambda request: request.is_read, self._waiting):
+            if request.of_model != known.changes:
+                request.is_read, request.state = False, None
+                insort(self._prompts, request.prompt)
+        if all(request.is_read for request in islice(self._waiting, joining)):
             return
+        chosen, tokens = [], 0
+        for place, request in enumerate(self._waiting):
+            if not request.is_read:
+                tokens += _new_tokens(request.prompt, known.find(request.prompt))
+            if place >= joining and (place >= _ROWS_AT_ONCE or tokens > _TOKENS_AHEAD):
+                break
+            if not request.is_read:
+                chosen.append(request)
+        self._read(chosen)
+
+    def _read(self, requests: Sequence[_Running]) -> None:
+        """Reads prompts but for their last tokens, which steps take; what they begin with in common once."""
+        known = self.prefix_cache
+        states = [known.find(request.prompt) for request in requests]
+        hit = [state is not None for state in states]
+        stops = [
+            deque(known.stops(request.prompt, 0 if state is None else state.tokens, self._prompts))
+            for request, state in zip(requests, states, strict=True)
+        ]
+        read = 0
+        while any(stops):
+            pieces: dict[bytes, list[int]] = {}  # by what is to have been read, whose prompts begin so
+            for place, request in enumerate(requests):
+                if stops[place]:
+                    pieces.setdefault(beginning(request.prompt, stops[place].popleft()), []).append(place)
+            behind = {text: states[places[0]] for text, places in pieces.items()}
+            read += sum(_new_tokens(text, state) for text, state in behind.items())
+            for text, state in self._read_on(behind).items():
+                for place in pieces[text]:
+                    states[place] = state
+                    hit[place] |= bool(text) and place != pieces[text][0]
+                if state is not None:
+                    known.store(text, state, used=any(stops[place] for place in pieces[text]))
+        for request, state in zip(requests, states, strict=True):
+            self._forget_prompt(request)
+            request.is_read, request.state, request.of_model = True, state, known.changes
+        tokens, prompts = sum(len(request.ids) - 1 for request in requests), sum(bool(each.prompt) for each in requests)
+        known.count(hits=sum(hit), misses=prompts - sum(hit), tokens_read=read, tokens_saved=tokens - read)
+
+    def _read_on(self, behind: Mapping[bytes, CacheRow | None]) -> dict[bytes, CacheRow | None]:
+        """The states behind texts, each read on from the one in ``behind``, or from its first token; those of alike
+        lengths in one call.
+        """
+        found = dict(behind)
+        calls: list[list[bytes]] = []
+        for text in sorted(behind, key=lambda text: _new_tokens(text, behind[text])):
+            tokens = _new_tokens(text, behind[text])
+            if not tokens:
+                continue
+            rows = 1 + len(calls[-1] if calls else ())
+            if rows == 1 or rows > _ROWS_AT_ONCE or rows * tokens > prefill.TOKENS_AT_ONCE:
+                calls.append([])
+            calls[-1].append(text)
+        for texts in calls:
+            cache = self._call(texts, behind)
+            finite = cache.finite_rows() if len(texts) > 1 else [True]
+            for row, text in enumerate(texts):
+                # The tokens of a call lie end to end, where what is no number reaches the texts beside its own.
+                own = CacheRow(cache, row, text_tokens(text))
+                found[text] = own if finite[row] else CacheRow(self._call([text], behind), 0, own.tokens)
+        return found
+
+    def _call(self, texts: Sequence[bytes], behind: Mapping[bytes, CacheRow | None]) -> Mamba2Cache:
+        """Reads texts in one call, from the states ``behind`` has for them: a cache with a row for each."""
+        cache = Mamba2Cache(self.model.config, state_dtype=self._state_dtype)
+        cache.gather([behind[text] for text in texts])
+        new = [tokens_of(text)[-_new_tokens(text, behind[text]) :] for text in texts]
+        width = max(map(len, new))
+        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in new], device=self.model.device)  # (B, T)
+        mask = None
+        if min(map(len, new)) < width:
+            counts = torch.tensor(list(map(len, new)), device=ids.device)[:, None]
+            columns = torch.arange(-cache.seen_tokens, width, device=ids.device)
+            mask = (columns < counts).long()  # (B, seen + T)
+        return self.model.read(ids, mask, past_key_values=cache)
+
+    def _forget_prompt(self, request: _Running) -> None:
+        del self._prompts[bisect_left(self._prompts, request.prompt)]
+
+    def _join(self, row: int, running: _Running) -> None:
+        """Puts a request that was read into a row."""
+        single = None
+        if running.state is not None:
+            single = Mamba2Cache(self.model.config, state_dtype=self._state_dtype)
+            single.gather([running.state])
+        self.cache.put(row, single)
+        running.state = None
+        if running.processors and running.sampler is None:
+            running.text = torch.tensor([running.ids], device=self.model.device)  # (1, T)
+        self._set_row(row, running)
+
+    def _renew_graph(self) -> None:
+        """Forgets what was captured, as the model has changed since."""
+        self._captures = self.prefix_cache.captures
         self._reason = why_not(self.model)
         self.cache.graph = DecodeGraph() if self._reason is None else None
         if self._reason is not None:
             logger.info(f"a batch goes without a CUDA graph: {self._reason}")
 
+    def _set_row(self, row: int, running: _Running | None) -> None:
+        self._rows[row] = running
+        self._alike = None
+        if running is not None:
+            self._fed = None
+
     def _logits(self) -> Tensor:
         """Feeds every row its last token: logits ``(slots, V)`` in fp32, to be read before the next step."""
         self.cache.set_lengths([0 if running is None else running.seen for running in self._rows])
-        last = [[0] if running is None else [running.last] for running in self._rows]
-        ids = torch.tensor(last, device=self.model.device)  # (slots, 1)
+        if self._fed is None:
+            last = [[0] if running is None else [running.last] for running in self._rows]
+            self._fed = torch.tensor(last, device=self.model.device)
         graph = self.cache.graph
-        replays = graph is not None and graph.fits(ids)
+        replays = graph is not None and graph.fits(self._fed)
         # generate runs experts in another way in steps than in prompts, on a GPU.
         with contextlib.nullcontext() if replays else self.model._optimize_model_for_decode():
-            return self.model(**self._inputs(ids)).logits[:, -1].float()
+            return self.model(**self._inputs(self._fed)).logits[:, -1].float()
 
     def _tokens(self, logits: Tensor) -> list[int]:
         """The next token of every row, by logits ``(slots, V)``; those of rows that are free mean nothing."""
-        together: dict[Any, list[int]] = {}
-        for row, running in enumerate(self._rows):
-            if running is not None and (running.samples or running.processors):
-                alone = running.sampler is None
-                together.setdefault(running.number if alone else running.sampler, []).append(row)
-        picked = [logits.argmax(-1)]
-        for rows in together.values():
-            requests = [running for row in rows if (running := self._rows[row]) is not None]
-            picked.append(_choose(torch.cat([logits[row : row + 1] for row in rows]), requests))
-        tokens: list[int] = torch.cat(picked).tolist()  # the one time that a step waits for what it computes
-        chosen = tokens[len(self._rows) :]
-        for row, token in zip((row for rows in together.values() for row in rows), chosen, strict=True):
-            tokens[row] = token
-        return tokens[: len(self._rows)]
+        if self._alike is None:
+            together: dict[Any, list[int]] = {}
+            for row, running in enumerate(self._rows):
+                if running is not None and (running.samples or running.processors):
+                    alone = running.sampler is None
+                    together.setdefault(running.number if alone else running.sampler, []).append(row)
+            self._alike = [
+                _Alike(rows, [running for row in rows if (running := self._rows[row]) is not None], logits)
+                for rows in together.values()
+            ]
+        chosen = logits.argmax(-1)
+        for alike in self._alike:
+            alike.choose(logits, chosen)
+        self._fed = chosen.clamp(min=0)[:, None].to(self.model.device)
+        tokens: list[int] = chosen.tolist()  # the one time that a step waits for what it computes
+        return tokens
 
     def _advance(self) -> list[tuple[Callable[[int], None], int]]:
         """Lets every running request write a token. Returns whom to tell of which."""
-        callbacks = []
+        callbacks, written = [], []
         for row, token in enumerate(self._tokens(self._logits())):
             running = self._rows[row]
             if running is None:
@@ -424,9 +580,20 @@ class ContinuousBatch:
             if reason is None and len(running.tokens) == running.most:
                 reason = "length"
             if reason is not None:
-                self._rows[row] = None
+                self._set_row(row, None)
+                if reason != "nan" and self.prefix_cache.max_bytes:
+                    written.append((row, running))
                 self._ended.append(Completion(running.number, running.tokens, reason))
+        for row, running in written:
+            if running.of_model == self.prefix_cache.changes:
+                text = text_key([*running.ids, *running.tokens[:-1]])
+                self.prefix_cache.store(text, CacheRow(self.cache, row, running.seen))
         return callbacks
+
+
+def _new_tokens(text: bytes, state: CacheRow | None) -> int:
+    """How many tokens of a text are to be read behind a state."""
+    return text_tokens(text) - (0 if state is None else state.tokens)
 
 
 def generate_batch(
@@ -437,6 +604,7 @@ def generate_batch(
     max_length: int | None = None,
     state_dtype: torch.dtype | None = None,
     captured: bool = True,
+    prefix_cache: PrefixCache | None = None,
 ) -> list[Completion]:
     """Continues many texts of different lengths, ``slots`` at a time; a text that ends makes room for the next.
 
@@ -444,8 +612,8 @@ def generate_batch(
         model: to generate with.
         requests: the texts. Those of a list are all looked at before the first is read; those of another iterable are
             taken when there is a slot for them.
-        slots, max_length, state_dtype, captured: of the :class:`ContinuousBatch`. A model with attention that gets no
-            ``max_length`` makes a list of the requests, and room for the longest.
+        slots, max_length, state_dtype, captured, prefix_cache: of the :class:`ContinuousBatch`. A model with attention
+            that gets no ``max_length`` makes a list of the requests, and room for the longest.
 
     Returns:
         how each request ended, in their order.
@@ -458,7 +626,14 @@ def generate_batch(
         prompts = [(each.settings, len(each.input_ids)) for each in requests]
         default = model.generation_config.max_new_tokens
         max_length = max((length + (_most(given, length, default) or 0) for given, length in prompts), default=1)
-    batch = ContinuousBatch(model, slots=slots, max_length=max_length, state_dtype=state_dtype, captured=captured)
+    batch = ContinuousBatch(
+        model,
+        slots=slots,
+        max_length=max_length,
+        state_dtype=state_dtype,
+        captured=captured,
+        prefix_cache=prefix_cache,
+    )
     if isinstance(requests, Sequence):
         for request in requests:
             batch.add(request)

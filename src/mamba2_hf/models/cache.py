@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,20 @@ if TYPE_CHECKING:
     from .pretrained import SSDPreTrainedModel
 
     Config = Mamba2Config | Mamba2HybridConfig
+
+
+class CacheRow(NamedTuple):
+    """A sequence of a cache.
+
+    Attributes:
+        cache: that holds it, or one that :meth:`Mamba2Cache.put` filled.
+        row: its place.
+        tokens: that it has seen, padding left out.
+    """
+
+    cache: Mamba2Cache
+    row: int
+    tokens: int
 
 
 class Mamba2Cache(Cache):
@@ -260,6 +275,45 @@ class Mamba2Cache(Cache):
         if self.key_counts is not None:
             self.key_counts.put(row, lengths)
         self.padding = self.token_hashes = None
+
+    def gather(self, rows: Sequence[CacheRow | None]) -> None:
+        """Fills an empty cache, whose buffers grow, with copies of single sequences of other caches: to read several
+        texts in one call that start behind different ones.
+
+        Args:
+            rows: a sequence for each; None for one that has seen nothing. The buffers stay empty where all are None.
+
+        Raises:
+            CacheError: this cache is not empty or its buffers do not grow.
+        """
+        if self.seen_tokens or self.static or self.captured:
+            raise CacheError(f"gather() needs an empty cache, neither static nor captured, and this one is {self!r}")
+        counts = [0 if row is None else row.tokens for row in rows]
+        if not any(row is not None for row in rows):
+            return
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, SSDState):
+                layer.gather([None if row is None else (row.cache.layers[index], row.row) for row in rows])
+            else:
+                layer.gather([None if row is None else (row.cache.layers[index], *row[1:]) for row in rows])
+        device = next(value for value in vars(self.layers[0]).values() if isinstance(value, Tensor)).device
+        if self.key_counts is not None:
+            self.key_counts.gather(counts, device)
+        self.seen_tokens = max(counts)
+        if min(counts) < self.seen_tokens:
+            self.padding = self.seen_tokens - torch.tensor(counts, device=device)
+
+    def finite_rows(self) -> list[bool]:
+        """Which sequences hold nothing but finite numbers. It reads all buffers, and waits for them."""
+        named = [getattr(layer, name, None) for layer in self.layers for name in ("conv", "ssm", "keys", "values")]
+        held = [tensor for tensor in named if tensor is not None and tensor.numel()]
+        device = held[0].device
+        norms = torch._foreach_norm(held)  # few launches for what is nearly always so
+        if bool(torch.stack([norm.to(device, torch.float32) for norm in norms]).isfinite().all()):
+            return [True] * self.batch_size
+        sums = [tensor.flatten(1).sum(1, dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in held]
+        finite: list[bool] = torch.stack([each.isfinite().to(device) for each in sums]).all(0).tolist()
+        return finite
 
     def set_lengths(self, lengths: list[int]) -> None:
         """Says how many keys each row of a static cache holds, for rows that :meth:`put` filled at different times and

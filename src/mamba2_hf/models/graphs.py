@@ -120,7 +120,11 @@ class ModelWatch:
         self._model = model
         self._tensors: list[Tensor] = []
         self._places: list[int] = []
+        self._versions: list[int] = []
         self._modules: list[Any] = []
+        self.written = False
+        """Whether the last :meth:`changed` found that a tensor had been written in place, as far as PyTorch counts
+        that: not by way of ``.data``."""
 
     def moved(self) -> bool:
         """Whether a tensor lies elsewhere than when :meth:`changed` last looked, which takes a tenth of a microsecond
@@ -133,12 +137,14 @@ class ModelWatch:
         of numbers, strings and containers of these, which is where adapters keep which of them is active and how much
         it counts. Takes milliseconds.
         """
-        before = self._places, self._modules
+        before, versions = (self._places, self._modules), self._versions
         tensors = [*self._model.parameters(), *self._model.buffers()]
         # Tensors of other types, which are not captured, need not lie anywhere.
         self._tensors = [tensor for tensor in tensors if type(tensor) in (nn.Parameter, Tensor)]
         self._places = [tensor.data_ptr() for tensor in self._tensors]
+        self._versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
         self._modules = [*map(id, tensors), *_modules(self._model)]
+        self.written = self._versions != versions
         return (self._places, self._modules) != before
 
 

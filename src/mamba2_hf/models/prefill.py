@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 TOKENS_AT_ONCE = 16384
-"""Most tokens, of all rows together, that one call reads where free memory is not known: off a GPU."""
+"""Most tokens, of all rows together, that one call reads where free memory is not known, off a GPU; and that prompts of
+several requests may take to be read in one call, padding included."""
 
 _BYTES = 16
 """Of activations for each token and each channel of the widest linear layer, going in and coming out. The PyTorch
