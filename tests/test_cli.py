@@ -186,6 +186,7 @@ class TestGenerate:
         assert result.exit_code == 1
         assert "nobody/no-such-model" in result.stderr
         assert "check the id and the connection" in result.stderr
+        assert "Retrying" not in result.stderr
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
     def test_a_missing_gpu_exits_with_1(self, checkpoint):

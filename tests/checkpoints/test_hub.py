@@ -48,6 +48,7 @@ class TestFetching:
             asked.update(name=name, **options)
             return str(tmp_path / "snapshot")
 
+        monkeypatch.setattr(hub, "is_reachable", lambda name: True)
         monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda *_, **__: STATE_SPACES)
         monkeypatch.setattr(hub, "snapshot_download", download)
         assert convert("state-spaces/tiny", tmp_path / "out", revision="v1").source == "mamba_ssm"
@@ -55,15 +56,25 @@ class TestFetching:
         assert asked["revision"] == "v1"
         assert "pytorch_model.bin" in asked["allow_patterns"]
 
-    def test_without_a_connection_the_cache_serves(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def offline(*_: Any, **__: Any) -> None:
-            raise OfflineModeIsEnabled("offline")
+    @pytest.mark.parametrize(
+        "error", [OfflineModeIsEnabled("offline"), OSError("no route"), RuntimeError("of a library")]
+    )
+    def test_without_a_connection_the_cache_serves(
+        self, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """After one look."""
+        asked = []
 
-        monkeypatch.setattr(hub.HfApi, "list_repo_files", offline)
+        def offline(*_: Any, **__: Any) -> None:
+            asked.append(1)
+            raise error
+
+        monkeypatch.setattr(hub.HfApi, "model_info", offline)
         monkeypatch.setattr(
             hub, "snapshot_download", lambda name, **options: str(tmp_path / str(options["local_files_only"]))
         )
         assert hub.local_folder("a/b") == tmp_path / "True"
+        assert len(asked) == 1
 
     def test_what_cannot_be_had_says_so(self) -> None:
         with pytest.raises(CheckpointError, match="nobody/nothing: no such folder here, and it cannot be had"):

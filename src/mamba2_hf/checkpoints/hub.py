@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import CheckpointError
 from .checkpoint import open_checkpoint
 from .companions import CARD, companions
 from .formats import FORMATS
+
+SECONDS = 10
+"""How long to wait for the Hub to say that it is there."""
 
 
 def local_folder(source: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -30,17 +33,35 @@ def local_folder(source: str | Path, revision: str | None = None, *, weights: bo
         return path
     if source.startswith((".", "/", "~")) or source.count("/") != 1 or (os.sep != "/" and os.sep in source):
         raise CheckpointError(f"{path}: no such folder; give a folder that exists, or a Hub id such as owner/name")
-    try:
+    if not is_reachable(source):
         try:
-            names = HfApi().list_repo_files(source, revision=revision)
-        except OfflineModeIsEnabled:
             return Path(snapshot_download(source, revision=revision, local_files_only=True))
+        except Exception:
+            raise CheckpointError(
+                f"{source}: no such folder here, and it cannot be had from the Hub's cache, nor the Hub be reached; check "
+                "the id and the connection"
+            ) from None
+    try:
+        names = HfApi().list_repo_files(source, revision=revision)
         return Path(snapshot_download(source, revision=revision, allow_patterns=wanted_files(names, weights=weights)))
     except Exception as error:  # the Hub's client, its HTTP library and the network each have their own
         raise CheckpointError(
             f"{source}: no such folder here, and it cannot be had from the Hub ({_line(error)}); check the id and the "
             "connection"
         ) from None
+
+
+def is_reachable(repository: str) -> bool:
+    """Whether the Hub answers, whatever it says of ``repository``: one look of at most ``SECONDS``, where its client would
+    try for a minute to load a file that may be in the cache.
+    """
+    try:
+        HfApi().model_info(repository, timeout=SECONDS)
+    except HfHubHTTPError:
+        return True
+    except Exception:  # the network's, those of whichever HTTP library the client has, and offline mode
+        return False
+    return True
 
 
 def wanted_files(names: list[str], *, weights: bool = True) -> list[str]:

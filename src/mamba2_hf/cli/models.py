@@ -53,6 +53,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .. import pretrained
+    from ..checkpoints.hub import is_reachable
 
     path = str(pretrained.shipped_model_path()) if model is None else str(Path(model).expanduser())
     if model in pretrained.SHIPPED and not Path(path).exists():
@@ -68,14 +69,16 @@ def load_model(
         path = model
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    tokenizer = None
+    tokenizer, local = None, Path(path).is_dir() or not is_reachable(path)
     kind: Any = torch.float32 if dtype is DType.auto and device.type == "cpu" else dtype.value
     try:
         with nullcontext() if reads_text else suppress(Exception):
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        net = AutoModelForCausalLM.from_pretrained(path, dtype=kind).to(device).eval()
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
+        net = AutoModelForCausalLM.from_pretrained(path, dtype=kind, local_files_only=local).to(device).eval()
     except Exception as error:  # broken files surface as errors of json, safetensors, tokenizers, torch ...
-        remedy = "check that the directory is complete" if Path(path).is_dir() else "check the id and the connection"
+        remedy = "check that the directory is complete"
+        if not Path(path).is_dir():
+            remedy = "the Hub cannot be reached: check the id and the connection" if local else "check the id"
         fail(f"cannot load a model from {path}: {first_line(error)} ({remedy})")
     if tokenizer is not None and net.generation_config.pad_token_id is None:
         net.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
