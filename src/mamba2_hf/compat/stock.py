@@ -184,10 +184,14 @@ def _split_conv1d_scan_combined(
     rmsnorm_eps: float | None = None,
     headdim: int | None = None,
     ngroups: int = 1,
-    norm_before_gate: bool = True,
     mamba2_hf_mixer: Any = None,
-) -> Tensor:
-    """Stock's fused function, which calls out_proj as the module that it is."""
+) -> Tensor | None:
+    """Stock's fused function, which calls out_proj as the module that it is; without a mixer, stock calls the parts.
+
+    Padding has to be blanked between convolution and scan, where it would enter the states by the bias of the first.
+    """
+    if mamba2_hf_mixer is None:
+        return None
     y = ssd.mamba_split_conv1d_scan_combined(
         *(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size),
         seq_idx=seq_idx,
@@ -197,7 +201,7 @@ def _split_conv1d_scan_combined(
         rmsnorm_eps=rmsnorm_eps,
         headdim=headdim,
         ngroups=ngroups,
-        norm_before_gate=norm_before_gate,
+        norm_before_gate=getattr(getattr(mamba2_hf_mixer, "norm", None), "norm_before_gate", False),  # stock says False
     )
     out: Tensor = mamba2_hf_mixer.out_proj(y)
     return out
@@ -213,11 +217,16 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def _telling(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """A mixer's ``forward`` that tells the functions it calls who calls them."""
+    """A mixer's ``forward`` that tells the functions it calls who calls them, where no padding has to be blanked between
+    them.
+    """
+    names = tuple(inspect.signature(stock).parameters)[1:]
 
     @functools.wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return stock(self, *args, **kwargs, **{_MIXER: self})
+        given = dict(zip(names, args, strict=False)) | kwargs
+        told = {} if given.get("attention_mask") is not None else {_MIXER: self}
+        return stock(self, **given, **told)
 
     return forward
 
