@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -127,7 +128,7 @@ def test_convolution_of_documents(draw: Callable[..., Tensor]) -> None:
 @pytest.mark.parametrize("ring", [False, True])
 @pytest.mark.parametrize("length", [3, 5])
 def test_convolution_steps(draw: Callable[..., Tensor], slots: list[int] | None, ring: bool, length: int) -> None:
-    """Single tokens and blocks continue a convolution, from states anywhere in a larger tensor, kept as a ring or not."""
+    """Single tokens and blocks continue a convolution, from states anywhere in a larger tensor, rings or not."""
     x, weight, bias = draw(B, CHANNELS, T), draw(CHANNELS, K), draw(CHANNELS)
     expected = compat.causal_conv1d_fn(x, weight, bias, activation="silu")
     states = draw(B if slots is None else 6, CHANNELS, length)
@@ -206,7 +207,7 @@ def test_scan_of_documents(draw: Callable[..., Tensor], final: bool, initial: in
         return_final_states=final,
         return_varlen_states=True,
     )
-    for document, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for document, (start, end) in enumerate(pairwise(bounds)):
         before = states[document : document + 1] if states is not None and document < initial else None
         if start == end:
             expected = torch.zeros(1, H, P, N, dtype=torch.float64) if before is None else before

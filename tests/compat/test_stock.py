@@ -1,4 +1,4 @@
-"""transformers' own classes on this package's ops: what they give on plain PyTorch, and what they could not do there."""
+"""transformers' own classes on this package's ops: as on plain PyTorch, and what they could not do there."""
 
 from __future__ import annotations
 

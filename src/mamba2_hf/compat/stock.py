@@ -217,9 +217,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def _telling(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """A mixer's ``forward`` that tells the functions it calls who calls them, where no padding has to be blanked between
-    them.
-    """
+    """A mixer's ``forward`` that tells the functions it calls who calls them, unless there is padding to blank."""
     names = tuple(inspect.signature(stock).parameters)[1:]
 
     @functools.wraps(stock)
