@@ -54,7 +54,7 @@ FAMILIES = {
 _PURE = "mamba2"  # has no attention; its causal_lm tells its model nothing but what it names itself
 _MIXER = "mamba2_hf_mixer"  # the keyword argument in which functions are told who calls them
 _BEFORE = -1  # the document of what is before all others
-_CACHES = ("past_key_values", "cache_params")
+_CACHES = ("past_key_values", "cache_params", "cache")  # by release
 
 _replaced: dict[tuple[Any, str], Any] = {}  # stock's own, by owner and name
 _wanted: set[str] = set()
@@ -303,11 +303,10 @@ def _with_documents(model: Any, given: dict[str, Any], seq_idx: Tensor) -> dict[
     if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
         return given
     like = torch.empty(1, dtype=model.dtype, device=seq_idx.device).expand(*seq_idx.shape, 1)
-    masks = {"config": model.config, "inputs_embeds": like, "attention_mask": mask, "past_key_values": None}
     apart = packed_sequence_mask_function(document_numbers(seq_idx))
     given["attention_mask"] = {
-        "full_attention": create_causal_mask(**masks, and_mask_function=apart),
-        "linear_attention": create_recurrent_attention_mask(**masks),
+        "full_attention": create_causal_mask(model.config, like, mask, None, and_mask_function=apart),
+        "linear_attention": create_recurrent_attention_mask(model.config, like, mask, None),
     }
     return given
 
