@@ -15,6 +15,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -43,13 +44,12 @@ LEFT_OUT = {
     "tests/ops/triton/test_mamba3_siso.py and others of Mamba-3": "Mamba-3",
 }
 INSIDE = "calls kernels inside of mamba_ssm, which have no counterpart here"
-CAUSES = (  # a part of a test's name, and why it does not pass
-    ("test_kernel_", INSIDE),
-    ("test_combined_kernel_", INSIDE),
-    ("is_not_reproducible", "wants two runs to differ, and they do not"),
+CAUSES = (  # what a test's name matches, and why it does not pass
+    (r"test_(combined_)?kernel_", INSIDE),
+    (r"is_not_reproducible", "wants two runs to differ, and they do not"),
     (
-        "test_selective_state_update",
-        "the states are 16-bit and the reference rounds them before it reads them; this package reads them in fp32",
+        r"test_selective_state_update.*itype[12]",
+        "the reference rounds 16-bit states before it reads them: the mean difference from fp64 is half of its here",
     ),
 )
 _SETTINGS = "MAMBA2_HF_PEERS"  # the environment variable in which a run's process finds them
@@ -110,7 +110,7 @@ def main() -> None:
         report = json.loads(found[-1])
         print(f"{suite}: " + ", ".join(f"{count} {outcome}" for outcome, count in report["counts"].items() if count))
         for name, said in report["failed"].items():
-            why = next((why for part, why in CAUSES if part in name), "not known")
+            why = next((why for pattern, why in CAUSES if re.search(pattern, name)), "not known")
             print(f"  {name}\n    said: {said}\n    why: {why}")
             failed |= why == "not known"
     for file, why in LEFT_OUT.items():

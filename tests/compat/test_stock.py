@@ -12,6 +12,7 @@ import pytest
 import torch
 from stock_models import MODELS
 from torch import Tensor
+from transformers import DataCollatorWithFlattening
 
 import mamba2_hf
 from mamba2_hf.errors import ArgumentError
@@ -124,6 +125,21 @@ def test_packed_documents_are_as_if_alone(name: str, packing: dict[str, Any]) ->
     logits = model(ids, use_cache=False, **packing).logits
     torch.testing.assert_close(logits, alone, **FP32)
     close_gradients(gradients(model, (logits * weights).sum()), gradients(model, (alone * weights).sum()))
+
+
+@every
+def test_what_collators_make_of_documents(name: str) -> None:
+    """The loss of a flattened batch is the mean over its documents' tokens."""
+    model, parts = MODELS[name]().train(), [part[0].tolist() for part in IDS[:1].split(LENGTHS, 1)]
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(
+        [{"input_ids": part} for part in parts]
+    )
+    mamba2_hf.use_with_transformers()
+    loss = model(**batch, use_cache=False).loss
+    alone = [model(torch.tensor([part]), labels=torch.tensor([part]), use_cache=False).loss for part in parts]
+    counts = [length - 1 for length in LENGTHS]
+    expected = sum(one * count for one, count in zip(alone, counts, strict=True)) / sum(counts)
+    torch.testing.assert_close(loss, expected, **FP32)
 
 
 @every
