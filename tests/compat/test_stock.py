@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from stock_models import MODELS
 from torch import Tensor
-from transformers import DataCollatorWithFlattening
+from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening
 
 import mamba2_hf
 from mamba2_hf.errors import ArgumentError
@@ -152,6 +153,32 @@ def test_packed_rows_with_padding(name: str) -> None:
         for row, columns in ((0, slice(0, 8)), (0, slice(8, 17)), (1, slice(0, 3)), (1, slice(3, 23))):
             alone = model(IDS[row : row + 1, columns], use_cache=False).logits
             torch.testing.assert_close(logits[row, columns], alone[0], **FP32)
+
+
+def by_bounds(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """Attention as flash attention has it: of the documents that ``cu_seq_lens_q`` names, in one row."""
+    bounds = kwargs.get("cu_seq_lens_q", torch.tensor([0, query.shape[2]]))
+    assert mask is None
+    parts = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=kwargs["scaling"], enable_gqa=True)
+        for q, k, v in zip(*(t.split(bounds.diff().tolist(), 2) for t in (query, key, value)), strict=True)
+    ]
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("packing", ["seq_idx", "position_ids", "cu_seq_lens"])
+@pytest.mark.parametrize("name", ["bamba", "granite", "nemotron", "falcon", "zamba"])
+def test_flash_attention_is_told_of_documents(name: str, packing: str) -> None:
+    AttentionInterface.register("flash_by_bounds", by_bounds)
+    AttentionMaskInterface.register("flash_by_bounds", lambda *args, **kwargs: None)
+    model, ids = MODELS[name](), IDS[:1]
+    mamba2_hf.use_with_transformers()
+    with torch.no_grad():
+        expected = torch.cat([model(part, use_cache=False).logits for part in ids.split(LENGTHS, 1)], 1)
+        model.config._attn_implementation = "flash_by_bounds"
+        torch.testing.assert_close(model(ids, use_cache=False, **PACKINGS[packing]).logits, expected, **FP32)
+        with pytest.raises(ArgumentError, match="choose attn_implementation='sdpa'"):
+            model(IDS, use_cache=False, seq_idx=_SEQ_IDX.expand(ROWS, -1))
 
 
 @every
