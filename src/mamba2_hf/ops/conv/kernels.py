@@ -360,8 +360,10 @@ def conv_update_kernel(x, state, weight, bias, y, slots, C, sx_b, sx_t, ss_b, ss
     row = (tl.program_id(0) // blocks).to(tl.int64)
     channel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < C
-    slot = row if slots is None else tl.load(slots + row).to(tl.int64)
-    kept = _when(slot >= 0, inside)
+    slot, kept = row, inside
+    if slots is not None:
+        slot = tl.load(slots + row).to(tl.int64)
+        kept = _when(slot >= 0, inside)
     at = state + slot * ss_b + channel.to(tl.int64) * ss_c
     inputs = ()
     for i in tl.static_range(L):
@@ -377,7 +379,8 @@ def conv_update_kernel(x, state, weight, bias, y, slots, C, sx_b, sx_t, ss_b, ss
         window = window + (inputs[L - (K - 1) + i].to(tl.float32),)
     for t in tl.static_range(T):
         total, window = _advance(window, inputs[L + t].to(tl.float32), taps, offset, ACTIVATION, K)
-        total = tl.where(slot >= 0, total, 0.0)
+        if slots is not None:
+            total = tl.where(slot >= 0, total, 0.0)
         tl.store(y + (row * T + t) * C + channel, total.to(y.dtype.element_ty), mask=inside)
 
 

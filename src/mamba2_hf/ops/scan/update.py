@@ -42,8 +42,10 @@ def state_update_kernel(state, x, dt, A, B, C, D, z, dt_bias, y, low, high, H,
     p, n = (pid % blocks) * BP + tl.arange(0, BP), tl.arange(0, BN)
     mask_p, mask_n = p < P, n < N
     mask = mask_p[:, None] & mask_n[None, :]
-    slot = row if slots is None else tl.load(slots + row).to(tl.int64)
-    mask = tl.where(slot >= 0, mask, False)
+    slot = row
+    if slots is not None:
+        slot = tl.load(slots + row).to(tl.int64)
+        mask = tl.where(slot >= 0, mask, False)
     at = state + slot * ss_b + head.to(tl.int64) * ss_h + p[:, None] * ss_p + n[None, :] * ss_n
     s = tl.load(at, mask=mask, other=0.0)
     group = head // PER_GROUP
@@ -67,7 +69,8 @@ def state_update_kernel(state, x, dt, A, B, C, D, z, dt_bias, y, low, high, H,
         out += value * tl.load(D + (head * P + p if D_RANK == 2 else head + p * 0), mask=mask_p, other=0.0)
     if z is not None:
         out *= _silu(tl.load(z + row * sz_b + head * sz_h + p * sz_p, mask=mask_p, other=0.0).to(tl.float32))
-    out = tl.where(slot >= 0, out, 0.0)
+    if slots is not None:
+        out = tl.where(slot >= 0, out, 0.0)
     tl.store(y + (row * H + head) * P + p, out.to(y.dtype.element_ty), mask=mask_p)
 
 
@@ -85,7 +88,7 @@ def ssd_state_update(call: Update) -> Tensor:
         A = A if A.dim() == 3 else A[:, None, None].expand(-1, P, N)
         dt_bias = dt_bias[:, None].expand(-1, P) if dt_bias is not None and dt_bias.dim() == 1 else dt_bias
     y = torch.empty(batch, heads, P, dtype=x.dtype, device=x.device)
-    bp, warps = state_programs(batch, P)
+    bp, warps = state_programs(batch, P, dense=call.is_dense)
     launch(
         state_update_kernel,
         (batch * heads * cdiv(P, bp),),
