@@ -144,6 +144,20 @@ def test_what_collators_make_of_documents(name: str) -> None:
 
 
 @every
+@torch.no_grad()
+def test_positions_of_several_rows(name: str) -> None:
+    """Documents start where positions do not go on; where they begin is nothing to an SSD layer."""
+    model = MODELS[name]()
+    positions = torch.stack([torch.cat([torch.arange(6), torch.arange(17)]), torch.arange(TOKENS)])
+    mamba2_hf.use_with_transformers()
+    expected = model(IDS, use_cache=False).logits
+    expected[0] = torch.cat([model(part, use_cache=False).logits[0] for part in IDS[:1].split([6, 17], 1)])
+    torch.testing.assert_close(model(IDS, position_ids=positions, use_cache=False).logits, expected, **FP32)
+    later = model(IDS, position_ids=positions[1:] + 100, use_cache=False).logits
+    torch.testing.assert_close(later, model(IDS, use_cache=False).logits, **FP32)
+
+
+@every
 def test_packed_rows_with_padding(name: str) -> None:
     model, mask = MODELS[name](), padded("right")
     seq_idx = torch.tensor([[0] * 8 + [1] * 15, [4] * 3 + [2] * 20])

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import (
     create_causal_mask,
     create_recurrent_attention_mask,
+    find_packed_sequence_indices,
     packed_sequence_mask_function,
 )
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
@@ -265,18 +266,24 @@ def _handing_down(stock: Callable[..., Any]) -> Callable[..., Any]:
 def _documents(given: dict[str, Any]) -> Tensor | None:
     """``(B, T)`` the document of each token, by the most explicit of the ways to name them; None for rows of one each.
 
-    As for transformers' masks, positions name documents where there is neither a mask nor a cache.
+    Positions do as they do for transformers' masks: where there is neither a mask nor a cache, a document starts
+    wherever they do not go on by one.
     """
     tokens_of = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
     if tokens_of is None:
         return None
     batch, tokens = tokens_of.shape[:2]
     cached = any(given.get(name) is not None for name in _CACHES)
-    positions = given.get("position_ids") if given.get("attention_mask") is None and not cached else None
-    if isinstance(positions, Tensor) and positions.dim() != 2:
-        positions = None
-    named = {"seq_idx": given.get("seq_idx"), "cu_seqlens": given.get("cu_seq_lens_q")}
-    layout = sequence_layout(batch, tokens, position_ids=positions, **named)
+    seq_idx, bounds, positions = (given.get(name) for name in ("seq_idx", "cu_seq_lens_q", "position_ids"))
+    if (
+        seq_idx is None
+        and bounds is None
+        and positions is not None
+        and given.get("attention_mask") is None
+        and not cached
+    ):
+        seq_idx = find_packed_sequence_indices(positions.expand(batch, -1)) if positions.dim() == 2 else None
+    layout = sequence_layout(batch, tokens, seq_idx=seq_idx, cu_seqlens=bounds)
     if layout.is_plain:
         return None
     if cached:
