@@ -17,10 +17,11 @@ The shortest cache is also filled with tokens, growing, and has to come out as l
 
 ``--families`` times the shapes of ``hybrid_families.py`` instead: a training step of 4 x 2048 tokens (forward and
 backward, no optimizer), the prefill of 32768 tokens, and decoding of 1 and 16 sequences behind ``--context`` tokens.
-Beside ours stands transformers' own class where mamba_ssm and causal_conv1d are installed, whose kernels it needs; its
-decoding is timed through ``generate``. Before that, models of few layers of both are compared in fp32, with the same
-weights. The floor is matrix products alone at the rate of a large one, or, in decoding, reading the weights that a step
-uses at the rate of a copy, both measured in the same run.
+Beside ours stands transformers' own class, on the kernels of mamba_ssm and causal_conv1d where these are installed, and
+on ours (``use_with_transformers``); its decoding is timed through ``generate``. Before that, models of few layers of
+both are compared in fp32, with the same weights; ``--few`` times such ones too. The floor is matrix products alone at
+the rate of a large one, or, in decoding, reading the weights that a step uses at the rate of a copy, both measured in
+the same run.
 """
 
 from __future__ import annotations
@@ -43,10 +44,19 @@ from peers import OURS, STOCK, installed
 from table import write_csv
 from torch import Tensor
 
-from mamba2_hf import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, Mamba2HybridConfig, Mamba2HybridForCausalLM, ops
+from mamba2_hf import (
+    Mamba2Cache,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    Mamba2HybridConfig,
+    Mamba2HybridForCausalLM,
+    ops,
+    use_with_transformers,
+)
 
 FIELDS = ("case", "impl", "ms_p20", "ms_p50", "ms_p80", "cache_mib", "floor_ms", "device", "versions")
 GRAPH = "mamba2_hf, graph"
+DROP_IN = "transformers on mamba2_hf"
 STEPS = 100
 TOLERANCE = 5e-2  # of bf16 logits behind 64 layers, whose sums one form takes in another order
 
@@ -235,25 +245,28 @@ class Bench:
 class Families(Bench):
     """Training, prefill and decoding of published hybrids' shapes."""
 
-    def run(self, names: list[str], parts: list[str]) -> None:
+    def run(self, names: list[str], parts: list[str], few: bool = False) -> None:
         rate, copy_rate = self.rates()
         for name, family in FAMILIES.items():
             if names and not any(part in name for part in names):
                 continue
-            changes = family.few if self.tiny else {}
+            changes = family.few if self.tiny or few else {}
             self.compare(name, family)
             models = {OURS: self.make(family.ours(**changes))}
-            if installed() and len(installed()) == 2 and not self.tiny:
-                with torch.device(self.device):
-                    models[STOCK] = family.stock_model(**changes).to(torch.bfloat16).eval()
+            with torch.device(self.device):
+                models[DROP_IN] = family.stock_model(**changes).to(torch.bfloat16).eval()
+            if len(installed()) == 2 and not self.tiny:
+                models = {OURS: models[OURS], STOCK: models[DROP_IN], DROP_IN: models[DROP_IN]}
             products = matrix_products(models[OURS])
             for impl, model in models.items():
+                use_with_transformers(undo=impl != DROP_IN)
                 if "training" in parts:
                     self.training(name, impl, model, 1e3 * products * self.tokens(4, 2048) / rate)
                 if "prefill" in parts:
                     self.prefill(name, impl, model, 1e3 * products / 3 * self.tokens(1, 32768) / rate)
                 for batch in (1, 16) if "decode" in parts else ():
                     self.decoding(name, impl, model, batch, 1e3 * products / 3 / copy_rate)
+            use_with_transformers(undo=True)
             del models, model
             self.tidy()
 
@@ -271,7 +284,9 @@ class Families(Bench):
         return 2e3 * size**3 / product, 2e3 * source.numel() / copied
 
     def compare(self, name: str, family: Family) -> None:
-        """Raises unless few layers of ours, loaded from transformers' checkpoint, give its logits and losses."""
+        """Raises unless few layers of ours, loaded from transformers' checkpoint, give its logits and losses, and so do
+        stock's on our ops, in training too.
+        """
         torch.manual_seed(0)
         stock = family.stock_model(**family.few).eval()
         with tempfile.TemporaryDirectory() as folder:
@@ -281,10 +296,15 @@ class Families(Bench):
         ids = torch.randint(ours.config.vocab_size, (2, 300), device=self.device)
         with torch.no_grad():
             expected, found = (model(ids, labels=ids, use_cache=False) for model in (stock, ours))
-        error = ((found.logits - expected.logits).norm() / expected.logits.norm()).item()
-        if not error < 1e-3 or abs(found.loss - expected.loss) > 1e-3:
-            raise RuntimeError(f"{name}: relative error {error} of the logits, loss {found.loss} and {expected.loss}")
-        print(f"{name}: relative error of few layers {error:.1e}", flush=True)
+            use_with_transformers()
+            dropped = stock(ids, labels=ids, use_cache=False)
+            trained = stock.train()(ids, labels=ids, use_cache=False)
+            use_with_transformers(undo=True)
+        for impl, out in ((OURS, found), (DROP_IN, dropped), (f"{DROP_IN}, training", trained)):
+            error = ((out.logits - expected.logits).norm() / expected.logits.norm()).item()
+            if not error < 1e-3 or abs(out.loss - expected.loss) > 1e-3:
+                raise RuntimeError(f"{name} {impl}: relative error {error}, loss {out.loss} and {expected.loss}")
+            print(f"{name} {impl}: relative error of few layers {error:.1e}", flush=True)
 
     def training(self, name: str, impl: str, model: Any, floor: float) -> None:
         batch, length = (2, 64) if self.tiny else (4, 2048)
@@ -293,13 +313,13 @@ class Families(Bench):
 
         def step() -> Any:
             model.zero_grad(set_to_none=True)
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
             return loss
 
         with ops.use_backend("torch"), torch.no_grad():
-            expected = model(input_ids=ids[:1, :300], labels=ids[:1, :300]).loss
-        found = model(input_ids=ids[:1, :300], labels=ids[:1, :300]).loss
+            expected = model(input_ids=ids[:1, :300], labels=ids[:1, :300], use_cache=False).loss
+        found = model(input_ids=ids[:1, :300], labels=ids[:1, :300], use_cache=False).loss
         if not abs(found - expected) < 2e-2 * expected or not torch.isfinite(step()):
             raise RuntimeError(f"{name} {impl}: loss {found}, on PyTorch {expected}")
         self.row(f"{name}_training_{batch}x{length}", impl, self.timed(step, 10), floor=floor)
@@ -323,7 +343,7 @@ class Families(Bench):
     def decoding(self, name: str, impl: str, model: Any, batch: int, floor: float) -> None:
         ids = torch.randint(model.config.vocab_size, (batch, self.context + 1), device=self.device)
         case = f"{name}_decode_b{batch}"
-        if impl == STOCK:
+        if impl != OURS:
             times = []
             for new in (2, 34, 2, 34):
                 begun = time.perf_counter()
@@ -359,11 +379,12 @@ def main() -> None:
     )
     parts = ("training", "prefill", "decode")
     parser.add_argument("--steps", nargs="+", choices=parts, default=parts, help="what of them [all]")
+    parser.add_argument("--few", action="store_true", help="published hybrids' shapes with few layers")
     parser.add_argument("--out", type=Path, help="CSV to write")
     options = parser.parse_args()
     context = options.context or (64 if options.tiny else 2048)
     if options.families is not None:
-        Families(options.device, context, options.tiny, options.out).run(options.families, options.steps)
+        Families(options.device, context, options.tiny, options.out).run(options.families, options.steps, options.few)
         return
     bench = Bench(options.device, context, options.tiny, options.out)
     bench.decode()

@@ -37,7 +37,8 @@ FLOORS = {
     "inspect": 4,
     "registration": 5,
     "cli": 5,
-    "__init__": 6,
+    "compat": 6,
+    "__init__": 7,
 }
 # Floors 0 to 2 serve anybody's models; training stacks are met where a user brings them.
 HUGGING_FACE = {"transformers", "tokenizers", "huggingface_hub", "peft", "trl", "accelerate", "datasets"}

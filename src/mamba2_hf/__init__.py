@@ -7,7 +7,8 @@ checkpoint.
 
 from __future__ import annotations
 
-from . import errors, ops
+from . import compat, errors, ops
+from .compat import use_with_transformers
 from .models import (
     Completion,
     ContinuousBatch,
@@ -49,6 +50,7 @@ __all__ = [
     "PrefixCache",
     "PrefixCacheStats",
     "Request",
+    "compat",
     "errors",
     "export_onnx",
     "generate_batch",
@@ -56,6 +58,7 @@ __all__ = [
     "parameter_groups",
     "register",
     "spread_layers",
+    "use_with_transformers",
 ]
 
 __version__ = "0.1.0"

@@ -57,6 +57,12 @@ def test_steps_and_states():
     for name, value in {"x": torch.zeros(2, 4, 7), "dt": torch.zeros(2, 1), "C": torch.zeros(2, 2, 6)}.items():
         with pytest.raises(ArgumentError, match=f"{name} has shape"):
             ops.ssd_state_update(state, **{**good, **maps, name: value})
+    dense = {"dt": torch.zeros(2, 4, 5), "A": torch.zeros(4, 6, 4), "dt_bias": torch.zeros(4, 7)}
+    for name, value in {**dense, "slots": torch.zeros(3, dtype=torch.int32)}.items():
+        with pytest.raises(ArgumentError, match=f"{name} has shape"):
+            ops.ssd_state_update(state, **{**good, **maps, name: value})
+    with pytest.raises(ArgumentError, match=r"slots has dtype torch.float32"):
+        ops.ssd_state_update(state, **good, **maps, slots=torch.zeros(2))
 
 
 BROKEN_STEPS = {

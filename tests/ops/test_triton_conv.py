@@ -100,6 +100,38 @@ def test_documents_by_index(K: int, initial: bool) -> None:
     check(T=12, K=K, seq_idx=ids, initial=initial)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_negative_index_is_padding(backend: str) -> None:
+    """It comes out as zeros, and nothing of it reaches gradients; documents beside it are as if they were alone."""
+    seq_idx = [[-1, -1, 0, 0, 0, 0, 3, 3, -1], [1, 1, 1, 1, -1, -1, -1, 2, 2]]
+    device = DEVICE if backend == "triton" else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*size, generator=generator) for size in ((2, 9, 5), (5, 4), (5,)))
+    x, weight, bias = (t.to(device).requires_grad_() for t in (x, weight, bias))
+    initial = torch.ones(2, 5, 3, device=device, requires_grad=True)
+    y = causal_conv1d(
+        *(x, weight, bias),
+        activation="silu",
+        initial_states=initial,
+        seq_idx=torch.tensor(seq_idx, device=device, dtype=torch.int32),
+        backend=backend,
+    )
+    dx, dinitial = torch.autograd.grad(y.sum(), (x, initial))
+    places = [(0, slice(2, 6), False), (0, slice(6, 8), False), (1, slice(0, 4), True), (1, slice(7, 9), False)]
+    expected = torch.zeros_like(y)
+    for row, columns, continues in places:
+        history = initial[row : row + 1] if continues else None
+        alone = causal_conv1d(
+            *(x[row : row + 1, columns], weight, bias), activation="silu", initial_states=history, backend="torch"
+        )
+        expected[row, columns] = alone[0]
+    torch.testing.assert_close(y, expected)
+    wanted = torch.autograd.grad(expected.sum(), (x, initial))
+    torch.testing.assert_close(dx, wanted[0])
+    torch.testing.assert_close(dinitial, wanted[1])
+    assert not dinitial[0].any()
+
+
 @pytest.mark.parametrize("bounds", [[0, 12], [0, 5, 5, 6, 11], [0, 0, 1, 2, 12], [0, 0], [0, 3, 9]])
 @pytest.mark.parametrize("initial", [True, False])
 def test_documents_by_bounds(bounds: list[int], initial: bool) -> None:

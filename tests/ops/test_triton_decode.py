@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mamba2_hf.errors import ArgumentError
-from mamba2_hf.ops import mamba2_inner, mamba2_layer_step, mamba2_step, ssd_state_update
+from mamba2_hf.ops import causal_conv1d_update, mamba2_inner, mamba2_layer_step, mamba2_step, ssd_state_update
 from mamba2_hf.ops.dispatch import backend_module
 from mamba2_hf.ops.runtime import tables
 from mamba2_hf.ops.spec import SSDShape
@@ -54,6 +54,64 @@ def test_state_update(sizes: tuple[int, ...], limit: tuple[float, float], D: int
         results.append((y, state))
     for expected, actual in zip(*results, strict=True):
         close(actual, expected)
+
+
+@pytest.mark.parametrize("wide", ["dt", "A", "dt_bias", "all"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_steps_and_rates_of_channels(backend: str, wide: str) -> None:
+    """As in Mamba-1: any of them may be those of channels, the others those of heads."""
+    (B, H, P, G, N), source = SIZES[1], generator()
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=source, dtype=torch.float64)
+
+    state, x, b, c = draw(B, H, P, N), draw(B, H, P), draw(B, G, N), draw(B, G, N)
+    dt = draw(B, H, P) if wide in ("dt", "all") else draw(B, H)
+    A = -(draw(H, P, N) if wide in ("A", "all") else draw(H)).abs()
+    dt_bias = draw(H, P) if wide in ("dt_bias", "all") else draw(H)
+    steps = torch.nn.functional.softplus(dt.view(B, H, -1) + dt_bias.view(H, -1))
+    decay = torch.exp(steps[..., None] * A.view(H, *A.shape[1:] or (1, 1)))
+    expected = state * decay + (steps * x)[..., None] * b.repeat_interleave(H // G, 1)[:, :, None]
+    device, kind = (DEVICE, torch.float32) if backend == "triton" else ("cpu", torch.float64)
+    state, x, dt, A, b, c, dt_bias = (t.to(device, kind) for t in (state, x, dt, A, b, c, dt_bias))
+    y = ssd_state_update(state, x, dt, A, b, c, dt_bias=dt_bias, dt_softplus=True, backend=backend)
+    close(state, expected)
+    close(y, (expected * c.double().cpu().repeat_interleave(H // G, 1)[:, :, None]).sum(-1))
+
+
+@pytest.mark.parametrize("slots", [[3, 0], [-1, 4], [0, -1], [-1, -1]])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_states_in_slots(backend: str, slots: list[int], tokens: int) -> None:
+    """Those of the batch move on as if they were alone, all others stay; rows without a state give zeros."""
+    B, H, P, G, N, K = 2, 4, 8, 2, 16, 4
+    device = DEVICE if backend == "triton" else "cpu"
+    source = generator()
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=source).to(device)
+
+    states, x, dt, A = draw(5, H, P, N), draw(B, H, P), draw(B, H), -draw(H).abs()
+    b, c = draw(B, G, N), draw(B, G, N)
+    columns, block, weight = draw(5, P, K + 1), draw(B, tokens, P), draw(P, K)
+    moved, moved_columns = states.clone(), columns.clone()
+    expected, expected_columns = states.clone(), columns.clone()
+    at = torch.tensor(slots, device=device, dtype=torch.int32)
+    y = ssd_state_update(moved, x, dt, A, b, c, dt_softplus=True, slots=at, backend=backend)
+    conv = causal_conv1d_update(block, moved_columns, weight, activation="silu", slots=at, backend=backend)
+    for row, slot in enumerate(slots):
+        one = slice(row, row + 1)
+        if slot < 0:
+            assert not y[one].any()
+            assert not conv[one].any()
+            continue
+        mine = slice(slot, slot + 1)
+        given = (x[one], dt[one], A, b[one], c[one])
+        close(y[one], ssd_state_update(expected[mine], *given, dt_softplus=True, backend="torch").cpu())
+        alone = causal_conv1d_update(block[one], expected_columns[mine], weight, activation="silu", backend="torch")
+        close(conv[one], alone.cpu())
+    close(moved, expected.cpu())
+    close(moved_columns, expected_columns.cpu())
 
 
 def step_inputs(B: int, T: int, H: int, P: int, G: int, N: int, K: int, L: int) -> list[Tensor]:

@@ -18,12 +18,14 @@ from torch.nn import Parameter
 from mamba2_hf import Mamba2Config, Mamba2ForCausalLM
 from mamba2_hf.ops import (
     causal_conv1d,
+    causal_conv1d_update,
     dispatch,
     gated_rms_norm,
     mamba2_inner,
     mamba2_layer,
     mamba2_step,
     ssd_chunk_scan,
+    ssd_state_update,
 )
 from mamba2_hf.ops.runtime import launch as launches
 from mamba2_hf.ops.runtime import plan as replay
@@ -162,6 +164,31 @@ def test_states_are_updated_in_place(monkeypatch: pytest.MonkeyPatch, runs: list
         expected = steps()
     actual = steps()
     assert len(runs) == 3
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_states_in_slots_are_updated_in_place(monkeypatch: pytest.MonkeyPatch, runs: list[replay.Plan]) -> None:
+    """Other slots in every call, and step sizes of channels beside decay rates of heads."""
+
+    def steps() -> list[Tensor]:
+        states, columns = draw(1, 5, H, P, N).detach(), draw(2, 5, CONV, K).detach()
+        A, weight = -draw(3, H).abs().detach(), draw(4, CONV, K).detach()
+        found = []
+        with torch.no_grad():
+            for seed in range(5):
+                slots = torch.tensor([seed, -1 if seed == 3 else (seed + 2) % 5], device=DEVICE)
+                x, dt, b, c = (draw(seed, 2, *shape).detach() for shape in ((H, P), (H, P), (G, N), (G, N)))
+                found.append(ssd_state_update(states, x, dt, A, b, c, dt_softplus=True, slots=slots, backend="triton"))
+                for tokens in (1, 20):
+                    block = draw(seed, 2, tokens, CONV).detach()
+                    found.append(causal_conv1d_update(block, columns, weight, slots=slots, backend="triton"))
+        return [*found, states, columns]
+
+    with monkeypatch.context() as without:
+        without.setattr(replay, "enabled", lambda: False)
+        expected = steps()
+    actual = steps()
+    assert runs
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 

@@ -100,11 +100,22 @@ def check_packing(batch: int, tokens: int, packing: Packing) -> int:
     return cu_seqlens.shape[0] - 1
 
 
-def check_heads(heads: int, head_dim: int, groups: int, A: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> None:
+def check_slots(slots: Tensor, x: Tensor) -> int:
+    """Raises unless ``slots`` names a row of the states for each row of ``x``; returns how many."""
+    if slots.is_floating_point() or slots.dtype == torch.bool:
+        fail(f"slots has dtype {slots.dtype}, expected an integer dtype")
+    check_shape("slots", slots, (x.shape[0],), "(B,)")
+    return x.shape[0]
+
+
+def check_heads(
+    heads: int, head_dim: int, groups: int, A: Tensor | None, D: Tensor | None, dt_bias: Tensor | None
+) -> None:
     """Checks what belongs to heads, whose groups share B and C."""
     if groups < 1 or heads % groups:
         fail(f"B and C have {groups} groups, which does not divide the {heads} heads of x")
-    check_shape("A", A, (heads,), "(H,)")
+    if A is not None:
+        check_shape("A", A, (heads,), "(H,)")
     # Compared one by one: a compiled graph that leaves the sizes open does not find one tuple among several.
     if D is not None and tuple(D.shape) != (heads,) and tuple(D.shape) != (heads, head_dim):
         fail(f"D has shape {tuple(D.shape)}, expected {(heads,)} = (H,) or {(heads, head_dim)} = (H, P)")

@@ -94,10 +94,12 @@ def _enter(t, window, ids, documents, initial, channel, inside, T, C, MODE: tl.c
 
 @triton.jit
 def _owned(t, ids, documents, T, MODE: tl.constexpr):
-    """Whether token ``t`` is in the row and, with bounds, belongs to a document."""
+    """Whether token ``t`` is in the row and belongs to a document."""
     owned = t < T
     if MODE == BY_BOUNDS:
         owned = tl.load(ids + t, mask=owned, other=documents) < documents
+    if MODE == BY_INDEX:
+        owned = tl.load(ids + t, mask=owned, other=-1) >= 0
     return owned
 
 
@@ -186,7 +188,7 @@ def conv_forward_kernel(x, weight, bias, initial, ids, bounds, y, T, C, RUN, doc
             value = values[u].to(tl.float32)
             total = convolve(window, value, taps, offset, K)
             total = activate(total, ACTIVATION)
-            if MODE == BY_BOUNDS:
+            if MODE != NO_PACKING:
                 total = tl.where(_owned(t + u, ids, documents, T, MODE), total, 0.0)
             at = y_row + (t + u).to(tl.int64) * sy_t * VEC + channel
             tl.store(at, total.to(y.dtype.element_ty), mask=_when(t + u < T, inside))
@@ -266,7 +268,7 @@ def conv_backward_kernel(x, weight, bias, initial, ids, bounds, dy, dfinal, dx, 
             if MODE != NO_PACKING:
                 window, fresh = _enter(t + u, window, ids, documents, initial, channel, inside, T, C, MODE, K)
                 age = tl.where(fresh, 0, age + 1)
-            if MODE == BY_BOUNDS:
+            if MODE != NO_PACKING:
                 gradient = tl.where(_owned(t + u, ids, documents, T, MODE), gradient, 0.0)
             if ACTIVATION is not None:
                 gradient *= _slope(convolve(window, value, taps, offset, K), ACTIVATION)
@@ -320,7 +322,7 @@ def conv_initial_gradient_kernel(x, weight, bias, initial, ids, bounds, dy, dfin
         token = (start + u).to(tl.int64)
         alive = alive & (start + u < end)
         if MODE == BY_INDEX:
-            alive = alive & _same_document(ids, start + u - 1, T)
+            alive = alive & _same_document(ids, start + u - 1, T) & _owned(start + u, ids, documents, T, MODE)
         mask = _when(alive, inside)
         value = tl.load(x_row + token * sx_t * VEC + channel, mask=mask, other=0.0).to(tl.float32)
         gradient = tl.load(dy_row + token * sdy_t * VEC + channel, mask=mask, other=0.0).to(tl.float32)
@@ -350,7 +352,7 @@ def _advance(window, value, taps, offset, ACTIVATION: tl.constexpr, K: tl.conste
 
 
 @triton.jit
-def conv_update_kernel(x, state, weight, bias, y, C, sx_b, sx_t, ss_b, ss_c, ss_l,
+def conv_update_kernel(x, state, weight, bias, y, slots, C, sx_b, sx_t, ss_b, ss_c, ss_l,
                        ACTIVATION: tl.constexpr, T: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
                        BLOCK: tl.constexpr):  # fmt: skip
     """A block of channels of one row: outputs of T new tokens, and the state ``(C, L)`` moved on by T."""
@@ -358,21 +360,27 @@ def conv_update_kernel(x, state, weight, bias, y, C, sx_b, sx_t, ss_b, ss_c, ss_
     row = (tl.program_id(0) // blocks).to(tl.int64)
     channel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < C
-    at = state + row * ss_b + channel.to(tl.int64) * ss_c
+    slot, kept = row, inside
+    if slots is not None:
+        slot = tl.load(slots + row).to(tl.int64)
+        kept = _when(slot >= 0, inside)
+    at = state + slot * ss_b + channel.to(tl.int64) * ss_c
     inputs = ()
     for i in tl.static_range(L):
-        inputs = inputs + (tl.load(at + i * ss_l, mask=inside, other=0.0).to(x.dtype.element_ty),)
+        inputs = inputs + (tl.load(at + i * ss_l, mask=kept, other=0.0).to(x.dtype.element_ty),)
     for t in tl.static_range(T):
         inputs = inputs + (tl.load(x + row * sx_b + t * sx_t + channel, mask=inside, other=0.0),)
     tl.debug_barrier()  # threads store to columns that others have loaded
     for i in tl.static_range(L):
-        tl.store(at + i * ss_l, inputs[T + i].to(state.dtype.element_ty), mask=inside)
+        tl.store(at + i * ss_l, inputs[T + i].to(state.dtype.element_ty), mask=kept)
     taps, offset = load_taps(weight, bias, channel, inside, K)
     window = ()
     for i in tl.static_range(K - 1):
         window = window + (inputs[L - (K - 1) + i].to(tl.float32),)
     for t in tl.static_range(T):
         total, window = _advance(window, inputs[L + t].to(tl.float32), taps, offset, ACTIVATION, K)
+        if slots is not None:
+            total = tl.where(slot >= 0, total, 0.0)
         tl.store(y + (row * T + t) * C + channel, total.to(y.dtype.element_ty), mask=inside)
 
 

@@ -8,9 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_devices, check_floating, check_packing, check_rank, check_shape, check_sizes, fail
+from ..checks import (
+    check_devices,
+    check_floating,
+    check_packing,
+    check_rank,
+    check_shape,
+    check_sizes,
+    check_slots,
+    fail,
+)
 from ..runtime.modes import needs_grad
-from ..spec import UNPACKED, Packing, State
+from ..spec import UNPACKED, Index, Packing, State
 
 ACTIVATIONS = {None: None, "silu": "silu", "swish": "silu"}
 """By name: what ``torch.nn.functional`` and ``kernels.activate`` call it."""
@@ -35,6 +44,7 @@ class ConvUpdate(NamedTuple):
     weight: Tensor
     bias: Tensor | None = None
     activation: str | None = None
+    slots: Index | None = None
 
 
 def causal_conv1d(
@@ -52,12 +62,13 @@ def causal_conv1d(
     """Depthwise causal convolution over time, channels last, with an optional activation.
 
     Args:
-        x: ``(B, T, C)``; may be a view into a wider tensor.
+        x: ``(B, T, C)``; may be a view into a wider tensor. Channels that are no neighbors in memory cost a copy.
         weight: ``(C, K)``; tap ``K - 1`` multiplies the current token.
         bias: ``(C,)``.
         activation: ``None``, ``"silu"`` or ``"swish"`` (the same function).
         initial_states: ``(B, C, K - 1)`` inputs before the first token (``(S, C, K - 1)`` with ``cu_seqlens``).
-        seq_idx, cu_seqlens: as in :func:`ssd_chunk_scan`; no tap reaches into another document.
+        seq_idx, cu_seqlens: as in :func:`ssd_chunk_scan`; no tap reaches into another document. A negative ``seq_idx``
+            marks padding, which comes out as zeros.
         return_final_states: whether to return each sequence's last ``K - 1`` inputs, shaped as ``initial_states``.
         backend: as in :func:`ssd_chunk_scan`.
 
@@ -83,14 +94,16 @@ def causal_conv1d_update(
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
+    slots: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """:func:`causal_conv1d` for one token or a short block, with the last inputs kept in ``conv_state`` (in place).
 
     Args:
         x: ``(B, C)`` or ``(B, T, C)``.
-        conv_state: ``(B, C, L)``, the last ``L >= K - 1`` inputs, newest last.
+        conv_state: ``(B, C, L)``, the last ``L >= K - 1`` inputs, newest last. With ``slots``, ``(S, C, L)``.
         weight, bias, activation, backend: as in :func:`causal_conv1d`.
+        slots: as in :func:`ssd_state_update`.
 
     Returns:
         ``y``, shaped as ``x``.
@@ -98,7 +111,7 @@ def causal_conv1d_update(
     Raises:
         ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
     """
-    call = ConvUpdate(x, conv_state, weight, bias, activation)
+    call = ConvUpdate(x, conv_state, weight, bias, activation, slots)
     check_conv_update(call)
     backend = dispatch.choose(
         *("causal_conv1d_update", x.device, backend),
@@ -128,15 +141,18 @@ def check_conv(call: Conv) -> int:
 
 def check_conv_update(call: ConvUpdate) -> None:
     """Contract of ``causal_conv1d_update``; raises :class:`ArgumentError`."""
-    x, conv_state, weight, bias, activation = call
+    x, conv_state, weight, bias, activation, slots = call
     if x.dim() not in (2, 3):
         fail(f"x has shape {tuple(x.shape)}, expected (B, C), or (B, T, C) for a short block")
     taps = _check_taps(x.shape[-1], weight, bias, activation)
     check_rank("conv_state", conv_state, 3, "(B, C, L)")
-    if tuple(conv_state.shape[:2]) != (x.shape[0], x.shape[-1]) or conv_state.shape[2] < taps - 1:
+    rows = x.shape[0] if slots is None else conv_state.shape[0]
+    if slots is not None:
+        check_slots(slots, x)
+    if tuple(conv_state.shape[:2]) != (rows, x.shape[-1]) or conv_state.shape[2] < taps - 1:
         fail(
             f"conv_state has shape {tuple(conv_state.shape)}, expected (B, C, L) with "
-            f"B = {x.shape[0]}, C = {x.shape[-1]} and L >= K - 1 = {taps - 1}"
+            f"B = {rows}, C = {x.shape[-1]} and L >= K - 1 = {taps - 1}"
         )
     check_devices(x.device, **call._asdict())
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..packing import document_ids, document_numbers
 from ..runtime.modes import plus
+from ..slots import step_in_slots
 from ..spec import compute_dtype
 from .op import Conv, ConvUpdate, activate
 
@@ -41,7 +42,10 @@ def causal_conv1d(call: Conv) -> tuple[Tensor, Tensor]:
             same = (segment[:, tap : tap + tokens] == segment[:, before:])[..., None]
             y = plus(y, padded[:, tap : tap + tokens] * same, w[tap])
         final = final * (segment[:, tokens:] == segment[:, -1:])[..., None]
-    return _activate(y, activation).to(x.dtype), final.mT
+    y = _activate(y, activation)
+    if seq_idx is not None:
+        y = torch.where((seq_idx >= 0)[..., None], y, 0)
+    return y.to(x.dtype), final.mT
 
 
 def _conv_packed(
@@ -80,7 +84,11 @@ def _conv_packed(
 
 def causal_conv1d_update(call: ConvUpdate) -> Tensor:
     """See :func:`mamba2_hf.ops.causal_conv1d_update`."""
-    x, conv_state, weight, bias, activation = call
+    if call.slots is not None:
+        return step_in_slots(
+            call.conv_state, call.slots, lambda state: causal_conv1d_update(call._replace(conv_state=state, slots=None))
+        )
+    x, conv_state, weight, bias, activation, _ = call
     dtype = compute_dtype(x.dtype)
     block = x[:, None] if x.dim() == 2 else x  # (B, T, C)
     tokens, taps = block.shape[1], weight.shape[1]

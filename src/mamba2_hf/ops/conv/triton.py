@@ -14,6 +14,7 @@ from ..runtime.op import op
 from ..runtime.rows import channels_last, dense, vector_strides
 from ..runtime.sums import sum_rows
 from ..runtime.tables import cdiv
+from ..slots import step_in_slots
 from ..spec import UNPACKED, Packing
 from .kernels import (
     BY_BOUNDS,
@@ -157,8 +158,10 @@ def _history_like(state: Tensor | None, x: Tensor) -> Tensor | None:
 @op("causal_conv1d_update", fake=lambda call: call.x.new_empty(call.x.shape))
 def update(call: ConvUpdate) -> Tensor:
     """Launches the convolution of a short block ``(B, T, C)``; ``conv_state (B, C, L)`` is moved on in place."""
-    x, conv_state, weight, bias, activation = call
+    x, conv_state, weight, bias, activation, slots = call
     batch, tokens, channels = x.shape
+    if tokens > tables.CONV_UPDATE_TOKENS and slots is not None:
+        return step_in_slots(conv_state, slots, lambda state: update(call._replace(conv_state=state, slots=None)))
     if tokens > tables.CONV_UPDATE_TOKENS:
         history = conv_state[..., conv_state.shape[2] - weight.shape[1] + 1 :]
         y, _ = conv_forward(Conv(x, weight, bias, history, UNPACKED, activation), documents(x, UNPACKED))
@@ -169,7 +172,7 @@ def update(call: ConvUpdate) -> Tensor:
     launch(
         conv_update_kernel,
         (batch * cdiv(channels, tables.CONV_UPDATE_CHANNELS),),
-        *(x, conv_state, weight.contiguous(), dense(bias), y, channels),
+        *(x, conv_state, weight.contiguous(), dense(bias), y, slots, channels),
         *(*x.stride()[:2], *conv_state.stride()),
         ACTIVATION=ACTIVATIONS[activation],
         T=tokens,

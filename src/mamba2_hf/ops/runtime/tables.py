@@ -358,13 +358,14 @@ def leave(chip: Chip, dtype: torch.dtype, rows: int, inputs: int, outputs: int) 
 WIDE, NARROW = (64, 2), (16, 2)  # channels of a head and warps per program: to fill memory, or to fill the chip
 WIDE_BLOCK, NARROW_BLOCK = (64, 8), (16, 4)  # for several tokens, which keep the taps in registers, too
 FEW_ROWS = 8  # batch up to which programs are narrow
+DENSE_WARPS = 8
 
 
-def state_programs(batch: int, P: int, tokens: int = 1) -> tuple[int, int]:
-    """Channels and warps of a program that moves a state on."""
+def state_programs(batch: int, P: int, tokens: int = 1, dense: bool = False) -> tuple[int, int]:
+    """Channels and warps of a program that moves a state on; a ``dense`` decay takes as many registers as the state."""
     few, many = (NARROW, WIDE) if tokens == 1 else (NARROW_BLOCK, WIDE_BLOCK)
     channels, warps = few if batch <= FEW_ROWS else many
-    return min(channels, power_of_two(P)), warps
+    return min(channels, power_of_two(P)), DENSE_WARPS if dense else warps
 
 
 def step_rows(chip: Chip) -> int:

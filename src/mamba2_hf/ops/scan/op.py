@@ -16,12 +16,13 @@ from ..checks import (
     check_rank,
     check_shape,
     check_sizes,
+    check_slots,
     fail,
     limits,
 )
 from ..neighbors import Neighbors
 from ..runtime.modes import needs_grad
-from ..spec import INF, UNPACKED, Packing, SSDShape, State
+from ..spec import INF, UNPACKED, Index, Packing, SSDShape, State
 
 
 class Scan(NamedTuple):
@@ -63,12 +64,18 @@ class Update(NamedTuple):
     dt_bias: Tensor | None = None
     dt_softplus: bool = False
     dt_limit: tuple[float, float] = (0.0, INF)
+    slots: Index | None = None
 
     @property
     def shape(self) -> SSDShape:
         """Sizes, of arguments that keep the contract."""
-        batch, heads, head_dim, state = self.state.shape
-        return SSDShape(batch, 1, heads, head_dim, self.B.shape[1], state, batch)
+        batch, heads, head_dim = self.x.shape
+        return SSDShape(batch, 1, heads, head_dim, self.B.shape[1], self.state.shape[3], batch)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether steps or rates are those of channels, not of heads."""
+        return self.dt.dim() == 3 or self.A.dim() == 3 or _is_wide(self.dt_bias)
 
 
 def ssd_chunk_scan(
@@ -152,17 +159,21 @@ def ssd_state_update(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, INF),
+    slots: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """One step of the recurrence ("Transformers are SSMs", Equation 2); ``state`` is updated in place.
 
     Args:
-        state: ``(B, H, P, N)``, any floating dtype; the step itself is computed in fp32.
+        state: ``(B, H, P, N)``, or ``(S, H, P, N)`` with ``slots``; any floating dtype. The step is computed in fp32.
         x: ``(B, H, P)``.
-        dt: ``(B, H)``.
-        A: ``(H,)``, negative.
+        dt: ``(B, H)``, or ``(B, H, P)`` for a step size of every channel.
+        A: ``(H,)``, negative, or ``(H, P, N)`` for a decay rate of every element of the state, as in Mamba-1.
         B, C: ``(B, G, N)``.
-        D, z, dt_bias, dt_softplus, dt_limit, backend: as in :func:`ssd_chunk_scan`, ``z`` being ``(B, H, P)``.
+        dt_bias: ``(H,)`` or ``(H, P)``.
+        D, z, dt_softplus, dt_limit, backend: as in :func:`ssd_chunk_scan`, ``z`` being ``(B, H, P)``.
+        slots: ``(B,)`` integers, the row of ``state`` that belongs to each row of the batch, no two the same. A row
+            with a negative one has no state: its output is zero.
 
     Returns:
         ``y (B, H, P)`` in the dtype of ``x``.
@@ -170,7 +181,7 @@ def ssd_state_update(
     Raises:
         ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
     """
-    call = Update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, limits(dt_limit))
+    call = Update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, limits(dt_limit), slots)
     backend = dispatch.choose(
         *("ssd_state_update", x.device, backend),
         shape=check_update(call),
@@ -209,19 +220,30 @@ def check_scan(call: Scan) -> SSDShape:
 
 def check_update(call: Update) -> SSDShape:
     """Contract of ``ssd_state_update``; returns the sizes, raises :class:`ArgumentError`."""
-    state, x, dt, A, B, C, D, z, dt_bias, _, dt_limit = call
+    state, x, dt, A, B, C, D, z, dt_bias, _, dt_limit, slots = call
     check_rank("state", state, 4, "(B, H, P, N)")
     check_floating(state=state)
     batch, heads, head_dim, n = state.shape
+    if slots is not None:
+        batch = check_slots(slots, x)
     check_shape("x", x, (batch, heads, head_dim), "(B, H, P)")
-    check_shape("dt", dt, (batch, heads), "(B, H)")
+    check_shape("dt", dt, (batch, heads, head_dim)[: max(2, dt.dim())], "(B, H) or (B, H, P)")
     check_rank("B", B, 3, "(B, G, N)")
     groups = B.shape[1]
     check_shape("B", B, (batch, groups, n), "(B, G, N)")
     check_shape("C", C, (batch, groups, n), "(B, G, N), as B")
-    check_heads(heads, head_dim, groups, A, D, dt_bias)
+    check_heads(heads, head_dim, groups, None if A.dim() == 3 else A, D, None if _is_wide(dt_bias) else dt_bias)
+    if A.dim() == 3:
+        check_shape("A", A, (heads, head_dim, n), "(H, P, N), or (H,)")
+    if dt_bias is not None and _is_wide(dt_bias):
+        check_shape("dt_bias", dt_bias, (heads, head_dim), "(H, P), or (H,)")
     if z is not None:
         check_shape("z", z, tuple(x.shape), "(B, H, P), as x")
     check_dt_limit(dt_limit)
     check_devices(state.device, **call._asdict())
     return SSDShape(batch, 1, heads, head_dim, groups, n, batch)
+
+
+def _is_wide(dt_bias: Tensor | None) -> bool:
+    """Whether there is a number for every channel."""
+    return dt_bias is not None and dt_bias.dim() == 2

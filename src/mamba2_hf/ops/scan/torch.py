@@ -14,6 +14,7 @@ from torch import Tensor
 from ..neighbors import Neighbors
 from ..packing import chunk_layout
 from ..runtime.modes import known, recomputed, times, without_autocast
+from ..slots import step_in_slots
 from ..spec import CHUNK_SIZE, compute_dtype
 from .chunks import Chunks, per_channel, scan_chunks
 from .op import Scan, Update
@@ -93,12 +94,18 @@ def _gate(y: Tensor, z: Tensor | None) -> Tensor:
 
 def ssd_state_update(call: Update) -> Tensor:
     """See :func:`mamba2_hf.ops.ssd_state_update`."""
-    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit = call
+    if call.slots is not None:
+        return step_in_slots(
+            call.state, call.slots, lambda state: ssd_state_update(call._replace(state=state, slots=None))
+        )
+    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, _ = call
     dtype = compute_dtype(x.dtype)
     groups = (B.shape[1], state.shape[1] // B.shape[1])
-    dt = step_size(dt, dt_bias, dt_softplus, dt_limit, dtype)  # (B, H)
-    decay = torch.exp(dt * A.to(dtype))[..., None, None]
-    inputs = (x.to(dtype) * dt[..., None]).unflatten(1, groups)[..., None]  # (B, G, H/G, P, 1)
+    dt = dt if dt.dim() == 3 else dt[..., None]
+    bias = None if dt_bias is None else per_channel(dt_bias, dtype)
+    dt = step_size(dt, bias, dt_softplus, dt_limit, dtype)  # (B, H, 1 or P)
+    decay = torch.exp(dt[..., None] * (A if A.dim() == 3 else A[:, None, None]).to(dtype))  # (B, H, 1 or P, 1 or N)
+    inputs = (x.to(dtype) * dt).unflatten(1, groups)[..., None]  # (B, G, H/G, P, 1)
     in_place = state.dtype == dtype
     new = state.mul_(decay) if in_place else state.to(dtype) * decay
     new = new.unflatten(1, groups).addcmul_(inputs, B.to(dtype)[:, :, None, None])  # (B, G, H/G, P, N)
