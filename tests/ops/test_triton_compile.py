@@ -219,7 +219,11 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
                         ),
                     )
                 )
-        for batch, size in ((1, 2 * inner), (1, inner // 8), (64, 2 * inner)):  # heads of which others have more, or not
+        for batch, size in (
+            (1, 2 * inner),
+            (1, inner // 8),
+            (64, 2 * inner),
+        ):  # heads of which others have more, or not
             stream, spec = zeros(batch, 1, 2560, dtype=torch.float32), MixerSpec(P, 1, group_size=size)
             states = zeros(batch, channels, K - 1), zeros(batch, H, P, N, dtype=torch.float32)
             weights = LayerWeights(zeros(2560), Linear(zeros(entering, 2560)), mixer, Linear(zeros(2560, inner)))

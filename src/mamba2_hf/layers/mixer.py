@@ -235,7 +235,7 @@ class Mamba2Mixer(KeepsFp32):
         """
         conv, norm = plain_weight(self.conv1d), plain_weight(self.norm)
         normed_later = isinstance(self.norm, JointGatedRMSNorm) and not self.norm.norm_before_gate
-        gates_only = (type(self.norm) is SiluGate and is_unhooked(self.norm)) or normed_later
+        gates_only = (type(self.norm) is SiluGate or normed_later) and is_unhooked(self.norm)
         if conv is not None and (norm is not None or gates_only):
             bias = self.conv1d.bias
             return ops.MixerWeights(conv.squeeze(1), bias, self.dt_bias, None, self.A_log, self.D, norm)
