@@ -15,17 +15,19 @@ import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig
 from datasets import Dataset
-from distributed_worker import distance, make_hybrid, make_model
+from distributed_worker import distance, make_hybrid, make_model, whole
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import Check, work
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from mamba2_hf import Mamba2ForCausalLM, Request, generate_batch
 from mamba2_hf.distributed import clip_grad_norm_, context_parallel, tensor_parallel, whole_state_dict
 from mamba2_hf.errors import ArgumentError, CacheError
+from mamba2_hf.training import fully_shard_model
 
 CHECKS: dict[str, Check] = {}
 STEPS = 3
@@ -341,6 +343,31 @@ def with_slices_of_sequences(folder: Path) -> None:
             dist.all_reduce(gradient, group=both["cp"].get_group())
             gradient /= others
         found = whole_state_dict(model, model.tensor_group, gradients(model))
+        for name, gradient in gradients(plain).items():
+            assert distance(found[name], gradient) < 1e-12, name
+
+
+@check
+def with_data_parallelism(folder: Path) -> None:
+    """DDP and FSDP2 around the parts, each over its own dimension of the mesh."""
+    others = dist.get_world_size() // 2
+    both = init_device_mesh("cpu", (others, 2), mesh_dim_names=("dp", "tp"))
+    given = [batch(seed) for seed in range(others)]
+    mine = given[both["dp"].get_local_rank()]
+    for make, shard in ((make_pure, True), (make_hybrid, True), (make_pure, False)):
+        plain = moved(make().double()).train()
+        model = tensor_parallel(copy.deepcopy(plain), both)
+        group = model.tensor_group
+        if shard:
+            fully_shard_model(model, mesh=both["dp"])
+        wrapped = model if shard else DistributedDataParallel(model, process_group=both["dp"].get_group())
+        for _ in range(2):  # gradients are added up
+            for part in given:
+                (plain(**part).loss / others).backward()
+            wrapped(**mine).loss.backward()
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        assert distance(clip_grad_norm_(model, 0.5), norm) < 1e-12
+        found = {name: whole(tensor) for name, tensor in whole_state_dict(model, group, gradients(model)).items()}
         for name, gradient in gradients(plain).items():
             assert distance(found[name], gradient) < 1e-12, name
 

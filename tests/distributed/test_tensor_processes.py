@@ -20,7 +20,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[
 
 def test_groups_of_heads_that_several_of_four_processes_have(tmp_path: Path, repository: Path) -> None:
     names = ("one_group", "groups_and_biases", "no_bias_of_the_convolution", "norms_of_several_processes")
-    names += ("with_slices_of_sequences",)
+    names += ("with_slices_of_sequences", "with_data_parallelism")
     found = run(WORKER, 4, tmp_path, repository, only=names)
     for name in names:
         assert found[name] == ["passed"] * 4, "\n".join(found[name])

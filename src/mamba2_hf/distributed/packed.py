@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.causal_conv1d import CausalConv1d
+from ..layers.causal_conv1d import PLAIN_TENSORS, CausalConv1d
 from ..layers.norm import JointGatedRMSNorm
 from .collectives import sum_backward, sum_forward
 from .groups import Group
@@ -129,6 +129,8 @@ class CutModule(nn.Module):
         """The piece of a parameter, to be computed with."""
         parameter, cut = self._parameters[name], self.cuts.get(name)
         if parameter is None or cut is None or not torch.is_grad_enabled() or not parameter.requires_grad:
+            return parameter
+        if type(parameter) not in PLAIN_TENSORS:  # sharded over data: FSDP2 looks for its own parameter
             return parameter
         if not any(cut.copies(self.group.size)):
             return parameter

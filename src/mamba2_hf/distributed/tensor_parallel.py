@@ -103,6 +103,7 @@ def whole_state_dict(model: nn.Module, group: Group, state_dict: dict[str, Any] 
     for name, value in given.items():
         cut = cuts.get(name)
         if cut is not None:
+            value = _unsharded(value)
             value = cut.whole(group.gather(_sendable(value, group))).cpu()
         found[name] = value
     return found
@@ -123,7 +124,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
 
     def share(p: Tensor) -> Tensor:
         """Of the sum over the whole gradient (of powers, or the largest), what this process answers for."""
-        gradient = p.grad
+        gradient = _unsharded(p.grad)
         assert gradient is not None
         if id(p) not in cut:  # whole in every process
             kept = [gradient] if group.rank == 0 else []
@@ -140,8 +141,16 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     everyones = group.gather(_sendable(own[None], group))
     total = everyones.max() if math.isinf(norm_type) else everyones.sum() ** (1 / norm_type)
     total = total.to(parameters[0].device)
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for p in parameters:
+        gradient: Any = p.grad
+        getattr(gradient, "_local_tensor", gradient).mul_(factor.to(p.device))
     return total
+
+
+def _unsharded(tensor: Any) -> Any:
+    """The whole of a tensor that is sharded over data as well; called by all processes that share it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
