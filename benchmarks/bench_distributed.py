@@ -1,5 +1,5 @@
 """Times training steps on any number of GPUs: a model alone, in DDP and sharded by FSDP2, each called from Python and
-captured.
+captured; then prompts and decoding with a model that all GPUs share (`tensor_rows.py`).
 
     python benchmarks/bench_distributed.py --out benchmarks/results/distributed.csv   # one GPU: what each costs there
     torchrun --nproc_per_node 2 benchmarks/bench_distributed.py --out benchmarks/results/distributed.csv
@@ -28,13 +28,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from table import write_csv
+from tensor_rows import tensor_rows
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -344,7 +345,7 @@ def provenance() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="", help="part of the names of the cases to time")
-    parser.add_argument("--kinds", default="one,ddp,fsdp2", help="of processes, in this order")
+    parser.add_argument("--kinds", default="one,ddp,fsdp2,tp", help="of processes, in this order")
     parser.add_argument("--fake", type=int, default=0, help="so many GPUs that are not there, for the CPU's time")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no row is begun")
     parser.add_argument("--out", type=Path, help="CSV to write")
@@ -359,7 +360,11 @@ def main() -> None:
     else:
         check_gradients(run, options.tiny)
         run.release()
-        found = rows(run, cases, options.kinds.split(","), options.limit)
+        kinds = options.kinds.split(",")
+        found = rows(run, cases, [kind for kind in kinds if kind in WRAPS], options.limit)
+        if "tp" in kinds:
+            shared = tensor_rows(run, options.tiny, options.limit)
+            found = chain(found, ({**provenance(), **row} for row in shared))
     done: list[dict[str, Any]] = []
     for row in found:
         done.append(row)

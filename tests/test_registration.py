@@ -167,6 +167,15 @@ class TestWhenImported:
         importlib.import_module(f"{package}.part")
         assert seen == [1]
 
+    def test_calls_back_whoever_asked_once(self, package: str) -> None:
+        one: list[ModuleType] = []
+        other: list[ModuleType] = []
+        for then in (one.append, other.append):
+            when_imported(package, then)
+        when_imported(package, other.append)
+        module = importlib.import_module(package)
+        assert (one, other) == ([module], [module])
+
     def test_calls_back_at_once_if_it_is_imported_already(self, package: str) -> None:
         part = importlib.import_module(f"{package}.part")
         seen: list[ModuleType] = []

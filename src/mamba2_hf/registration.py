@@ -33,6 +33,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -51,7 +52,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from .distributed import context_parallel
+from .distributed import Group, context_parallel, whole_state_dict
+from .distributed import clip_grad_norm_ as clip_shared
+from .distributed.tensor_parallel import cut_adapters
 from .errors import ArgumentError
 from .layers.fp32 import without_casts
 from .models import (
@@ -99,6 +102,7 @@ def register() -> None:
     when_imported("accelerate.accelerator", _spread_sequences)
     for module in ("accelerate.utils.fsdp_utils", "accelerate.utils", "accelerate.accelerator"):  # each has the name
         when_imported(module, _keep_stream_in_fp32)
+    when_imported("transformers.trainer", _leave_parts_alone)
     when_imported("trl.trainer.sft_trainer", _return_logits_to_sft)
     when_imported("trl.trainer.utils", _find_ours_by_name)
     when_imported("transformers.cli.serving.model_manager", _find_ours_by_name)
@@ -107,6 +111,10 @@ def register() -> None:
     when_imported("peft.utils.constants", _name_lora_targets)
     when_imported("peft.tuners.tuners_utils", _allow_lora_everywhere)
     when_imported("peft.peft_model", _refuse_cached_prompts)
+    when_imported("peft.tuners.lora.layer", _cut_new_adapters)
+    for module in ("peft.utils.save_and_load", "peft.peft_model"):
+        when_imported(module, _save_whole_adapters)
+    when_imported("accelerate.accelerator", _clip_shared_gradients)
 
 
 def _list_hybrids() -> None:
@@ -140,7 +148,7 @@ def _read_foreign(*args: Any) -> Any:
 
 def when_imported(name: str, then: Callable[[Any], None]) -> None:
     """Calls ``then(module)`` whenever the module has been executed: now if it is imported already, and on every later
-    import or reload.
+    import or reload. Several calls for one module each count, once.
     """
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
@@ -399,6 +407,76 @@ def _refuse_cached_prompts(peft_model: Any) -> None:
         return add_adapter
 
     _wrap(getattr(peft_model, "PeftModel", None), "add_adapter", around)
+
+
+def _shared(model: nn.Module) -> Group | None:
+    """The processes that share the layers of a model, if any do."""
+    return next((module.tensor_group for module in model.modules() if isinstance(module, SSDPreTrainedModel)), None)
+
+
+def _cut_new_adapters(layer: Any) -> None:
+    """Wraps ``LoraLayer.update_layer``, which makes the factors of a whole layer: of one that processes share they are
+    cut as it is.
+    """
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def update_layer(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            cut_adapters(self)
+
+        return update_layer
+
+    _wrap(getattr(layer, "LoraLayer", None), "update_layer", around)
+
+
+def _save_whole_adapters(module: Any) -> None:
+    """Wraps ``get_peft_model_state_dict``: adapters of layers that processes share are saved whole."""
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get(model: nn.Module, state_dict: dict[str, Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+            group = _shared(model)
+            if group is not None and state_dict is None:
+                state_dict = model.state_dict()
+                factors = {name: value for name, value in state_dict.items() if ".lora_" in name}
+                state_dict |= whole_state_dict(model, group, factors)
+            return original(model, state_dict, *args, **kwargs)
+
+        return get
+
+    _wrap(module, "get_peft_model_state_dict", around)
+
+
+def _leave_parts_alone(trainer: Any) -> None:
+    """Wraps ``Trainer._sync_replicated_trainable_parameters``, which takes plain tensors of a model that is spread for
+    copies, and would make all processes train the first one's part.
+    """
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def sync(self: Any, model: nn.Module) -> None:
+            if _shared(model) is None:
+                original(self, model)
+
+        return sync
+
+    _wrap(getattr(trainer, "Trainer", None), "_sync_replicated_trainable_parameters", around)
+
+
+def _clip_shared_gradients(accelerator: Any) -> None:
+    """Wraps ``Accelerator.clip_grad_norm_``, which knows the norm of a process's own gradients."""
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def clip_grad_norm_(self: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+            parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+            ids = set(map(id, parameters))
+            for model in self._models:
+                if _shared(model) is not None and ids == set(map(id, model.parameters())):
+                    self.unscale_gradients()
+                    return clip_shared(model, max_norm, norm_type)
+            return original(self, parameters, max_norm, norm_type)
+
+        return clip_grad_norm_
+
+    _wrap(getattr(accelerator, "Accelerator", None), "clip_grad_norm_", around)
 
 
 def _name_lora_targets(constants: Any) -> None:

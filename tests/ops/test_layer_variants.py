@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba2_hf import ops
+from mamba2_hf.distributed.packed import Cut, Part
 from mamba2_hf.errors import ArgumentError
 from mamba2_hf.ops import LayerStep, LayerWeights, Linear, MixerSpec, MixerWeights, Packing
 from mamba2_hf.ops.runtime import tables
@@ -180,6 +181,47 @@ def test_steps(variant: Variant, rows: int, limits: tuple[int, int], monkeypatch
         )
         y = ops.layer_step(call, backend)
         assert max(errors((y, call.conv_state, call.ssm_state), expected)) <= tolerance
+
+
+def heads_of(given: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Of two devices, the half that one has."""
+    inner, maps, heads = Part(INNER, 2), Part(MAPS, 2), Part(H, 2)
+    channels, entering = (inner, maps, maps), (inner, inner, maps, maps, heads)
+    cuts = {name: Cut(0, (heads,)) for name in ("dt_bias", "A_log", "D")}
+    cuts |= {name: Cut(0, channels) for name in ("conv", "conv_bias")} | {"gated_norm": Cut(0, (inner,))}
+    cuts |= {name: Cut(0, entering) for name in ("into", "in_bias")} | {"out": Cut(1, (inner,))}
+    cuts |= {"conv_state": Cut(1, channels), "ssm_state": Cut(1, (heads,))}
+    return {name: cuts[name].piece(t, rank, 2) if name in cuts else t for name, t in given.items()}
+
+
+@pytest.mark.parametrize(("rows", "limits"), [(1, (d, 64)), (1, (0, 64)), (3, (0, 64)), (3, (0, 1))])
+def test_steps_of_a_layer_that_devices_share(
+    variant: Variant, rows: int, limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A norm of one group over both takes one number more in the only sum."""
+    monkeypatch.setattr(tables, "NARROW_LAYER", limits[0])
+    monkeypatch.setattr(tables, "step_rows", lambda chip: limits[1])
+    spec, tensors = spec_of(variant)._replace(n_groups=G // 2), make(variant, rows, 1)
+    expected = written_out(tensors, spec_of(variant))
+
+    def run(rank: int, total: Any, backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        own = cast(heads_of(tensors, rank), dtype)
+        states = own["conv_state"], own["ssm_state"]
+        call = LayerStep(own["stream"], *states, weights_of(own), spec, residual=own.get("residual"))
+        return ops.shared_layer_step(call, total, backend), *states
+
+    def keep(sent: list[Tensor]) -> Any:
+        return lambda part: sent.append(part.clone()) or part
+
+    for backend, dtype, tolerance in (("torch", torch.float64, 1e-12), ("triton", torch.float32, 1e-5)):
+        sent: list[Tensor] = []
+        for rank in range(2):
+            run(rank, keep(sent), backend, dtype)
+        assert sent[0].shape == (rows, 1, d + ("group_size" in variant.spec))
+        for rank in range(2):
+            found = run(rank, lambda _, both=sent[0] + sent[1]: both.clone(), backend, dtype)
+            own = heads_of({"conv_state": expected[1], "ssm_state": expected[2]}, rank)
+            assert max(errors(found, (expected[0], own["conv_state"], own["ssm_state"]))) <= tolerance
 
 
 def test_without_gradients_nothing_else_comes_out(variant: Variant) -> None:

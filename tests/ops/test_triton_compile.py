@@ -50,6 +50,7 @@ MIXER_KERNELS = {
     "enter_kernel",
     "enter_step_kernel",
     "leave_kernel",
+    "joined_kernel",
     "cross_entropy_kernel",
     "add_kernel",
     "sum_rows_kernel",
@@ -147,7 +148,7 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
     from mamba2_hf.ops.cross_entropy import triton as loss
     from mamba2_hf.ops.mixer import step as mixer_step
     from mamba2_hf.ops.mixer import triton as training
-    from mamba2_hf.ops.mixer.op import LayerStep, Step
+    from mamba2_hf.ops.mixer.op import Joined, LayerStep, Step
     from mamba2_hf.ops.mlp import triton as mlp
     from mamba2_hf.ops.mlp.op import ACTIVATIONS, ExpertsStep, Gated, MLPStep
     from mamba2_hf.ops.norm import triton as norm
@@ -223,6 +224,16 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
                         ),
                     )
                 )
+        for batch, size in (
+            (1, 2 * inner),
+            (1, inner // 8),
+            (64, 2 * inner),
+        ):  # heads of which others have more, or not
+            stream, spec = zeros(batch, 1, 2560, dtype=torch.float32), MixerSpec(P, 1, group_size=size)
+            states = zeros(batch, channels, K - 1), zeros(batch, H, P, N, dtype=torch.float32)
+            weights = LayerWeights(zeros(2560), Linear(zeros(entering, 2560)), mixer, Linear(zeros(2560, inner)))
+            part = training.mamba2_layer_part(LayerStep(stream, *states, weights, spec))
+            training.joined(Joined(part, stream, zeros(2560), spec))
         norm.gate_forward(y, z)
         norm.gate_backward(y, y, z, z, y)
         width = 2048

@@ -38,8 +38,8 @@ def local_folder(source: str | Path, revision: str | None = None, *, weights: bo
             return Path(snapshot_download(source, revision=revision, local_files_only=True))
         except Exception:
             raise CheckpointError(
-                f"{source}: no such folder here, it is not in the Hub's cache, and the Hub cannot be reached; check the id "
-                "and the connection"
+                f"{source}: no such folder here, it is not in the Hub's cache, and the Hub cannot be reached; check the "
+                "id and the connection"
             ) from None
     try:
         names = HfApi().list_repo_files(source, revision=revision)
@@ -52,8 +52,8 @@ def local_folder(source: str | Path, revision: str | None = None, *, weights: bo
 
 
 def is_reachable(repository: str) -> bool:
-    """Whether the Hub answers, whatever it says of ``repository``: one look of at most ``SECONDS``. Its client would try
-    for a minute to load a file that may be in the cache.
+    """Whether the Hub answers, whatever it says of ``repository``: one look of at most ``SECONDS``. Its client would
+    try for a minute to load a file that may be in the cache.
     """
     try:
         HfApi().model_info(repository, timeout=SECONDS)

@@ -7,5 +7,6 @@ from __future__ import annotations
 
 from .context_parallel import Context, context_parallel
 from .groups import Group
+from .tensor_parallel import clip_grad_norm_, tensor_parallel, whole_state_dict
 
-__all__ = ["Context", "Group", "context_parallel"]
+__all__ = ["Context", "Group", "clip_grad_norm_", "context_parallel", "tensor_parallel", "whole_state_dict"]

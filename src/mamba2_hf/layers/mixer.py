@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +20,11 @@ from ..ops.spec import decay_rates
 from .causal_conv1d import CausalConv1d
 from .conv import causal_convolution
 from .fp32 import KeepsFp32
-from .norm import GatedRMSNorm, RMSNorm, SiluGate
+from .norm import GatedRMSNorm, JointGatedRMSNorm, RMSNorm, SiluGate
 from .projection import linear
 from .sequence import PLAIN, SequenceLayout
 from .state import NOT_RECORDED, SSDState
-from .weights import is_unhooked, plain_linear, plain_weight
+from .weights import is_unhooked, part_linear, plain_linear, plain_weight
 
 FP32_PARAMETERS = ("A_log", "D", "dt_bias")
 NORMS = ("gate_first", "norm_first", "none")
@@ -162,15 +163,17 @@ class Mamba2Mixer(KeepsFp32):
             residual: ``(B, T, d)``; None for ``stream``.
             input_multiplier, output_multiplier: of what the mixer is given, and gives.
         """
-        weights = None if state is not None and state.record_past else self._layer_weights(norm)
+        recorded = state is not None and state.record_past
+        weights = None if recorded else self._layer_weights(norm, plain_linear)
+        spec = self._spec(norm.eps)._replace(input_multiplier=input_multiplier, output_multiplier=output_multiplier)
+        one_token = not recorded and stream.shape[1] == 1 and layout.is_plain and not torch.is_grad_enabled()
+        if one_token and state is not None and state.started:
+            step = self._layer_step(stream, norm, weights, spec, state, residual)
+            if step is not None:
+                return step
         if weights is None:
             mixed: Any = self(_times(norm(stream), input_multiplier), layout, state)
             return (stream if residual is None else residual) + _times(mixed, output_multiplier)
-        spec = self._spec(norm.eps)._replace(input_multiplier=input_multiplier, output_multiplier=output_multiplier)
-        if state is not None and state.started and stream.shape[1] == 1 and layout.is_plain:
-            conv, ssm = state.initial(stream.shape[0])
-            if not torch.is_grad_enabled() and conv is not None and ssm is not None:
-                return ops.layer_step(ops.LayerStep(stream, conv, ssm, weights, spec, state.ready, residual))
         initial = None if state is None else self._initial(stream, layout, state)
         packed = None if residual is None else layout.pack(residual)
         packing = ops.Packing(layout.seq_idx, layout.cu_seqlens)
@@ -180,26 +183,59 @@ class Mamba2Mixer(KeepsFp32):
             state.update(*map(layout.gather_states, final))
         return layout.unpack(out)
 
-    def _layer_weights(self, norm: RMSNorm) -> ops.LayerWeights | None:
+    def _layer_step(
+        self,
+        stream: Tensor,
+        norm: RMSNorm,
+        weights: ops.LayerWeights | None,
+        spec: ops.MixerSpec,
+        state: SSDState,
+        residual: Tensor | None,
+    ) -> Tensor | None:
+        """:meth:`layer` for one token of each sequence; None where a module has to be called.
+
+        Of a mixer that processes share each computes its part.
+        """
+        conv, ssm = state.initial(stream.shape[0])
+        assert conv is not None  # the state has started
+        assert ssm is not None
+        if weights is not None:
+            return ops.layer_step(ops.LayerStep(stream, conv, ssm, weights, spec, state.ready, residual))
+        part = self._layer_weights(norm, part_linear)
+        if part is None:
+            return None
+        if isinstance(self.norm, JointGatedRMSNorm):
+            scale = plain_weight(self.norm, part=True)
+            if scale is None:
+                return None
+            part = part._replace(mixer=part.mixer._replace(gated_norm_weight=scale))
+            spec = spec._replace(group_size=self.norm.joint_size)
+        call = ops.LayerStep(stream, conv, ssm, part, spec, state.ready, residual)
+        return ops.shared_layer_step(call, self.out_proj.total)  # type: ignore[arg-type]
+
+    def _layer_weights(self, norm: RMSNorm, read: Callable[[nn.Module], ops.Linear | None]) -> ops.LayerWeights | None:
         """The weights of the layer around the mixer, ``norm`` among them; None where a module has to be called, or
-        where weights of several dtypes are left to PyTorch to refuse.
+        where weights of several dtypes are left to PyTorch to refuse. ``read`` gives those of the projections.
         """
         if not is_unhooked(self):
             return None
         before, mixer = plain_weight(norm), self._weights()
-        entering, leaving = plain_linear(self.in_proj), plain_linear(self.out_proj)
+        entering, leaving = read(self.in_proj), read(self.out_proj)
         if before is None or mixer is None or entering is None or leaving is None:
             return None
         if not torch.is_autocast_enabled(before.device.type):
-            read = [(weight, down, up) for weight, _, down, up, _ in (entering, leaving)]
-            if len({tensor.dtype for tensor in (before, *read[0], *read[1]) if tensor is not None}) > 1:
+            given = [(weight, down, up) for weight, _, down, up, _ in (entering, leaving)]
+            if len({tensor.dtype for tensor in (before, *given[0], *given[1]) if tensor is not None}) > 1:
                 return None
         return ops.LayerWeights(before, entering, mixer, leaving)
 
     def _weights(self) -> ops.MixerWeights | None:
-        """The weights between the projections; None where a module has to be called."""
+        """The weights between the projections; None where a module has to be called. Without a norm's weight what is
+        gated is the input of the norm, if there is one.
+        """
         conv, norm = plain_weight(self.conv1d), plain_weight(self.norm)
-        gates_only = type(self.norm) is SiluGate and is_unhooked(self.norm)
+        normed_later = isinstance(self.norm, JointGatedRMSNorm) and not self.norm.norm_before_gate
+        gates_only = (type(self.norm) is SiluGate or normed_later) and is_unhooked(self.norm)
         if conv is not None and (norm is not None or gates_only):
             bias = self.conv1d.bias
             return ops.MixerWeights(conv.squeeze(1), bias, self.dt_bias, None, self.A_log, self.D, norm)
@@ -228,7 +264,7 @@ class Mamba2Mixer(KeepsFp32):
             u, packing = layout.pack(zxbcdt), ops.Packing(layout.seq_idx, layout.cu_seqlens)
             call = ops.Inner(u, weights, self._spec(), packing, conv_initial, ssm_initial, state is not None)
             y, *final = ops.inner(call, neighbors=layout.neighbors)
-            y = layout.unpack(y)
+            y = self._normed(layout.unpack(y))
         else:
             z, inputs, dt = self._split(zxbcdt)
             if layout.neighbors is not None and self.conv_kernel > 1:
@@ -249,6 +285,10 @@ class Mamba2Mixer(KeepsFp32):
         if state is not None:
             state.update(*map(layout.gather_states, final))
         return y
+
+    def _normed(self, y: Tensor) -> Tensor:
+        """The norm of what was gated ``(B, T, H P)``, where the op of :meth:`_weights` has none of it."""
+        return self.norm.normed(y) if isinstance(self.norm, JointGatedRMSNorm) else y
 
     def _record(self, state: SSDState, inputs: Tensor, x: Tensor, dt: Tensor, B: Tensor, A: Tensor) -> None:
         """Lets ``state`` note tokens; see :meth:`SSDState.record`."""
@@ -283,7 +323,7 @@ class Mamba2Mixer(KeepsFp32):
         assert ssm_state is not None
         weights = None if state.record_past else self._weights()
         if weights is not None:
-            return ops.step(ops.Step(zxbcdt, conv_state, ssm_state, weights, self._spec()))
+            return self._normed(ops.step(ops.Step(zxbcdt, conv_state, ssm_state, weights, self._spec())))
         z, inputs, dt = self._split(zxbcdt)
         xbc, final = self._convolve(inputs, conv_state, PLAIN)
         x, B, C = self._split_xbc(xbc)

@@ -47,13 +47,18 @@ def all_hooked() -> bool:
     )
 
 
-def plain_weight(module: nn.Module) -> Tensor | None:
+def plain_weight(module: nn.Module, part: bool = False) -> Tensor | None:
     """The weight of ``module`` if reading it amounts to calling the module, else None.
 
     None means that the module has to be called: it is wrapped (LoRA), quantized, parametrized, hooked (offload), its
     weight is sharded or on the meta device. Reading such a weight skips what the wrapper adds, or returns garbage.
+
+    Args:
+        module: to be read.
+        part: whether the reader does what the other processes have to be told, of a module that they share.
     """
-    if type(module) not in _PLAIN_TYPES or not is_unhooked(module):
+    known = is_part(module) if part else type(module) in _PLAIN_TYPES or getattr(module, "has_plain_weight", False)
+    if not known or not is_unhooked(module):
         return None
     weight: Any = module.weight
     if type(weight) not in PLAIN_TENSORS or weight.is_meta:
@@ -92,6 +97,19 @@ def plain_linear(module: nn.Module) -> Linear | None:
     if down is None or up is None:
         return None
     return base.adapted(LowRank(down, up, lora.scaling[name]))
+
+
+def is_part(module: nn.Module) -> bool:
+    """Whether processes share ``module``, and nothing else is around its ``forward``."""
+    return getattr(module, "is_part", False) and is_unhooked(module)
+
+
+def part_linear(module: nn.Module) -> Linear | None:
+    """The tensors of a linear layer that processes share, its own outputs or inputs; None as :func:`plain_weight`."""
+    weight = plain_weight(module, part=True)
+    if weight is not None:
+        return Linear(weight, module.bias)  # type: ignore[arg-type]
+    return None
 
 
 def plain_parameters(module: nn.Module, kind: type[nn.Module], *names: str) -> list[Tensor] | None:

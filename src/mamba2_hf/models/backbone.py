@@ -108,6 +108,11 @@ class SSDBackbone(SSDPreTrainedModel):
         hidden_states = inputs_embeds if input_ids is None else self._embed(input_ids)  # (B, T, d)
         assert hidden_states is not None
         if output_attentions:
+            if self.tensor_group is not None:
+                raise ArgumentError(
+                    f"output_attentions=True of a model that {self.tensor_group.size} processes share: each has the "
+                    "matrices of its own heads; ask for them where one process has the whole model"
+                )
             self._check_attentions(batch, tokens, cache)
         hidden_states = layout.blank(self._scale_embeddings(hidden_states))  # what padding holds may be anything
         # Padding is no work where nobody looks at what is between the layers.

@@ -32,6 +32,7 @@ from transformers.generation import (
 )
 from transformers.utils import logging
 
+from ..distributed.tensor_parallel import agree_on_random_numbers
 from ..errors import ArgumentError
 from ..layers import SSDState
 from . import prefill
@@ -239,6 +240,8 @@ class ContinuousBatch:
             )
         self.prefix_cache = PrefixCache(0) if prefix_cache is None else prefix_cache
         self.prefix_cache.bind(model, state_dtype)
+        if model.tensor_group is not None:  # all go on with the same tokens
+            agree_on_random_numbers(model.tensor_group, model.device)
         self.model, self.max_length, self._state_dtype = model, max_length, state_dtype
         room = None if max_length is None else max(max_length, 2)
         self.cache = Mamba2Cache(model.config, static=True, max_length=room, state_dtype=state_dtype)

@@ -13,9 +13,10 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
+from ..distributed.tensor_parallel import agree_on_random_numbers
 from ..errors import ArgumentError, CacheError
 from ..layers import Head, SequenceLayout, linear, plain_weight
-from ..layers.weights import all_hooked, hooked_by_fsdp2
+from ..layers.weights import all_hooked, hooked_by_fsdp2, is_part
 from ..ops import linear_cross_entropy
 from ..ops.runtime.modes import observed
 from . import prefill
@@ -185,7 +186,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         """
         head = self.lm_head
         weight = plain_weight(head)
-        sharded = weight is None and isinstance(head, Head) and hooked_by_fsdp2(head)
+        sharded = weight is None and isinstance(head, Head) and (hooked_by_fsdp2(head) or is_part(head))
         if not (sharded or weight is not None) or head.bias is not None:
             return None
         labels = labels.flatten().to(hidden_states.device)  # (B T,)
@@ -451,7 +452,11 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Installs a :class:`Mamba2Cache` as ``past_key_values``, whatever name the caller used."""
+        """Installs a :class:`Mamba2Cache` as ``past_key_values``, whatever name the caller used. Processes that share
+        the model agree on random numbers, so that all go on with the same tokens.
+        """
+        if self.tensor_group is not None and generation_config.do_sample:
+            agree_on_random_numbers(self.tensor_group, self.device)
         self.backbone.refuse_in_context("generate")
         given = as_mamba2_cache(one_cache(model_kwargs.get(CACHE), model_kwargs.pop("cache_params", None)), self.config)
         kind, use_cache = generation_config.cache_implementation, generation_config.use_cache is not False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -91,6 +92,17 @@ class SharedBlock(nn.Module):
             self.q_adapters, self.k_adapters, self.v_adapters = (adapters(width, size) for size in self.attention.sizes)
         if self.has_adapters:
             self.mlp_adapters = adapters(config.hidden_size, 2 * config.intermediate_size)
+
+    def added_projections(self) -> Iterator[tuple[nn.Sequential, list[nn.Module]]]:
+        """Each adapter, and the projections whose outputs, side by side, it is added to."""
+        pairs: list[tuple[Any, list[nn.Module]]] = []
+        if self.has_attention_adapters:
+            attention = self.attention
+            pairs += [(self.q_adapters, [attention.q_proj]), (self.k_adapters, [attention.k_proj])]
+            pairs += [(self.v_adapters, [attention.v_proj])]
+        if self.has_adapters:
+            pairs += [(self.mlp_adapters, [self.mlp.gate_proj, self.mlp.up_proj])]
+        return ((adapter, projections) for adapters, projections in pairs for adapter in adapters)
 
     def forward(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from ..distributed import Group, tensor_parallel, whole_state_dict
 from ..errors import ArgumentError, CheckpointError
 from ..layers import GatedRMSNorm, Mamba2Mixer, RMSNorm
 from ..layers.fp32 import stop_casts
@@ -34,6 +35,9 @@ class SSDPreTrainedModel(PreTrainedModel):
     """Names by which code for any model reaches for a part, and those by which the part is kept and saved. To read by
     the former, a class has properties.
     """
+
+    tensor_group: Group | None = None
+    """Processes that share the layers; see :func:`mamba2_hf.distributed.tensor_parallel`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(self.other_names.get(name, name), value)  # a module would be added beside a property
@@ -141,11 +145,30 @@ class SSDPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """As in transformers; also reads old names of tensors, and refuses what cannot be such a model.
 
+        With ``distributed_config=DistributedConfig(tp_size=N)``, or ``tp_plan="auto"``, every process reads the whole
+        model into its host's memory, and keeps and moves its part (:func:`~mamba2_hf.distributed.tensor_parallel`).
+
         Raises:
+            ArgumentError: the layers cannot be shared by so many processes.
             CheckpointError: the backbone lacks a weight, a weight has another shape (unless
                 ``ignore_mismatched_sizes=True``, which makes up new values for both), or a decay rate, skip or step
                 bias is not finite.
         """
+        placed = _tensor_parallel_alone(kwargs)
+        if placed is not None:
+            loaded = cls.from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                key_mapping=key_mapping,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                output_loading_info=output_loading_info,
+                **kwargs,
+            )
+            config, mesh, device = placed
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model.config.distributed_config = config
+            tensor_parallel(model, mesh).to(device)
+            return loaded
         model, info = super().from_pretrained(
             pretrained_model_name_or_path,
             *args,
@@ -172,6 +195,86 @@ class SSDPreTrainedModel(PreTrainedModel):
             super().save_pretrained(*args, **kwargs)
         finally:
             self.config.rescale_prenorm_residual = rescale
+
+    def share(self, group: Group, mesh: Any) -> None:
+        """Notes that a group of processes shares the layers, for Trainer and accelerate as transformers does.
+
+        Args:
+            group: that each has its part of the layers for.
+            mesh: of the group, as it was given; None if it was not.
+        """
+        from transformers.distributed import DistributedConfig
+
+        self.tensor_group = group
+        self._tp_size, self._device_mesh, self._is_distributed_loading_by_transformers = group.size, mesh, True
+        if getattr(self.config, "distributed_config", None) is None:
+            self.config.distributed_config = DistributedConfig(tp_size=group.size)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, of a model that one process has.
+
+        Raises:
+            ArgumentError: processes share the vocabulary's rows.
+        """
+        if self.tensor_group is not None and args[:1] != (None,):
+            raise ArgumentError(
+                f"{self.tensor_group.size} processes share the model: resize_token_embeddings and save it where one "
+                "process has the whole model, then load it with tp_size"
+            )
+        return super().resize_token_embeddings(*args, **kwargs)
+
+    def save_distributed_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, which writes sharded tensors.
+
+        Raises:
+            ArgumentError: processes share the layers: their tensors are parts that no loader could join.
+        """
+        if self.tensor_group is not None:
+            raise ArgumentError(
+                f"distributed_checkpoint=True of a model that {self.tensor_group.size} processes share: leave it out, "
+                "save_pretrained writes the whole checkpoint"
+            )
+        super().save_distributed_checkpoint(*args, **kwargs)
+
+    def gather_sharded_state_dict_for_save(
+        self, model: nn.Module, state_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in transformers, of parts of tensors too. All processes of the group call it, the first of them saves."""
+        if self.tensor_group is not None:
+            return whole_state_dict(model, self.tensor_group, state_dict)
+        found: dict[str, Any] = super().gather_sharded_state_dict_for_save(model, state_dict, *args, **kwargs)
+        return found
+
+
+def _tensor_parallel_alone(kwargs: dict[str, Any]) -> tuple[Any, Any, Any] | None:
+    """Takes from arguments of ``from_pretrained`` what asks for tensor parallelism and nothing else; returns the
+    ``DistributedConfig``, the mesh's dimension and the device. None if transformers is to spread the model, or nobody.
+    """
+    from transformers.distributed import DistributedConfig
+
+    config, plan, size = (kwargs.get(name) for name in ("distributed_config", "tp_plan", "tp_size"))
+    mesh = kwargs.get("device_mesh")
+    if config is None and plan is None and size is None:
+        return None
+    if config is not None and (plan is not None or size is not None):
+        raise ArgumentError("pass either distributed_config or tp_plan and tp_size, not both")
+    if isinstance(config, dict):
+        config = DistributedConfig.from_dict(config)
+    if config is None:
+        if mesh is not None and size is None:
+            size = (mesh["tp"] if mesh.ndim > 1 else mesh).size()
+        config = DistributedConfig(tp_plan=plan, tp_size=size)
+    sizes = (config.fsdp_size, config.dp_replicate_size, config.pp_size, config.ep_size)
+    if config.tp_size in (None, 1) or config.tp_plan not in (None, "auto") or set(sizes) - {None, 1}:
+        return None
+    for name in ("distributed_config", "tp_plan", "tp_size", "device_mesh"):
+        kwargs.pop(name, None)
+    if mesh is None:
+        config, device, manager = SSDPreTrainedModel.prepare_distribute_model(config, kwargs.pop("device_map", None))
+        mesh = manager.get_mesh("tp")
+    else:
+        device = torch.device(mesh.device_type)
+    return config, mesh, device
 
 
 def _refuse_made_up(model: SSDPreTrainedModel, info: dict[str, Any], source: Any) -> None:

@@ -64,6 +64,11 @@ def fingerprint(model: SSDPreTrainedModel) -> str:
     Raises:
         CacheError: weights are sharded, or nowhere to be read.
     """
+    if model.tensor_group is not None:
+        raise CacheError(
+            f"{model.tensor_group.size} processes share the model, and each has the states of its own heads: read and "
+            "save the text where one process has the whole model"
+        )
     config = json.dumps(_relevant(model.config.to_dict()), sort_keys=True)
     digest = hashlib.sha256(f"{model.config.model_type} {config}".encode())
     for name, tensor in _weights(model.base_model):

@@ -25,6 +25,7 @@ from .mixer.op import (
     mamba2_layer,
     mamba2_layer_step,
     mamba2_step,
+    shared_layer_step,
     step,
 )
 from .mlp.op import ExpertsStep, MLPStep, experts_step, gated_activation, mlp_step
@@ -64,6 +65,7 @@ __all__ = [
     "mamba2_step",
     "mlp_step",
     "rotary",
+    "shared_layer_step",
     "ssd_attention_matrix",
     "ssd_chunk_scan",
     "ssd_state_update",

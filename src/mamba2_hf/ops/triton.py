@@ -12,8 +12,10 @@ from .conv.triton import causal_conv1d as causal_conv1d
 from .conv.triton import causal_conv1d_update as causal_conv1d_update
 from .cross_entropy.triton import cross_entropy_rows as cross_entropy_rows
 from .mixer.step import mamba2_step as mamba2_step
+from .mixer.triton import joined as joined
 from .mixer.triton import mamba2_inner as mamba2_inner
 from .mixer.triton import mamba2_layer as mamba2_layer
+from .mixer.triton import mamba2_layer_part as mamba2_layer_part
 from .mixer.triton import mamba2_layer_step as mamba2_layer_step
 from .mlp.triton import experts_step as experts_step
 from .mlp.triton import gated_activation as gated_activation

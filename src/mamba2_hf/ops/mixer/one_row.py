@@ -188,12 +188,13 @@ def enter_step_kernel(x, norm_weight, weight, bias, conv, state, taps, offset, d
 @triton.jit
 def _leave(pid, raw, squares, gate, weight, bias, x, y, ready, outputs, eps, factor,
            WIDTH: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, GATE: tl.constexpr, BN: tl.constexpr,
-           BK: tl.constexpr, PADDED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+           BK: tl.constexpr, PADDED: tl.constexpr, JOINT: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     n = pid * BN + tl.arange(0, BN)
     mask_n = n < outputs
     weights = _weight_tiles(weight, n, mask_n, WIDTH, BK)
     offset = 0.0 if bias is None else tl.load(bias + n, mask=mask_n, other=0.0).to(tl.float32) * factor
-    offset += tl.load(x + n, mask=mask_n, other=0.0).to(tl.float32)
+    if x is not None:
+        offset += tl.load(x + n, mask=mask_n, other=0.0).to(tl.float32)
     follow(OVERLAP)
     if ready is not None and pid == 0:
         tl.store(ready, 0)
@@ -202,7 +203,12 @@ def _leave(pid, raw, squares, gate, weight, bias, x, y, ready, outputs, eps, fac
     scales = ()
     for group in tl.static_range(groups):
         found = tl.load(squares + group * PARTS + part, mask=part < PARTS, other=0.0)
-        scale = tl.rsqrt(tl.sum(found, 0) / SIZE + eps)
+        if JOINT:
+            scale = 1.0
+            if pid == 0:
+                tl.store(y + outputs, tl.sum(found, 0).to(y.dtype.element_ty))
+        else:
+            scale = tl.rsqrt(tl.sum(found, 0) / SIZE + eps)
         scales = scales + (scale,)
     sums = tl.zeros([BN, BK], tl.float32)
     for i in tl.static_range((WIDTH + BK - 1) // BK):
@@ -224,10 +230,13 @@ def _leave(pid, raw, squares, gate, weight, bias, x, y, ready, outputs, eps, fac
 def leave_kernel(raw, squares, u, weight, bias, x, y, conv, ready, outputs, programs, channels, eps, factor,
                  sc_b, sc_c, sc_l,
                  WIDTH: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, GATE: tl.constexpr,
-                 BN: tl.constexpr, BK: tl.constexpr, PADDED: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
-                 OVERLAP: tl.constexpr):  # fmt: skip
+                 BN: tl.constexpr, BK: tl.constexpr, PADDED: tl.constexpr, JOINT: tl.constexpr, L: tl.constexpr,
+                 BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """What waits for all of the mixer's step: the first ``programs`` give ``BN`` outputs each of ``x`` plus ``factor``
     times the projection of ``raw (WIDTH,)`` times the scales of its norm, others move the convolution's state on.
+
+    Without ``x`` nothing is added. With ``JOINT`` the norm's one group goes on elsewhere: its scale is left out, and
+    the sum of squares is stored behind the outputs.
 
     ``squares (groups, PARTS)`` are the parts of the sums of squares that the scales come from (None without a norm),
     ``u`` begins with
@@ -236,20 +245,22 @@ def leave_kernel(raw, squares, u, weight, bias, x, y, conv, ready, outputs, prog
     pid = tl.program_id(0)
     if pid < programs:
         _leave(pid, raw, squares, u, weight, bias, x, y, ready, outputs, eps, factor,
-               WIDTH, SIZE, PARTS, GATE, BN, BK, PADDED, OVERLAP)  # fmt: skip
+               WIDTH, SIZE, PARTS, GATE, BN, BK, PADDED, JOINT, OVERLAP)  # fmt: skip
     elif ready is None:
         follow(OVERLAP)
         _shift(pid - programs, u, conv, 1, WIDTH, channels, 0, 0, sc_b, sc_c, sc_l, L, BLOCK)
 
 
-def one_row_step(call: LayerStep) -> Tensor:
-    """Launches the layer for ``stream (1, 1, d)``; both states are updated in place."""
+def one_row_step(call: LayerStep, part: bool = False) -> Tensor:
+    """Launches the layer for ``stream (1, 1, d)``; both states are updated in place. A ``part`` is what
+    :func:`mamba2_hf.ops.shared_layer_step` sends.
+    """
     stream, conv_state, ssm_state, (norm_weight, into, mixer_weights, out), spec, ready, residual = call
     in_weight, in_bias, *_ = into
     out_weight, out_bias, *_ = out
     conv_weight, conv_bias, dt_bias, _, _, D, gated_norm_weight = mixer_weights
     A_log, limits, norm_eps = mixer_weights.decay, spec.dt_limit, spec.norm_eps
-    n_groups, group_size, norm_before_gate = spec.n_groups, spec.group_size, spec.norm_before_gate
+    n_groups, group_size, norm_before_gate = spec.n_groups, min(spec.group_size, call.width), spec.norm_before_gate
     size = stream.shape[2]
     heads, P, N = ssm_state.shape[1:]
     channels, taps = conv_weight.shape
@@ -322,14 +333,15 @@ def one_row_step(call: LayerStep) -> Tensor:
             **options,
         )
 
-    y = torch.empty(1, 1, size, dtype=stream.dtype, device=device)
+    kind, residual = (torch.float32, None) if part else (stream.dtype, stream if residual is None else residual)
+    y = torch.empty(1, 1, size + (part and call.is_joint), dtype=kind, device=device)
     outputs, inputs, warps = tables.projection(width)
     programs, parts = cdiv(size, outputs), group_size // P * blocks
     launch(
         leave_kernel,
         (programs + (0 if narrow else cdiv(channels, tables.SHIFT_BLOCK)),),
-        *(raw, squares, u, out_weight.contiguous(), dense(out_bias)),
-        *(stream if residual is None else channels_last(residual), y, conv_state, ready),
+        *(raw, squares, u, out_weight.contiguous(), None if part else dense(out_bias)),
+        *(None if residual is None else channels_last(residual), y, conv_state, ready),
         *(size, programs, channels, spec.gated_norm_eps, spec.output_multiplier, *conv_state.stride()),
         WIDTH=width,
         SIZE=group_size,
@@ -338,6 +350,7 @@ def one_row_step(call: LayerStep) -> Tensor:
         BN=outputs,
         BK=inputs,
         PADDED=power_of_two(parts),
+        JOINT=part and call.is_joint,
         L=conv_state.shape[2],
         BLOCK=tables.SHIFT_BLOCK,
         num_warps=warps,

@@ -6,6 +6,7 @@ call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -123,6 +124,33 @@ class LayerStep(NamedTuple):
     ready: State | None = None
     residual: Tensor | None = None
     """``(B, 1, d)``, what the layer's result is added to; None for the stream."""
+
+    @property
+    def width(self) -> int:
+        """H P, of the heads that are here."""
+        return self.weights.mixer.heads * self.spec.head_dim
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the gated norm's one group goes on in other devices, which have the layer's other heads."""
+        return self.weights.mixer.gated_norm_weight is not None and self.spec.group_size > self.width
+
+
+class Joined(NamedTuple):
+    """Arguments of what ends the step of a layer that several devices share."""
+
+    total: Tensor
+    """``(B, 1, d)`` or, where the norm is not applied yet, ``(B, 1, d + 1)``: the sum of squares of its group last."""
+    residual: Tensor
+    """``(B, 1, d)``"""
+    bias: Tensor | None
+    """``(d,)`` of out_proj."""
+    spec: MixerSpec
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the norm is not applied yet."""
+        return self.total.shape[2] > self.residual.shape[2]
 
 
 def mamba2_inner(
@@ -494,6 +522,44 @@ def layer_step(call: LayerStep, backend: str | None = None) -> Tensor:
         differentiable=needs_grad(call.stream, into, mixer.conv_weight, mixer.A_log, out),
     ).name
     y: Tensor = dispatch.backend_module(backend).mamba2_layer_step(call)
+    return y
+
+
+def shared_layer_step(call: LayerStep, total: Callable[[Tensor], Tensor], backend: str | None = None) -> Tensor:
+    """:func:`layer_step` of a layer of which every device has some of the heads, and the bias of out_proj.
+
+    A device finds what out_proj makes of its own heads, in fp32 at least, ``(B, 1, d)``. Where the gated norm has one
+    group over all heads, whose size is then ``spec.group_size``, its scale is one number a token that nobody knows yet:
+    the products are sent without it, and behind them the device's sum of squares, ``(B, 1, d + 1)``. Its gate comes
+    before it.
+
+    Args:
+        call: for the heads that are here.
+        total: sums a tensor over all devices; it may do so in place.
+        backend: as in :func:`ssd_chunk_scan`.
+
+    Returns:
+        ``(B, 1, d)`` in the dtype of the stream, the same in all devices.
+    """
+    spec = call.spec
+    own = call._replace(spec=spec._replace(group_size=min(spec.group_size, call.width)))
+    shape = check_layer_step(own)
+    if call.is_joint and spec.norm_before_gate:
+        fail("norm_before_gate=True with a group over several devices: the product cannot go ahead of the norm's scale")
+    into, out, mixer = call.weights.in_proj.weight, call.weights.out_proj, call.weights.mixer
+    name = dispatch.choose(
+        *("mamba2_layer_step", call.stream.device, backend),
+        shape=shape,
+        dtype=product_dtype(into),
+        taps=mixer.conv_weight.shape[1],
+        group_size=own.spec.group_size,
+        activation=spec.activation,
+        differentiable=needs_grad(call.stream, into, mixer.conv_weight, mixer.A_log, out.weight),
+    ).name
+    module = dispatch.backend_module(name)
+    part = module.mamba2_layer_part(call)
+    residual = call.stream if call.residual is None else call.residual
+    y: Tensor = module.joined(Joined(total(part), residual, out.bias, spec))
     return y
 
 

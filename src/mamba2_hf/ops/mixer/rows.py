@@ -73,17 +73,24 @@ def _load_tile(source, row, column, rows, end,
 
 
 @triton.jit
-def _norm_scales(squares, row, group, rows, eps,
-                 GROUPS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr,
-                 BLOCK: tl.constexpr):  # fmt: skip
-    """The norm's scale of one group of each row, ``(BM,)``, given the parts of its sum of squares."""
+def _sums_of_squares(squares, row, group, rows,
+                     GROUPS: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Of one group of each row, ``(BM,)``, given their parts."""
     m = row + tl.arange(0, BM)
     total = tl.zeros([BM, BLOCK], tl.float32)
     for i in tl.static_range((PARTS + BLOCK - 1) // BLOCK):
         part = i * BLOCK + tl.arange(0, BLOCK)
         at = squares + (m * GROUPS + group)[:, None] * PARTS + part[None, :]
         total += tl.load(at, mask=(m < rows)[:, None] & (part < PARTS)[None, :], other=0.0)
-    return tl.rsqrt(tl.sum(total, 1) / SIZE + eps)
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def _norm_scales(squares, row, group, rows, eps,
+                 GROUPS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    """The norm's scale of one group of each row, ``(BM,)``, given the parts of its sum of squares."""
+    return tl.rsqrt(_sums_of_squares(squares, row, group, rows, GROUPS, PARTS, BM, BLOCK) / SIZE + eps)
 
 
 @triton.jit
@@ -213,15 +220,17 @@ def advance_rows_kernel(u, xbc, state, dt_bias, A_log, D, scale, y, squares, low
 @triton.jit
 def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, counters, rows, outputs, eps, factor, sx,
                       WIDTH: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
-                      BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr,
-                      TMA: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                      BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, JOINT: tl.constexpr,
+                      AHEAD: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+                      OVERLAP: tl.constexpr):  # fmt: skip
     """``BN`` outputs of ``x`` plus ``factor`` times the projection of ``raw (rows, WIDTH)`` times its norm's scales,
     for ``BM`` rows.
 
     ``squares (rows, groups, PARTS)`` are the parts of the sums of squares that the scales come from, None without a
     norm, and then ``SIZE`` is ``WIDTH``. ``SPLIT`` programs
     share the inputs of a tile; ``partial (tiles, SPLIT, BN, BM)`` is theirs, and so are ``counters (tiles,)``, zero
-    before the first.
+    before the first. Without ``x`` nothing is added. With ``JOINT`` the norm's one group goes on elsewhere: its scale
+    is left out, and the sum of squares is stored behind the outputs of a row.
     """
     pid = tl.program_id(0)
     tile = pid // SPLIT
@@ -238,14 +247,22 @@ def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, c
                      rows, outputs, eps, WIDTH, SIZE, PARTS, PARTS_BLOCK, BM, BN, BK, TMA, PRECISION)  # fmt: skip
     m, n = (row + tl.arange(0, BM)).to(tl.int64)[:, None], (output + tl.arange(0, BN))[None, :]
     mask = (m < rows) & (n < outputs)
-    added = tl.load(x + m * sx + n, mask=mask, other=0.0).to(tl.float32)
+    added = tl.zeros([BM, BN], tl.float32)
+    if x is not None:
+        added += tl.load(x + m * sx + n, mask=mask, other=0.0).to(tl.float32)
     if bias is not None:
         added += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32) * factor
     scales = tl.full([BM], 1.0, tl.float32)
-    if groups == 1 and squares is not None:
+    if JOINT:
+        if pid % SPLIT == 0 and output == 0:
+            of_rows = row + tl.arange(0, BM)
+            found = _sums_of_squares(squares, row, 0, rows, 1, PARTS, BM, PARTS_BLOCK)
+            at_sum = y + of_rows.to(tl.int64) * (outputs + 1) + outputs
+            tl.store(at_sum, found.to(y.dtype.element_ty), mask=of_rows < rows)
+    elif groups == 1 and squares is not None:
         scales = _norm_scales(squares, row, 0, rows, eps, 1, SIZE, PARTS, BM, PARTS_BLOCK)
     scales *= factor
-    at_y = y + m * outputs + n
+    at_y = y + m * (outputs + JOINT) + n
     if SPLIT == 1:
         tl.store(at_y, (tl.trans(sums) * scales[:, None] + added).to(y.dtype.element_ty), mask=mask)
     else:
@@ -261,12 +278,14 @@ def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, c
             tl.store(at_y, (tl.trans(sums) * scales[:, None] + added).to(y.dtype.element_ty), mask=mask)
 
 
-def rows_step(call: LayerStep) -> Tensor:
-    """Launches the layer for ``stream (B, 1, d)``; both states are updated in place."""
+def rows_step(call: LayerStep, part: bool = False) -> Tensor:
+    """Launches the layer for ``stream (B, 1, d)``; both states are updated in place. A ``part`` is what
+    :func:`mamba2_hf.ops.shared_layer_step` sends.
+    """
     stream, conv_state, ssm_state, weights, spec, _, residual = call
     conv_weight, conv_bias, dt_bias, _, _, D, gated_norm_weight = weights.mixer
     (in_weight, in_bias, *_), (out_weight, out_bias, *_) = weights.in_proj, weights.out_proj
-    group_size = spec.group_size if gated_norm_weight is not None else out_weight.shape[1]
+    group_size = min(spec.group_size, call.width) if gated_norm_weight is not None else call.width
     rows, _, size = stream.shape
     heads, P, N = ssm_state.shape[1:]
     inner, device = heads * P, stream.device
@@ -300,8 +319,12 @@ def rows_step(call: LayerStep) -> Tensor:
         num_warps=1,
         **options,
     )
+    if part:
+        y = torch.empty(rows, 1, size + call.is_joint, dtype=torch.float32, device=device)
+        return _leave(raw, squares, out_weight, None, None, y, spec, counters, leave)
     to = stream if residual is None else channels_last(residual)
-    return _leave(raw, squares, out_weight, out_bias, to, spec, counters, leave)
+    y = torch.empty(rows, 1, size, dtype=to.dtype, device=device)
+    return _leave(raw, squares, out_weight, out_bias, to, y, spec, counters, leave)
 
 
 def _norm(stream: Tensor, weight: Tensor, eps: float, counters: Tensor, dtype: torch.dtype) -> Tensor:
@@ -369,17 +392,18 @@ def _leave(
     squares: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    residual: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
     spec: MixerSpec,
     counters: Tensor,
     config: tables.Projection,
 ) -> Tensor:
-    """``residual`` plus the projection of ``raw (B, H P)`` times its norm's scales."""
-    rows, _, size = residual.shape
-    width = raw.shape[1]
+    """``residual`` plus the projection of ``raw (B, H P)`` times its norm's scales, to ``y (B, 1, d)``; without the
+    scales where ``y`` has a place for the sums of squares.
+    """
+    (rows, width), size = raw.shape, weight.shape[0]
     groups, parts = (1, 1) if squares is None else squares.shape[1:]
     chip = tables.current_chip()
-    y = torch.empty(rows, 1, size, dtype=residual.dtype, device=raw.device)
     partial = None
     if config.split > 1:
         partial = torch.empty(
@@ -391,12 +415,13 @@ def _leave(
         leave_rows_kernel,
         (counters.shape[0] * config.split,),
         *(inputs, squares, weight, weights, dense(bias), residual, y, partial, counters),
-        *(rows, size, spec.gated_norm_eps, spec.output_multiplier, residual.stride(0)),
+        *(rows, size, spec.gated_norm_eps, spec.output_multiplier, 0 if residual is None else residual.stride(0)),
         WIDTH=width,
         SIZE=width // groups,
         PARTS=parts,
         PARTS_BLOCK=min(tables.PARTS_BLOCK, power_of_two(parts)),
         SPLIT=config.split,
+        JOINT=y.shape[2] > size,
         **_sizes(config, chip, weight),
         TMA=tma,
         **overlap(),

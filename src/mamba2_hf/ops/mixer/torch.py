@@ -18,7 +18,7 @@ from ..runtime.modes import in_steps, product_dtype, recomputed, without_autocas
 from ..scan.op import Scan, Update
 from ..scan.torch import ssd_chunk_scan, ssd_state_update
 from ..spec import CHUNK_SIZE, Linear, MixerWeights
-from .op import Inner, Layer, LayerStep, Step
+from .op import Inner, Joined, Layer, LayerStep, Step
 
 SEGMENT_TOKENS = 512  # of all rows, on a CPU: what they need stays in the caches and in the allocator
 
@@ -109,6 +109,30 @@ def mamba2_layer_step(call: LayerStep) -> Tensor:
     _, conv_state, ssm_state, weights, spec, *_ = call
     zxbcdt = _entered(call, product_dtype(weights.in_proj.weight))
     return _left(call, mamba2_step(Step(zxbcdt, conv_state, ssm_state, weights.mixer, spec)))
+
+
+def mamba2_layer_part(call: LayerStep) -> Tensor:
+    """What a device sends in :func:`mamba2_hf.ops.shared_layer_step`."""
+    _, conv_state, ssm_state, weights, spec, *_ = call
+    mixer, scale = weights.mixer, weights.mixer.gated_norm_weight
+    zxbcdt = _entered(call, product_dtype(weights.in_proj.weight))
+    if call.is_joint:
+        mixer = mixer._replace(gated_norm_weight=None)
+    y = mamba2_step(Step(zxbcdt, conv_state, ssm_state, mixer, spec))
+    wide = torch.promote_types(y.dtype, torch.float32)
+    normed = y if scale is None or not call.is_joint else y * scale
+    part = _times(_project(normed, weights.out_proj._replace(bias=None)).to(wide), spec.output_multiplier)
+    return torch.cat([part, y.to(wide).square().sum(-1, keepdim=True)], -1) if call.is_joint else part
+
+
+def joined(call: Joined) -> Tensor:
+    """What ends :func:`mamba2_hf.ops.shared_layer_step`."""
+    total, residual, bias, spec = call
+    if call.is_joint:
+        total = total[..., :-1] * torch.rsqrt(total[..., -1:] / spec.group_size + spec.gated_norm_eps)
+    if bias is not None:
+        total = total + _times(bias, spec.output_multiplier)
+    return (residual + total).to(residual.dtype)
 
 
 def _entered(call: Layer | LayerStep, dtype: torch.dtype) -> Tensor:

@@ -29,13 +29,14 @@ from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.modes import product_dtype, without_autocast
 from ..runtime.op import op
+from ..runtime.rows import dense
 from ..runtime.tables import cdiv
 from ..scan.op import Scan
 from ..scan.problem import Into
 from ..scan.triton import ScanPasses
 from ..spec import UNPACKED, LayerWeights, Linear, LowRank, MixerSpec, MixerWeights, Packing
 from .one_row import one_row_step
-from .op import Inner, Layer, LayerStep, Step
+from .op import Inner, Joined, Layer, LayerStep, Step
 from .rows import rows_step
 from .step import part_multiplier, step
 
@@ -424,6 +425,69 @@ def mamba2_layer_step(call: LayerStep) -> Tensor:
         y = step(Step(zxbcdt, call.conv_state, call.ssm_state, weights.mixer, call.spec))
         mixed = Projection(layer_call, weights.out_proj).forward(y)
         return _add(call.stream if call.residual is None else call.residual, mixed, call.spec.output_multiplier)
+
+
+def _part_fake(call: LayerStep) -> Tensor:
+    rows, _, size = call.stream.shape
+    return call.stream.new_empty(rows, 1, size + call.is_joint, dtype=torch.float32)
+
+
+@op("mamba2_layer_part", fake=_part_fake, flops=(_step_flops,))
+def mamba2_layer_part(call: LayerStep) -> Tensor:
+    """What a device sends in :func:`mamba2_hf.ops.shared_layer_step`."""
+    weights, rows, spec = call.weights, call.stream.shape[0], call.spec
+    dtype, out = product_dtype(weights.in_proj.weight), weights.out_proj._replace(bias=None)
+    if dtype == weights.in_proj.weight.dtype and rows <= tables.step_rows(tables.current_chip()):
+        return (one_row_step if rows == 1 else rows_step)(_with_scaled_bias(call), part=True)
+    layer_call, mixer, scale = (
+        Layer(call.stream, weights, spec, UNPACKED, dtype, False),
+        weights.mixer,
+        weights.mixer.gated_norm_weight,
+    )
+    with without_autocast(call.stream.device):
+        zxbcdt = _entering(layer_call).forward(norm_forward(_norm(layer_call)))
+        if call.is_joint:
+            mixer = mixer._replace(gated_norm_weight=None)
+        y = step(Step(zxbcdt, call.conv_state, call.ssm_state, mixer, spec))
+        normed = y * scale.to(y.dtype) if call.is_joint and scale is not None else y
+        part = Projection(layer_call, out).forward(normed).float() * spec.output_multiplier
+        return torch.cat([part, y.float().square().sum(-1, keepdim=True)], -1) if call.is_joint else part
+
+
+@triton.jit
+def joined_kernel(total, x, bias, y, width, stride, size, eps, factor, JOINT: tl.constexpr, BLOCK: tl.constexpr):
+    """``x`` plus ``factor`` times the bias, plus a row of ``total``, with ``JOINT`` times the scale of a norm over
+    ``size`` channels, whose sum of squares stands behind the row; a block of a row of ``width``.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < width
+    value = tl.load(total + row * stride + i, mask=mask, other=0.0)
+    if JOINT:
+        value *= tl.rsqrt(tl.load(total + row * stride + width) / size + eps)
+    if bias is not None:
+        value += factor * tl.load(bias + i, mask=mask, other=0.0).to(tl.float32)
+    value += tl.load(x + row * width + i, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + row * width + i, value.to(y.dtype.element_ty), mask=mask)
+
+
+@op("mamba2_layer_joined", fake=lambda call: call.residual.new_empty(call.residual.shape))
+def joined(call: Joined) -> Tensor:
+    """What ends :func:`mamba2_hf.ops.shared_layer_step`."""
+    total, residual, bias, spec = call
+    total, residual = total.contiguous(), residual.contiguous()
+    rows, _, width = residual.shape
+    y, (block, warps) = _new(residual), tables.ADD
+    launch(
+        joined_kernel,
+        (rows, cdiv(width, block)),
+        *(total, residual, dense(bias), y, width, total.shape[2], spec.group_size, spec.gated_norm_eps),
+        spec.output_multiplier,
+        JOINT=call.is_joint,
+        BLOCK=block,
+        num_warps=warps,
+    )
+    return y
 
 
 def _with_scaled_bias(call: LayerStep) -> LayerStep:

@@ -93,7 +93,7 @@ def mlp_leave_kernel(h, weight, bias, x, y, outputs, factor,
                      WIDTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """``BN`` channels of ``x`` plus ``factor`` times the projection of ``h (WIDTH,)``."""
     _leave(tl.program_id(0), h, None, None, weight, bias, x, y, None, outputs, 0.0, factor,
-           WIDTH, WIDTH, 1, False, BN, BK, 1, OVERLAP)  # fmt: skip
+           WIDTH, WIDTH, 1, False, BN, BK, 1, False, OVERLAP)  # fmt: skip
 
 
 @triton.jit

@@ -1,0 +1,208 @@
+"""Tensors that processes hold pieces of: which, and modules that compute with theirs.
+
+A weight may be packed of parts that are cut one by one, as in_proj's rows are (z, x, B, C and dt). A part with fewer
+pieces than there are processes is held by several of them: B and C of one group are needed by the heads of every
+process. Each has a gradient from its own heads alone, and the sum of these is the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers.causal_conv1d import PLAIN_TENSORS, CausalConv1d
+from ..layers.norm import JointGatedRMSNorm
+from .collectives import sum_backward, sum_forward
+from .groups import Group
+
+
+class Part(NamedTuple):
+    """Rows, or columns, of a packed tensor."""
+
+    size: int
+    """How many, in the whole tensor."""
+    pieces: int
+    """Into how many they are cut: as many as there are processes, or a divisor of that."""
+
+
+class Cut(NamedTuple):
+    """How a tensor is cut along one of its dimensions, part by part."""
+
+    dim: int
+    parts: tuple[Part, ...]
+
+    def piece(self, whole: Tensor, rank: int, size: int) -> Tensor:
+        """What process ``rank`` of ``size`` holds of the whole tensor, in memory of its own."""
+        found = []
+        for part, rows in zip(self.parts, whole.split([part.size for part in self.parts], self.dim), strict=True):
+            length = part.size // part.pieces
+            found.append(rows.narrow(self.dim, rank * part.pieces // size * length, length))
+        return torch.cat(found, self.dim)
+
+    def whole(self, pieces: Tensor) -> Tensor:
+        """The whole tensor of all processes' pieces, ``(size, ...)``."""
+        size, found = pieces.shape[0], []
+        split = pieces.split([part.size // part.pieces for part in self.parts], self.dim + 1)
+        for part, held in zip(self.parts, split, strict=True):
+            found.extend(held[:: size // part.pieces])
+        return torch.cat(found, self.dim)
+
+    def copies(self, size: int) -> Iterator[tuple[int, int, int]]:
+        """What of a piece several processes hold: where it starts, its length, and how many they are."""
+        start = 0
+        for part in self.parts:
+            length = part.size // part.pieces
+            if part.pieces < size:
+                yield start, length, size // part.pieces
+            start += length
+
+
+def sum_over(tensor: Tensor, group: Group, count: int) -> Tensor:
+    """The sum over ``count`` processes that follow each other, this one among them; a divisor of the group's size."""
+    if count == group.size:
+        return group.sum(tensor)
+    first = group.rank // count * count
+    return tensor if count == 1 else group.gather(tensor)[first : first + count].sum(0)
+
+
+class _Own(torch.autograd.Function):
+    """A piece of a parameter, of whose copies the gradients are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, cut: Cut, group: Group) -> Tensor:
+        ctx.cut, ctx.group = cut, group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cut, group, gradient = ctx.cut, ctx.group, gradient.clone()
+        copied = list(cut.copies(group.size))
+        for count in {count for _, _, count in copied}:
+            rows = [gradient.narrow(cut.dim, start, length) for start, length, each in copied if each == count]
+            total = sum_over(torch.cat(rows, cut.dim), group, count)
+            for row, summed in zip(rows, total.split([row.shape[cut.dim] for row in rows], cut.dim), strict=True):
+                row.copy_(summed)
+        return gradient, None, None
+
+
+def sum_of_parts(part: Tensor, group: Group) -> Tensor:
+    """The sum over all processes of what nobody else reads: in its place where no gradient is wanted."""
+    if torch.is_grad_enabled():
+        return sum_forward(part, group)
+    import torch.distributed as dist
+
+    dist.all_reduce(part, group=group.process_group)
+    return part
+
+
+class _Held:
+    """An attribute that gives :meth:`CutModule.held` of its name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, module: CutModule | None, owner: type) -> Any:
+        return self if module is None else module.held(self._name)
+
+
+class CutModule(nn.Module):
+    """A module of which every process of a group holds pieces.
+
+    ``weight`` and ``bias`` are to be computed with: gradients of what several processes hold are summed on their way to
+    the parameters.
+    """
+
+    has_plain_weight: ClassVar[bool] = False
+    """Whether to read the weight amounts to calling the module."""
+    group: Group
+    cuts: dict[str, Cut]
+    """Of its parameters, by name."""
+    weight: Any = _Held("weight")
+    bias: Any = _Held("bias")
+
+    def held(self, name: str) -> Tensor | None:
+        """The piece of a parameter, to be computed with."""
+        parameter, cut = self._parameters[name], self.cuts.get(name)
+        if parameter is None or cut is None or not torch.is_grad_enabled() or not parameter.requires_grad:
+            return parameter
+        if type(parameter) not in PLAIN_TENSORS:  # sharded over data: FSDP2 looks for its own parameter
+            return parameter
+        if not any(cut.copies(self.group.size)):
+            return parameter
+        return _Own.apply(parameter, cut, self.group)  # type: ignore[no-any-return]
+
+
+class PartLinear(CutModule, nn.Linear):
+    """A linear layer of which every process has its own outputs or inputs. ``in_features`` and ``out_features`` are
+    those of the whole layer.
+    """
+
+    is_part: ClassVar[bool] = True
+
+    def total(self, part: Tensor) -> Tensor:
+        """See :func:`sum_of_parts`."""
+        return sum_of_parts(part, self.group)
+
+
+class ColumnLinear(PartLinear):
+    """Every process computes its own outputs: ``(..., d)``, the same in all of them, to ``(..., d' / size)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The process's outputs; the gradient of ``x`` is that of all."""
+        return F.linear(sum_backward(x, self.group), self.weight, self.bias)
+
+
+class RowLinear(PartLinear):
+    """Every process has its own inputs: ``(..., d / size)`` to ``(..., d')``, the same in all of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum of what all processes compute, and the bias."""
+        y = self.total(F.linear(x, self.weight))
+        return y if self.bias is None else y + self.bias
+
+
+class CutConv1d(CutModule, CausalConv1d):
+    """A depthwise convolution of the process's own channels."""
+
+    has_plain_weight = True
+
+
+class CutJointNorm(CutModule, JointGatedRMSNorm):
+    """A gated norm of the process's own channels, whose group goes on in the processes beside it.
+
+    ``holders`` is how many processes hold a group.
+    """
+
+    holders: int
+
+    @property
+    def is_part(self) -> bool:
+        """Whether all processes have a part of the one group, so that its sum may go with another of theirs."""
+        return self.holders == self.group.size
+
+    def total(self, sums: Tensor) -> Tensor:
+        """See :class:`JointGatedRMSNorm`."""
+        return sum_over(sums, self.group, self.holders)
+
+
+class CutExperts(CutModule):
+    """Experts of which every process computes some of the inner channels; a base beside a class of experts."""
+
+    is_default = False
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """As the experts', with the sum over the processes."""
+        run: Callable[..., Tensor] = super().forward
+        out = run(sum_backward(x, self.group), index, sum_backward(weights, self.group))
+        return sum_of_parts(out, self.group)
+
+
+@cache
+def cut_class(base: type[CutModule], cls: type[nn.Module]) -> type[CutModule]:
+    """``cls`` with ``base`` before it, under its name."""
+    return type(cls.__name__, (base, cls), {"__module__": __name__})

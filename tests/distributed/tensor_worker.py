@@ -1,0 +1,410 @@
+"""One of the two processes that ``test_tensor_processes.py`` starts; not collected by pytest.
+
+Each check compares a model that the processes share with one that each of them has alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import ParallelismConfig
+from datasets import Dataset
+from distributed_worker import distance, make_hybrid, make_model, whole
+from peft import LoraConfig, PeftModel, get_peft_model
+from processes import Check, work
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+from mamba2_hf import Mamba2ForCausalLM, Request, generate_batch
+from mamba2_hf.distributed import clip_grad_norm_, context_parallel, tensor_parallel, whole_state_dict
+from mamba2_hf.errors import ArgumentError, CacheError
+from mamba2_hf.training import fully_shard_model
+
+CHECKS: dict[str, Check] = {}
+STEPS = 3
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def check(function: Check) -> Check:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def mesh() -> Any:
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+
+
+def batch(seed: int, rows: int = 2, tokens: int = 13) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 62, (rows, tokens), generator=generator)
+    starts = torch.rand(rows, tokens, generator=generator) < 0.2
+    return {"input_ids": ids, "labels": ids, "seq_idx": starts.long().cumsum(1)}
+
+
+def moved(model: Any) -> Any:
+    """With values in what starts as zeros or ones."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype), alpha=0.1)
+    return model
+
+
+def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """One in whose steps rounding stays as small as it is: AdamW divides gradients by their own size."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_trains_like(plain: Any, model: Any, dtype: torch.dtype = torch.float64) -> None:
+    """Logits, losses, gradients, their clipped norm and weights of three steps."""
+    group, tolerance = model.get_submodule(ours(model)).tensor_group, TOLERANCE[dtype]
+    one, other = optimizer(plain), optimizer(model)
+    with torch.no_grad():
+        ids = batch(0)["input_ids"]
+        assert distance(model(ids).logits, plain(ids).logits) < tolerance
+    for step in range(STEPS):
+        given = batch(step)
+        expected, loss = plain(**given).loss, model(**given).loss
+        expected.backward()
+        loss.backward()
+        assert distance(loss, expected) < tolerance
+        found = whole_state_dict(model, group, gradients(model))
+        assert found.keys() == gradients(plain).keys()
+        for name, gradient in gradients(plain).items():
+            assert gradient.norm() > 0, name
+            assert distance(found[name], gradient) < tolerance, (step, name, distance(found[name], gradient))
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        assert distance(clip_grad_norm_(model, 0.5), norm) < tolerance
+        for each in (one, other):
+            each.step()
+            each.zero_grad()
+    found = whole_state_dict(model, group)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(found[name], value) or distance(found[name], value) < tolerance, name
+
+
+def ours(model: Any) -> str:
+    return next(name for name, module in model.named_modules() if getattr(module, "tensor_group", None) is not None)
+
+
+def assert_same(make: Any, dtype: torch.dtype = torch.float64) -> None:
+    plain = moved(make().to(dtype)).train()
+    model = tensor_parallel(copy.deepcopy(plain), mesh())
+    assert_trains_like(plain, model, dtype)
+
+
+def make_pure(**changes: Any) -> Any:
+    return make_model(8, **{"num_hidden_layers": 2, **changes})
+
+
+@check
+def one_group(folder: Path) -> None:
+    assert_same(make_pure)
+
+
+@check
+def one_group_in_fp32_with_tied_head(folder: Path) -> None:
+    assert_same(lambda: make_pure(tie_word_embeddings=True), torch.float32)
+
+
+@check
+def groups_and_biases(folder: Path) -> None:
+    assert_same(lambda: make_pure(n_groups=4, use_bias=True))
+
+
+@check
+def no_bias_of_the_convolution(folder: Path) -> None:
+    assert_same(lambda: make_pure(use_conv_bias=False, n_groups=2))
+
+
+@check
+def hybrid(folder: Path) -> None:
+    assert_same(lambda: make_hybrid(n_group=1, topk_group=1))
+
+
+@check
+def hybrid_with_copied_keys_and_joint_norms(folder: Path) -> None:
+    changes: dict[str, Any] = {
+        **{"layer_blocks": ["ssd mlp", "attention moe", "ssd+attention"], "num_hidden_layers": 3, "mlp_type": "gelu"},
+        **{"num_key_value_heads": 1, "attention_conv_kernel": 3, "ssm_norm": "norm_first", "shared_adapter_rank": 0},
+        **{"logits_scaling": 4.0, "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.35, "residual_multiplier": 0.5},
+    }
+    assert_same(lambda: make_hybrid(**changes))
+
+
+@check
+def norms_of_several_processes(folder: Path) -> None:
+    """Two groups, which four processes share and two have one each of."""
+    sizes = {"layer_blocks": ["ssd", "ssd"], "num_hidden_layers": 2, "ssm_num_heads": 8, "ssm_norm_group_size": 32}
+    assert_same(lambda: make_hybrid(**sizes, ssm_n_groups=2, shared_adapter_rank=0, rope_parameters=None))
+
+
+@check
+def hybrid_with_adapters_and_no_norm(folder: Path) -> None:
+    assert_same(lambda: make_hybrid(ssm_norm="none", shared_attention_adapters=True, num_key_value_heads=1))
+
+
+def with_lora(model: Any) -> Any:
+    """With values in both factors."""
+    torch.manual_seed(5)
+    return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False))
+
+
+@check
+def lora_before(folder: Path) -> None:
+    for make in (make_pure, make_hybrid):
+        plain = with_lora(moved(make().double())).double().train()
+        model = tensor_parallel(copy.deepcopy(plain), mesh())
+        assert_trains_like(plain, model)
+
+
+@check
+def lora_after_and_its_checkpoints(folder: Path) -> None:
+    """Adapters that are made, saved and loaded while the layers are shared."""
+    plain = moved(make_pure(n_groups=1)).double()
+    shared = tensor_parallel(copy.deepcopy(plain), mesh())
+    torch.manual_seed(5 + dist.get_rank())  # what the first process draws counts
+    model = get_peft_model(shared, LoraConfig(r=2, init_lora_weights=False)).double().train()
+    model.save_pretrained(folder, is_main_process=dist.get_rank() == 0)
+    dist.barrier()
+    one = PeftModel.from_pretrained(copy.deepcopy(plain), folder, is_trainable=True).double().train()
+    loaded = tensor_parallel(copy.deepcopy(plain), mesh())
+    again = PeftModel.from_pretrained(loaded, folder, is_trainable=True).double().train()
+    ids = batch(0)["input_ids"]
+    with torch.no_grad():
+        assert distance(again(ids).logits, one(ids).logits) < 1e-6  # saved in fp32
+    trained = whole_state_dict(model, shared.tensor_group)
+    assert all(torch.equal(trained[name].float(), value.float()) for name, value in one.state_dict().items())
+    assert_trains_like(one, again)
+    merged = again.merge_and_unload()
+    with torch.no_grad():
+        assert distance(merged(ids).logits, one(ids).logits) < 1e-12
+
+
+@check
+def trainer(folder: Path) -> None:
+    """Losses, clipped norms and weights against a loop in one process."""
+    plain = moved(make_pure()).train()
+    if dist.get_rank() == 0:
+        plain.save_pretrained(folder / "model")
+    dist.barrier()
+    model = Mamba2ForCausalLM.from_pretrained(folder / "model", distributed_config=DistributedConfig(tp_size=2))
+    ids = batch(0)["input_ids"]  # every step sees both rows
+    options: dict[str, Any] = {
+        **{"per_device_train_batch_size": 2, "max_steps": 4, "report_to": [], "save_strategy": "no", "use_cpu": True},
+        **{"learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.5, "logging_steps": 1, "disable_tqdm": True},
+        **{"lr_scheduler_type": "constant", "prediction_loss_only": True},
+    }
+    arguments = TrainingArguments(output_dir=str(folder / "out"), **options)
+    data = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids.tolist()])
+    with pytest.MonkeyPatch.context() as patch:  # which knows several processes on a CPU with no other parallelism
+        patch.setattr(ParallelismConfig, "_validate_accelerator", lambda *_: None)
+        training = Trainer(model=model, args=arguments, train_dataset=data)
+        training.train()
+    logs = [log for log in training.state.log_history if "loss" in log]
+    steps = torch.optim.SGD(plain.parameters(), lr=0.1)
+    assert len(logs) == 4
+    for log in logs:
+        loss = plain(ids, labels=ids).loss
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        assert log["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert log["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        steps.step()
+        steps.zero_grad()
+    training.save_model(str(folder / "trained"))
+    dist.barrier()
+    again = Mamba2ForCausalLM.from_pretrained(folder / "trained").state_dict()
+    for name, value in plain.state_dict().items():
+        assert distance(again[name], value) < 1e-5, name
+
+
+@check
+def generates_the_same_tokens(folder: Path) -> None:
+    for make in (make_pure, make_hybrid):
+        plain = moved(make()).eval()
+        model = tensor_parallel(copy.deepcopy(plain), mesh())
+        ids = batch(1)["input_ids"]
+        mask = torch.ones_like(ids)
+        mask[0, :4] = 0
+        shared = {"max_new_tokens": 8, "eos_token_id": None, "attention_mask": mask}
+        for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 2}, {"do_sample": True}):
+            torch.manual_seed(7)
+            expected = plain.generate(ids, **shared, **options)
+            torch.manual_seed(7 + dist.get_rank())  # that of the first process is taken
+            assert torch.equal(model.generate(ids, **shared, **options), expected), options
+        again = torch.cat([ids[:1], ids[:1, :9]], 1)
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "prompt_lookup_num_tokens": 3}
+        assert torch.equal(model.generate(again, **options), plain.generate(again, **options))
+
+
+@check
+def saves_the_whole_checkpoint(folder: Path) -> None:
+    for index, make in enumerate((make_pure, lambda: make_pure(n_groups=4, tie_word_embeddings=True), make_hybrid)):
+        plain = moved(make())
+        model = tensor_parallel(copy.deepcopy(plain), mesh())
+        model.save_pretrained(folder / str(index), is_main_process=dist.get_rank() == 0)
+        dist.barrier()
+        again = type(plain).from_pretrained(folder / str(index)).state_dict()
+        assert again.keys() == plain.state_dict().keys()
+        for name, value in plain.state_dict().items():
+            assert torch.equal(again[name], value), name
+
+
+@check
+def is_loaded_by_either_argument(folder: Path) -> None:
+    plain = moved(make_pure()).eval()
+    if dist.get_rank() == 0:
+        plain.save_pretrained(folder / "model")
+    dist.barrier()
+    ids = batch(1)["input_ids"]
+    for options in (
+        {"tp_plan": "auto"},
+        {"distributed_config": DistributedConfig(tp_size=2)},
+        {"device_mesh": mesh(), "tp_size": 2},
+    ):
+        model = Mamba2ForCausalLM.from_pretrained(folder / "model", **options)
+        assert model.tp_size == 2
+        assert model.backbone.layers[0].mixer.num_heads == 4
+        with torch.no_grad():
+            assert distance(model(ids).logits, plain(ids).logits) < 1e-5
+    model.save_pretrained(folder / "again")
+    again = Mamba2ForCausalLM.from_pretrained(folder / "again")
+    assert not hasattr(again.config, "distributed_config") or again.config.distributed_config is None
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in again.state_dict().items())
+    with pytest.raises(ArgumentError, match="leave it out"):
+        model.save_pretrained(folder / "sharded", distributed_checkpoint=True)
+
+
+@check
+def a_token_takes_one_sum_a_layer(folder: Path) -> None:
+    """Also where the gated norm is one group over all heads."""
+    sent: list[torch.Size] = []
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        reduce = dist.all_reduce
+        patch.setattr(dist, "all_reduce", lambda tensor, **named: sent.append(tensor.shape) or reduce(tensor, **named))
+        for groups, numbers in ((1, 33), (4, 32)):
+            model = tensor_parallel(make_pure(n_groups=groups), mesh()).eval()
+            cache = model(batch(1)["input_ids"]).past_key_values
+            sent.clear()
+            model(batch(1)["input_ids"][:, -1:], past_key_values=cache)
+            assert sent == [(2, 1, 32), *2 * [(2, 1, numbers)]]  # the embedding's, then a layer's each
+
+
+@check
+def batches_are_served_alike(folder: Path) -> None:
+    """By all processes, with random numbers of the first."""
+    plain = moved(make_pure()).eval()
+    model = tensor_parallel(copy.deepcopy(plain), mesh())
+    texts = [row[:length] for row, length in zip(batch(1, rows=3)["input_ids"], (3, 9, 13), strict=True)]
+    for sampled in (False, True):
+        requests = [Request(ids, {"max_new_tokens": 5, "eos_token_id": None, "do_sample": sampled}) for ids in texts]
+        torch.manual_seed(7)
+        expected = generate_batch(plain, requests, slots=2)
+        torch.manual_seed(7 + dist.get_rank())
+        assert generate_batch(model, requests, slots=2) == expected
+
+
+@check
+def checkpointing_runs_layers_twice(folder: Path) -> None:
+    plain = moved(make_hybrid().double()).train()
+    model = tensor_parallel(copy.deepcopy(plain), mesh())
+    model.gradient_checkpointing_enable()
+    assert_trains_like(plain, model)
+
+
+@check
+def with_slices_of_sequences(folder: Path) -> None:
+    """Some processes share the layers, others the tokens."""
+    others = dist.get_world_size() // 2
+    both = init_device_mesh("cpu", (others, 2), mesh_dim_names=("cp", "tp"))
+    for make in (make_pure, make_hybrid):
+        plain = moved(make().double()).train()
+        model = context_parallel(tensor_parallel(copy.deepcopy(plain), both), both)
+        given = batch(2, tokens=24)
+        expected, loss = plain(**given).loss, model(**given).loss
+        expected.backward()
+        loss.backward()
+        assert distance(loss, expected) < 1e-12
+        for gradient in gradients(model).values():
+            dist.all_reduce(gradient, group=both["cp"].get_group())
+            gradient /= others
+        found = whole_state_dict(model, model.tensor_group, gradients(model))
+        for name, gradient in gradients(plain).items():
+            assert distance(found[name], gradient) < 1e-12, name
+
+
+@check
+def with_data_parallelism(folder: Path) -> None:
+    """DDP and FSDP2 around the parts, each over its own dimension of the mesh."""
+    others = dist.get_world_size() // 2
+    both = init_device_mesh("cpu", (others, 2), mesh_dim_names=("dp", "tp"))
+    given = [batch(seed) for seed in range(others)]
+    mine = given[both["dp"].get_local_rank()]
+    for make, shard in ((make_pure, True), (make_hybrid, True), (make_pure, False)):
+        plain = moved(make().double()).train()
+        model = tensor_parallel(copy.deepcopy(plain), both)
+        group = model.tensor_group
+        if shard:
+            fully_shard_model(model, mesh=both["dp"])
+        wrapped = model if shard else DistributedDataParallel(model, process_group=both["dp"].get_group())
+        for _ in range(2):  # gradients are added up
+            for part in given:
+                (plain(**part).loss / others).backward()
+            wrapped(**mine).loss.backward()
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        assert distance(clip_grad_norm_(model, 0.5), norm) < 1e-12
+        found = {name: whole(tensor) for name, tensor in whole_state_dict(model, group, gradients(model)).items()}
+        for name, gradient in gradients(plain).items():
+            assert distance(found[name], gradient) < 1e-12, name
+
+
+@check
+def what_parts_cannot_give_is_refused(folder: Path) -> None:
+    model = tensor_parallel(make_pure(), mesh()).eval()
+    ids = batch(1)["input_ids"]
+    with pytest.raises(ArgumentError, match="2 processes share: each has the matrices"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ArgumentError, match="vocab_size=62"):
+        model(torch.tensor([[3, 62]]))
+    with pytest.raises(ArgumentError, match="2 processes share the model: resize_token_embeddings"):
+        model.resize_token_embeddings(70)
+    cache = model.read(ids)
+    with pytest.raises(CacheError, match="2 processes share the model"):
+        cache.save(folder / "state", model)
+
+
+@check
+def what_cannot_be_shared_is_refused(folder: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"num_heads=5 heads .* by 2 processes.*divides 5: 1, 5"):
+        tensor_parallel(make_model(5), mesh())
+    model = make_model(6, n_groups=3)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ArgumentError, match="n_groups=3 groups"):
+        tensor_parallel(model, mesh())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ArgumentError, match="'tp' is needed"):
+        tensor_parallel(make_pure(), init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp")))
+    with pytest.raises(ArgumentError, match="holds no layers"):
+        tensor_parallel(nn.Linear(2, 2), mesh())
+    model = make_pure()
+    model.backbone.layers[0].mixer.in_proj = nn.Identity()
+    with pytest.raises(ArgumentError, match=r"layers.0.mixer.in_proj is a .*Identity"):
+        tensor_parallel(model, mesh())
+
+
+if __name__ == "__main__":
+    work(CHECKS, Path(sys.argv[1]), *sys.argv[2:])
