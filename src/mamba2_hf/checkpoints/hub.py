@@ -38,8 +38,8 @@ def local_folder(source: str | Path, revision: str | None = None, *, weights: bo
             return Path(snapshot_download(source, revision=revision, local_files_only=True))
         except Exception:
             raise CheckpointError(
-                f"{source}: no such folder here, it is not in the Hub's cache, and the Hub cannot be reached; check the "
-                "id and the connection"
+                f"{source}: no such folder here, it is not in the Hub's cache, and the Hub cannot be reached; check "
+                "the id and the connection"
             ) from None
     try:
         names = HfApi().list_repo_files(source, revision=revision)
