@@ -216,6 +216,15 @@ def cpu() -> str:
     return table(("ms", "transformers", "mamba2-hf", "faster", "memory over the weights"), rows)
 
 
+def tiny() -> str:
+    """The models that ship, and a Transformer."""
+    rows = [
+        (f"`--kind {row['kind']}`: {row['title']}", row["nats_per_token"], row["bits_per_byte"], row["minutes"])
+        for row in results("tiny_models")
+    ]
+    return table(("", "nats per token", "bits per byte", "minutes"), rows)
+
+
 def front() -> str:
     """The front page's rows."""
 
@@ -240,7 +249,7 @@ def front() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
-    for f in (front, ops, decode, prefill, training, batching, hybrids, caches, distributed, cpu)
+    for f in (front, ops, decode, prefill, training, batching, hybrids, caches, distributed, cpu, tiny)
 }  # fmt: skip
 
 

@@ -61,6 +61,6 @@ __all__ = [
     "use_with_transformers",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 register()
