@@ -69,6 +69,22 @@ def use_backend(name: str | None) -> Any:
     raise BackendError("this file holds the PyTorch backend only; install mamba2-hf to choose another")
 '''
 
+_DISTRIBUTED = f"{_PACKAGE}.distributed"
+# In place of all of distributed/: the file's models are each one process's.
+_ONE_PROCESS = '''
+from ..errors import ArgumentError
+
+Group = object
+
+
+def tensor_parallel(model, mesh):
+    """Only the installed package shares layers among processes."""
+    raise ArgumentError("this file's models are whole in every process: install mamba2-hf to share them")
+
+
+whole_state_dict = agree_on_random_numbers = tensor_parallel
+'''
+
 
 @dataclass
 class _Module:
@@ -137,6 +153,8 @@ def _path(name: str) -> Path:
 
 
 def _text(name: str) -> str:
+    if name == _DISTRIBUTED or name.startswith(f"{_DISTRIBUTED}."):
+        return _ONE_PROCESS
     if name != _DISPATCH:
         return _path(name).read_text(encoding="utf-8")
     exported = ast.parse(_path(_BACKEND).read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from .console import DType, err, fail, out, write
+from .console import DType, busy, err, fail, out, write
 
 
 class Source(str, Enum):
@@ -244,7 +244,8 @@ def verify(
         _quiet_transformers()
         from ..checkpoints import verify as run
 
-        result = run(first, second, tokens=tokens, seed=seed, tolerance=tolerance)
+        with busy("comparing"):
+            result = run(first, second, tokens=tokens, seed=seed, tolerance=tolerance)
     if as_json:
         measured: dict[str, Any] = {**vars(result), "largest": result.largest, "same": result.same}
         out.print(json.dumps(measured, indent=2))
@@ -338,7 +339,8 @@ def push(
     with _errors():
         from ..checkpoints.hub import push as run
 
-        upload = run(folder, repository, dry_run=not yes, private=private, message=message)
+        with busy("sending" if yes else "reading"):
+            upload = run(folder, repository, dry_run=not yes, private=private, message=message)
     if upload.left:
         err.print(f"left behind: {', '.join(map(escape, upload.left))}", style="dim")
     if upload.url is not None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 # Text of models and users passes through here: no markup, no highlighting, no wrapping.
@@ -22,6 +25,15 @@ class DType(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """A bar on stderr, where that is a terminal, while something goes on whose end nobody knows."""
+    columns = (TextColumn(what), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
+        bar.add_task("", total=None)
+        yield
 
 
 def write(text: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .console import DType, fail, first_line
+from .console import DType, busy, fail, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -72,9 +72,10 @@ def load_model(
     tokenizer, local = None, Path(path).is_dir() or not is_reachable(path)
     kind: Any = torch.float32 if dtype is DType.auto and device.type == "cpu" else dtype.value
     try:
-        with nullcontext() if reads_text else suppress(Exception):
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
-        net = AutoModelForCausalLM.from_pretrained(path, dtype=kind, local_files_only=local).to(device).eval()
+        with busy("loading"):
+            with nullcontext() if reads_text else suppress(Exception):
+                tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
+            net = AutoModelForCausalLM.from_pretrained(path, dtype=kind, local_files_only=local).to(device).eval()
     except Exception as error:  # broken files surface as errors of json, safetensors, tokenizers, torch ...
         remedy = "check that the directory is complete"
         if not Path(path).is_dir():

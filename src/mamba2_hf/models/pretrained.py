@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from ..distributed import Group, tensor_parallel, whole_state_dict
+from ..distributed.groups import Group
+from ..distributed.tensor_parallel import tensor_parallel, whole_state_dict
 from ..errors import ArgumentError, CheckpointError
 from ..layers import GatedRMSNorm, Mamba2Mixer, RMSNorm
 from ..layers.fp32 import stop_casts
