@@ -210,10 +210,10 @@ class TestTraining:
         found: list[Any] = []
         whole = mixer.ops.layer
 
-        def layer(stream: Tensor, weights: LayerWeights, *args: Any) -> Tensor:
+        def layer(stream: Tensor, weights: LayerWeights, *args: Any, **options: Any) -> Tensor:
             loras = (weights.in_proj.lora, weights.out_proj.lora)
             found.extend(lora for lora in loras if lora is not None)
-            return whole(stream, weights, *args)
+            return whole(stream, weights, *args, **options)
 
         monkeypatch.setattr(mixer.ops, "layer", layer)
         return found
