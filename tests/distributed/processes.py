@@ -24,7 +24,7 @@ def checks(worker: Path) -> list[str]:
 
 
 def run(
-    worker: Path, world: int, folder: Path, repository: Path, deadline: float = 200, only: Sequence[str] = ()
+    worker: Path, world: int, folder: Path, repository: Path, deadline: float = 280, only: Sequence[str] = ()
 ) -> dict[str, list[str]]:
     """How each check went, or each of ``only``, for every process; they have ``deadline`` seconds together."""
     with socket.socket() as free:

@@ -58,7 +58,7 @@ def run(suite: str, folder: Path, source: Path) -> dict[str, list[str]]:
     ]
     try:
         for process in processes:
-            process.wait(timeout=200)
+            process.wait(timeout=280)
     except subprocess.TimeoutExpired:
         pass
     finally:
