@@ -17,10 +17,10 @@ from pathlib import Path
 Check = Callable[[Path], None]
 
 
-def checks(worker: Path) -> list[str]:
-    """Names of the functions that the worker runs, read without importing it."""
+def checks(worker: Path, mark: str = "check") -> list[str]:
+    """Names of the functions that the worker runs and marks so, read without importing it."""
     functions = [node for node in ast.parse(worker.read_text()).body if isinstance(node, ast.FunctionDef)]
-    return [f.name for f in functions if "check" in [ast.unparse(mark) for mark in f.decorator_list]]
+    return [f.name for f in functions if mark in map(ast.unparse, f.decorator_list)]
 
 
 def run(
@@ -70,7 +70,7 @@ def run(
         done = json.loads(file.read_text()) if file.exists() else {}
         failed = any(result != "passed" for result in done.values())
         results.append((done, "not run: an earlier check failed" if failed else f"not run:\n{said[-3000:]}"))
-    return {name: [done.get(name, otherwise) for done, otherwise in results] for name in checks(worker)}
+    return {name: [done.get(name, otherwise) for done, otherwise in results] for name in only or checks(worker)}
 
 
 def work(every_check: dict[str, Check], folder: Path, *only: str) -> None:

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -920,28 +917,7 @@ def hybrid_fsdp_plan_in_bf16(folder: Path) -> None:
     hybrid_fsdp_plan(folder, torch.bfloat16, 0.03)
 
 
-def main(suite: str, folder: Path, *only: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    results: dict[str, str] = {}
-    for name, function in CHECKS[suite].items():
-        if only and name not in only:
-            continue
-        here = folder / name
-        here.mkdir(exist_ok=True)
-        dist.barrier()
-        try:
-            function(here)
-        except BaseException:
-            results[name] = traceback.format_exc()
-        else:
-            results[name] = "passed"
-        (folder / f"{suite}-{RANK}.json").write_text(json.dumps(results))
-        if results[name] != "passed":
-            os._exit(1)  # the other processes may wait for this one: let them fail at once
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
+    from processes import work
+
+    work({**CHECKS["fsdp"], **CHECKS["transformers"]}, Path(sys.argv[1]), *sys.argv[2:])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import CacheError
 from ..ops.checks import limits
-from ..ops.mixer.torch import times_parts
+from ..ops.mixer.torch import scaled, times_parts
 from ..ops.packing import document_ids
 from ..ops.scan.op import Scan, scan
 from ..ops.scan.reference import step_size
@@ -172,8 +172,8 @@ class Mamba2Mixer(KeepsFp32):
             if step is not None:
                 return step
         if weights is None:
-            mixed: Any = self(_times(norm(stream), input_multiplier), layout, state)
-            return (stream if residual is None else residual) + _times(mixed, output_multiplier)
+            mixed: Any = self(scaled(norm(stream), input_multiplier), layout, state)
+            return (stream if residual is None else residual) + scaled(mixed, output_multiplier)
         initial = None if state is None else self._initial(stream, layout, state)
         packed = None if residual is None else layout.pack(residual)
         packing = ops.Packing(layout.seq_idx, layout.cu_seqlens)
@@ -368,7 +368,3 @@ class Mamba2Mixer(KeepsFp32):
         x, B, C = xbc.split([self.inner_size, bc, bc], -1)
         groups = (self.n_groups, self.state_size)
         return x.unflatten(-1, (self.num_heads, self.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
-
-
-def _times(x: Tensor, factor: float) -> Tensor:
-    return x if factor == 1 else x * factor

@@ -76,28 +76,22 @@ class MLP(nn.Module):
         out = linear(self.down_proj, inner)
         return out if self.multipliers[1] == 1 else out * self.multipliers[1]
 
-    def layer(
-        self, stream: Tensor, norm: RMSNorm, residual: Tensor | None = None, output_multiplier: float = 1.0
-    ) -> Tensor:
-        """``residual + output_multiplier * self(norm(stream))``, ``(B, T, d)``; in two launches for one token of one
+    def layer(self, stream: Tensor, norm: RMSNorm, output_multiplier: float = 1.0) -> Tensor:
+        """``stream + output_multiplier * self(norm(stream))``, ``(B, T, d)``; in two launches for one token of one
         sequence on a GPU, where weights may be read.
 
         Args:
             stream: ``(B, T, d)``, the residual stream.
             norm: before the layer.
-            residual: ``(B, T, d)``; None for ``stream``.
             output_multiplier: of the result.
         """
         if step_serves(stream):
-            call = self._step(stream, norm, residual, output_multiplier)
+            call = self._step(stream, norm, output_multiplier)
             if call is not None:
                 return ops.mlp_step(call)
-        to = stream if residual is None else residual
-        return torch.add(to, self(norm(stream)), alpha=output_multiplier)
+        return torch.add(stream, self(norm(stream)), alpha=output_multiplier)
 
-    def _step(
-        self, stream: Tensor, norm: RMSNorm, residual: Tensor | None, output_multiplier: float
-    ) -> ops.MLPStep | None:
+    def _step(self, stream: Tensor, norm: RMSNorm, output_multiplier: float) -> ops.MLPStep | None:
         """Arguments of the step of the layer; None where a module has to be called."""
         weight, gate = plain_weight(norm), plain_linear(self.gate_proj) if self.gated else None
         up, down = plain_linear(self.up_proj), plain_linear(self.down_proj)
@@ -111,5 +105,5 @@ class MLP(nn.Module):
         before, after = self.multipliers
         return ops.MLPStep(
             *(stream, weight, gate_weight, gate_bias, up, down, self.activation, norm.eps),
-            *(before, after * output_multiplier, residual),
+            *(before, after * output_multiplier),
         )

@@ -241,7 +241,7 @@ class MoE(nn.Module):
             out, logits = self(norm(stream))
             return torch.add(stream, out, alpha=output_multiplier), logits
         if self.has_shared:
-            call = call._replace(residual=self.shared.layer(stream, norm, None, output_multiplier))
+            call = call._replace(residual=self.shared.layer(stream, norm, output_multiplier))
         after, logits = ops.experts_step(call)
         return after, logits.view(*stream.shape[:-1], -1)
 

@@ -29,6 +29,7 @@ from ..layers import (
 )
 from ..layers.mixer import FP32_PARAMETERS
 from ..layers.sequence import PLAIN
+from ..ops.mixer.torch import scaled
 from .arguments import check_ignored
 from .backbone import SSDBackbone, SSDLayer, batch_and_tokens, read_layout
 from .cache import Mamba2Cache, one_cache
@@ -172,17 +173,17 @@ class MixerBlock(nn.Module):
                 input_multiplier=before,
                 output_multiplier=after * self.scale,
             )
-        mixed = self.mixer(_times(self.norm(stream), before), call.layout, state, call.output_attentions)
+        mixed = self.mixer(scaled(self.norm(stream), before), call.layout, state, call.output_attentions)
         if call.output_attentions:
             mixed, matrix = mixed
             call.attentions.append(matrix)
-        return residual + _times(mixed, after * self.scale)
+        return residual + scaled(mixed, after * self.scale)
 
     def _attend(self, normed: Tensor, call: _Call, kind: str) -> tuple[Tensor, float]:
         """What attention makes of the norm of the stream, and its multiplier."""
         before, after = self.attention_scales
         attended, weights = self.attention(
-            *(_times(normed, before), call.placement, call.layout, call.state(self.state_index[kind])),
+            *(scaled(normed, before), call.placement, call.layout, call.state(self.state_index[kind])),
             output_attentions=call.output_attentions,
         )
         if weights is not None:
@@ -240,7 +241,7 @@ class FeedForwardBlock(nn.Module):
         # What wraps one may hand on its methods, and has to be called.
         if not self.routed:
             if type(self.mlp) is MLP:
-                return self.mlp.layer(stream, self.norm, output_multiplier=self.scale)
+                return self.mlp.layer(stream, self.norm, self.scale)
             return torch.add(stream, self.mlp(self.norm(stream)), alpha=self.scale)
         if type(self.moe) is MoE:
             after, logits = self.moe.layer(stream, self.norm, self.scale)
@@ -249,10 +250,6 @@ class FeedForwardBlock(nn.Module):
             after = torch.add(stream, out, alpha=self.scale)
         call.router_logits.append(logits)
         return after
-
-
-def _times(x: Tensor, factor: float) -> Tensor:
-    return x if factor == 1 else x * factor
 
 
 def _mixer(config: Mamba2HybridConfig) -> Mamba2Mixer:
@@ -553,7 +550,7 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
         )
 
     def _scale_embeddings(self, embeddings: Tensor) -> Tensor:
-        return _times(embeddings, self.config.embedding_multiplier)
+        return scaled(embeddings, self.config.embedding_multiplier)
 
     def _layer_options(
         self,

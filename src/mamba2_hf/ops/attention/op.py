@@ -112,7 +112,7 @@ def attend_one(
 
 def attend_one_serves(queries: Tensor, keys: Tensor) -> bool:
     """Whether :func:`attend_one` is the quickest way for one query a sequence: on a GPU that Triton serves, with no
-    gradient and no autocast, and heads that fit.
+    gradient and no graph in the making, and heads that fit.
     """
     if not queries.is_cuda or torch.is_grad_enabled() or queries.dtype != keys.dtype or torch.compiler.is_compiling():
         return False

@@ -121,7 +121,7 @@ def mamba2_layer_part(call: LayerStep) -> Tensor:
     y = mamba2_step(Step(zxbcdt, conv_state, ssm_state, mixer, spec))
     wide = torch.promote_types(y.dtype, torch.float32)
     normed = y if scale is None or not call.is_joint else y * scale
-    part = _times(_project(normed, weights.out_proj._replace(bias=None)).to(wide), spec.output_multiplier)
+    part = scaled(_project(normed, weights.out_proj._replace(bias=None)).to(wide), spec.output_multiplier)
     return torch.cat([part, y.to(wide).square().sum(-1, keepdim=True)], -1) if call.is_joint else part
 
 
@@ -131,7 +131,7 @@ def joined(call: Joined) -> Tensor:
     if call.is_joint:
         total = total[..., :-1] * torch.rsqrt(total[..., -1:] / spec.group_size + spec.gated_norm_eps)
     if bias is not None:
-        total = total + _times(bias, spec.output_multiplier)
+        total = total + scaled(bias, spec.output_multiplier)
     return (residual + total).to(residual.dtype)
 
 
@@ -139,14 +139,14 @@ def _entered(call: Layer | LayerStep, dtype: torch.dtype) -> Tensor:
     """The stream between its norm and the mixer: what in_proj gives, times the multipliers."""
     stream, weights, spec = call.stream, call.weights, call.spec
     normed = gated_rms_norm(Norm(stream, None, weights.norm_weight, spec.norm_eps, stream.shape[2], False, dtype))
-    zxbcdt = _project(_times(normed, spec.input_multiplier), weights.in_proj)
+    zxbcdt = _project(scaled(normed, spec.input_multiplier), weights.in_proj)
     return times_parts(zxbcdt, spec.multipliers, weights.mixer.heads * spec.head_dim, weights.mixer.heads)
 
 
 def _left(call: Layer | LayerStep, y: Tensor) -> Tensor:
     """What out_proj gives, times its multiplier, added to the residual."""
     residual = call.stream if call.residual is None else call.residual
-    return residual + _times(_project(y, call.weights.out_proj), call.spec.output_multiplier)
+    return residual + scaled(_project(y, call.weights.out_proj), call.spec.output_multiplier)
 
 
 def times_parts(zxbcdt: Tensor, multipliers: tuple[float, ...], inner: int, heads: int) -> Tensor:
@@ -158,7 +158,8 @@ def times_parts(zxbcdt: Tensor, multipliers: tuple[float, ...], inner: int, head
     return torch.cat([part * factor for part, factor in zip(parts, multipliers, strict=True)], -1)
 
 
-def _times(x: Tensor, factor: float) -> Tensor:
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """``x * factor``, and ``x`` itself for 1."""
     return x if factor == 1 else x * factor
 
 
