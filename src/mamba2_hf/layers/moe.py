@@ -250,6 +250,8 @@ class MoE(nn.Module):
         router, experts, before = self.router, self.experts, plain_weight(norm)
         if not isinstance(experts, Experts) or not experts.is_default or self.latent_size is not None:
             return None
+        if self.has_shared and type(self.shared) is not MLP:  # what wraps one may hand on its methods
+            return None
         weights = plain_parameters(router, SoftmaxRouter, "weight")
         inner = plain_parameters(experts, Experts, experts.up_name, "down_proj")
         if before is None or weights is None or inner is None or not is_unhooked(self):
