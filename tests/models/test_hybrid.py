@@ -23,6 +23,7 @@ from mamba2_hf import (
     Mamba2HybridForCausalLM,
     Mamba2HybridForSequenceClassification,
     Mamba2HybridModel,
+    ops,
 )
 from mamba2_hf.errors import ArgumentError, CacheError, CheckpointError
 
@@ -298,6 +299,51 @@ class TestGeneration:
         options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
         again = model.generate(ids, past_key_values=out.past_key_values, **options)
         assert torch.equal(again, model.generate(ids, use_cache=False, **options))
+
+
+class TestStepsOfAttention:
+    """One op a layer, which a GPU's kernels serve; here PyTorch does."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        found: list[Any] = []
+        step = ops.attention_step
+        monkeypatch.setattr(ops, "attention_step", lambda call: found.append(call) or step(call))
+        monkeypatch.setattr(
+            "mamba2_hf.layers.attention.attention_step_serves",
+            lambda stream, _: stream.shape[1] == 1 and len(stream) < 9,
+        )
+        return found
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        ("name", "served"), [("plain", 1), ("sliding", 1), ("parallel", 1), ("experts", 1), ("rotary", 0)]
+    )
+    def test_are_those_of_modules(self, calls: list[Any], name: str, served: int) -> None:
+        """Behind prompts of their own lengths, which a buffer holds from its left; a window and a convolution are for
+        modules, and so is what somebody hooks.
+        """
+        model, ids, mask = exact(name), tokens(), ragged()
+        cache = Mamba2Cache(model.config, static=True, max_length=TOKENS + 3)
+        model(ids, attention_mask=mask, past_key_values=cache)
+        twin, following = copy.deepcopy(cache), tokens(count=3, seed=8)
+        found = [model(token, past_key_values=cache).logits for token in following.split(1, 1)]
+        assert len(calls) == 3 * served
+        hooks = [m.register_forward_hook(lambda *_: None) for m in model.modules() if type(m).__name__ == "Attention"]
+        expected = [model(token, past_key_values=twin).logits for token in following.split(1, 1)]
+        assert len(calls) == 3 * served
+        assert hooks
+        torch.testing.assert_close(torch.cat(found), torch.cat(expected), **EXACT)
+
+    @torch.no_grad()
+    def test_not_of_what_is_recorded_or_grows(self, calls: list[Any]) -> None:
+        model, ids = exact("plain"), tokens()
+        growing, static = Mamba2Cache(model.config), Mamba2Cache(model.config, static=True, max_length=TOKENS + 2)
+        for cache in (growing, static):
+            model(ids, past_key_values=cache)
+            cache.activate_past_recording()
+            model(ids[:, :1], past_key_values=cache)
+        assert not calls
 
 
 class TestCache:

@@ -82,6 +82,68 @@ def test_one_query(heads: int, groups: int, size: int, keys: int, own: bool) -> 
         assert error(ops.attend_one(*given, places, 0.4, backend), expected) <= tolerance
 
 
+LAYERS = {
+    "one row": (1, 4, 2, 8, 24, 8, False),
+    "several": (3, 4, 2, 8, 24, 4, True),
+    "many": (33, 2, 1, 10, 20, 0, False),
+    "each its keys": (2, 3, 3, 16, 40, 16, True),
+    "one row, no rotation": (1, 2, 1, 10, 20, 0, True),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_step_of_a_layer(case: str) -> None:
+    """Beside the parts of it in fp64; nothing but the new places of the buffers is written, or read behind them."""
+    batch, heads, groups, size, width, turned, extras = LAYERS[case]
+    of_k, keys = groups * size, 70
+    stream, norm_weight = draw(batch, 1, width), 1 + draw(width) / 4
+    weights = [draw(n, width, seed=i) / width**0.5 for i, n in enumerate((heads * size, of_k, of_k))]
+    out = draw(width, heads * size) / (heads * size) ** 0.5
+    biases = [draw(len(w), seed=7) if extras else None for w in (*weights, out)]
+    angles = draw(1 if case == "several" else batch, 1, turned // 2, seed=1)
+    cos, sin = (torch.cat([t, t], -1) if turned else None for t in (angles.cos(), angles.sin()))
+    residual = draw(batch, 1, width, seed=9) if extras else None
+    lengths = torch.arange(batch) % keys + 1
+    held = [draw(batch, groups, keys, size, seed=seed) for seed in (3, 4)]
+    for buffer in held:
+        buffer.masked_fill_(torch.arange(keys)[:, None] >= lengths[:, None, None, None] - 1, float("nan"))
+    numbers = (0.3, 1e-5, 1.5, 0.7, 0.6) if extras else (size**-0.5,)
+
+    x = stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-5) * norm_weight
+    x = 1.5 * x if extras else x
+    q, k, v = (torch.nn.functional.linear(x, *pair) for pair in zip(weights, biases, strict=False))
+    q, k, v = (t.unflatten(-1, (-1, size)) for t in (q, k, v))
+    if turned:
+        q, k = ops.rotary(q, k, cos, sin, numbers[3] if extras else 1.0, "torch")
+    elif extras:
+        k = 0.7 * k
+    filled = [buffer.clone() for buffer in held]
+    for buffer, new in zip(filled, (k, v), strict=True):
+        buffer[torch.arange(batch), :, lengths - 1] = new[:, 0]
+    attended = ops.attend_one(q.transpose(1, 2), *filled, lengths, numbers[0], "torch").transpose(1, 2).flatten(2)
+    attended = torch.nn.functional.linear(attended, out, biases[3])
+    expected = (stream if residual is None else residual) + (0.6 if extras else 1.0) * attended
+
+    for backend, device, dtype, tolerance in (
+        ("torch", "cpu", torch.float64, 1e-12),
+        ("triton", DEVICE, torch.float32, 2e-6),
+        ("triton", DEVICE, torch.float16, 4e-3),
+    ):
+
+        def cast(t: Tensor | None, device: str = device, dtype: torch.dtype = dtype) -> Any:
+            return None if t is None else t.to(device, dtype)
+
+        buffers = [cast(t) for t in held]
+        linears = [ops.Linear(cast(w), cast(b)) for w, b in zip((*weights, out), biases, strict=True)]
+        given = (cast(stream).float() if dtype != torch.float64 else stream, *buffers, cast(norm_weight), *linears)
+        call = ops.AttentionStep(*given, lengths.to(device), cast(cos), cast(sin), *numbers)
+        found = ops.attention_step(call._replace(residual=cast(residual)), backend)
+        assert error(found, expected) <= tolerance
+        for buffer, known in zip(buffers, filled, strict=True):
+            assert torch.equal(buffer.isnan().cpu(), known.isnan())
+            assert error(buffer.nan_to_num(), known.nan_to_num()) <= tolerance
+
+
 def test_what_does_not_fit_is_named() -> None:
     q, k = torch.zeros(1, 4, 1, 8), torch.zeros(1, 3, 5, 8)
     with pytest.raises(ArgumentError, match="q has 4 heads, which is no multiple of the 3 of k"):
@@ -90,3 +152,17 @@ def test_what_does_not_fit_is_named() -> None:
         ops.attend_one(q.expand(1, 4, 2, 8), k[:, :1], k[:, :1], None, 1.0)
     with pytest.raises(ArgumentError, match="cos has 3 channels"):
         ops.rotary(q, q, torch.zeros(1, 4, 3), torch.zeros(1, 4, 3))
+    linear = ops.Linear(torch.zeros(8, 8))
+    call = ops.AttentionStep(
+        *(torch.zeros(2, 1, 8), torch.zeros(2, 1, 5, 8), torch.zeros(2, 1, 5, 8), torch.zeros(8), *[linear] * 4),
+        *(torch.ones(2, dtype=torch.long), None, None, 1.0),
+    )
+    for change, message in (
+        ({"stream": torch.zeros(2, 2, 8)}, r"stream has shape \(2, 2, 8\)"),
+        ({"k": ops.Linear(torch.zeros(4, 8))}, r"k has shape \(4, 8\)"),
+        ({"q": ops.Linear(torch.zeros(12, 8))}, "q has 12 outputs, which is no multiple of the 1 x 8 of k"),
+        ({"keys": torch.zeros(2, 1, 8, 5).mT}, "the channels of keys lie 5 elements apart"),
+        ({"v": ops.Linear(torch.zeros(8, 8), None, torch.zeros(2, 8), torch.zeros(8, 2), 1.0)}, "v has LoRA factors"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            ops.attention_step(call._replace(**change))

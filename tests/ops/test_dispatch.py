@@ -33,6 +33,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "mamba2_layer_step": lambda **o: ops.mamba2_layer_step(**layer_arguments(), **o),
     "mamba2_step": lambda **o: ops.mamba2_step(**step_arguments(0), **o),
     "attend_one": lambda **o: ops.attend_one(*[torch.ones(1, 2, 1, 4)] * 3, None, 1.0, **o),
+    "attention_step": lambda **o: ops.attention_step(attention_arguments(), **o),
     "experts_step": lambda **o: ops.experts_step(ops.ExpertsStep(*experts_arguments(), 1, "silu"), **o),
     "gated_activation": lambda **o: ops.gated_activation(torch.ones(2), torch.ones(2), **o),
     "mlp_step": lambda **o: ops.mlp_step(ops.MLPStep(*mlp_arguments(), "silu"), **o),
@@ -43,6 +44,14 @@ CALLS: dict[str, Callable[..., Any]] = {
 def experts_arguments() -> list[Tensor]:
     shapes = ((1, 1, 4), (4,), (2, 4), (2, 6, 4), (2, 4, 3))
     return [torch.ones(shape) for shape in shapes]
+
+
+def attention_arguments() -> ops.AttentionStep:
+    keys, linear = torch.ones(1, 1, 3, 4), ops.Linear(torch.ones(4, 4))
+    lengths = torch.ones(1, dtype=torch.long)
+    return ops.AttentionStep(
+        torch.ones(1, 1, 4), keys, keys.clone(), torch.ones(4), *[linear] * 4, lengths, None, None, 1.0
+    )
 
 
 def mlp_arguments() -> tuple[Any, ...]:

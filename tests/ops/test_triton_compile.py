@@ -57,7 +57,7 @@ MIXER_KERNELS = {
     "gate_kernel",
     "gated_kernel",
     "mlp_inner_kernel",
-    "mlp_leave_kernel",
+    "project_back_kernel",
     "router_kernel",
     "choose_kernel",
     "experts_inner_kernel",
@@ -65,6 +65,9 @@ MIXER_KERNELS = {
     "attend_part_kernel",
     "attend_sum_kernel",
     "rotary_kernel",
+    "attention_enter_kernel",
+    "attention_enter_rows_kernel",
+    "place_kernel",
 }
 ROWS_KERNELS = {  # of several sequences' steps, where these were timed
     "norm_rows_kernel",
@@ -142,7 +145,7 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
     from compiling import compile_only
 
     from mamba2_hf.ops.attention import triton as attention
-    from mamba2_hf.ops.attention.op import OneQuery, Rotary
+    from mamba2_hf.ops.attention.op import AttentionStep, OneQuery, Rotary
     from mamba2_hf.ops.conv import triton as conv
     from mamba2_hf.ops.conv.op import Conv, ConvUpdate
     from mamba2_hf.ops.cross_entropy import triton as loss
@@ -250,6 +253,13 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
             q, k = zeros(2, heads, 1, 128), zeros(2, groups, 4096, 128)
             attention.attend_one(OneQuery(q, k, k, torch.zeros(2, dtype=torch.int64), 0.1))
             angles = zeros(1, 1, 64, dtype=torch.float32)
+            linears = [Linear(zeros(n * 128, width)) for n in (heads, groups, groups)]
+            for batch in (1, 16, 64):
+                buffers = (zeros(batch, groups, 4096, 128), zeros(batch, groups, 4096, 128), norm_weight)
+                lengths, turns = torch.zeros(batch, dtype=torch.int64), zeros(1, 1, 128, dtype=torch.float32)
+                states = zeros(batch, 1, width, dtype=torch.float32), *buffers, *linears
+                out = Linear(zeros(width, heads * 128))
+                attention.attention_step(AttentionStep(*states, out, lengths, turns, turns, 0.1))
             attention.rotary(Rotary(q.transpose(1, 2), k[:, :, :1].transpose(1, 2), angles, angles))
         for gradient in (False, True):
             loss.rows(loss.Rows(zeros(4, 50288), torch.zeros(4, dtype=torch.long), 1.0, -100, gradient))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.attention.op import attention_step_serves
 from .causal_conv1d import CausalConv1d
 from .conv import causal_convolution
 from .kv import KeyValueState
-from .placement import Placement
-from .projection import linear
+from .norm import RMSNorm
+from .placement import OwnKeys, Placement
+from .projection import Adapter, linear
 from .sequence import PLAIN, SequenceLayout
+from .weights import is_unhooked, plain_linear, plain_weight
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 """``(module, queries (B, H, T, D), keys (B, H', S, D), values, placement, weights)`` to ``(B, T, H, D)`` and, if
@@ -111,7 +114,7 @@ class Attention(nn.Module):
         layout: SequenceLayout = PLAIN,
         state: KeyValueState | None = None,
         *,
-        added: tuple[Tensor, Tensor, Tensor] | None = None,
+        adapters: Sequence[Adapter] = (),
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """``(B, T, d)`` to the same; continues ``state`` and adds to it.
@@ -121,13 +124,13 @@ class Attention(nn.Module):
             placement: where its tokens stand.
             layout: their documents.
             state: of this layer; None without a cache.
-            added: to what the three projections give, before anything else.
+            adapters: of the three projections.
             output_attentions: whether to return the weights too, ``(B, H, T, T)``; only without cached tokens.
         """
         placement = placement.to(hidden_states.device)
         projected = [linear(module, hidden_states) for module in (self.q_proj, self.k_proj, self.v_proj)]
-        if added is not None:
-            projected = [own + more for own, more in zip(projected, added, strict=True)]
+        if adapters:
+            projected = [a.add_to(hidden_states, own)[0] for a, own in zip(adapters, projected, strict=True)]
         multiplier = self.key_multiplier
         if multiplier != 1 and (self.conv_kernel is not None or placement.rotary is None):
             projected[1], multiplier = projected[1] * multiplier, 1.0
@@ -148,6 +151,67 @@ class Attention(nn.Module):
         if weights is not None:
             weights = layout.unalign_matrix(weights)
         return linear(self.o_proj, placement.unalign(attended).flatten(-2)), weights
+
+    def layer(
+        self,
+        stream: Tensor,
+        norm: RMSNorm,
+        placement: Placement,
+        layout: SequenceLayout = PLAIN,
+        state: KeyValueState | None = None,
+        *,
+        multipliers: tuple[float, float] = (1.0, 1.0),
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``stream + m' self(m norm(stream))``, ``(B, T, d)``; in one op for one token of each of a few sequences on a
+        GPU, where weights may be read and the cache is static.
+
+        Args:
+            stream: ``(B, T, d)``, the residual stream.
+            norm: before the layer.
+            placement, layout, state, output_attentions: as in :meth:`forward`.
+            multipliers: m and m'.
+        """
+        call = None if output_attentions else self._step(stream, norm, placement, layout, state, multipliers)
+        if call is not None:
+            return ops.attention_step(call), None
+        before, after = multipliers
+        x = norm(stream)
+        x, weights = self(
+            *(x if before == 1 else x * before, placement, layout, state), output_attentions=output_attentions
+        )
+        return torch.add(stream, x, alpha=after), weights
+
+    def _step(
+        self,
+        stream: Tensor,
+        norm: RMSNorm,
+        placement: Placement,
+        layout: SequenceLayout,
+        state: KeyValueState | None,
+        multipliers: tuple[float, float],
+    ) -> ops.AttentionStep | None:
+        """Arguments of the step of the layer; None where modules have to be called."""
+        placement, mask = placement.to(stream.device), placement.masks.get(self.window)
+        if not isinstance(mask, OwnKeys) or mask.lengths is None or layout.neighbors is not None:
+            return None
+        if state is None or self.conv_kernel is not None or not is_unhooked(self):
+            return None
+        buffers, weight = state.step_buffers(stream.shape[0]), plain_weight(norm)
+        if buffers is None or weight is None or not attention_step_serves(stream, buffers[0]):
+            return None
+        q, k, v, out = (plain_linear(module) for module in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
+        if q is None or k is None or v is None or out is None:
+            return None
+        linears = (q, k, v, out)
+        if any(each.lora for each in linears) or {each.weight.dtype for each in linears} != {buffers[0].dtype}:
+            return None
+        cos, sin = placement.rotary or (None, None)
+        before, after = multipliers
+        return ops.AttentionStep(
+            *(stream, *buffers, weight, q, k, v, out, mask.lengths, cos, sin, self.scale, norm.eps),
+            *(before, self.key_multiplier, after),
+        )
 
     def _convolve(
         self, projected: list[Tensor], placement: Placement, layout: SequenceLayout, state: KeyValueState | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..ops import linear_cross_entropy
+from ..ops.runtime.linear import linear
 
 
 class Head(nn.Linear):
@@ -27,5 +28,5 @@ class Head(nn.Linear):
             ``(..., vocab)``; with labels the summed cross-entropy ``()`` of :func:`mamba2_hf.ops.linear_cross_entropy`.
         """
         if labels is None:
-            return super().forward(hidden_states)
+            return linear(hidden_states, self.weight, self.bias)
         return linear_cross_entropy(hidden_states.flatten(0, -2), self.weight, labels, scale=scale)

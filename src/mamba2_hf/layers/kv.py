@@ -104,6 +104,19 @@ class KeyValueState(Recorder):
             return self._slide(keys, values, placement, started)
         return self._fill(keys, values, placement, started)
 
+    def step_buffers(self, rows: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values ``(B, H, S, D)`` to which one token a row may be added in place of :meth:`extend`, at its
+        row's end; None where more than that is to be done.
+
+        Raises:
+            CacheError: the state belongs to another batch size.
+        """
+        if not self.started or self.capacity is None or self.window is not None or self.record_past:
+            return None
+        check_rows(self.batch_size, rows)
+        self.leave_inference_mode()
+        return self.pair
+
     def _grow(self, keys: Tensor, values: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
         stored = 0
         if self.started and self.keys is not None:

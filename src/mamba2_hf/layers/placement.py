@@ -50,6 +50,24 @@ class FlatDocuments:
     most_keys: int
 
 
+class OwnKeys:
+    """One query a sequence, which sees the first ``lengths (B,)`` keys of its own, all of them if None."""
+
+    def __init__(self, lengths: Tensor | None) -> None:
+        self.lengths = lengths
+        self._mask: Tensor | None = None
+
+    def additive(self, keys: Tensor) -> Tensor | None:
+        """The same as a mask ``(B, 1, 1, S)`` for ``keys (B, H', S, D)``, made once for all layers."""
+        if self.lengths is not None and self._mask is None:
+            self._mask = (torch.arange(keys.shape[2], device=keys.device) < self.lengths[:, None])[:, None, None]
+        return self._mask
+
+    def to(self, device: torch.device) -> OwnKeys:
+        """The same on another device."""
+        return OwnKeys(None if self.lengths is None else self.lengths.to(device))
+
+
 class KeyCounts(Buffers):
     """How many keys the attention layers of a cache hold for each row, the same for all layers without a window.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.runtime import linear as products
-from .weights import plain_linear
+from .weights import is_unhooked, plain_linear
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
@@ -17,3 +18,27 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
         return module(x)  # type: ignore[no-any-return]
     weight, bias, *_ = readable
     return products.linear(x, weight, bias)
+
+
+class Adapter(nn.Sequential):
+    """Two linear layers of low rank beside projections that have the same input.
+
+    Args:
+        inputs: d.
+        rank: in between.
+        outputs: of all those projections together.
+    """
+
+    def __init__(self, inputs: int, rank: int, outputs: int) -> None:
+        super().__init__(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False))
+
+    def add_to(self, x: Tensor, *projected: Tensor) -> list[Tensor]:
+        """What projections of ``x (..., d)`` gave, each plus its part of what this makes of ``x``, which is added by
+        the product itself where weights may be read.
+        """
+        sizes, up = [each.shape[-1] for each in projected], plain_linear(self[1])
+        if up is None or up.lora is not None or not is_unhooked(self):
+            return [each + more for each, more in zip(projected, self(x).split(sizes, -1), strict=True)]
+        inner = self[0](x).flatten(0, -2)  # (R, r)
+        parts = zip(projected, up.weight.split(sizes), strict=True)
+        return [torch.addmm(each.flatten(0, -2), inner, weight.T).view_as(each) for each, weight in parts]

@@ -17,7 +17,7 @@ from .. import ops
 from ..errors import ArgumentError
 from ..layers import Attention, Experts, Placement
 from ..layers.attention import attend_eagerly, attention
-from ..layers.placement import FlatDocuments
+from ..layers.placement import FlatDocuments, OwnKeys
 from ..ops.attention.op import attend_one_serves
 
 
@@ -45,20 +45,6 @@ def attend(
         sliding_window=module.window,
     )
     return out, None
-
-
-class OwnKeys:
-    """One query a sequence, which sees the first ``lengths (B,)`` keys of its own, all of them if None."""
-
-    def __init__(self, lengths: Tensor | None) -> None:
-        self.lengths = lengths
-        self._mask: Tensor | None = None
-
-    def additive(self, keys: Tensor) -> Tensor | None:
-        """The same as a mask ``(B, 1, 1, S)`` for ``keys (B, H', S, D)``, made once for all layers."""
-        if self.lengths is not None and self._mask is None:
-            self._mask = (torch.arange(keys.shape[2], device=keys.device) < self.lengths[:, None])[:, None, None]
-        return self._mask
 
 
 def _attend_eagerly(

@@ -28,6 +28,7 @@ from ..layers import (
     place,
 )
 from ..layers.mixer import FP32_PARAMETERS
+from ..layers.projection import Adapter
 from ..layers.sequence import PLAIN
 from ..ops.mixer.torch import scaled
 from .arguments import check_ignored
@@ -85,8 +86,7 @@ class SharedBlock(nn.Module):
         self.mlp = _mlp(config, config.intermediate_size)
 
         def adapters(inputs: int, outputs: int) -> nn.ModuleList:
-            pairs = ((nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False)) for _ in range(uses))
-            return nn.ModuleList([nn.Sequential(*pair) for pair in pairs])
+            return nn.ModuleList([Adapter(inputs, rank, outputs) for _ in range(uses)])
 
         self.has_adapters, self.has_attention_adapters = rank > 0, config.shared_attention_adapters
         if self.has_attention_adapters:
@@ -94,7 +94,7 @@ class SharedBlock(nn.Module):
         if self.has_adapters:
             self.mlp_adapters = adapters(config.hidden_size, 2 * config.intermediate_size)
 
-    def added_projections(self) -> Iterator[tuple[nn.Sequential, list[nn.Module]]]:
+    def added_projections(self) -> Iterator[tuple[Adapter, list[nn.Module]]]:
         """Each adapter, and the projections whose outputs, side by side, it is added to."""
         pairs: list[tuple[Any, list[nn.Module]]] = []
         if self.has_attention_adapters:
@@ -117,12 +117,12 @@ class SharedBlock(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Stream and embeddings ``(B, T, d)`` to ``(B, T, d)``, for the ``use``-th of the layers that use it."""
         x = self.norm(torch.cat([hidden_states.to(embeddings.dtype), embeddings], -1))  # (B, T, 2 d)
-        added = None
+        adapters: tuple[Any, ...] = ()
         if self.has_attention_adapters:
-            added = (self.q_adapters[use](x), self.k_adapters[use](x), self.v_adapters[use](x))
-        x, weights = self.attention(x, placement, layout, state, added=added, output_attentions=output_attentions)
-        x = self.mlp_norm(x)
-        return self.mlp(x, self.mlp_adapters[use](x) if self.has_adapters else None), weights
+            adapters = self.q_adapters[use], self.k_adapters[use], self.v_adapters[use]
+        arguments = x, placement, layout, state
+        x, weights = self.attention(*arguments, adapters=adapters, output_attentions=output_attentions)
+        return self.mlp(self.mlp_norm(x), self.mlp_adapters[use] if self.has_adapters else None), weights
 
 
 class MixerBlock(nn.Module):
@@ -152,8 +152,7 @@ class MixerBlock(nn.Module):
         """``(B, T, d)`` to ``(B, T, d)``."""
         after = stream
         if self.attention_kind is not None:
-            attended, scale = self._attend(self.norm(stream), call, self.attention_kind)
-            after = torch.add(stream, attended, alpha=scale)
+            after = self._attend(stream, call, self.attention_kind)
         if SSD not in self.state_index:
             return after
         after = self._mix(stream, after, call)
@@ -179,16 +178,26 @@ class MixerBlock(nn.Module):
             call.attentions.append(matrix)
         return residual + scaled(mixed, after * self.scale)
 
-    def _attend(self, normed: Tensor, call: _Call, kind: str) -> tuple[Tensor, float]:
-        """What attention makes of the norm of the stream, and its multiplier."""
+    def _attend(self, stream: Tensor, call: _Call, kind: str) -> Tensor:
+        """``stream`` plus what attention makes of it."""
         before, after = self.attention_scales
-        attended, weights = self.attention(
-            *(scaled(normed, before), call.placement, call.layout, call.state(self.state_index[kind])),
-            output_attentions=call.output_attentions,
-        )
+        placement: Any = call.placement
+        arguments = placement, call.layout, call.state(self.state_index[kind])
+        # What wraps attention may hand on its methods, and has to be called.
+        if type(self.attention) is Attention:
+            added, weights = self.attention.layer(
+                *(stream, self.norm, *arguments),
+                multipliers=(before, after * self.scale),
+                output_attentions=call.output_attentions,
+            )
+        else:
+            attended, weights = self.attention(
+                scaled(self.norm(stream), before), *arguments, output_attentions=call.output_attentions
+            )
+            added = torch.add(stream, attended, alpha=after * self.scale)
         if weights is not None:
             call.attentions.append(weights)
-        return attended, after * self.scale
+        return added
 
 
 class SharedMixerBlock(MixerBlock):

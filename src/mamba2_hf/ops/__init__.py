@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from . import dispatch
 from . import torch as torch
-from .attention.op import attend_one, rotary
+from .attention.op import AttentionStep, attend_one, attention_step, rotary
 from .conv.op import activate, causal_conv1d, causal_conv1d_update
 from .cross_entropy.op import linear_cross_entropy
 from .dispatch import use_backend
@@ -36,6 +36,7 @@ from .scan.reference import ssd_attention_matrix
 from .spec import LayerWeights, Linear, LowRank, MixerSpec, MixerWeights, Packing
 
 __all__ = [
+    "AttentionStep",
     "ExpertsStep",
     "Inner",
     "LayerStep",
@@ -50,6 +51,7 @@ __all__ = [
     "Step",
     "activate",
     "attend_one",
+    "attention_step",
     "causal_conv1d",
     "causal_conv1d_update",
     "experts_step",

@@ -25,6 +25,7 @@ ENVIRONMENT_VARIABLE = "MAMBA2_HF_BACKEND"
 BACKENDS = ("triton", "torch")  # fastest first
 OPS = (
     "attend_one",
+    "attention_step",
     "ssd_chunk_scan",
     "ssd_state_update",
     "causal_conv1d",

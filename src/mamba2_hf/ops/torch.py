@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .attention.torch import attend_one as attend_one
+from .attention.torch import attention_step as attention_step
 from .attention.torch import rotary as rotary
 from .conv.torch import causal_conv1d as causal_conv1d
 from .conv.torch import causal_conv1d_update as causal_conv1d_update

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .attention.triton import attend_one as attend_one
+from .attention.triton import attention_step as attention_step
 from .attention.triton import rotary as rotary
 from .conv import kernels
 from .conv import op as conv

@@ -1,4 +1,6 @@
-"""Rotary embedding, and attention of one query a sequence: arguments, contracts, and the choice of a backend."""
+"""Rotary embedding, attention of one query a sequence, and a whole layer of attention for one token a sequence:
+arguments, contracts, and the choice of a backend.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,10 @@ from torch import Tensor
 from .. import dispatch
 from ..checks import check_devices, check_floating, check_rank, check_same_dtype, check_shape, fail
 from ..runtime.modes import needs_grad
-from ..spec import Index
+from ..spec import Index, Linear, State
 
-LARGEST_HEAD = 256
+MOST_ROWS = 64
+"""Sequences of a step of a layer, on Triton."""
 
 
 class Rotary(NamedTuple):
@@ -33,6 +36,44 @@ class OneQuery(NamedTuple):
     v: Tensor
     lengths: Index | None
     scale: float
+
+
+class AttentionStep(NamedTuple):
+    """Arguments of :func:`attention_step`: ``residual + m' out(attend(q(x), k(x), v(x)))`` of ``x = m norm(stream)``,
+    for one token of each sequence, whose keys and values join those of a buffer.
+    """
+
+    stream: Tensor
+    """``(B, 1, d)``"""
+    keys: State
+    """``(B, H', S, D)``"""
+    values: State
+    """As ``keys``."""
+    norm_weight: Tensor
+    """``(d,)``"""
+    q: Linear
+    """To H D."""
+    k: Linear
+    """To H' D."""
+    v: Linear
+    """To H' D."""
+    out: Linear
+    """From H D."""
+    lengths: Index
+    """``(B,)`` keys of each sequence with the new one, from 1 to S, which goes to the last of these places."""
+    cos: Index | None
+    """``(B or 1, 1, D')`` as for :func:`rotary`; None for no rotation."""
+    sin: Index | None
+    scale: float
+    """Of the scores."""
+    norm_eps: float = 1e-5
+    multiplier: float = 1.0
+    """m"""
+    key_multiplier: float = 1.0
+    output_multiplier: float = 1.0
+    """m'"""
+    residual: Tensor | None = None
+    """``(B, 1, d)``; None for the stream."""
 
 
 def rotary(
@@ -110,11 +151,65 @@ def attend_one(
     return y
 
 
+def attention_step(call: AttentionStep, backend: str | None = None) -> Tensor:
+    """A layer of attention for one token a sequence: ``(B, 1, d)`` in the dtype of the stream. ``keys`` and ``values``
+    are written in place. On Triton that is for up to 64 sequences, and no gradient is known.
+    """
+    stream, keys = call.stream, call.keys
+    check_rank("stream", stream, 3, "(B, 1, d)")
+    check_rank("keys", keys, 4, "(B, H', S, D)")
+    (batch, _, width), (_, groups, places, size) = stream.shape, keys.shape
+    check_shape("stream", stream, (batch, 1, width), "(B, 1, d)")
+    check_shape("keys", keys, (batch, groups, places, size), "(B, H', S, D)")
+    check_shape("values", call.values, tuple(keys.shape), "as keys")
+    check_rank("q", call.q.weight, 2, "(H D, d)")
+    inner = call.q.weight.shape[0]
+    if inner % (groups * size):
+        fail(f"q has {inner} outputs, which is no multiple of the {groups} x {size} of k")
+    for name, linear, shape in (
+        *(("q", call.q, (inner, width)), ("k", call.k, (groups * size, width)), ("v", call.v, (groups * size, width))),
+        ("out", call.out, (width, inner)),
+    ):
+        check_shape(name, linear.weight, shape, str(shape))
+        check_same_dtype(**{name: linear.weight, "keys": keys})
+        check_devices(stream.device, **{name: linear.weight, f"{name} bias": linear.bias})
+        if linear.lora is not None:
+            fail(f"{name} has LoRA factors, which a step does not take: call the modules")
+    check_same_dtype(keys=keys, values=call.values)
+    for name, buffer in (("keys", keys), ("values", call.values)):
+        if buffer.stride(3) != 1:
+            fail(f"the channels of {name} lie {buffer.stride(3)} elements apart, expected neighbors")
+    check_shape("lengths", call.lengths, (batch,), "(B,)")
+    if call.cos is not None and call.sin is not None:
+        turned = call.cos.shape[-1]
+        if turned > size or turned % 2:
+            fail(f"cos has {turned} channels, expected an even number up to the {size} of a head")
+        check_shape("cos", call.cos, (1 if call.cos.shape[0] == 1 else batch, 1, turned), "(B or 1, 1, D')")
+        check_shape("sin", call.sin, tuple(call.cos.shape), "as cos")
+    tensors = {"keys": keys, "values": call.values, "lengths": call.lengths, "cos": call.cos, "residual": call.residual}
+    check_devices(stream.device, **tensors)
+    differentiable = needs_grad(
+        stream, keys, call.values, *(each.weight for each in (call.q, call.k, call.v, call.out))
+    )
+    options = {"dtype": keys.dtype, "width": size, "differentiable": differentiable}
+    backend = dispatch.choose("attention_step", stream.device, backend, **options).name
+    y: Tensor = dispatch.backend_module(backend).attention_step(call)
+    return y
+
+
+def attention_step_serves(stream: Tensor, keys: Tensor) -> bool:
+    """Whether :func:`attention_step` is the quickest way for ``stream (B, T, d)``: one token of up to 64 sequences, on
+    a GPU, under the conditions of :func:`attend_one_serves`.
+    """
+    few = stream.shape[1] == 1 and stream.shape[0] <= MOST_ROWS
+    return few and attend_one_serves(keys, keys) and not torch.is_autocast_enabled("cuda")
+
+
 def attend_one_serves(queries: Tensor, keys: Tensor) -> bool:
     """Whether :func:`attend_one` is the quickest way for one query a sequence: on a GPU that Triton serves, with no
     gradient and no graph in the making, and heads that fit.
     """
     if not queries.is_cuda or torch.is_grad_enabled() or queries.dtype != keys.dtype or torch.compiler.is_compiling():
         return False
-    usable = dispatch.usable(queries.device)[0] and queries.dtype != torch.float64
-    return usable and queries.shape[-1] <= LARGEST_HEAD
+    options = {"dtype": queries.dtype, "width": queries.shape[-1]}
+    return dispatch.choose("attend_one", queries.device, None, **options).name == "triton"

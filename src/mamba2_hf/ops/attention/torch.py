@@ -1,11 +1,14 @@
-"""Rotary embedding and one query a sequence in PyTorch."""
+"""Rotary embedding, one query a sequence, and one token of a layer in PyTorch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .op import OneQuery, Rotary
+from ..norm.op import Norm
+from ..norm.torch import gated_rms_norm
+from ..runtime.linear import linear
+from .op import AttentionStep, OneQuery, Rotary
 
 
 def rotary(call: Rotary) -> tuple[Tensor, Tensor]:
@@ -33,3 +36,22 @@ def attend_one(call: OneQuery) -> Tensor:
         scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
         v = v.masked_fill(hidden[:, None, :, None], 0.0)  # what lies behind the keys may be anything
     return torch.softmax(scores, -1).to(v.dtype) @ v
+
+
+def attention_step(call: AttentionStep) -> Tensor:
+    """See :func:`mamba2_hf.ops.attention_step`."""
+    stream, size = call.stream, call.keys.shape[3]
+    weight, residual = call.norm_weight, stream if call.residual is None else call.residual
+    x = gated_rms_norm(Norm(stream, None, weight, call.norm_eps, stream.shape[2], False, weight.dtype))
+    x = x if call.multiplier == 1 else x * call.multiplier
+    q, k, v = (linear(x, each.weight, each.bias).unflatten(-1, (-1, size)) for each in (call.q, call.k, call.v))
+    if call.cos is not None and call.sin is not None:
+        q, k = rotary(Rotary(q, k, call.cos, call.sin, call.key_multiplier))
+    elif call.key_multiplier != 1:
+        k = k * call.key_multiplier
+    place = (call.lengths.long() - 1)[:, None, None, None].expand(-1, k.shape[2], 1, size)
+    for buffer, new in ((call.keys, k), (call.values, v)):
+        buffer.scatter_(2, place, new.transpose(1, 2))
+    y = attend_one(OneQuery(q.transpose(1, 2), call.keys, call.values, call.lengths, call.scale))
+    y = linear(y.transpose(1, 2).flatten(2), call.out.weight, call.out.bias)
+    return torch.add(residual, y, alpha=call.output_multiplier)

@@ -1,23 +1,35 @@
-"""Rotary embedding on Triton, and attention of one query a sequence, whose keys are split among programs.
+"""Rotary embedding on Triton, attention of one query a sequence, whose keys are split among programs, and a whole layer
+of attention for one token a sequence.
 
 With one query there is nothing to divide but heads and keys. Each program goes through a part of the keys of one head
 of them, for all queries that share it; a second launch adds up what the parts found (Flash-Decoding, Dao et al. 2023).
+
+In a layer a launch projects to queries, keys and values before that, and another turns them and brings keys and values
+to their places. One row is a matter of reading weights once, as in ``mixer/one_row.py``.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import flops
+from ..mixer.one_row import _normed_tiles, _project, _weight_tiles, project_back
+from ..mixer.rows import _products
+from ..norm.op import Norm
+from ..norm.triton import norm_forward
 from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.op import op
 from ..runtime.overlap import follow, overlap
 from ..runtime.rows import channels_last, dense
 from ..runtime.tables import cdiv, power_of_two
-from .op import OneQuery, Rotary
+from .op import AttentionStep, OneQuery, Rotary
 
 
 @triton.jit
@@ -114,6 +126,97 @@ def attend_sum_kernel(sums, maxima, totals, y, parts, D: tl.constexpr, BS: tl.co
     tl.store(y + line * D + d, value.to(y.dtype.element_ty), mask=d < D)
 
 
+@triton.jit
+def _enter_one(pid, x, norm_weight, weight, bias, u, outputs, eps, factor,
+               WIDTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """``BN`` outputs of a projection of ``factor`` times the norm of ``x (WIDTH,)``."""
+    n = pid * BN + tl.arange(0, BN)
+    mask = n < outputs
+    weights = _weight_tiles(weight, n, mask, WIDTH, BK)
+    follow(OVERLAP)
+    inputs, scale = _normed_tiles(x, norm_weight, eps, WIDTH, BK)
+    out = _project(weights, inputs, scale * factor, bias, n, mask, u.dtype.element_ty, WIDTH, BK)
+    tl.store(u + n, out.to(u.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def attention_enter_kernel(x, norm_weight, q, k, v, q_bias, k_bias, v_bias, u, of_q, of_k, eps, factor,
+                           WIDTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                           OVERLAP: tl.constexpr):  # fmt: skip
+    """Queries, keys and values ``u (of_q + 2 of_k,)`` of one row."""
+    pid = tl.program_id(0)
+    first, second = tl.cdiv(of_q, BN), tl.cdiv(of_k, BN)
+    if pid < first:
+        _enter_one(pid, x, norm_weight, q, q_bias, u, of_q, eps, factor, WIDTH, BN, BK, OVERLAP)
+    elif pid < first + second:
+        _enter_one(pid - first, x, norm_weight, k, k_bias, u + of_q, of_k, eps, factor, WIDTH, BN, BK, OVERLAP)
+    else:
+        _enter_one(pid - first - second, x, norm_weight, v, v_bias, u + of_q + of_k, of_k, eps, factor,
+                   WIDTH, BN, BK, OVERLAP)  # fmt: skip
+
+
+@triton.jit
+def attention_enter_rows_kernel(x, q, k, v, q_bias, k_bias, v_bias, u, rows, of_q, of_k, factor,
+                                WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                                PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """Queries, keys and values ``u (rows, of_q + 2 of_k)`` of up to ``BM`` rows, of ``factor`` times ``x``."""
+    pid, first, second = tl.program_id(0), tl.cdiv(of_q, BN), tl.cdiv(of_k, BN)
+    # One loop for all three: the buffers of each would take shared memory of their own.
+    if pid < first:
+        weight, bias, begin, outputs = q, q_bias, 0, of_q
+    elif pid < first + second:
+        weight, bias, begin, outputs = k, k_bias, of_q, of_k
+        pid -= first
+    else:
+        weight, bias, begin, outputs = v, v_bias, of_q + of_k, of_k
+        pid -= first + second
+    m, n = tl.arange(0, BM)[:, None], (pid * BN + tl.arange(0, BN))[None, :]
+    follow(OVERLAP)
+    offset = 0.0 if bias is None else tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
+    last: tl.constexpr = (WIDTH + BK - 1) // BK
+    sums = _products(x, weight, None, 0, pid * BN, 0, last, rows, outputs, 0.0,
+                     WIDTH, WIDTH, 1, 1, BM, BN, BK, False, PRECISION)  # fmt: skip
+    value = (tl.trans(sums) * factor + offset).to(u.dtype.element_ty)
+    tl.store(u + m * (of_q + 2 * of_k) + begin + n, value, mask=(m < rows) & (n < outputs))
+
+
+@triton.jit
+def place_kernel(u, cos, sin, lengths, queries, keys, values, multiplier, sc_b, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s,
+                 H: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, TURNED: tl.constexpr, HALF: tl.constexpr,
+                 REST: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """One head of a row of ``u (rows, (H + 2 GROUPS) D)``: queries turned to a dense ``queries (rows, H, D)``, keys
+    turned and values as they are to the last of their row's ``lengths`` places.
+    """
+    heads: tl.constexpr = H + 2 * GROUPS
+    row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    follow(OVERLAP)
+    u += (row * heads + head) * D
+    if TURNED > 0:
+        cos += row * sc_b
+        sin += row * sc_b
+    place = tl.load(lengths + row).to(tl.int64) - 1
+    if head < H:
+        _move(u, queries + (row * H + head) * D, cos, sin, 1.0, D, TURNED, HALF, REST, BD)
+    elif head < H + GROUPS:
+        at = keys + row * sk_b + (head - H) * sk_h + place * sk_s
+        _move(u, at, cos, sin, multiplier, D, TURNED, HALF, REST, BD)
+    else:
+        at = values + row * sv_b + (head - H - GROUPS) * sv_h + place * sv_s
+        _move(u, at, cos, sin, 1.0, D, 0, HALF, REST, BD)
+
+
+@triton.jit
+def _move(x, y, cos, sin, multiplier, D: tl.constexpr, TURNED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+          BD: tl.constexpr):  # fmt: skip
+    """One head ``x (D,)`` to ``y``, times ``multiplier``, its first ``TURNED`` channels turned."""
+    if TURNED > 0:
+        _turn(x, y, cos, sin, 1.0, multiplier, D, 1, D, TURNED, 1, HALF, REST)
+    else:
+        d = tl.arange(0, BD)
+        value = tl.load(x + d, mask=d < D, other=0.0).to(tl.float32) * multiplier
+        tl.store(y + d, value.to(y.dtype.element_ty), mask=d < D)
+
+
 def _rotary(call: Rotary, q: Tensor, k: Tensor, sign: float) -> tuple[Tensor, Tensor]:
     q, k, cos, sin = channels_last(q), channels_last(k), call.cos.contiguous(), call.sin.contiguous()
     (batch, tokens, heads, size), groups, turned = q.shape, k.shape[2], cos.shape[2]
@@ -150,6 +253,10 @@ def _rotary_backward(call: Rotary, dq: Tensor, dk: Tensor | None) -> tuple[Tenso
 @op("attend_one", fake=lambda call: call.q.new_empty(call.q.shape))
 def attend_one(call: OneQuery) -> Tensor:
     """See :func:`mamba2_hf.ops.attend_one`."""
+    return _attend(call)
+
+
+def _attend(call: OneQuery) -> Tensor:
     q, k, v = map(channels_last, (call.q, call.k, call.v))
     (batch, heads, _, size), (_, groups, keys, _), device = q.shape, k.shape, q.device
     part, warps = tables.attend_part(tables.current_chip(), batch * groups, keys)
@@ -183,3 +290,73 @@ def attend_one(call: OneQuery) -> Tensor:
         **options,
     )
     return y
+
+
+def _step_flops(call: Any) -> int:
+    rows = call.stream.shape[0]
+    return sum(flops.product(rows, each.weight) for each in (call.q, call.k, call.v, call.out))
+
+
+@op("attention_step", fake=lambda call: torch.empty_like(call.stream), flops=(_step_flops,))
+def attention_step(call: AttentionStep) -> Tensor:
+    """See :func:`mamba2_hf.ops.attention_step`."""
+    stream, keys, values, dtype = channels_last(call.stream), call.keys, call.values, call.keys.dtype
+    (rows, _, width), (_, groups, _, size), options = stream.shape, keys.shape, overlap()
+    of_q, of_k = call.q.weight.shape[0], groups * size
+    heads = of_q // size
+    linears = (call.q, call.k, call.v)
+    weights, biases = [each.weight.contiguous() for each in linears], [dense(each.bias) for each in linears]
+    u = torch.empty(rows, of_q + 2 * of_k, dtype=dtype, device=stream.device)
+    if rows == 1:
+        outputs, inputs, warps = tables.projection(width)
+        launch(
+            attention_enter_kernel,
+            (cdiv(of_q, outputs) + 2 * cdiv(of_k, outputs),),
+            *(stream, call.norm_weight.contiguous(), *weights, *biases, u, of_q, of_k, call.norm_eps, call.multiplier),
+            WIDTH=width,
+            BN=outputs,
+            BK=inputs,
+            num_warps=warps,
+            **options,
+        )
+    else:
+        norm = Norm(stream, None, call.norm_weight, call.norm_eps, width, False, dtype)
+        tiles = tables.attention_enter(tables.current_chip(), dtype, rows, of_q + 2 * of_k)
+        launch(
+            attention_enter_rows_kernel,
+            (cdiv(of_q, tiles.BN) + 2 * cdiv(of_k, tiles.BN),),
+            *(norm_forward(norm), *weights, *biases, u, rows, of_q, of_k, call.multiplier),
+            WIDTH=width,
+            BM=tiles.BM,
+            BN=tiles.BN,
+            BK=tiles.BK,
+            PRECISION=tables.precision(tables.current_chip(), dtype),
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+            **options,
+        )
+    queries = torch.empty(rows, heads, 1, size, dtype=dtype, device=stream.device)
+    cos, sin = dense(call.cos), dense(call.sin)
+    turned = 0 if cos is None else cos.shape[2]
+    lengths = call.lengths.contiguous()
+    launch(
+        place_kernel,
+        (rows * (heads + 2 * groups),),
+        *(u, cos, sin, lengths, queries, keys, values, call.key_multiplier),
+        *(0 if cos is None or cos.shape[0] == 1 else cos.stride(0), *keys.stride()[:3], *values.stride()[:3]),
+        H=heads,
+        GROUPS=groups,
+        D=size,
+        TURNED=turned,
+        HALF=power_of_two(max(turned // 2, 1)),
+        REST=power_of_two(max(size - turned, 1)),
+        BD=power_of_two(size),
+        num_warps=1,
+        **options,
+    )
+    y = _attend(OneQuery(queries, keys, values, lengths, call.scale))
+    residual = stream if call.residual is None else call.residual
+    if rows == 1:
+        return project_back(y, call.out, residual, call.output_multiplier)
+    projected = F.linear(y.view(rows, 1, of_q), call.out.weight, call.out.bias)
+    return torch.add(residual, projected, alpha=call.output_multiplier)

@@ -29,6 +29,7 @@ from ..runtime.rows import channels_last, dense
 from ..runtime.tables import cdiv, power_of_two, state_programs
 from ..scan.prep import _silu
 from ..scan.update import _step_size
+from ..spec import Linear
 from .op import LayerStep
 from .step import _shift, part_multiplier, step_kernel
 
@@ -355,5 +356,31 @@ def one_row_step(call: LayerStep, part: bool = False) -> Tensor:
         BLOCK=tables.SHIFT_BLOCK,
         num_warps=warps,
         **options,
+    )
+    return y
+
+
+@triton.jit
+def project_back_kernel(h, weight, bias, x, y, outputs, factor,
+                        WIDTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """``BN`` channels of ``x`` plus ``factor`` times the projection of ``h (WIDTH,)``."""
+    _leave(tl.program_id(0), h, None, None, weight, bias, x, y, None, outputs, 0.0, factor,
+           WIDTH, WIDTH, 1, False, BN, BK, 1, False, OVERLAP)  # fmt: skip
+
+
+def project_back(h: Tensor, down: Linear, residual: Tensor, factor: float) -> Tensor:
+    """``residual (1, 1, d)`` plus ``factor`` times the projection of a dense ``h (I,)``."""
+    size, width = down.weight.shape
+    y = torch.empty(1, 1, size, dtype=residual.dtype, device=h.device)
+    outputs, inputs, warps = tables.projection(width)
+    launch(
+        project_back_kernel,
+        (cdiv(size, outputs),),
+        *(h, down.weight.contiguous(), dense(down.bias), channels_last(residual), y, size, factor),
+        WIDTH=width,
+        BN=outputs,
+        BK=inputs,
+        num_warps=warps,
+        **overlap(),
     )
     return y

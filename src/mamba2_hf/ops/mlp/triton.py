@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import flops
-from ..mixer.one_row import _leave, _normed_tiles, _project, _weight_tiles
+from ..mixer.one_row import _normed_tiles, _project, _weight_tiles, project_back
 from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.op import op
@@ -86,14 +86,6 @@ def mlp_inner_kernel(x, norm_weight, gate, gate_bias, up, up_bias, h, outputs, e
     else:
         value, _ = _activate(value * multiplier, KIND)
     tl.store(h + n, value.to(dtype), mask=mask)
-
-
-@triton.jit
-def mlp_leave_kernel(h, weight, bias, x, y, outputs, factor,
-                     WIDTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """``BN`` channels of ``x`` plus ``factor`` times the projection of ``h (WIDTH,)``."""
-    _leave(tl.program_id(0), h, None, None, weight, bias, x, y, None, outputs, 0.0, factor,
-           WIDTH, WIDTH, 1, False, BN, BK, 1, False, OVERLAP)  # fmt: skip
 
 
 @triton.jit
@@ -218,7 +210,7 @@ def _mlp_flops(call: Any) -> int:
 @op("mlp_step", fake=lambda call: torch.empty_like(call.stream), flops=(_mlp_flops,))
 def mlp_step(call: MLPStep) -> Tensor:
     """See :func:`mamba2_hf.ops.mlp_step`."""
-    (up, up_bias, *_), (down, down_bias, *_) = call.up, call.down
+    up, up_bias, *_ = call.up
     width, size = up.shape
     stream, options, gate = channels_last(call.stream), overlap(), call.gate_weight
     h = torch.empty(width, dtype=up.dtype, device=up.device)
@@ -236,20 +228,7 @@ def mlp_step(call: MLPStep) -> Tensor:
         num_warps=warps,
         **options,
     )
-    y = torch.empty(1, 1, size, dtype=stream.dtype, device=up.device)
-    outputs, inputs, warps = tables.projection(width)
-    launch(
-        mlp_leave_kernel,
-        (cdiv(size, outputs),),
-        *(h, down.contiguous(), dense(down_bias), stream if call.residual is None else channels_last(call.residual)),
-        *(y, size, call.output_multiplier),
-        WIDTH=width,
-        BN=outputs,
-        BK=inputs,
-        num_warps=warps,
-        **options,
-    )
-    return y
+    return project_back(h, call.down, stream if call.residual is None else call.residual, call.output_multiplier)
 
 
 def _experts_fake(call: ExpertsStep) -> tuple[Tensor, Tensor]:

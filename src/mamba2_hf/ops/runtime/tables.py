@@ -385,13 +385,19 @@ def attend_part(chip: Chip, sequences: int, keys: int) -> tuple[int, int]:
     return cdiv(cdiv(keys, parts), ATTEND_KEYS) * ATTEND_KEYS, 4
 
 
+def attention_enter(chip: Chip, dtype: torch.dtype, rows: int, outputs: int) -> Projection:
+    """``enter_rows_kernel`` of attention: queries, keys and values are few outputs, and each program has some."""
+    bn, bk = tile(outputs // chip.processors, 64), 64 if dtype == torch.float32 else 128
+    return Projection(tile(rows, 64), bn, bk, split=1, warps=4, stages=_stages(chip, 4))
+
+
 # What kernels serve at all.
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_STATE = 256  # head dim and state size: a state stays in registers
 STEP_OPS = (
     *("ssd_state_update", "causal_conv1d_update", "mamba2_step", "mamba2_layer_step"),
-    *("mlp_step", "experts_step", "attend_one"),
+    *("mlp_step", "experts_step", "attend_one", "attention_step"),
 )
 
 
@@ -430,7 +436,7 @@ def refusals(
             yield f"{shape.tokens} tokens of a sequence are more than one"
         if op in STEP_OPS and group_size % shape.head_dim:
             yield f"group_size {group_size} is no multiple of head_dim {shape.head_dim}"
-    if op == "attend_one" and width > LARGEST_STATE:
+    if op in ("attend_one", "attention_step") and width > LARGEST_STATE:
         yield f"{width} channels of a head are more than {LARGEST_STATE}"
     if op not in STEP_OPS and max(group_size, width) > LARGEST_GROUP:
         yield f"group_size {max(group_size, width)} is above {LARGEST_GROUP}"
