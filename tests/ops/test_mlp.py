@@ -91,18 +91,25 @@ def test_mlp_step(activation: str, gated: bool, bias: bool, residual: bool) -> N
         assert error(ops.mlp_step(call, backend), expected) <= tolerance
 
 
-@pytest.mark.parametrize(("gated", "top_k"), [(True, 3), (False, 1), (True, 6)])
-def test_experts_step(gated: bool, top_k: int) -> None:
+@pytest.mark.parametrize(("gated", "top_k", "rows"), [(True, 3, 1), (False, 1, 1), (True, 6, 1), (True, 2, 5)])
+def test_experts_step(gated: bool, top_k: int, rows: int) -> None:
     d, width, experts = 20, 9, 6
-    tensors = [draw(1, 1, d), draw(d), draw(experts, d), draw(experts, (1 + gated) * width, d), draw(experts, d, width)]
+    tensors = [
+        draw(rows, 1, d),
+        draw(d),
+        draw(experts, d),
+        draw(experts, (1 + gated) * width, d),
+        draw(experts, d, width),
+    ]
     stream, norm, router, inner, down = tensors
-    x = normed(stream, norm, 1e-3)[0, 0]
-    chosen, index = (router @ x).topk(top_k)
-    out = torch.zeros_like(x)
-    for share, expert in zip(torch.softmax(chosen, -1), index, strict=True):
-        both = inner[expert] @ x
-        value = F.silu(both[:width]) * both[width:] if gated else F.silu(both)
-        out += share * (down[expert] @ value)
+    normed_rows = normed(stream, norm, 1e-3)[:, 0]
+    out = torch.zeros_like(normed_rows)
+    for row, x in enumerate(normed_rows):
+        chosen, index = (router @ x).topk(top_k)
+        for share, expert in zip(torch.softmax(chosen, -1), index, strict=True):
+            both = inner[expert] @ x
+            value = F.silu(both[:width]) * both[width:] if gated else F.silu(both)
+            out[row] += share * (down[expert] @ value)
     for backend, device, dtype, tolerance in (
         ("torch", "cpu", torch.float64, 1e-12),
         ("triton", DEVICE, torch.float32, 1e-6),
@@ -110,8 +117,8 @@ def test_experts_step(gated: bool, top_k: int) -> None:
         cast = [t.to(device, dtype) for t in tensors]
         call = ExpertsStep(*cast, top_k, "silu", gated, 1e-3, 0.3, residual=2 * cast[0])  # type: ignore[arg-type]
         after, logits = ops.experts_step(call, backend)
-        assert error(after, 2 * stream + 0.3 * out) <= tolerance
-        assert error(logits, (router @ x)[None]) <= tolerance
+        assert error(after, 2 * stream + 0.3 * out[:, None]) <= tolerance
+        assert error(logits, normed_rows @ router.T) <= tolerance
 
 
 def test_what_does_not_fit_is_named() -> None:

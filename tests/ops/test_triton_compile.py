@@ -248,6 +248,7 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
             for gate in (None, zeros(8192, width)):
                 mlp.mlp_step(MLPStep(stream, norm_weight, gate, None, up, down, kind))
         inner_weights = (zeros(64, width), zeros(64, 1024, width), zeros(64, width, 512))
+        mlp.experts_step(ExpertsStep(stream.expand(16, 1, width).contiguous(), norm_weight, *inner_weights, 6, "silu"))
         mlp.experts_step(ExpertsStep(stream, norm_weight, *inner_weights, 6, "silu"))
         for heads, groups in ((8, 2), (32, 32)):
             q, k = zeros(2, heads, 1, 128), zeros(2, groups, 4096, 128)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.mlp.op import step_serves
+from ..ops.mlp.op import EXPERTS_ROWS, step_serves
 from .causal_conv1d import PLAIN_TENSORS
 from .fp32 import KeepsFp32
 from .mlp import MLP, MLP_KINDS
@@ -234,9 +234,9 @@ class MoE(nn.Module):
 
     def layer(self, stream: Tensor, norm: RMSNorm, output_multiplier: float = 1.0) -> tuple[Tensor, Tensor]:
         """``stream + output_multiplier * self(norm(stream))``, ``(B, T, d)``, and the router's logits; for one token of
-        one sequence on a GPU, where weights may be read, in as few launches as that takes.
+        each of a few sequences on a GPU, where weights may be read, in as few launches as that takes.
         """
-        call = self._step(stream, norm, output_multiplier) if step_serves(stream) else None
+        call = self._step(stream, norm, output_multiplier) if step_serves(stream, EXPERTS_ROWS) else None
         if call is None:
             out, logits = self(norm(stream))
             return torch.add(stream, out, alpha=output_multiplier), logits

@@ -20,6 +20,10 @@ ACTIVATIONS = ("silu", "gelu", "relu2")
 """By name: SiLU, the exact GELU, and ``max(x, 0) ** 2``."""
 
 
+EXPERTS_ROWS = 16
+"""Sequences up to which a step of experts reads them for each of its choices."""
+
+
 class Gated(NamedTuple):
     """Arguments of :func:`gated_activation`."""
 
@@ -63,10 +67,10 @@ class MLPStep(NamedTuple):
 
 
 class ExpertsStep(NamedTuple):
-    """Arguments of :func:`experts_step`: a router and the experts that it chooses, for one token."""
+    """Arguments of :func:`experts_step`: a router and the experts that it chooses, for one token of each sequence."""
 
     stream: Tensor
-    """``(1, 1, d)``"""
+    """``(B, 1, d)``"""
     norm_weight: Tensor
     """``(d,)``"""
     router: Tensor
@@ -81,7 +85,7 @@ class ExpertsStep(NamedTuple):
     norm_eps: float = 1e-5
     output_multiplier: float = 1.0
     residual: Tensor | None = None
-    """``(1, 1, d)``; None for the stream."""
+    """``(B, 1, d)``; None for the stream."""
 
 
 def gated_activation(
@@ -141,11 +145,12 @@ def mlp_step(call: MLPStep, backend: str | None = None) -> Tensor:
 
 
 def experts_step(call: ExpertsStep, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """A layer of experts for one token: ``(1, 1, d)`` in the dtype of the stream, and the router's logits ``(1, E)`` in
-    fp32. The weights of the chosen experts are a softmax over their logits alone.
+    """A layer of experts for one token a sequence: ``(B, 1, d)`` in the dtype of the stream, and the router's logits
+    ``(B, E)`` in fp32. The weights of the chosen experts are a softmax over their logits alone.
     """
     stream, router, inner, down = call.stream, call.router, call.inner, call.down
-    check_shape("stream", stream, (1, 1, stream.shape[-1]), "(1, 1, d)")
+    check_rank("stream", stream, 3, "(B, 1, d)")
+    check_shape("stream", stream, (stream.shape[0], 1, stream.shape[2]), "(B, 1, d)")
     check_rank("router", router, 2, "(E, d)")
     check_rank("down", down, 3, "(E, d, I)")
     (experts, size), width = router.shape, down.shape[2]
@@ -165,11 +170,11 @@ def experts_step(call: ExpertsStep, backend: str | None = None) -> tuple[Tensor,
     return y, logits
 
 
-def step_serves(stream: Tensor) -> bool:
-    """Whether the steps of this module are the quickest way for ``stream (B, T, d)``: one token of one sequence on a
-    GPU that Triton serves, with no gradient and no autocast.
+def step_serves(stream: Tensor, rows: int = 1) -> bool:
+    """Whether the steps of this module are the quickest way for ``stream (B, T, d)``: one token of up to ``rows``
+    sequences on a GPU that Triton serves, with no gradient and no autocast.
     """
-    if stream.shape[:2] != (1, 1) or not stream.is_cuda or torch.is_grad_enabled():
+    if stream.shape[0] > rows or stream.shape[1] != 1 or not stream.is_cuda or torch.is_grad_enabled():
         return False
     return dispatch.usable(stream.device)[0] and not torch.is_autocast_enabled("cuda")
 

@@ -41,16 +41,16 @@ def mlp_step(call: MLPStep) -> Tensor:
 
 def experts_step(call: ExpertsStep) -> tuple[Tensor, Tensor]:
     """See :func:`mamba2_hf.ops.experts_step`."""
-    x = _normed(call)[0]  # (1, d)
+    x = _normed(call)[:, 0]  # (B, d)
     logits = F.linear(x, call.router)
     logits = logits.to(compute_dtype(logits.dtype))
-    chosen, index = logits[0].topk(call.top_k)
-    inner = call.inner[index] @ x[0]  # (k, 2 I)
+    chosen, index = logits.topk(call.top_k)  # (B, k)
+    inner = (call.inner[index] @ x[:, None, :, None])[..., 0]  # (B, k, 2 I)
     gate, up = inner.chunk(2, -1) if call.gated else (inner, None)
     inner = gated_activation(Gated(gate, up, call.activation))
-    each = (call.down[index] @ inner[..., None])[..., 0]  # (k, d)
-    out = (torch.softmax(chosen, -1).to(x.dtype)[:, None] * each).sum(0)
-    return _residual(call) + call.output_multiplier * out, logits
+    each = (call.down[index] @ inner[..., None])[..., 0]  # (B, k, d)
+    out = (torch.softmax(chosen, -1).to(x.dtype)[..., None] * each).sum(1)
+    return _residual(call) + call.output_multiplier * out[:, None], logits
 
 
 def _normed(call: MLPStep | ExpertsStep) -> Tensor:

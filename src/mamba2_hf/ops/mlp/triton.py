@@ -89,11 +89,15 @@ def mlp_inner_kernel(x, norm_weight, gate, gate_bias, up, up_bias, h, outputs, e
 
 
 @triton.jit
-def router_kernel(x, norm_weight, weight, y, outputs, eps,
+def router_kernel(x, norm_weight, weight, y, outputs, eps, stride,
                   WIDTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """``BN`` of the logits ``y (E,)`` of ``norm(x)``, ``x (WIDTH,)``, rounded as the weights are."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    """``BN`` of the logits ``y (rows, E)`` of ``norm(x)`` for one row of ``x (rows, WIDTH)``, rounded as the weights
+    are.
+    """
+    row, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
     mask = n < outputs
+    x += row.to(tl.int64) * stride
+    y += row * outputs
     weights = _weight_tiles(weight, n, mask, WIDTH, BK)
     follow(OVERLAP)
     inputs, scale = _normed_tiles(x, norm_weight, eps, WIDTH, BK)
@@ -103,8 +107,13 @@ def router_kernel(x, norm_weight, weight, y, outputs, eps,
 @triton.jit
 def choose_kernel(logits, index, weights, experts, E: tl.constexpr, TOP_K: tl.constexpr, K: tl.constexpr,
                   OVERLAP: tl.constexpr):  # fmt: skip
-    """The ``TOP_K`` largest of ``logits (experts,)`` by ``index (TOP_K,)``, and the softmax over them."""
-    n, slot = tl.arange(0, E), tl.arange(0, K)
+    """The ``TOP_K`` largest of one row of ``logits (rows, experts)`` by ``index (rows, TOP_K)``, and the softmax over
+    them.
+    """
+    row, n, slot = tl.program_id(0), tl.arange(0, E), tl.arange(0, K)
+    logits += row * experts
+    weights += row * TOP_K
+    index += row * TOP_K
     follow(OVERLAP)
     left = tl.load(logits + n, mask=n < experts, other=float("-inf"))
     chosen = tl.full([K], float("-inf"), tl.float32)
@@ -119,12 +128,15 @@ def choose_kernel(logits, index, weights, experts, E: tl.constexpr, TOP_K: tl.co
 
 
 @triton.jit
-def experts_inner_kernel(x, norm_weight, weight, index, h, outputs, eps,
-                         KIND: tl.constexpr, GATED: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
-                         BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """``BN`` inner channels of one chosen expert, to ``h (TOP_K, outputs)``."""
-    n, slot = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1)
+def experts_inner_kernel(x, norm_weight, weight, index, h, outputs, eps, stride,
+                         KIND: tl.constexpr, GATED: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
+                         BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """``BN`` inner channels of one chosen expert of a row, to ``h (rows, TOP_K, outputs)``. All choices of the same
+    channels run side by side, so that an expert that several rows chose is read from memory once.
+    """
+    slot, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
     mask = n < outputs
+    x += (slot // TOP_K).to(tl.int64) * stride
     follow(OVERLAP)
     rows: tl.constexpr = 2 if GATED else 1
     weight += tl.load(index + slot).to(tl.int64) * (rows * outputs * WIDTH)
@@ -143,12 +155,15 @@ def experts_inner_kernel(x, norm_weight, weight, index, h, outputs, eps,
 
 
 @triton.jit
-def experts_leave_kernel(h, weight, index, shares, x, y, outputs, factor,
+def experts_leave_kernel(h, weight, index, shares, x, y, outputs, factor, stride,
                          TOP_K: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                          OVERLAP: tl.constexpr):  # fmt: skip
-    """``BN`` channels of ``x`` plus ``factor`` times what the chosen experts make of ``h (TOP_K, WIDTH)``."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    """``BN`` channels of a row of ``x`` plus ``factor`` times what its experts make of ``h (rows, TOP_K, WIDTH)``."""
+    row, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
     mask = n < outputs
+    h += row * (TOP_K * WIDTH)
+    index += row * TOP_K
+    shares += row * TOP_K
     follow(OVERLAP)
     total = tl.zeros([BN], tl.float32)
     for slot in tl.static_range(TOP_K):
@@ -160,8 +175,8 @@ def experts_leave_kernel(h, weight, index, shares, x, y, outputs, factor,
             tile = tl.load(at, mask=mask[:, None] & (k < WIDTH)[None, :], other=0.0).to(tl.float32)
             sums += tile * tl.load(h + slot * WIDTH + k, mask=k < WIDTH, other=0.0).to(tl.float32)[None, :]
         total += tl.sum(sums, 1) * tl.load(shares + slot)
-    total = total * factor + tl.load(x + n, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + n, total.to(y.dtype.element_ty), mask=mask)
+    total = total * factor + tl.load(x + row.to(tl.int64) * stride + n, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + row * outputs + n, total.to(y.dtype.element_ty), mask=mask)
 
 
 def _gated_fake(call: Gated) -> Tensor:
@@ -232,12 +247,15 @@ def mlp_step(call: MLPStep) -> Tensor:
 
 
 def _experts_fake(call: ExpertsStep) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(call.stream), call.stream.new_empty(1, call.router.shape[0], dtype=torch.float32)
+    return torch.empty_like(call.stream), call.stream.new_empty(
+        call.stream.shape[0], call.router.shape[0], dtype=torch.float32
+    )
 
 
 def _experts_flops(call: Any) -> int:
-    each = flops.product(1, call.inner[1:]) + flops.product(1, call.down[1:])
-    return flops.product(1, call.router) + call.top_k * each
+    rows = call.stream.shape[0]
+    each = flops.product(rows, call.inner[1:]) + flops.product(rows, call.down[1:])
+    return flops.product(rows, call.router) + call.top_k * each
 
 
 @op("experts_step", fake=_experts_fake, flops=(_experts_flops,))
@@ -246,23 +264,24 @@ def experts_step(call: ExpertsStep) -> tuple[Tensor, Tensor]:
     down, device, dtype = call.down, call.down.device, call.down.dtype
     (experts, size, width), top_k, options = down.shape, call.top_k, overlap()
     stream, norm = channels_last(call.stream), call.norm_weight.contiguous()
-    logits = torch.empty(1, experts, dtype=torch.float32, device=device)
+    rows = stream.shape[0]
+    logits = torch.empty(rows, experts, dtype=torch.float32, device=device)
     outputs, inputs, warps = tables.projection(size)
     launch(
         router_kernel,
-        (cdiv(experts, outputs),),
-        *(stream, norm, call.router.contiguous(), logits, experts, call.norm_eps),
+        (rows, cdiv(experts, outputs)),
+        *(stream, norm, call.router.contiguous(), logits, experts, call.norm_eps, stream.stride(0)),
         WIDTH=size,
         BN=outputs,
         BK=inputs,
         num_warps=warps,
         **options,
     )
-    index = torch.empty(top_k, dtype=torch.int32, device=device)
-    shares = torch.empty(top_k, dtype=torch.float32, device=device)
+    index = torch.empty(rows, top_k, dtype=torch.int32, device=device)
+    shares = torch.empty(rows, top_k, dtype=torch.float32, device=device)
     launch(
         choose_kernel,
-        (1,),
+        (rows,),
         *(logits, index, shares, experts),
         E=power_of_two(experts),
         TOP_K=top_k,
@@ -270,27 +289,28 @@ def experts_step(call: ExpertsStep) -> tuple[Tensor, Tensor]:
         num_warps=1,
         **options,
     )
-    h = torch.empty(top_k, width, dtype=dtype, device=device)
+    h = torch.empty(rows, top_k, width, dtype=dtype, device=device)
     outputs = max(1, outputs // (1 + call.gated))
     launch(
         experts_inner_kernel,
-        (cdiv(width, outputs), top_k),
-        *(stream, norm, call.inner.contiguous(), index, h, width, call.norm_eps),
+        (rows * top_k, cdiv(width, outputs)),
+        *(stream, norm, call.inner.contiguous(), index, h, width, call.norm_eps, stream.stride(0)),
         KIND=ACTIVATIONS.index(call.activation),
         GATED=call.gated,
+        TOP_K=top_k,
         WIDTH=size,
         BN=outputs,
         BK=inputs,
         num_warps=warps,
         **options,
     )
-    y = torch.empty(1, 1, size, dtype=stream.dtype, device=device)
+    y = torch.empty(rows, 1, size, dtype=stream.dtype, device=device)
+    residual = stream if call.residual is None else channels_last(call.residual)
     outputs, inputs, warps = tables.projection(width)
     launch(
         experts_leave_kernel,
-        (cdiv(size, outputs),),
-        *(h, down.contiguous(), index, shares),
-        *(stream if call.residual is None else channels_last(call.residual), y, size, call.output_multiplier),
+        (rows, cdiv(size, outputs)),
+        *(h, down.contiguous(), index, shares, residual, y, size, call.output_multiplier, residual.stride(0)),
         TOP_K=top_k,
         WIDTH=width,
         BN=outputs,
