@@ -2,6 +2,7 @@
 
     python benchmarks/bench_context.py --out benchmarks/results/context.csv             # one GPU
     torchrun --nproc_per_node 2 benchmarks/bench_context.py --out ...                   # the same sequence over two
+    torchrun --nproc_per_node 2 benchmarks/bench_context.py --longest                   # and the longest that fits
     python benchmarks/bench_context.py --tiny                                           # a toy on a CPU: does it run?
 
 A step is forward and backward of bf16 weights with gradient checkpointing, without an optimizer; over several processes
@@ -10,6 +11,9 @@ sequence on one GPU; where they differ, the script stops.
 
 On one GPU, "a slice of 2" is what one of two processes computes: its half of the sequence, with made-up numbers in the
 place of those that the other would send. It says what passing states costs beside the time of messages.
+
+The longest sequence follows from the peak of memory, of which weights and gradients do not grow with tokens, and is
+then trained on for two steps.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 SHARED = {"vocab_size": 50288, "state_size": 128, "head_dim": 64, "n_groups": 1, "tie_word_embeddings": True}
 FIELDS = ("case", "processes", "tokens", "tokens_here", "ms", "times_faster", "peak_gib", "loss", "norm", "device")
+FILLED = 0.92  # of a GPU's memory, by the longest sequence
 CLOSE = {"cuda": 1e-2, "cpu": 1e-2}  # of losses and gradient norms in bf16
 
 
@@ -85,25 +90,40 @@ def timed(model: Any, ids: Tensor, steps: int, after: Callable[[], None]) -> dic
     return {"ms": round(1e3 * min(times[1:]), 1), "peak_gib": round(peak, 1), **first}
 
 
-def rows(size: str, tokens: int, steps: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The whole sequence on the first GPU, then over all processes, or the slices of two on this one."""
+def longest(model: Any, tokens: int, peak_gib: float, device: torch.device) -> int:
+    """How many tokens fit, a multiple of 16384, given the peak of memory with ``tokens``."""
+    fixed = 2 * sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+    room = FILLED * torch.cuda.get_device_properties(device).total_memory / 2**30
+    return int(tokens * (room - fixed) / (peak_gib - fixed)) // 16384 * 16384
+
+
+def rows(size: str, tokens: int, steps: int, device: torch.device, most: bool) -> Iterator[dict[str, Any]]:
+    """The whole sequence on the first GPU, then over all processes, or the slices of two on this one; with ``most``
+    also the longest sequence that fits each time.
+    """
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
-    ids = torch.randint(
-        3, (SHARED | SIZES[size])["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0)
-    )
-    ids = ids.to(device)
+
+    def draw(count: int) -> Tensor:
+        source = torch.Generator().manual_seed(0)
+        return torch.randint(3, (SHARED | SIZES[size])["vocab_size"], (1, count), generator=source).to(device)
+
+    ids = draw(tokens)
     where = torch.cuda.get_device_name() if ids.is_cuda else "CPU"
     model = build(size, device)
-    shared = {"tokens": tokens, "device": where}
+    shared = {"device": where}
 
-    def row(case: str, processes: int, here: int, found: dict[str, Any]) -> dict[str, Any]:
-        faster = round(whole["ms"] / found["ms"], 3)
-        return {"case": case, "processes": processes, "tokens_here": here, "times_faster": faster, **shared, **found}
+    def row(case: str, processes: int, here: int, found: dict[str, Any], of: int = tokens) -> dict[str, Any]:
+        faster = round(whole["ms"] / found["ms"] * of / tokens, 3)  # for a token
+        counts = {"processes": processes, "tokens": of, "tokens_here": here}
+        return {"case": case, **counts, "times_faster": faster, **shared, **found}
 
     whole = timed(model, ids, steps, lambda: None) if rank == 0 else {"ms": 1.0}
     if rank == 0:
         yield row(f"{size}, whole", 1, tokens, whole)
+        if most:
+            count = longest(model, tokens, whole["peak_gib"], device)
+            yield row(f"{size}, whole, longest", 1, count, timed(model, draw(count), 1, lambda: None), count)
     gc.collect()
     if world == 1:
         for place in range(2):
@@ -126,6 +146,13 @@ def rows(size: str, tokens: int, steps: int, device: torch.device) -> Iterator[d
             raise SystemExit(f"{name}: {found[name]} is not {whole[name]}")
     if rank == 0:
         yield row(f"{size}, over {world}", world, tokens // world, found)
+    if most:
+        limit = torch.tensor(longest(model, tokens, found["peak_gib"], device), device=device)
+        dist.all_reduce(limit, dist.ReduceOp.MIN)
+        count = int(limit)
+        found = timed(model, draw(count), 1, average)
+        if rank == 0:
+            yield row(f"{size}, over {world}, longest", world, count // world, found, count)
 
 
 def main() -> None:
@@ -133,6 +160,7 @@ def main() -> None:
     parser.add_argument("--size", default="1.3B", choices=SIZES)
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--longest", action="store_true", help="also the longest sequence that fits, on a GPU")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tiny", action="store_true", help="a toy, on a CPU")
     given = parser.parse_args()
@@ -144,7 +172,7 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     done: list[dict[str, Any]] = []
-    for row in rows(size, tokens, given.steps, device):
+    for row in rows(size, tokens, given.steps, device, given.longest):
         done.append(row)
         print(" | ".join(f"{name}={row[name]}" for name in FIELDS), flush=True)
         write_csv(given.out, FIELDS, done)

@@ -18,13 +18,9 @@ Where either fails, the script stops. A capture that is refused is a row that sa
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import os
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -45,7 +41,7 @@ from mamba2_hf.training import CapturedStep, fully_shard_model
 
 FIELDS = (
     *("case", "impl", "gpus", "batch", "length", "ms_p20", "ms_p50", "ms_p80", "issue_ms", "tokens_per_s"),
-    *("to_one_gpu", "peak_gib", "note", "device", "versions", "command", "commit", "date"),
+    *("to_one_gpu", "peak_gib", "note", "device", "versions"),
 )
 CHECKED, TIMED = 20, 20
 EXACT = 1e-4  # relative errors of gradients in fp32
@@ -327,19 +323,8 @@ def provenance() -> dict[str, str]:
     names = ("torch", "transformers", "triton")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
     nccl = f", nccl {'.'.join(map(str, torch.cuda.nccl.version()))}" if torch.cuda.is_available() else ""
-    here = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
-    )
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": versions + nccl,
-        "command": shlex.join(
-            ["bench_distributed.py", *(a for a in sys.argv[1:] if not a.endswith(".csv") and a != "--out")]
-        ),
-        "commit": os.environ.get("COMMIT") or done.stdout.strip(),
-        "date": f"{datetime.date.today()}",
-    }
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"device": device, "versions": versions + nccl}
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import datetime
 import functools
+import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,10 +36,15 @@ def write_csv(path: Path | None, fields: Sequence[str], rows: Iterable[Mapping[s
 
 @functools.cache
 def origin() -> dict[str, str]:
-    """The command that is running, the commit it runs at (empty outside of a checkout) and the day."""
+    """The command that is running, without where it writes to, the commit it runs at (of a checkout, or as ``COMMIT``
+    in the environment says) and the day.
+    """
     here = Path(__file__).resolve()
     asked = ["git", "-C", str(here.parent), "rev-parse", "--short", "HEAD"]
     found = subprocess.run(asked, capture_output=True, text=True, check=False)
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    values = (command, found.stdout.strip(), datetime.datetime.now(datetime.timezone.utc).date().isoformat())
+    written = {i + place for i, word in enumerate(sys.argv) for place in (0, 1) if word == "--out"}
+    words = [word for i, word in enumerate(sys.argv[1:], 1) if i not in written]
+    command = shlex.join([Path(sys.argv[0]).name, *words])
+    commit = os.environ.get("COMMIT") or found.stdout.strip()
+    values = (command, commit, datetime.datetime.now(datetime.timezone.utc).date().isoformat())
     return dict(zip(ORIGIN, values, strict=True))
