@@ -195,11 +195,31 @@ def distributed() -> str:
     """Training steps of one process, in DDP and under FSDP2."""
     rows = []
     for row in results("distributed"):
-        shape = f"{row['case']}, {row['batch']}x{row['length']} a GPU"
-        if row["ms_p50"] and row["to_one_gpu"]:
+        shape = f"{row['case']}, {row['batch']} x {row['length']} a GPU"
+        if row["peak_gib"] and row["to_one_gpu"]:
             values = (number(float(row[column])) for column in ("ms_p50", "to_one_gpu", "peak_gib"))
             rows.append((shape, row["impl"], row["gpus"], *values))
     return table(("", "", "GPUs", "ms a step", "to one GPU", "GiB at the peak"), rows)
+
+
+def shared() -> str:
+    """Prompts and tokens of a model that several GPUs share."""
+    rows = []
+    for row in results("distributed"):
+        if row["impl"] in ("one", "tp") and not row["peak_gib"] and row["ms_p50"]:
+            what = "a token" if row["case"].endswith("decode") else f"a prompt of {row['length']}"
+            values = (number(float(row[column])) for column in ("ms_p50", "to_one_gpu"))
+            rows.append((f"{row['case'].split()[0]}, {what}", row["batch"], row["gpus"], *values))
+    return table(("", "sequences", "GPUs", "ms", "to one GPU"), rows)
+
+
+def context() -> str:
+    """Training on one long sequence."""
+    rows = []
+    for row in results("context"):
+        values = (number(float(row[column])) for column in ("ms", "times_faster", "peak_gib"))
+        rows.append((row["case"].split(",")[0], row["tokens"], row["processes"], *values))
+    return table(("", "tokens", "GPUs", "ms a step", "times as fast a token", "GiB at the peak"), rows)
 
 
 def cpu() -> str:
@@ -244,12 +264,16 @@ def front() -> str:
         "Prefill, 130M, 131072 tokens": [generate(long[0], i, long[1]) for i in (OURS, PEER, STOCK)],
     }
     rows = [row(title, *values) for title, values in found.items()]
+    two = {"case": "1.3B, over 2"}
+    gain = number(cell("context", "times_faster", **two))
+    title = f"Training step, 1.3B, 131072 tokens in a row, on two GPUs ({gain}x one)"
+    rows.append((title, number(cell("context", "ms", **two)), "", ""))
     return table(("", "ms", "faster than mamba_ssm", "than transformers with its kernels"), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
-    for f in (front, ops, decode, prefill, training, batching, hybrids, caches, distributed, cpu, tiny)
+    for f in (front, ops, decode, prefill, training, batching, hybrids, caches, distributed, shared, context, cpu, tiny)
 }  # fmt: skip
 
 
