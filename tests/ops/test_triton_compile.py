@@ -261,6 +261,8 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
                 states = zeros(batch, 1, width, dtype=torch.float32), *buffers, *linears
                 out = Linear(zeros(width, heads * 128))
                 attention.attention_step(AttentionStep(*states, out, lengths, turns, turns, 0.1))
+                biased = [Linear(each.weight, zeros(each.weight.shape[0])) for each in (*linears, out)]
+                attention.attention_step(AttentionStep(*states[:4], *biased, lengths, None, None, 0.1))
             attention.rotary(Rotary(q.transpose(1, 2), k[:, :, :1].transpose(1, 2), angles, angles))
         for gradient in (False, True):
             loss.rows(loss.Rows(zeros(4, 50288), torch.zeros(4, dtype=torch.long), 1.0, -100, gradient))
