@@ -83,7 +83,9 @@ def licence_of(metadata: Any) -> str:
     expression = metadata.get("License-Expression")
     if expression:
         return str(expression)
-    classified = [str(c).split("::")[-1].strip() for c in metadata.get_all("Classifier") or [] if c.startswith("License")]
+    classified = [
+        str(c).split("::")[-1].strip() for c in metadata.get_all("Classifier") or [] if c.startswith("License")
+    ]
     named = [name for name in classified if name != "OSI Approved"]
     return "; ".join(named) or str(metadata.get("License") or "").strip().partition("\n")[0][:80]
 
@@ -157,7 +159,9 @@ class Copies:
         return False
 
 
-def collect(projects: Iterable[Project], stdlib: Path | None) -> tuple[list[Document], list[dict[str, Any]], Counter[str]]:
+def collect(
+    projects: Iterable[Project], stdlib: Path | None
+) -> tuple[list[Document], list[dict[str, Any]], Counter[str]]:
     """The documents that are kept, a row of the manifest for each project, and how many files were left out for what.
 
     Files that are held out come first, so that a copy of one among the files to train on is the one that goes.
@@ -180,7 +184,12 @@ def collect(projects: Iterable[Project], stdlib: Path | None) -> tuple[list[Docu
             skipped["of a licence that is not known as permissive"] += len(project.files)
             continue
         split = split_of(project.name)
-        rows[project.name] = {"version": project.version, "licence": project.licence, "sha256": project.sha256, "split": split}
+        rows[project.name] = {
+            "version": project.version,
+            "licence": project.licence,
+            "sha256": project.sha256,
+            "split": split,
+        }
         candidates += [(order[split], project.name, path, data, split) for path, data in project.files.items()]
 
     candidates.sort(key=lambda c: (c[0], c[1] != "python", c[1], c[2]))
@@ -199,7 +208,9 @@ def collect(projects: Iterable[Project], stdlib: Path | None) -> tuple[list[Docu
     size = Counter[str]()
     for document in documents:
         size[document.project] += len(document.text.encode())
-    manifest = [{"project": name, **row, "files": kept[name], "bytes": size[name]} for name, row in rows.items() if kept[name]]
+    manifest = [
+        {"project": name, **row, "files": kept[name], "bytes": size[name]} for name, row in rows.items() if kept[name]
+    ]
     return documents, manifest, skipped
 
 

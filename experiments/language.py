@@ -188,7 +188,7 @@ def answer(data: str) -> list[Run]:
     """Three learning rates of each kind, a second seed of what was best, and tokens that come back twelve times."""
     shapes = {"mamba2": MAMBA2, "attention": ATTENTION, "hybrid": HYBRID}
     grid = [
-        Run(f"answer-{kind}-{rate:g}", data, shape, rate)
+        Run(f"answer-{kind}-{rate:g}-s0", data, shape, rate)
         for rate in (4e-3, 2e-3, 8e-3)
         for kind, shape in shapes.items()
     ]
@@ -206,9 +206,11 @@ def share(data: str) -> list[Run]:
     """Twelve layers of which some have attention, and a Transformer of as many parameters."""
     counts = (0, 1, 6, 2, 3, 12)
     shapes = {
-        f"{count}": Shape("hybrid", 256, 12, attention_layers=count, key_value_heads=4) for count in counts if count < 12
+        f"{count}": Shape("hybrid", 256, 12, attention_layers=count, key_value_heads=4)
+        for count in counts
+        if count < 12
     }
-    shapes["transformer"] = Shape("attention", 256, 6, mlp=1024)
+    shapes["transformer"] = Shape("attention", 256, 6, mlp=864)
     return [
         Run(f"share-{name}-s{seed}", data, shape, 3e-3, tokens=30_000_000, seed=seed)
         for seed in (0, 1)
@@ -247,15 +249,15 @@ def _two_seeds(name: str, data: str, shapes: dict[str, Shape]) -> list[Run]:
 
 
 def scaling(data: str) -> list[Run]:
-    """Widths 128, 192 and 256, about as deep as wide, with twenty tokens for each parameter."""
+    """Widths 128, 192 and 256 with twenty tokens for each parameter; a Transformer has an MLP in place of a layer."""
     runs = []
-    for width, layers, tokens in ((128, 6, 16_000_000), (192, 6, 40_000_000), (256, 8, 80_000_000)):
+    sizes = ((128, 6, 528, 26_000_000, 6e-3), (192, 6, 704, 48_000_000, 5e-3), (256, 8, 864, 95_000_000, 4e-3))
+    for width, layers, mlp, tokens, rate in sizes:
         shapes = {
             "mamba2": Shape("mamba2", width, layers),
-            "hybrid": Shape("hybrid", width, layers, attention_layers=1, key_value_heads=max(1, width // 64)),
-            "attention": Shape("attention", width, layers // 2, mlp=8 * width // 3 // 32 * 32 + width // 2),
+            "hybrid": Shape("hybrid", width, layers, attention_layers=1, key_value_heads=width // 64),
+            "attention": Shape("attention", width, layers // 2, mlp=mlp),
         }
-        rate = {128: 6e-3, 192: 5e-3, 256: 4e-3}[width]
         runs += [
             Run(f"scaling-{kind}-{width}", data, shape, rate, tokens=tokens, batch=16) for kind, shape in shapes.items()
         ]

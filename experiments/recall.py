@@ -197,7 +197,14 @@ def tiny(setting: Run) -> Run:
     shape = dataclasses.replace(setting.shape, width=32, state=16, head_dim=16, mlp=setting.shape.mlp and 32)
     asked = min(4, setting.asked) if setting.task != "mqar" else 8
     return dataclasses.replace(
-        setting, shape=shape, length=32, asked=asked, vocab_size=32, steps=8, batch=8, beyond=(64,) * bool(setting.beyond)
+        setting,
+        shape=shape,
+        length=32,
+        asked=asked,
+        vocab_size=32,
+        steps=8,
+        batch=8,
+        beyond=(64,) * bool(setting.beyond),
     )
 
 
@@ -210,7 +217,11 @@ def as_row(result: dict[str, Any]) -> dict[str, Any]:
     row = {"name": result["name"], "kind": shape.kind, "width": shape.width, "layers": shape.layers}
     row["state"] = shape.state if shape.kind == "mamba2" else ""
     row |= {name: result[name] for name in ("length", "asked", "learning_rate", "seed", "steps", "batch", "parameters")}
-    row |= {"loss": round(result["loss"], 4), "accuracy": round(result["accuracy"], 4), "seconds": round(result["seconds"], 1)}
+    row |= {
+        "loss": round(result["loss"], 4),
+        "accuracy": round(result["accuracy"], 4),
+        "seconds": round(result["seconds"], 1),
+    }
     return row | {f"accuracy at {length}": round(value, 4) for length, value in result.get("lengths", ())}
 
 

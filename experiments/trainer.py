@@ -222,9 +222,12 @@ def run_all(
                 waiting.put(each)
             with ProcessPoolExecutor(len(devices), context, _take_device, (waiting,)) as pool:
                 futures = [pool.submit(_run_one, run, setting, out, None, deadline) for setting in missing]
+                failed: list[BaseException] = []
                 for future in as_completed(futures):
-                    future.result()
+                    failed += [error] if (error := future.exception()) else []
                     progress.advance(bar)
+            if failed:
+                raise RuntimeError(f"{len(failed)} runs of {len(missing)} failed") from failed[0]
     files = [out / f"{setting.name}.json" for setting in settings]
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
