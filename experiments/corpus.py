@@ -4,15 +4,16 @@
     python experiments/corpus.py build --installed                      # these and what is installed here, to tokens
     python experiments/corpus.py build --vocab-size 16384 --name 16k    # the same files with another tokenizer
 
-Everything goes to a cache folder outside of the repository (`--cache`). Archives are wheels: they hold a project's Python
-files and its metadata, and reading one runs no code of it. `projects.txt` names project and version, one a line; any
-list of that form will do, and with `--installed` the projects of the running environment are added. The standard library
-of the running Python is one more project.
+Everything goes to a cache folder outside of the repository (`--cache`). Archives are wheels: they hold a project's
+Python files and its metadata, and reading one runs no code of it. `projects.txt` names project and version, one a line;
+any list of that form will do, and with `--installed` the projects of the running environment are added. The standard
+library of the running Python is one more project.
 
 `build` writes, in a folder of its own, `manifest.tsv` (each project's version, licence, hash, split, files, bytes),
 `files.tsv` (each file's hash), `summary.json`, `tokenizer/` and the token streams `train.npy`, `validation.npy` and
-`test.npy`: uint16, each document between two `<|endoftext|>` of its own, in an order drawn by seed 0. Projects are either
-trained on or held out, by the hash of their name; of the standard library each file is, as for the models that ship.
+`test.npy`: uint16, each document between two `<|endoftext|>` of its own, in an order drawn by seed 0. Projects are
+either trained on or held out, by the hash of their name; of the standard library each file is, as for the models that
+ship.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ CACHE = Path.home() / ".cache" / "mamba2-hf" / "corpus"
 CacheOption = Annotated[Path, typer.Option(help="Folder of archives and of what is built from them.")]
 
 PERMISSIVE = re.compile(
-    r"\b(MIT|MIT-CMU|BSD|BSD-\d-Clause|0BSD|Apache|PSF|PSFL|PSF-2\.0|Python-2\.0|Python Software Foundation|CNRI-Python|ISC|ISCL|"
-    r"Zlib|HPND|Unlicense|CC0|CC0-1\.0|BSL-1\.0|Public Domain|NCSA)\b",
+    r"\b(MIT|BSD|0BSD|Apache|PSF|PSFL|Python-2\.0|Python Software Foundation|CNRI-Python|ISC|ISCL|Zlib|HPND|Unlicense|"
+    r"CC0|BSL-1\.0|Public Domain|NCSA)\b",
     re.IGNORECASE,
 )
 OTHER = re.compile(r"\b(A?L?GPL(v?\d|-)?|MPL|EPL|SSPL|BUSL|proprietary|commercial|nvidia)", re.IGNORECASE)

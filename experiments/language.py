@@ -5,13 +5,14 @@
 
 answer    learning rates of a Mamba-2, a Transformer and a hybrid of the same size, fresh tokens against repeated ones
 share     how many layers have attention (table 2)
-heads     which of x, B and C heads share, and how many states they have (table 5, the patterns that the package's layers have)
-block     the norm before the output projection, and MLPs (the part of table 4 that is a setting of the package's layers)
+heads     how many heads share B and C, and how many states they have (the part of table 5 that is a setting of a layer)
+block     the norm before the output projection, and MLPs (the part of table 4 that is a setting of a layer)
 scaling   three sizes of each, tokens in proportion to parameters (figure 9)
 length    loss by position far past the training length, for two state sizes
+speed     tokens a second in training, at 2K and at 16K tokens a row
 
-Runs go on from where they stopped when the command is given again; results are in `--out` as JSON, and `results/` gets a
-CSV and a plot of each experiment. Loss is in nats per token on projects that were never trained on.
+Runs go on from where they stopped when the command is given again; results are in `--out` as JSON, and `results/` gets
+a CSV and a plot of each experiment. Loss is in nats per token on projects that were never trained on.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def run(setting: Run, checkpoint: Path, device: str) -> dict[str, Any]:
         "outside_embedding": parameters - model.get_input_embeddings().weight.numel(),
         "steps": setting.steps,
         "epochs": setting.steps * setting.batch * setting.window / len(tokens),
-        "tokens_a_second": setting.steps * setting.batch * setting.window / log[-1]["seconds"],
+        "tokens_a_second": _speed(log) * setting.batch * setting.window,
         **log[-1],
         "log": log,
     }
@@ -170,6 +171,12 @@ def run(setting: Run, checkpoint: Path, device: str) -> dict[str, Any]:
         with torch.no_grad():
             result["positions"] = by_position(model, others["validation"], setting.far)
     return result
+
+
+def _speed(log: list[dict[str, float]]) -> float:
+    """Steps a second in the later half of a run, when all is compiled and captured."""
+    early = log[len(log) // 2 - 1]
+    return (log[-1]["step"] - early["step"]) / (log[-1]["seconds"] - early["seconds"])
 
 
 def flops_a_token(shape: Shape, parameters: float, window: int) -> float:
@@ -282,7 +289,21 @@ def length(data: str) -> list[Run]:
     ]
 
 
-EXPERIMENTS = {f.__name__: f for f in (answer, repeated, share, heads, block, scaling, length)}
+def speed(data: str) -> list[Run]:
+    """Each architecture at rows of 2048 and of 16384 tokens; for times, one process a GPU and nothing beside it."""
+    shapes = {
+        "mamba2": Shape("mamba2", 512, 12),
+        "hybrid": Shape("hybrid", 512, 12, attention_layers=1, key_value_heads=8),
+        "attention": Shape("attention", 512, 6, mlp=1408),
+    }
+    return [
+        Run(f"speed-{kind}-{window}", data, shape, 1e-3, tokens=60 * 65_536, batch=65_536 // window, window=window)
+        for window in (2048, 16_384)
+        for kind, shape in shapes.items()
+    ]
+
+
+EXPERIMENTS = {f.__name__: f for f in (answer, repeated, share, heads, block, scaling, length, speed)}
 
 
 def tiny(setting: Run) -> Run:

@@ -148,7 +148,7 @@ def run(setting: Run, checkpoint: Path, device: str) -> dict[str, Any]:
 
 # --- the experiments ------------------------------------------------------------------------------------------------
 
-MQAR_STEPS = 2500
+MQAR_STEPS = 4000
 
 
 def mqar_grid(widths: tuple[int, ...] = (64,), length: int = 256) -> list[Run]:
@@ -233,7 +233,7 @@ def plot(name: str, results: list[dict[str, Any]], path: Path) -> None:
         for each in results:
             shape = Shape(**each["shape"])
             for state in (16, 256) if shape.kind == "attention" else (shape.state,):
-                label = f"{'attention' if shape.kind == 'attention' else 'Mamba-2'}, width {shape.width}, T {each['length']}"
+                label = f"{shape.kind}, width {shape.width}, T {each['length']}"
                 best[label, state] = max(best.get((label, state), 0.0), each["accuracy"])
         for (label, state), value in best.items():
             lines.setdefault(label, []).append((state, value))

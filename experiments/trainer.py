@@ -1,8 +1,8 @@
 """What the experiments have in common: models from a line of settings, a training loop, runs over several processes.
 
 A run is a record of settings. Its result is a JSON file named after them, and its checkpoint lies beside it until then:
-what is there is not run again, and a run that was stopped goes on. Batches are a function of seed and step, so a run that
-was stopped gives what it would have given.
+what is there is not run again, and a run that was stopped goes on. Batches are a function of seed and step, so that it
+gives what it would have given.
 """
 
 from __future__ import annotations
