@@ -148,7 +148,7 @@ def run(setting: Run, checkpoint: Path, device: str) -> dict[str, Any]:
 
 # --- the experiments ------------------------------------------------------------------------------------------------
 
-MQAR_STEPS = 4000
+MQAR_STEPS = 3000
 
 
 def mqar_grid(widths: tuple[int, ...] = (64,), length: int = 256) -> list[Run]:
@@ -156,7 +156,7 @@ def mqar_grid(widths: tuple[int, ...] = (64,), length: int = 256) -> list[Run]:
     runs = []
     for rate in (3e-3, 1e-2, 1e-3):
         for width in widths:
-            shapes = {f"N{n}": Shape("mamba2", width, 2, state=n, head_dim=min(64, width)) for n in (256, 16, 64, 128)}
+            shapes = {f"N{n}": Shape("mamba2", width, 2, state=n, head_dim=min(64, width)) for n in (256, 16, 64)}
             shapes["attention"] = Shape("attention", width, 2, mlp=2 * width)
             for name, shape in shapes.items():
                 title = f"mqar-{length}-{width}-{name}-{rate:g}"
