@@ -47,7 +47,7 @@ class Run:
     data: str
     shape: Shape
     learning_rate: float
-    tokens: int = 40_000_000
+    tokens: int = 32_000_000
     batch: int = 32
     window: int = 2048
     seed: int = 0
@@ -197,7 +197,7 @@ def answer(data: str) -> list[Run]:
 def repeated(data: str) -> list[Run]:
     """As many tokens as in `answer`, but those of a twelfth of them, twelve times over."""
     shapes = {"mamba2": MAMBA2, "attention": ATTENTION, "hybrid": HYBRID}
-    return [Run(f"repeated-{kind}", data, shape, BEST[kind], limit=40_000_000 // 12) for kind, shape in shapes.items()]
+    return [Run(f"repeated-{kind}", data, shape, BEST[kind], limit=32_000_000 // 12) for kind, shape in shapes.items()]
 
 
 def share(data: str) -> list[Run]:
@@ -210,7 +210,7 @@ def share(data: str) -> list[Run]:
     }
     shapes["transformer"] = Shape("attention", 256, 6, mlp=864)
     return [
-        Run(f"share-{name}-s{seed}", data, shape, 3e-3, tokens=30_000_000, seed=seed)
+        Run(f"share-{name}-s{seed}", data, shape, 3e-3, tokens=20_000_000, seed=seed)
         for seed in (0, 1)
         for name, shape in shapes.items()
     ]
@@ -240,7 +240,7 @@ def block(data: str) -> list[Run]:
 
 def _two_seeds(name: str, data: str, shapes: dict[str, Shape]) -> list[Run]:
     return [
-        Run(f"{name}-{each.replace(' ', '-')}-s{seed}", data, shape, BEST["mamba2"], tokens=30_000_000, seed=seed)
+        Run(f"{name}-{each.replace(' ', '-')}-s{seed}", data, shape, BEST["mamba2"], tokens=20_000_000, seed=seed)
         for seed in (0, 1)
         for each, shape in shapes.items()
     ]
@@ -270,7 +270,7 @@ def length(data: str) -> list[Run]:
             data,
             dataclasses.replace(MAMBA2, state=state),
             BEST["mamba2"],
-            tokens=30_000_000,
+            tokens=20_000_000,
             batch=65_536 // window,
             window=window,
             far=65_536,
@@ -352,26 +352,25 @@ def plot(name: str, results: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(
-    experiments: Annotated[list[str], typer.Argument(help=f"Some of {', '.join(EXPERIMENTS)}.")],
+    experiments: Annotated[
+        list[str],
+        typer.Argument(help=f"Some of {', '.join(EXPERIMENTS)}; 'share:s0' for the runs with s0 in their name."),
+    ],
     data: Annotated[Path, typer.Option(help="Folder of the token files.")],
     out: Annotated[Path, typer.Option(help="Folder of results and checkpoints.")] = Path("runs/experiments"),
     results: Annotated[Path, typer.Option(help="Folder of tables and plots.")] = trainer.HERE / "results",
     device: Annotated[str, typer.Option(help="cpu, cuda:1, ...; all GPUs by default.")] = "auto",
     processes: Annotated[int, typer.Option(help="Per GPU.")] = 1,
     seconds: Annotated[float, typer.Option(help="After which no further run is started.")] = math.inf,
-    only: Annotated[str, typer.Option(help="Runs whose name has this in it.")] = "",
     toy: Annotated[bool, typer.Option("--tiny", help="A few steps of toys.")] = False,
 ) -> None:
-    unknown = [name for name in experiments if name not in EXPERIMENTS]
-    if unknown:
-        raise typer.BadParameter(f"there is no experiment {unknown[0]!r}: choose of {', '.join(EXPERIMENTS)}")
-    settings = {name: [s for s in EXPERIMENTS[name](str(data)) if only in s.name] for name in experiments}
+    chosen = trainer.choose(experiments, {name: make(str(data)) for name, make in EXPERIMENTS.items()})
     if toy:
-        settings = {name: [tiny(each) for each in those] for name, those in settings.items()}
-    everything = [each for those in settings.values() for each in those]
+        chosen = [(name, tiny(each)) for name, each in chosen]
+    everything = [each for _, each in chosen]
     found = trainer.run_all(run, everything, out, device=device, processes=processes, seconds=seconds)
-    for name, those in settings.items():
-        names = {each.name for each in those}
+    for name in dict.fromkeys(name for name, _ in chosen):
+        names = {each.name for experiment, each in chosen if experiment == name}
         mine = [result for result in found if result["name"] in names]
         if mine:
             trainer.write_csv(results / f"{name}.csv", map(as_row, mine))

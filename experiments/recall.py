@@ -156,7 +156,7 @@ def mqar_grid(widths: tuple[int, ...] = (64,), length: int = 256) -> list[Run]:
     runs = []
     for rate in (3e-3, 1e-2, 1e-3):
         for width in widths:
-            shapes = {f"N{n}": Shape("mamba2", width, 2, state=n, head_dim=min(64, width)) for n in (256, 16, 64)}
+            shapes = {f"N{n}": Shape("mamba2", width, 2, state=n, head_dim=32) for n in (256, 16, 64)}
             shapes["attention"] = Shape("attention", width, 2, mlp=2 * width)
             for name, shape in shapes.items():
                 title = f"mqar-{length}-{width}-{name}-{rate:g}"
@@ -245,25 +245,24 @@ def plot(name: str, results: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(
-    experiments: Annotated[list[str], typer.Argument(help=f"Some of {', '.join(EXPERIMENTS)}.")],
+    experiments: Annotated[
+        list[str],
+        typer.Argument(help=f"Some of {', '.join(EXPERIMENTS)}; 'share:s0' for the runs with s0 in their name."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of results and checkpoints.")] = Path("runs/experiments"),
     results: Annotated[Path, typer.Option(help="Folder of tables and plots.")] = trainer.HERE / "results",
     device: Annotated[str, typer.Option(help="cpu, cuda:1, ...; all GPUs by default.")] = "auto",
     processes: Annotated[int, typer.Option(help="Per GPU.")] = 1,
     seconds: Annotated[float, typer.Option(help="After which no further run is started.")] = math.inf,
-    only: Annotated[str, typer.Option(help="Runs whose name has this in it.")] = "",
     toy: Annotated[bool, typer.Option("--tiny", help="A few steps of toys.")] = False,
 ) -> None:
-    unknown = [name for name in experiments if name not in EXPERIMENTS]
-    if unknown:
-        raise typer.BadParameter(f"there is no experiment {unknown[0]!r}: choose of {', '.join(EXPERIMENTS)}")
-    settings = {name: [s for s in EXPERIMENTS[name]() if only in s.name] for name in experiments}
+    chosen = trainer.choose(experiments, {name: make() for name, make in EXPERIMENTS.items()})
     if toy:
-        settings = {name: [tiny(each) for each in those] for name, those in settings.items()}
-    everything = [each for those in settings.values() for each in those]
+        chosen = [(name, tiny(each)) for name, each in chosen]
+    everything = [each for _, each in chosen]
     found = trainer.run_all(run, everything, out, device=device, processes=processes, seconds=seconds)
-    for name, those in settings.items():
-        names = {each.name for each in those}
+    for name in dict.fromkeys(name for name, _ in chosen):
+        names = {each.name for experiment, each in chosen if experiment == name}
         mine = [result for result in found if result["name"] in names]
         if mine:
             trainer.write_csv(results / f"{name}.csv", map(as_row, mine))

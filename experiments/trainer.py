@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -183,6 +184,24 @@ def train(
     if step_of.reason is not None and fused:
         console.print(f"[yellow]steps were not captured: {step_of.reason}")
     return log
+
+
+def choose(wanted: Sequence[str], experiments: dict[str, list[Any]]) -> list[tuple[str, Any]]:
+    """Experiments and settings by names, in the order of the names; "name:part" is for runs with ``part`` in theirs.
+
+    Raises:
+        typer.BadParameter: there is no such experiment, or no such run of it.
+    """
+    chosen: dict[str, tuple[str, Any]] = {}
+    for each in wanted:
+        name, _, part = each.partition(":")
+        if name not in experiments:
+            raise typer.BadParameter(f"there is no experiment {name!r}: choose of {', '.join(experiments)}")
+        found = {setting.name: (name, setting) for setting in experiments[name] if part in setting.name}
+        if not found:
+            raise typer.BadParameter(f"no run of {name} has {part!r} in its name, as {experiments[name][0].name} has")
+        chosen |= {key: value for key, value in found.items() if key not in chosen}
+    return list(chosen.values())
 
 
 def run_all(

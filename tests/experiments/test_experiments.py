@@ -213,8 +213,7 @@ def test_shapes_that_are_compared_have_as_many_parameters() -> None:
 
 def test_language_from_the_command_line(data: Path, tmp_path: Path) -> None:
     options = ("--tiny", "--data", data, "--out", tmp_path / "out", "--results", tmp_path, "--device", "cpu")
-    assert invoke(language.main, "length", "share", "--only", "8-s0", *options).exit_code == 0  # nothing of that name
-    assert invoke(language.main, "length", "--only", "-512", *options).exit_code == 0
+    assert invoke(language.main, "length:-512", *options).exit_code == 0
     with (tmp_path / "length.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["length-16-512", "length-128-512"]
@@ -223,15 +222,16 @@ def test_language_from_the_command_line(data: Path, tmp_path: Path) -> None:
     written = tmp_path / "out" / "length-16-512.json"
     before = written.stat().st_mtime_ns
     assert len(json.loads(written.read_text())["positions"]) >= 32
-    assert invoke(language.main, "length", "--only", "-512", *options).exit_code == 0
+    assert invoke(language.main, "length:-512", *options).exit_code == 0
     assert written.stat().st_mtime_ns == before  # what is there is not run again
-    assert invoke(language.main, "nothing", *options).exit_code == 2
+    for wrong in ("nothing", "length:nothing"):
+        assert invoke(language.main, wrong, *options).exit_code == 2
 
 
 def test_recall_from_the_command_line(tmp_path: Path) -> None:
     options = ("--tiny", "--out", tmp_path / "out", "--results", tmp_path, "--device", "cpu")
-    assert invoke(recall.main, "mqar", "--only", "N16-0.003", *options).exit_code == 0
-    assert invoke(recall.main, "copying", "induction", "--only", "mamba2-s0", *options).exit_code == 0
+    assert invoke(recall.main, "mqar:N16-0.003", *options).exit_code == 0
+    assert invoke(recall.main, "copying:mamba2-s0", "induction:mamba2-s0", *options).exit_code == 0
     for name in ("mqar", "copying", "induction"):
         with (tmp_path / f"{name}.csv").open() as file:
             (row,) = csv.DictReader(file)
