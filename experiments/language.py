@@ -51,7 +51,7 @@ class Run:
     batch: int = 32
     window: int = 2048
     seed: int = 0
-    limit: int = 0  # tokens that there are to train on, so that they come back; 0 for all
+    epochs: int = 1  # how often each token is seen; of a run shorter than the corpus a part is read
     keep: bool = False  # the weights, beside the result
     far: int = 0  # tokens of the rows in which loss by position is measured; 0 for none
     vocab_size: int = 0  # 0 for that of the data
@@ -128,7 +128,8 @@ def _parts(values: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
 def run(setting: Run, checkpoint: Path, device: str) -> dict[str, Any]:
     """Trains a model and measures it."""
     tokens = stream(setting.data, "train", device)
-    tokens = tokens[: setting.limit or len(tokens)]
+    if setting.epochs > 1:
+        tokens = tokens[: setting.tokens // setting.epochs]
     others = {split: stream(setting.data, split, device) for split in ("validation", "test")}
     vocab_size = setting.vocab_size or -(-int(max(t.max() for t in (tokens, *others.values())) + 1) // 16) * 16
     model = trainer.new_model(setting.shape, vocab_size, setting.seed).to(device)
@@ -152,7 +153,6 @@ def run(setting: Run, checkpoint: Path, device: str) -> dict[str, Any]:
         "parameters": parameters,
         "outside_embedding": parameters - model.get_input_embeddings().weight.numel(),
         "steps": setting.steps,
-        "epochs": setting.steps * setting.batch * setting.window / len(tokens),
         "tokens_a_second": _speed(log) * setting.batch * setting.window,
         **log[-1],
         "log": log,
@@ -197,7 +197,7 @@ def answer(data: str) -> list[Run]:
 def repeated(data: str) -> list[Run]:
     """As many tokens as in `answer`, but those of a twelfth of them, twelve times over."""
     shapes = {"mamba2": MAMBA2, "attention": ATTENTION, "hybrid": HYBRID}
-    return [Run(f"repeated-{kind}", data, shape, BEST[kind], limit=32_000_000 // 12) for kind, shape in shapes.items()]
+    return [Run(f"repeated-{kind}", data, shape, BEST[kind], epochs=12) for kind, shape in shapes.items()]
 
 
 def share(data: str) -> list[Run]:
@@ -308,7 +308,7 @@ def tiny(setting: Run) -> Run:
     )
     window = min(64, setting.window)
     return dataclasses.replace(
-        setting, shape=shape, tokens=12 * window, batch=4, window=window, far=min(setting.far, 256), limit=0
+        setting, shape=shape, tokens=12 * window, batch=4, window=window, far=min(setting.far, 256), epochs=1
     )
 
 
@@ -318,7 +318,7 @@ def tiny(setting: Run) -> Run:
 def as_row(result: dict[str, Any]) -> dict[str, Any]:
     """A result as one line of a table."""
     shape = {name: value for name, value in result["shape"].items() if value not in (None, 0)}
-    left_out = ("shape", "log", "positions", "data", "keep", "far", "vocab_size", "step", "seconds", "limit")
+    left_out = ("shape", "log", "positions", "data", "keep", "far", "vocab_size", "step", "seconds")
     rest = {name: value for name, value in result.items() if name not in left_out}
     rounded = {name: round(value, 5) if isinstance(value, float) else value for name, value in rest.items()}
     return {"name": rounded.pop("name"), **shape, **rounded, "seconds": round(result["seconds"], 1)}
@@ -362,11 +362,13 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, cuda:1, ...; all GPUs by default.")] = "auto",
     processes: Annotated[int, typer.Option(help="Per GPU.")] = 1,
     seconds: Annotated[float, typer.Option(help="After which no further run is started.")] = math.inf,
+    tokens: Annotated[int, typer.Option(help="At most so many of each run.")] = 10**12,
     toy: Annotated[bool, typer.Option("--tiny", help="A few steps of toys.")] = False,
 ) -> None:
     chosen = trainer.choose(experiments, {name: make(str(data)) for name, make in EXPERIMENTS.items()})
     if toy:
         chosen = [(name, tiny(each)) for name, each in chosen]
+    chosen = [(name, dataclasses.replace(each, tokens=min(tokens, each.tokens))) for name, each in chosen]
     everything = [each for _, each in chosen]
     found = trainer.run_all(run, everything, out, device=device, processes=processes, seconds=seconds)
     for name in dict.fromkeys(name for name, _ in chosen):

@@ -254,11 +254,13 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, cuda:1, ...; all GPUs by default.")] = "auto",
     processes: Annotated[int, typer.Option(help="Per GPU.")] = 1,
     seconds: Annotated[float, typer.Option(help="After which no further run is started.")] = math.inf,
+    steps: Annotated[int, typer.Option(help="At most so many of each run.")] = 10**9,
     toy: Annotated[bool, typer.Option("--tiny", help="A few steps of toys.")] = False,
 ) -> None:
     chosen = trainer.choose(experiments, {name: make() for name, make in EXPERIMENTS.items()})
     if toy:
         chosen = [(name, tiny(each)) for name, each in chosen]
+    chosen = [(name, dataclasses.replace(each, steps=min(steps, each.steps))) for name, each in chosen]
     everything = [each for _, each in chosen]
     found = trainer.run_all(run, everything, out, device=device, processes=processes, seconds=seconds)
     for name in dict.fromkeys(name for name, _ in chosen):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
 import math
 import multiprocessing
@@ -204,6 +205,12 @@ def choose(wanted: Sequence[str], experiments: dict[str, list[Any]]) -> list[tup
     return list(chosen.values())
 
 
+def stem(setting: Any) -> str:
+    """Name of a run's files: its name, and eight digits of the hash of all that decides what comes out."""
+    decides = {name: value for name, value in dataclasses.asdict(setting).items() if name != "data"}
+    return f"{setting.name}-{hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
 def run_all(
     run: Callable[[Any, Path, str], dict[str, Any]],
     settings: Sequence[Any],
@@ -225,7 +232,7 @@ def run_all(
     """
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.time() + seconds
-    missing = [setting for setting in settings if not (out / f"{setting.name}.json").exists()]
+    missing = [setting for setting in settings if not (out / f"{stem(setting)}.json").exists()]
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if device == "auto" else []
     devices = (gpus or ["cpu" if device == "auto" else device]) * processes
     with Progress(console=console) as progress:
@@ -247,7 +254,7 @@ def run_all(
                     progress.advance(bar)
             if failed:
                 raise RuntimeError(f"{len(failed)} runs of {len(missing)} failed") from failed[0]
-    files = [out / f"{setting.name}.json" for setting in settings]
+    files = [out / f"{stem(setting)}.json" for setting in settings]
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
@@ -262,7 +269,7 @@ def _take_device(waiting: Any) -> None:
 def _run_one(run: Callable[..., dict[str, Any]], setting: Any, out: Path, device: str | None, deadline: float) -> None:
     if time.time() > deadline:
         return
-    checkpoint, device = out / f"{setting.name}.pt", device or _device
+    checkpoint, device = out / f"{stem(setting)}.pt", device or _device
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
@@ -272,7 +279,7 @@ def _run_one(run: Callable[..., dict[str, Any]], setting: Any, out: Path, device
     except (FloatingPointError, torch.OutOfMemoryError) as error:
         console.print(f"[red]{setting.name}: {error}")
         return
-    _write(out / f"{setting.name}.json", json.dumps(result))
+    _write(out / f"{stem(setting)}.json", json.dumps(result))
     checkpoint.unlink(missing_ok=True)
 
 

@@ -219,11 +219,13 @@ def test_language_from_the_command_line(data: Path, tmp_path: Path) -> None:
     assert [row["name"] for row in rows] == ["length-16-512", "length-128-512"]
     assert all(math.isfinite(float(row["test"])) for row in rows)
     assert (tmp_path / "length.png").stat().st_size > 1000
-    written = tmp_path / "out" / "length-16-512.json"
+    (written,) = (tmp_path / "out").glob("length-16-512-*.json")
     before = written.stat().st_mtime_ns
     assert len(json.loads(written.read_text())["positions"]) >= 32
     assert invoke(language.main, "length:-512", *options).exit_code == 0
     assert written.stat().st_mtime_ns == before  # what is there is not run again
+    assert invoke(language.main, "length:16-512", "--tokens", 640, *options).exit_code == 0
+    assert len(list((tmp_path / "out").glob("length-16-512-*.json"))) == 2  # a shorter run is another
     for wrong in ("nothing", "length:nothing"):
         assert invoke(language.main, wrong, *options).exit_code == 2
 
