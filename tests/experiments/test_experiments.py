@@ -17,6 +17,7 @@ import recall
 import torch
 import trainer
 import typer
+import where
 from trainer import Recipe, Shape
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -248,3 +249,32 @@ def test_every_setting_of_language_builds(data: Path) -> None:
             assert setting.name not in names
             names.add(setting.name)
             trainer.new_model(language.tiny(setting).shape, 16, 0)
+
+
+def test_a_repeat_is_a_token_that_followed_the_same_two_before() -> None:
+    window = np.array([0, 5, 6, 7, 9, 5, 6, 7, 5, 6, 8, *range(10, 90), 5, 6, 7])
+    found = where.kinds(window)
+    assert len(found) == len(window) - 1
+    assert [where.KINDS[k] for k in found[:10]] == ["new"] * 6 + ["repeat, up to 64 back"] + ["new"] * 3
+    assert where.KINDS[found[-1]] == "repeat, up to 512 back"
+    assert (found[10:-1] == 0).all()
+
+
+def test_where_two_models_differ_from_the_command_line(tmp_path: Path) -> None:
+    library = tmp_path / "library"
+    library.mkdir()
+    for index in range(80):
+        (library / f"module{index}.py").write_text(PYTHON.format(index) * 2)
+    options = ("--stdlib", library, "--tokens", 400, "--results", tmp_path)
+    assert invoke(where.main, *options).exit_code == 0
+    with (tmp_path / "where.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for files in ("trained on", "held out"):
+        for model in {row["model"] for row in rows}:
+            mine = [row for row in rows if row["model"] == model and row["files"] == files]
+            *parts, whole = mine
+            assert sum(int(row["count"]) for row in parts) == int(whole["count"])
+            mean = sum(int(row["count"]) * float(row["nats_per_token"]) for row in parts) / int(whole["count"])
+            assert mean == pytest.approx(float(whole["nats_per_token"]), abs=1e-3)
+            assert int(parts[1]["count"]) > 0
+    assert (tmp_path / "where.png").exists()
