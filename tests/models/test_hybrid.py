@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.export import Dim
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache, masking_utils
 from transformers.integrations import flex_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -743,3 +744,25 @@ def test_gradient_checkpointing(name: str) -> None:
         enable()
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+class Reads(TorchDispatchMode):
+    """Notes whether values are read back, for which the CPU would wait on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["plain", "rotary", "sliding"])
+def test_a_training_step_on_packed_documents_reads_no_value(name: str) -> None:
+    """Then it can be captured as a CUDA graph, as documentation says."""
+    model = make_hybrid(name).train()
+    ids, names = tokens(), torch.tensor([[0] * 5 + [1] * 8, [0] * 13, [0] + [1] * 12])
+    with Reads() as reads:
+        model(ids, seq_idx=names, labels=ids).loss.backward()
+    assert not reads.found

@@ -136,8 +136,8 @@ class Placement:
         fresh: ``(B,)`` new tokens that count; None if all T do.
         starts: ``(B, T)`` the column where the document of a token starts, 0 if it continues the cache; None if every
             row is one document.
-        width: as ``stored``, after this call.
-        lengths: as ``past``, after this call.
+        width: as ``stored``, after this call. Without a cache nothing is kept, and it is T.
+        lengths: as ``past``, after this call; None without a cache.
         to_grid: ``(B, T)`` place in the flat input of each token of the grid; None if the input is the grid.
         from_grid: place in the flat grid of each token of the input, in the input's shape, ``(B, T)``.
         masks: whatever attention makes of :meth:`visible` or :meth:`flat`, by window.
@@ -393,7 +393,8 @@ def place(layout: SequenceLayout, rows: int, tokens: int, counts: KeyCounts | No
         start = torch.arange(0, rows * tokens, tokens, device=layout.keep.device)[:, None]  # of each row
         to_grid, from_grid = start + kept_first(layout.keep), start + rank(layout.keep)
     starts = _document_starts(layout, rows, tokens, to_grid)
-    width, lengths = _after(rows, tokens, stored, past, fresh, starts, capacity)
+    # Nothing is counted without a cache, and a step that reads no values back can be captured.
+    width, lengths = (tokens, None) if counts is None else _after(rows, tokens, stored, past, fresh, starts, capacity)
     return Placement(
         rows=rows,
         tokens=tokens,
