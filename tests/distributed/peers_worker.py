@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processes import ON_GPUS, Check, work
 
-ON_GPUS = os.environ.get("ON_GPUS") == "1"
-if not ON_GPUS:
-    os.environ["TRITON_INTERPRET"] = "1"
+IS_ON_GPU = ON_GPUS in os.environ
+if not IS_ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
 
 import pytest
 import torch.distributed as dist
 from distributed_worker import make_hybrid
-from processes import Check, work
 from torch import Tensor
 
 from mamba2_hf import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM
@@ -32,7 +32,7 @@ from mamba2_hf.ops.runtime import tables
 
 CHECKS: dict[str, Check] = {}
 WORDS = 1024
-DEVICE = torch.device("cuda", int(os.environ["RANK"])) if ON_GPUS else torch.device("cpu")
+DEVICE = torch.device("cuda", int(os.environ["RANK"])) if IS_ON_GPU else torch.device("cpu")
 
 
 def check(function: Check) -> Check:
@@ -40,11 +40,11 @@ def check(function: Check) -> Check:
     return function
 
 
-def connected(folder: Path, seconds: float = 100.0) -> Group:
+def connected(folder: Path, seconds: float = 100.0) -> Any:
     """The group of all processes; on a CPU with memory in files, and served by Triton."""
     rank, size = dist.get_rank(), dist.get_world_size()
     group = Group(dist.group.WORLD, rank, size)
-    if not ON_GPUS:
+    if not IS_ON_GPU:
         dispatch._usable = lambda device: (True, "by test")
         length = 2 * size * WORDS
         files = [str(folder / f"{other}.words") for other in range(size)]
@@ -52,6 +52,9 @@ def connected(folder: Path, seconds: float = 100.0) -> Group:
         dist.barrier()
         buffers = [torch.from_file(file, shared=True, size=length, dtype=torch.int64) for file in files]
         group.memory = PeerMemory(buffers, rank, WORDS, seconds)
+    group.peers(torch.zeros(1, device=DEVICE))
+    assert group.memory is not None
+    group.memory.peers.table[3] = int(1e9 * seconds)
     return group
 
 
@@ -74,7 +77,6 @@ def sums_and_columns(folder: Path) -> None:
                 expected += part.float()
             assert torch.equal(group.total(given[group.rank].clone()), expected.to(dtype))
             assert torch.equal(group.gather_columns(given[group.rank]), torch.cat(given, -1))
-    assert group.memory is not None
     assert group.memory.peers.table[0].item() == 24 << 20
 
 
@@ -82,7 +84,6 @@ def sums_and_columns(folder: Path) -> None:
 def tensors_that_are_too_large_or_too_exact(folder: Path) -> None:
     """Go another way."""
     group = connected(folder)
-    assert group.memory is not None
     for shape, dtype in (((1, group.memory.peers.words + 1), torch.float32), ((1, 8), torch.float64)):
         given = parts(group.size, shape, 0, dtype)
         torch.testing.assert_close(group.total(given[group.rank].clone()), sum(given))
@@ -115,7 +116,6 @@ def assert_steps_like_one(folder: Path, model: Any, rows: int) -> None:
     found = steps(shared, ids)
     assert float((found - expected).norm() / expected.norm()) < 1e-5
     assert torch.equal(group.gather(found), found.expand(group.size, *found.shape))
-    assert group.memory is not None
     before = group.memory.peers.table[0].item() >> 20
     with torch.no_grad():
         shared(ids[:, :1], past_key_values=Mamba2Cache(model.config))
@@ -160,11 +160,11 @@ def attention_mlp_and_experts(folder: Path) -> None:
 @check
 def a_process_that_does_not_answer(folder: Path) -> None:
     """The others stop waiting, and the next call says so; later ones do not wait at all."""
-    group = connected(folder, seconds=1.0 if ON_GPUS else 1e-4)
+    group = connected(folder, seconds=1.0 if IS_ON_GPU else 1e-4)
     part = torch.ones(1, 1, 8, device=DEVICE)
     if group.rank > 0:
         group.total(part)
-        if ON_GPUS:
+        if IS_ON_GPU:
             torch.cuda.synchronize()
         for call in (group.check, lambda: group.total(part)):
             with pytest.raises(ProcessError, match=r"did not answer within .* s: .* start all of them again"):

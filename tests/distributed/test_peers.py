@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from processes import checks, run
+from processes import ON_GPUS, checks, run
 
 WORKER = Path(__file__).with_name("peers_worker.py")
 
@@ -24,3 +24,12 @@ def results(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[
 def test_interpreted(name: str, results: dict[str, list[str]]) -> None:
     for rank, result in enumerate(results[name]):
         assert result == "passed", f"process {rank}: {result}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_gpus(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ON_GPUS, "1")
+    found = run(WORKER, 2, tmp_path, repository)
+    for name, results in found.items():
+        assert results == ["passed"] * 2, name + "\n".join(results)
