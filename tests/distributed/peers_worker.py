@@ -11,16 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from processes import ON_GPUS, Check, work
-
-IS_ON_GPU = ON_GPUS in os.environ
-if not IS_ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
-
 import pytest
+import torch
 import torch.distributed as dist
 from distributed_worker import make_hybrid
+from processes import ON_GPUS, Check, work
 from torch import Tensor
 
 from mamba2_hf import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM
@@ -28,10 +23,10 @@ from mamba2_hf.distributed import Group, tensor_parallel
 from mamba2_hf.distributed.peer_memory import PeerMemory
 from mamba2_hf.errors import ProcessError
 from mamba2_hf.ops import dispatch
-from mamba2_hf.ops.runtime import tables
 
 CHECKS: dict[str, Check] = {}
 WORDS = 1024
+IS_ON_GPU = ON_GPUS in os.environ
 DEVICE = torch.device("cuda", int(os.environ["RANK"])) if IS_ON_GPU else torch.device("cpu")
 
 
@@ -129,26 +124,8 @@ def a_sequence(folder: Path) -> None:
 
 
 @check
-def a_sequence_with_groups_and_biases(folder: Path) -> None:
-    assert_steps_like_one(folder, pure(n_groups=4, use_bias=True), 1)
-
-
-@check
-def a_sequence_in_three_launches(folder: Path) -> None:
-    """As wide layers take them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "NARROW_LAYER", 0)
-        assert_steps_like_one(folder, pure(), 1)
-
-
-@check
 def several_sequences(folder: Path) -> None:
     assert_steps_like_one(folder, pure(num_hidden_layers=1), 3)
-
-
-@check
-def several_sequences_with_groups_and_biases(folder: Path) -> None:
-    assert_steps_like_one(folder, pure(num_hidden_layers=1, n_groups=4, use_bias=True), 2)
 
 
 @check

@@ -35,7 +35,7 @@ class PeerMemory:
     """
 
     def __init__(self, buffers: list[Tensor], rank: int, words: int, seconds: float, kept: Any = None) -> None:
-        self.device, self.seconds, self._kept = buffers[rank].device, seconds, (buffers, kept)
+        self.device, self.buffers, self.seconds, self._kept = buffers[rank].device, buffers, seconds, kept
         self.failed = torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")  # a kernel writes to it
         entries = [0, 0, self.failed.data_ptr(), int(1e9 * seconds), *(buffer.data_ptr() for buffer in buffers)]
         table = torch.tensor(entries, dtype=torch.int64, device=self.device)

@@ -233,13 +233,16 @@ def _leave(pid, programs, raw, squares, gate, weight, bias, x, y, ready, peers, 
     out = tl.sum(sums, 1)
     if groups == 1:
         out *= scale
-    if peers is not None:
+    if peers is None:
+        tl.store(y + n, (out * factor + offset).to(y.dtype.element_ty), mask=mask_n)
+    else:
+        out *= factor
         send(peers, number, n, out, mask_n, PLACE, PLACES, WORDS)
         out = total(peers, number, n, out, mask_n, PLACE, PLACES, WORDS, CLOCK)
         if JOINT:
             every = total(peers, number, behind, own, behind == outputs, PLACE, PLACES, WORDS, CLOCK)
             out *= tl.rsqrt(tl.sum(every, 0) / joint_size + eps)
-    tl.store(y + n, (out * factor + offset).to(y.dtype.element_ty), mask=mask_n)
+        tl.store(y + n, (out + offset).to(y.dtype.element_ty), mask=mask_n)
 
 
 @triton.jit

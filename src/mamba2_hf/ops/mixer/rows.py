@@ -300,10 +300,10 @@ def _leave_rows(sums, program, programs, row, output, squares, bias, x, y, peers
         first = of_rows < tl.where(output == 0, rows, 0)
     elif GROUPS == 1 and squares is not None:
         scales = _norm_scales(squares, row, 0, rows, eps, 1, SIZE, PARTS, BM, PARTS_BLOCK)
+    scales *= factor
     if peers is None:
         if JOINT:
             tl.store(y + behind, own.to(y.dtype.element_ty), mask=first)
-        scales *= factor
         tl.store(y + at, (tl.trans(sums) * scales[:, None] + added).to(y.dtype.element_ty), mask=mask)
     else:
         number = sum_number(peers, program, programs)
@@ -315,7 +315,7 @@ def _leave_rows(sums, program, programs, row, output, squares, bias, x, y, peers
         if JOINT:
             every = total(peers, number, behind, own, of_rows < rows, PLACE, PLACES, WORDS, CLOCK)
             value *= tl.rsqrt(every / joint_size + eps)[:, None]
-        tl.store(y + m * outputs + n, (value * factor + added).to(y.dtype.element_ty), mask=mask)
+        tl.store(y + m * outputs + n, (value + added).to(y.dtype.element_ty), mask=mask)
 
 
 def rows_step(call: LayerStep, part: bool = False) -> Tensor:
