@@ -208,11 +208,12 @@ def test_steps_of_a_layer_that_devices_share(
     expected = written_out(tensors, spec_of(variant))
 
     def run(
-        rank: int, total: Any, backend: str, dtype: torch.dtype, peers: ops.Peers = ops.Peers()
+        rank: int, total: Any, backend: str, dtype: torch.dtype, peers: ops.Peers | None = None
     ) -> tuple[Tensor, ...]:
         own = cast(heads_of(tensors, rank), dtype)
         states = own["conv_state"], own["ssm_state"]
-        call = LayerStep(own["stream"], *states, weights_of(own), spec, residual=own.get("residual"), peers=peers)
+        call = LayerStep(own["stream"], *states, weights_of(own), spec, residual=own.get("residual"))
+        call = call if peers is None else call._replace(peers=peers)
         return ops.shared_layer_step(call, total, backend), *states
 
     def keep(sent: list[Tensor]) -> Any:

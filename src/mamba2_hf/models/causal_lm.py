@@ -431,8 +431,13 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             if cache is not None:
                 cache.stop_recording()
 
-    @functools.wraps(GenerationMixin.generate)
+    @functools.wraps(GenerationMixin.generate, assigned=())
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ProcessError: a process that shares the model did not answer in time.
+        """
         found = super().generate(*args, **kwargs)
         if self.tensor_group is not None:
             self.tensor_group.check()

@@ -168,8 +168,8 @@ class Peers(NamedTuple):
     """
 
     table: State | None = None
-    """``(4 + size,)`` int64: what counts the sums, in units of ``2 ** 20``; whether a device did not answer in time; the
-    address of an int32 that the host reads, for the same; nanoseconds to wait; addresses of every device's words.
+    """``(4 + size,)`` int64: what counts the sums, in units of ``2 ** 20``; whether a device did not answer in time;
+    the address of an int32 that the host reads, for the same; nanoseconds to wait; addresses of every device's words.
     """
     rank: int = 0
     """Of this device."""

@@ -387,8 +387,8 @@ def one_row_step(call: LayerStep, part: bool = False) -> Tensor:
 def project_back_kernel(h, weight, bias, x, y, outputs, factor,
                         WIDTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """``BN`` channels of ``x`` plus ``factor`` times the projection of ``h (WIDTH,)``."""
-    _leave(tl.program_id(0), h, None, None, weight, bias, x, y, None, outputs, 0.0, factor,
-           WIDTH, WIDTH, 1, False, BN, BK, 1, False, OVERLAP)  # fmt: skip
+    _leave(tl.program_id(0), tl.num_programs(0), h, None, None, weight, bias, x, y, None, None, outputs, 0.0, factor, 0,
+           WIDTH, WIDTH, 1, False, BN, BK, 1, False, 0, 1, 0, False, OVERLAP)  # fmt: skip
 
 
 def project_back(h: Tensor, down: Linear, residual: Tensor, factor: float) -> Tensor:

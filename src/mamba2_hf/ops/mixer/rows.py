@@ -233,9 +233,11 @@ def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, c
     norm, and then ``SIZE`` is ``WIDTH``. ``SPLIT`` programs
     share the inputs of a tile; ``partial (tiles, SPLIT, BN, BM)`` is theirs, and so are ``counters (tiles,)``, zero
     before the first. The last of them adds up; with several ``PIECES`` so many of them do, once the last has come, for
-    some of the rows each. Without ``x`` nothing is added. With ``peers`` the projections are added up over devices. With
-    ``JOINT`` the norm's one group of ``joint_size`` goes on in them, and so the scale comes after the sum; without
-    ``peers`` it is left out, and the sum of squares is stored behind the outputs of a row.
+    some of the rows each. Without ``x`` nothing is added.
+
+    With ``peers`` the projections are added up over devices. With ``JOINT`` the norm's one group of ``joint_size`` goes
+    on in them, and so the scale comes after the sum; without ``peers`` it is left out, and the sum of squares is stored
+    behind the outputs of a row.
     """
     pid = tl.program_id(0)
     tile = pid // SPLIT
