@@ -32,5 +32,9 @@ class LogitsError(Mamba2HFError, AttributeError, KeyError):
     __str__ = Exception.__str__  # a KeyError's would put the message in quotes
 
 
+class ProcessError(Mamba2HFError, RuntimeError):
+    """A process that others work with did not answer in time."""
+
+
 class CheckpointError(Mamba2HFError, ValueError):
     """A checkpoint on disk is missing something, broken, or not of a format that can be read."""

@@ -15,6 +15,8 @@ from datetime import timedelta
 from pathlib import Path
 
 Check = Callable[[Path], None]
+ON_GPUS = "TEST_ON_GPUS"
+"""The variable by which every process has a GPU."""
 
 
 def checks(worker: Path, mark: str = "check") -> list[str]:
@@ -79,7 +81,12 @@ def work(every_check: dict[str, Check], folder: Path, *only: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    if ON_GPUS in os.environ:
+        device = torch.device("cuda", int(os.environ["RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timedelta(seconds=60), device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, results = dist.get_rank(), {}
     for name, function in every_check.items():
         if only and name not in only:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from peers import two_devices, words_sent
 from torch import Tensor
 
 from mamba2_hf import ops
@@ -198,16 +199,21 @@ def heads_of(given: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
 def test_steps_of_a_layer_that_devices_share(
     variant: Variant, rows: int, limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A norm of one group over both takes one number more in the only sum."""
+    """A norm of one group over both takes one number more in the only sum. Kernels that send find what the other would
+    have sent.
+    """
     monkeypatch.setattr(tables, "NARROW_LAYER", limits[0])
     monkeypatch.setattr(tables, "step_rows", lambda chip: limits[1])
     spec, tensors = spec_of(variant)._replace(n_groups=G // 2), make(variant, rows, 1)
     expected = written_out(tensors, spec_of(variant))
 
-    def run(rank: int, total: Any, backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def run(
+        rank: int, total: Any, backend: str, dtype: torch.dtype, peers: ops.Peers | None = None
+    ) -> tuple[Tensor, ...]:
         own = cast(heads_of(tensors, rank), dtype)
         states = own["conv_state"], own["ssm_state"]
         call = LayerStep(own["stream"], *states, weights_of(own), spec, residual=own.get("residual"))
+        call = call if peers is None else call._replace(peers=peers)
         return ops.shared_layer_step(call, total, backend), *states
 
     def keep(sent: list[Tensor]) -> Any:
@@ -222,6 +228,12 @@ def test_steps_of_a_layer_that_devices_share(
             found = run(rank, lambda _, both=sent[0] + sent[1]: both.clone(), backend, dtype)
             own = heads_of({"conv_state": expected[1], "ssm_state": expected[2]}, rank)
             assert max(errors(found, (expected[0], own["conv_state"], own["ssm_state"]))) <= tolerance
+            if backend == "triton" and rows <= limits[1]:
+                memory = two_devices(rank, sent[1 - rank])
+                pushed = run(rank, None, backend, dtype, memory.peers)
+                assert max(errors(pushed, (expected[0], own["conv_state"], own["ssm_state"]))) <= tolerance
+                assert torch.equal(words_sent(memory), sent[rank].flatten())
+                assert not memory.failed.item()
 
 
 def test_without_gradients_nothing_else_comes_out(variant: Variant) -> None:

@@ -51,6 +51,7 @@ MIXER_KERNELS = {
     "enter_step_kernel",
     "leave_kernel",
     "joined_kernel",
+    "exchange_kernel",
     "cross_entropy_kernel",
     "add_kernel",
     "sum_rows_kernel",
@@ -156,9 +157,10 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
     from mamba2_hf.ops.mlp.op import ACTIVATIONS, ExpertsStep, Gated, MLPStep
     from mamba2_hf.ops.norm import triton as norm
     from mamba2_hf.ops.norm.op import Norm
+    from mamba2_hf.ops.runtime.peers import Exchange, exchange
     from mamba2_hf.ops.scan import update as scan_update
     from mamba2_hf.ops.scan.op import Update
-    from mamba2_hf.ops.spec import LayerWeights, Linear, MixerSpec, MixerWeights, Packing
+    from mamba2_hf.ops.spec import LayerWeights, Linear, MixerSpec, MixerWeights, Packing, Peers
 
     _set_chip(target)
     H, P, N, K, T = 80, 64, 128, 4, 16
@@ -235,8 +237,12 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
             stream, spec = zeros(batch, 1, 2560, dtype=torch.float32), MixerSpec(P, 1, group_size=size)
             states = zeros(batch, channels, K - 1), zeros(batch, H, P, N, dtype=torch.float32)
             weights = LayerWeights(zeros(2560), Linear(zeros(entering, 2560)), mixer, Linear(zeros(2560, inner)))
-            part = training.mamba2_layer_part(LayerStep(stream, *states, weights, spec))
-            training.joined(Joined(part, stream, zeros(2560), spec))
+            call = LayerStep(stream, *states, weights, spec)
+            training.joined(Joined(training.mamba2_layer_part(call), stream, zeros(2560), spec))
+            for devices in (2, 8):
+                peers = Peers(torch.zeros(4 + devices, dtype=torch.int64), 1, devices, 2**18)
+                training.mamba2_layer_step(call._replace(peers=peers))
+                exchange(Exchange(stream, peers, beside=devices == 2))
         norm.gate_forward(y, z)
         norm.gate_backward(y, y, z, z, y)
         width = 2048

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..ops import Peers
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+    from .peer_memory import PeerMemory
 
 
 class Group:
@@ -27,6 +30,8 @@ class Group:
 
     def __init__(self, process_group: Any, rank: int, size: int) -> None:
         self.process_group, self.rank, self.size = process_group, rank, size
+        self.memory: PeerMemory | None = None
+        self._alone = size == 1  # or not connected so that memory could be shared
 
     @classmethod
     def of(cls, mesh: DeviceMesh, name: str) -> Group:
@@ -65,6 +70,57 @@ class Group:
         total = tensor.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self.process_group)
         return total
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum over all processes of a tensor that nobody else reads, in its place or not."""
+        import torch.distributed as dist
+
+        peers = self.peers(part)
+        if 0 < part.numel() <= peers.words:
+            from ..ops.runtime.peers import Exchange, exchange, serves
+
+            if serves(part):
+                return exchange(Exchange(part, peers, False))  # type: ignore[no-any-return]
+        dist.all_reduce(part, group=self.process_group)
+        return part
+
+    def gather_columns(self, tensor: Tensor) -> Tensor:
+        """``(..., n)`` of all processes side by side, ``(..., size * n)``."""
+        peers = self.peers(tensor)
+        if 0 < tensor.numel() <= peers.words:
+            from ..ops.runtime.peers import Exchange, exchange, serves
+
+            if serves(tensor):
+                return exchange(Exchange(tensor, peers, True))  # type: ignore[no-any-return]
+        return self.gather(tensor).movedim(0, -2).flatten(-2)
+
+    def peers(self, like: Tensor) -> Peers:
+        """What kernels have to know to add up small tensors over the processes where ``like`` is: nothing, where these
+        do not reach each other's memory. All processes ask for the first time together.
+
+        Raises:
+            ProcessError: see :meth:`check`.
+        """
+        if self.memory is None and not self._alone and like.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return Peers()
+            from .peer_memory import PeerMemory
+
+            self.memory = PeerMemory.of(self, like.device)
+            self._alone = self.memory is None
+        if self.memory is None or like.device != self.memory.device:
+            return Peers()
+        self.memory.check()
+        return self.memory.peers
+
+    def check(self) -> None:
+        """Nothing, unless a process was waited for in vain inside of a kernel.
+
+        Raises:
+            ProcessError: then.
+        """
+        if self.memory is not None:
+            self.memory.check()
 
     def sum_of_parts(self, tensor: Tensor) -> Tensor:
         """From ``(size, ...)`` in all processes the sum of this process's entries, ``(...)``."""

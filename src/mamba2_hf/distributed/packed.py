@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..layers.causal_conv1d import PLAIN_TENSORS, CausalConv1d
 from ..layers.norm import JointGatedRMSNorm
+from ..ops import Peers
 from .collectives import sum_backward, sum_forward
 from .groups import Group
 
@@ -94,10 +95,7 @@ def sum_of_parts(part: Tensor, group: Group) -> Tensor:
     """The sum over all processes of what nobody else reads: in its place where no gradient is wanted."""
     if torch.is_grad_enabled():
         return sum_forward(part, group)
-    import torch.distributed as dist
-
-    dist.all_reduce(part, group=group.process_group)
-    return part
+    return group.total(part)
 
 
 class _Held:
@@ -147,6 +145,10 @@ class PartLinear(CutModule, nn.Linear):
     def total(self, part: Tensor) -> Tensor:
         """See :func:`sum_of_parts`."""
         return sum_of_parts(part, self.group)
+
+    def peers(self, like: Tensor) -> Peers:
+        """See :meth:`Group.peers`."""
+        return self.group.peers(like)
 
 
 class ColumnLinear(PartLinear):

@@ -25,11 +25,11 @@ class CutEmbedding(CutModule, nn.Embedding):
         """``(...)`` ids to ``(..., d)``, the same in all processes. Ids that nobody has fail in all of them."""
         weight = self.weight
         rows = weight.shape[0]
-        own = ids - self.group.rank * rows
-        mine = (own >= 0) & (own < rows)
-        known = (ids >= 0) & (ids < self.num_embeddings)
-        found = F.embedding(own.where(mine, torch.where(known, 0, rows)), weight)
-        return sum_of_parts(found.masked_fill(~mine[..., None], 0), self.group)
+        holder = ids // rows
+        # A row that others hold too, or none at all.
+        index = torch.sub(ids, holder.clamp(0, self.group.size - 1), alpha=rows)
+        found = F.embedding(index, weight)
+        return sum_of_parts(found.masked_fill((holder != self.group.rank)[..., None], 0), self.group)
 
 
 class CutHead(CutModule, Head):
@@ -53,7 +53,7 @@ class _GatherColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        return group.gather(tensor).movedim(0, -2).flatten(-2)
+        return group.gather_columns(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

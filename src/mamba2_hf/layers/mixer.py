@@ -210,8 +210,9 @@ class Mamba2Mixer(KeepsFp32):
                 return None
             part = part._replace(mixer=part.mixer._replace(gated_norm_weight=scale))
             spec = spec._replace(group_size=self.norm.joint_size)
-        call = ops.LayerStep(stream, conv, ssm, part, spec, state.ready, residual)
-        return ops.shared_layer_step(call, self.out_proj.total)  # type: ignore[arg-type]
+        out: Any = self.out_proj
+        call = ops.LayerStep(stream, conv, ssm, part, spec, state.ready, residual, out.peers(stream))
+        return ops.shared_layer_step(call, out.total)
 
     def _layer_weights(self, norm: RMSNorm, read: Callable[[nn.Module], ops.Linear | None]) -> ops.LayerWeights | None:
         """The weights of the layer around the mixer, ``norm`` among them; None where a module has to be called, or

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -176,6 +177,8 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             return self._logits(outputs.last_hidden_state)
 
         assert cache.graph is not None
+        if self.tensor_group is not None:
+            self.tensor_group.check()  # a replay does not
         return cache.graph.step(run, input_ids, cache)
 
     def _fused_loss(
@@ -427,6 +430,18 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         finally:
             if cache is not None:
                 cache.stop_recording()
+
+    @functools.wraps(GenerationMixin.generate, assigned=())
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ProcessError: a process that shares the model did not answer in time.
+        """
+        found = super().generate(*args, **kwargs)
+        if self.tensor_group is not None:
+            self.tensor_group.check()
+        return found
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         """Refused: transformers keeps what it batches continuously in pages of keys and values.

@@ -33,7 +33,7 @@ from .neighbors import Neighbors
 from .norm.op import gated_rms_norm
 from .scan.op import ssd_chunk_scan, ssd_state_update
 from .scan.reference import ssd_attention_matrix
-from .spec import LayerWeights, Linear, LowRank, MixerSpec, MixerWeights, Packing
+from .spec import LayerWeights, Linear, LowRank, MixerSpec, MixerWeights, Packing, Peers
 
 __all__ = [
     "AttentionStep",
@@ -48,6 +48,7 @@ __all__ = [
     "MixerWeights",
     "Neighbors",
     "Packing",
+    "Peers",
     "Step",
     "activate",
     "attend_one",

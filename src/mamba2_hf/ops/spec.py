@@ -162,6 +162,23 @@ class MixerSpec(NamedTuple):
         return tuple(self.input_multiplier * part for part in self.multipliers or (1.0,) * 5)
 
 
+class Peers(NamedTuple):
+    """Devices that reach each other's memory, and what a kernel has to know to add up a small tensor over them
+    (``runtime/peers.py``). By default there is only one.
+    """
+
+    table: State | None = None
+    """``(4 + size,)`` int64: what counts the sums, in units of ``2 ** 20``; whether a device did not answer in time;
+    the address of an int32 that the host reads, for the same; nanoseconds to wait; addresses of every device's words.
+    """
+    rank: int = 0
+    """Of this device."""
+    size: int = 1
+    """How many devices there are."""
+    words: int = 0
+    """Numbers that a device can send at once. It has ``2 * size`` times as many words of 8 bytes, zeros at first."""
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of decays, states and sums: fp64 for fp64 inputs, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -18,6 +18,7 @@ from .mixer.triton import mamba2_inner as mamba2_inner
 from .mixer.triton import mamba2_layer as mamba2_layer
 from .mixer.triton import mamba2_layer_part as mamba2_layer_part
 from .mixer.triton import mamba2_layer_step as mamba2_layer_step
+from .mixer.triton import sums_over_peers as sums_over_peers
 from .mlp.triton import experts_step as experts_step
 from .mlp.triton import gated_activation as gated_activation
 from .mlp.triton import mlp_step as mlp_step

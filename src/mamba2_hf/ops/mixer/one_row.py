@@ -25,11 +25,12 @@ from ..conv.op import ACTIVATIONS
 from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.overlap import follow, overlap
+from ..runtime.peers import constants, send, sum_number, total
 from ..runtime.rows import channels_last, dense
 from ..runtime.tables import cdiv, power_of_two, state_programs
 from ..scan.prep import _silu
 from ..scan.update import _step_size
-from ..spec import Linear
+from ..spec import Linear, Peers
 from .op import LayerStep
 from .step import _shift, part_multiplier, step_kernel
 
@@ -187,9 +188,10 @@ def enter_step_kernel(x, norm_weight, weight, bias, conv, state, taps, offset, d
 
 
 @triton.jit
-def _leave(pid, raw, squares, gate, weight, bias, x, y, ready, outputs, eps, factor,
+def _leave(pid, programs, raw, squares, gate, weight, bias, x, y, ready, peers, outputs, eps, factor, joint_size,
            WIDTH: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, GATE: tl.constexpr, BN: tl.constexpr,
-           BK: tl.constexpr, PADDED: tl.constexpr, JOINT: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+           BK: tl.constexpr, PADDED: tl.constexpr, JOINT: tl.constexpr, PLACE: tl.constexpr, PLACES: tl.constexpr,
+           WORDS: tl.constexpr, CLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     n = pid * BN + tl.arange(0, BN)
     mask_n = n < outputs
     weights = _weight_tiles(weight, n, mask_n, WIDTH, BK)
@@ -197,6 +199,8 @@ def _leave(pid, raw, squares, gate, weight, bias, x, y, ready, outputs, eps, fac
     if x is not None:
         offset += tl.load(x + n, mask=mask_n, other=0.0).to(tl.float32)
     follow(OVERLAP)
+    if peers is not None:
+        number = sum_number(peers, pid, programs)
     if ready is not None and pid == 0:
         tl.store(ready, 0)
     groups: tl.constexpr = WIDTH // SIZE if squares is not None else 0
@@ -206,8 +210,13 @@ def _leave(pid, raw, squares, gate, weight, bias, x, y, ready, outputs, eps, fac
         found = tl.load(squares + group * PARTS + part, mask=part < PARTS, other=0.0)
         if JOINT:
             scale = 1.0
-            if pid == 0:
-                tl.store(y + outputs, tl.sum(found, 0).to(y.dtype.element_ty))
+            own = tl.sum(found, 0) + tl.zeros([1], tl.float32)
+            first = tl.arange(0, 1) == pid
+            behind = outputs + tl.arange(0, 1)
+            if peers is not None:
+                send(peers, number, behind, own, first, PLACE, PLACES, WORDS)
+            else:
+                tl.store(y + behind, own.to(y.dtype.element_ty), mask=first)
         else:
             scale = tl.rsqrt(tl.sum(found, 0) / SIZE + eps)
         scales = scales + (scale,)
@@ -224,20 +233,31 @@ def _leave(pid, raw, squares, gate, weight, bias, x, y, ready, outputs, eps, fac
     out = tl.sum(sums, 1)
     if groups == 1:
         out *= scale
-    tl.store(y + n, (out * factor + offset).to(y.dtype.element_ty), mask=mask_n)
+    if peers is None:
+        tl.store(y + n, (out * factor + offset).to(y.dtype.element_ty), mask=mask_n)
+    else:
+        out *= factor
+        send(peers, number, n, out, mask_n, PLACE, PLACES, WORDS)
+        out = total(peers, number, n, out, mask_n, PLACE, PLACES, WORDS, CLOCK)
+        if JOINT:
+            every = total(peers, number, behind, own, behind == outputs, PLACE, PLACES, WORDS, CLOCK)
+            out *= tl.rsqrt(tl.sum(every, 0) / joint_size + eps)
+        tl.store(y + n, (out + offset).to(y.dtype.element_ty), mask=mask_n)
 
 
 @triton.jit
-def leave_kernel(raw, squares, u, weight, bias, x, y, conv, ready, outputs, programs, channels, eps, factor,
-                 sc_b, sc_c, sc_l,
+def leave_kernel(raw, squares, u, weight, bias, x, y, conv, ready, peers, outputs, programs, channels, eps, factor,
+                 joint_size, sc_b, sc_c, sc_l,
                  WIDTH: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, GATE: tl.constexpr,
                  BN: tl.constexpr, BK: tl.constexpr, PADDED: tl.constexpr, JOINT: tl.constexpr, L: tl.constexpr,
-                 BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                 BLOCK: tl.constexpr, PLACE: tl.constexpr, PLACES: tl.constexpr, WORDS: tl.constexpr,
+                 CLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """What waits for all of the mixer's step: the first ``programs`` give ``BN`` outputs each of ``x`` plus ``factor``
     times the projection of ``raw (WIDTH,)`` times the scales of its norm, others move the convolution's state on.
 
-    Without ``x`` nothing is added. With ``JOINT`` the norm's one group goes on elsewhere: its scale is left out, and
-    the sum of squares is stored behind the outputs.
+    Without ``x`` nothing is added. With ``peers`` the projections are added up over devices. With ``JOINT`` the norm's
+    one group of ``joint_size`` goes on in them, and so the scale comes after the sum; without ``peers`` it is left
+    out, and the sum of squares is stored behind the outputs.
 
     ``squares (groups, PARTS)`` are the parts of the sums of squares that the scales come from (None without a norm),
     ``u`` begins with
@@ -245,8 +265,8 @@ def leave_kernel(raw, squares, u, weight, bias, x, y, conv, ready, outputs, prog
     """
     pid = tl.program_id(0)
     if pid < programs:
-        _leave(pid, raw, squares, u, weight, bias, x, y, ready, outputs, eps, factor,
-               WIDTH, SIZE, PARTS, GATE, BN, BK, PADDED, JOINT, OVERLAP)  # fmt: skip
+        _leave(pid, programs, raw, squares, u, weight, bias, x, y, ready, peers, outputs, eps, factor, joint_size,
+               WIDTH, SIZE, PARTS, GATE, BN, BK, PADDED, JOINT, PLACE, PLACES, WORDS, CLOCK, OVERLAP)  # fmt: skip
     elif ready is None:
         follow(OVERLAP)
         _shift(pid - programs, u, conv, 1, WIDTH, channels, 0, 0, sc_b, sc_c, sc_l, L, BLOCK)
@@ -256,11 +276,12 @@ def one_row_step(call: LayerStep, part: bool = False) -> Tensor:
     """Launches the layer for ``stream (1, 1, d)``; both states are updated in place. A ``part`` is what
     :func:`mamba2_hf.ops.shared_layer_step` sends.
     """
-    stream, conv_state, ssm_state, (norm_weight, into, mixer_weights, out), spec, ready, residual = call
+    stream, conv_state, ssm_state, (norm_weight, into, mixer_weights, out), spec, ready, residual, peers = call
     in_weight, in_bias, *_ = into
     out_weight, out_bias, *_ = out
     conv_weight, conv_bias, dt_bias, _, _, D, gated_norm_weight = mixer_weights
     A_log, limits, norm_eps = mixer_weights.decay, spec.dt_limit, spec.norm_eps
+    peers = Peers() if part else peers
     n_groups, group_size, norm_before_gate = spec.n_groups, min(spec.group_size, call.width), spec.norm_before_gate
     size = stream.shape[2]
     heads, P, N = ssm_state.shape[1:]
@@ -342,8 +363,9 @@ def one_row_step(call: LayerStep, part: bool = False) -> Tensor:
         leave_kernel,
         (programs + (0 if narrow else cdiv(channels, tables.SHIFT_BLOCK)),),
         *(raw, squares, u, out_weight.contiguous(), None if part else dense(out_bias)),
-        *(None if residual is None else channels_last(residual), y, conv_state, ready),
-        *(size, programs, channels, spec.gated_norm_eps, spec.output_multiplier, *conv_state.stride()),
+        *(None if residual is None else channels_last(residual), y, conv_state, ready, peers.table),
+        *(size, programs, channels, spec.gated_norm_eps, spec.output_multiplier, spec.group_size),
+        *conv_state.stride(),
         WIDTH=width,
         SIZE=group_size,
         PARTS=parts,
@@ -351,10 +373,11 @@ def one_row_step(call: LayerStep, part: bool = False) -> Tensor:
         BN=outputs,
         BK=inputs,
         PADDED=power_of_two(parts),
-        JOINT=part and call.is_joint,
+        JOINT=call.is_joint,
         L=conv_state.shape[2],
         BLOCK=tables.SHIFT_BLOCK,
         num_warps=warps,
+        **constants(peers),
         **options,
     )
     return y
@@ -364,8 +387,8 @@ def one_row_step(call: LayerStep, part: bool = False) -> Tensor:
 def project_back_kernel(h, weight, bias, x, y, outputs, factor,
                         WIDTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """``BN`` channels of ``x`` plus ``factor`` times the projection of ``h (WIDTH,)``."""
-    _leave(tl.program_id(0), h, None, None, weight, bias, x, y, None, outputs, 0.0, factor,
-           WIDTH, WIDTH, 1, False, BN, BK, 1, False, OVERLAP)  # fmt: skip
+    _leave(tl.program_id(0), tl.num_programs(0), h, None, None, weight, bias, x, y, None, None, outputs, 0.0, factor, 0,
+           WIDTH, WIDTH, 1, False, BN, BK, 1, False, 0, 1, 0, False, OVERLAP)  # fmt: skip
 
 
 def project_back(h: Tensor, down: Linear, residual: Tensor, factor: float) -> Tensor:

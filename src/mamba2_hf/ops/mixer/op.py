@@ -38,6 +38,7 @@ from ..spec import (
     MixerSpec,
     MixerWeights,
     Packing,
+    Peers,
     SSDShape,
     State,
 )
@@ -124,6 +125,8 @@ class LayerStep(NamedTuple):
     ready: State | None = None
     residual: Tensor | None = None
     """``(B, 1, d)``, what the layer's result is added to; None for the stream."""
+    peers: Peers = Peers()
+    """Devices that have the layer's other heads."""
 
     @property
     def width(self) -> int:
@@ -534,8 +537,9 @@ def shared_layer_step(call: LayerStep, total: Callable[[Tensor], Tensor], backen
     before it.
 
     Args:
-        call: for the heads that are here.
-        total: sums a tensor over all devices; it may do so in place.
+        call: for the heads that are here. Where its ``peers`` can take all of that, and the backend has kernels that
+            send, they do.
+        total: sums a tensor over all devices otherwise; it may do so in place.
         backend: as in :func:`ssd_chunk_scan`.
 
     Returns:
@@ -557,6 +561,9 @@ def shared_layer_step(call: LayerStep, total: Callable[[Tensor], Tensor], backen
         differentiable=needs_grad(call.stream, into, mixer.conv_weight, mixer.A_log, out.weight),
     ).name
     module = dispatch.backend_module(name)
+    if module.sums_over_peers(call):
+        shared: Tensor = module.mamba2_layer_step(call)
+        return shared
     part = module.mamba2_layer_part(call)
     residual = call.stream if call.residual is None else call.residual
     y: Tensor = module.joined(Joined(total(part), residual, out.bias, spec))
@@ -613,7 +620,7 @@ def check_layer(call: Layer) -> SSDShape:
 
 def check_layer_step(call: LayerStep) -> SSDShape:
     """Contract of ``mamba2_layer_step``; returns the sizes, raises :class:`ArgumentError`."""
-    stream, conv_state, ssm_state, weights, spec, ready, residual = call
+    stream, conv_state, ssm_state, weights, spec, ready, residual, _ = call
     check_rank("stream", stream, 3, "(B, 1, d)")
     if stream.shape[1] != 1:
         fail(f"stream has {stream.shape[1]} tokens, expected one of each sequence")

@@ -25,12 +25,13 @@ from ..conv.op import ACTIVATIONS
 from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.overlap import follow, lead, overlap, prefetch
+from ..runtime.peers import constants, send, sum_number, total
 from ..runtime.rows import channels_last, dense
 from ..runtime.tables import cdiv, power_of_two
 from ..scan.prep import _silu
 from ..scan.problem import fits_tma
 from ..scan.update import _step_size
-from ..spec import MixerSpec
+from ..spec import MixerSpec, Peers
 from .op import LayerStep
 from .step import part_multiplier
 
@@ -218,10 +219,12 @@ def advance_rows_kernel(u, xbc, state, dt_bias, A_log, D, scale, y, squares, low
 
 
 @triton.jit
-def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, counters, rows, outputs, eps, factor, sx,
+def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, counters, peers, rows, outputs, eps,
+                      factor, joint_size, sx,
                       WIDTH: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
-                      BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, JOINT: tl.constexpr,
-                      AHEAD: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+                      BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PIECES: tl.constexpr,
+                      JOINT: tl.constexpr, AHEAD: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+                      PLACE: tl.constexpr, PLACES: tl.constexpr, WORDS: tl.constexpr, CLOCK: tl.constexpr,
                       OVERLAP: tl.constexpr):  # fmt: skip
     """``BN`` outputs of ``x`` plus ``factor`` times the projection of ``raw (rows, WIDTH)`` times its norm's scales,
     for ``BM`` rows.
@@ -229,8 +232,12 @@ def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, c
     ``squares (rows, groups, PARTS)`` are the parts of the sums of squares that the scales come from, None without a
     norm, and then ``SIZE`` is ``WIDTH``. ``SPLIT`` programs
     share the inputs of a tile; ``partial (tiles, SPLIT, BN, BM)`` is theirs, and so are ``counters (tiles,)``, zero
-    before the first. Without ``x`` nothing is added. With ``JOINT`` the norm's one group goes on elsewhere: its scale
-    is left out, and the sum of squares is stored behind the outputs of a row.
+    before the first. The last of them adds up; with several ``PIECES`` so many of them do, once the last has come, for
+    some of the rows each. Without ``x`` nothing is added.
+
+    With ``peers`` the projections are added up over devices. With ``JOINT`` the norm's one group of ``joint_size`` goes
+    on in them, and so the scale comes after the sum; without ``peers`` it is left out, and the sum of squares is stored
+    behind the outputs of a row.
     """
     pid = tl.program_id(0)
     tile = pid // SPLIT
@@ -245,8 +252,45 @@ def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, c
     follow(OVERLAP)
     sums = _products(raw, weight_tiles, squares, row, output, first, tl.minimum(first + each, blocks),
                      rows, outputs, eps, WIDTH, SIZE, PARTS, PARTS_BLOCK, BM, BN, BK, TMA, PRECISION)  # fmt: skip
-    m, n = (row + tl.arange(0, BM)).to(tl.int64)[:, None], (output + tl.arange(0, BN))[None, :]
+    if SPLIT == 1:
+        _leave_rows(sums, tile, tl.num_programs(0), row, output, squares, bias, x, y, peers, rows, outputs, eps,
+                    factor, joint_size, sx, groups, SIZE, PARTS, PARTS_BLOCK, BM, BN, JOINT,
+                    PLACE, PLACES, WORDS, CLOCK)  # fmt: skip
+        return
+    piece_rows: tl.constexpr = BM // PIECES
+    share = pid % SPLIT
+    part = partial + tile.to(tl.int64) * (SPLIT * BN * BM) + tl.arange(0, BN)[:, None] * BM
+    tl.store(part + share * (BN * BM) + tl.arange(0, BM)[None, :], sums)
+    tl.debug_barrier()  # what all threads stored is there before the count says so
+    seen = tl.atomic_add(counters + tile, 1, sem="acq_rel") + 1
+    piece = 0
+    if PIECES > 1:
+        piece = share
+        if piece < PIECES:
+            while seen < SPLIT:
+                seen = tl.atomic_add(counters + tile, 0, sem="acquire")
+    if (piece < PIECES) & (seen == SPLIT):
+        column = piece * piece_rows
+        every = tl.zeros([BN, piece_rows], tl.float32)
+        for i in tl.static_range(SPLIT):
+            at = part + i * (BN * BM) + column + tl.arange(0, piece_rows)[None, :]
+            every += tl.load(at, cache_modifier=".cg")
+        _leave_rows(every, tile * PIECES + piece, tl.num_programs(0) // SPLIT * PIECES, row + column, output, squares,
+                    bias, x, y, peers, rows, outputs, eps, factor, joint_size, sx, groups, SIZE, PARTS, PARTS_BLOCK,
+                    piece_rows, BN, JOINT, PLACE, PLACES, WORDS, CLOCK)  # fmt: skip
+
+
+@triton.jit
+def _leave_rows(sums, program, programs, row, output, squares, bias, x, y, peers, rows, outputs, eps, factor,
+                joint_size, sx,
+                GROUPS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
+                BM: tl.constexpr, BN: tl.constexpr, JOINT: tl.constexpr, PLACE: tl.constexpr,
+                PLACES: tl.constexpr, WORDS: tl.constexpr, CLOCK: tl.constexpr):  # fmt: skip
+    """What :func:`leave_rows_kernel` makes of finished products ``(BN, BM)``: one of ``programs`` that do so."""
+    of_rows = row + tl.arange(0, BM)
+    m, n = of_rows.to(tl.int64)[:, None], (output + tl.arange(0, BN))[None, :]
     mask = (m < rows) & (n < outputs)
+    at, behind = m * (outputs + JOINT) + n, of_rows * (outputs + JOINT) + outputs
     added = tl.zeros([BM, BN], tl.float32)
     if x is not None:
         added += tl.load(x + m * sx + n, mask=mask, other=0.0).to(tl.float32)
@@ -254,35 +298,33 @@ def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, c
         added += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32) * factor
     scales = tl.full([BM], 1.0, tl.float32)
     if JOINT:
-        if pid % SPLIT == 0 and output == 0:
-            of_rows = row + tl.arange(0, BM)
-            found = _sums_of_squares(squares, row, 0, rows, 1, PARTS, BM, PARTS_BLOCK)
-            at_sum = y + of_rows.to(tl.int64) * (outputs + 1) + outputs
-            tl.store(at_sum, found.to(y.dtype.element_ty), mask=of_rows < rows)
-    elif groups == 1 and squares is not None:
+        own = _sums_of_squares(squares, row, 0, rows, 1, PARTS, BM, PARTS_BLOCK)
+        first = of_rows < tl.where(output == 0, rows, 0)
+    elif GROUPS == 1 and squares is not None:
         scales = _norm_scales(squares, row, 0, rows, eps, 1, SIZE, PARTS, BM, PARTS_BLOCK)
     scales *= factor
-    at_y = y + m * (outputs + JOINT) + n
-    if SPLIT == 1:
-        tl.store(at_y, (tl.trans(sums) * scales[:, None] + added).to(y.dtype.element_ty), mask=mask)
+    if peers is None:
+        if JOINT:
+            tl.store(y + behind, own.to(y.dtype.element_ty), mask=first)
+        tl.store(y + at, (tl.trans(sums) * scales[:, None] + added).to(y.dtype.element_ty), mask=mask)
     else:
-        at = (
-            partial + tile.to(tl.int64) * (SPLIT * BN * BM) + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        )
-        tl.store(at + pid % SPLIT * (BN * BM), sums)
-        tl.debug_barrier()  # what all threads stored is there before the count says so
-        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1:
-            sums = tl.zeros([BN, BM], tl.float32)
-            for i in tl.static_range(SPLIT):
-                sums += tl.load(at + i * (BN * BM), cache_modifier=".cg")
-            tl.store(at_y, (tl.trans(sums) * scales[:, None] + added).to(y.dtype.element_ty), mask=mask)
+        number = sum_number(peers, program, programs)
+        value = tl.trans(sums) * scales[:, None]
+        send(peers, number, at, value, mask, PLACE, PLACES, WORDS)
+        if JOINT:
+            send(peers, number, behind, own, first, PLACE, PLACES, WORDS)
+        value = total(peers, number, at, value, mask, PLACE, PLACES, WORDS, CLOCK)
+        if JOINT:
+            every = total(peers, number, behind, own, of_rows < rows, PLACE, PLACES, WORDS, CLOCK)
+            value *= tl.rsqrt(every / joint_size + eps)[:, None]
+        tl.store(y + m * outputs + n, (value + added).to(y.dtype.element_ty), mask=mask)
 
 
 def rows_step(call: LayerStep, part: bool = False) -> Tensor:
     """Launches the layer for ``stream (B, 1, d)``; both states are updated in place. A ``part`` is what
     :func:`mamba2_hf.ops.shared_layer_step` sends.
     """
-    stream, conv_state, ssm_state, weights, spec, _, residual = call
+    stream, conv_state, ssm_state, weights, spec, _, residual, peers = call
     conv_weight, conv_bias, dt_bias, _, _, D, gated_norm_weight = weights.mixer
     (in_weight, in_bias, *_), (out_weight, out_bias, *_) = weights.in_proj, weights.out_proj
     group_size = min(spec.group_size, call.width) if gated_norm_weight is not None else call.width
@@ -321,10 +363,10 @@ def rows_step(call: LayerStep, part: bool = False) -> Tensor:
     )
     if part:
         y = torch.empty(rows, 1, size + call.is_joint, dtype=torch.float32, device=device)
-        return _leave(raw, squares, out_weight, None, None, y, spec, counters, leave)
+        return _leave(raw, squares, out_weight, None, None, y, spec, call.is_joint, Peers(), counters, leave)
     to = stream if residual is None else channels_last(residual)
     y = torch.empty(rows, 1, size, dtype=to.dtype, device=device)
-    return _leave(raw, squares, out_weight, out_bias, to, y, spec, counters, leave)
+    return _leave(raw, squares, out_weight, out_bias, to, y, spec, call.is_joint, peers, counters, leave)
 
 
 def _norm(stream: Tensor, weight: Tensor, eps: float, counters: Tensor, dtype: torch.dtype) -> Tensor:
@@ -395,11 +437,13 @@ def _leave(
     residual: Tensor | None,
     y: Tensor,
     spec: MixerSpec,
+    joint: bool,
+    peers: Peers,
     counters: Tensor,
     config: tables.Projection,
 ) -> Tensor:
     """``residual`` plus the projection of ``raw (B, H P)`` times its norm's scales, to ``y (B, 1, d)``; without the
-    scales where ``y`` has a place for the sums of squares.
+    scales where the norm is ``joint`` and there are no ``peers``.
     """
     (rows, width), size = raw.shape, weight.shape[0]
     groups, parts = (1, 1) if squares is None else squares.shape[1:]
@@ -414,15 +458,18 @@ def _leave(
     launch(
         leave_rows_kernel,
         (counters.shape[0] * config.split,),
-        *(inputs, squares, weight, weights, dense(bias), residual, y, partial, counters),
-        *(rows, size, spec.gated_norm_eps, spec.output_multiplier, 0 if residual is None else residual.stride(0)),
+        *(inputs, squares, weight, weights, dense(bias), residual, y, partial, counters, peers.table),
+        *(rows, size, spec.gated_norm_eps, spec.output_multiplier, spec.group_size),
+        0 if residual is None else residual.stride(0),
         WIDTH=width,
         SIZE=width // groups,
         PARTS=parts,
         PARTS_BLOCK=min(tables.PARTS_BLOCK, power_of_two(parts)),
         SPLIT=config.split,
-        JOINT=y.shape[2] > size,
+        PIECES=1 if peers.table is None else 1 << (config.split.bit_length() - 1),  # more programs send faster
+        JOINT=joint,
         **_sizes(config, chip, weight),
+        **constants(peers),
         TMA=tma,
         **overlap(),
     )

@@ -125,6 +125,11 @@ def mamba2_layer_part(call: LayerStep) -> Tensor:
     return torch.cat([part, y.to(wide).square().sum(-1, keepdim=True)], -1) if call.is_joint else part
 
 
+def sums_over_peers(call: LayerStep) -> bool:
+    """Whether a step adds up over devices by itself: not here."""
+    return False
+
+
 def joined(call: Joined) -> Tensor:
     """What ends :func:`mamba2_hf.ops.shared_layer_step`."""
     total, residual, bias, spec = call

@@ -413,18 +413,28 @@ def _step_flops(call: Any) -> int:
 @op("mamba2_layer_step", fake=lambda call: call.stream.new_empty(call.stream.shape), flops=(_step_flops,))
 def mamba2_layer_step(call: LayerStep) -> Tensor:
     """See :func:`mamba2_hf.ops.mamba2_layer_step`."""
-    weights, rows = call.weights, call.stream.shape[0]
-    linears = (weights.in_proj, weights.out_proj)
-    dtype = product_dtype(weights.in_proj.weight)
-    plain = dtype == weights.in_proj.weight.dtype and not any(linear.lora for linear in linears)
-    if plain and rows <= tables.step_rows(tables.current_chip()):
-        return (one_row_step if rows == 1 else rows_step)(_with_scaled_bias(call))
+    if _is_whole(call):
+        return (one_row_step if call.stream.shape[0] == 1 else rows_step)(_with_scaled_bias(call))
+    weights, dtype = call.weights, product_dtype(call.weights.in_proj.weight)
     layer_call = Layer(call.stream, weights, call.spec, UNPACKED, dtype, False, call.residual)
     with without_autocast(call.stream.device):
         zxbcdt = _entering(layer_call).forward(norm_forward(_norm(layer_call)))
         y = step(Step(zxbcdt, call.conv_state, call.ssm_state, weights.mixer, call.spec))
         mixed = Projection(layer_call, weights.out_proj).forward(y)
         return _add(call.stream if call.residual is None else call.residual, mixed, call.spec.output_multiplier)
+
+
+def _is_whole(call: LayerStep) -> bool:
+    """Whether kernels for the step of a whole layer take it."""
+    weight, linears = call.weights.in_proj.weight, (call.weights.in_proj, call.weights.out_proj)
+    plain = product_dtype(weight) == weight.dtype and not any(linear.lora for linear in linears)
+    return plain and call.stream.shape[0] <= tables.step_rows(tables.current_chip())
+
+
+def sums_over_peers(call: LayerStep) -> bool:
+    """Whether :func:`mamba2_layer_step` adds up over devices."""
+    rows, _, size = call.stream.shape
+    return rows * (size + call.is_joint) <= call.peers.words and _is_whole(call)
 
 
 def _part_fake(call: LayerStep) -> Tensor:
@@ -435,10 +445,10 @@ def _part_fake(call: LayerStep) -> Tensor:
 @op("mamba2_layer_part", fake=_part_fake, flops=(_step_flops,))
 def mamba2_layer_part(call: LayerStep) -> Tensor:
     """What a device sends in :func:`mamba2_hf.ops.shared_layer_step`."""
-    weights, rows, spec = call.weights, call.stream.shape[0], call.spec
+    if _is_whole(call):
+        return (one_row_step if call.stream.shape[0] == 1 else rows_step)(_with_scaled_bias(call), part=True)
+    weights, spec = call.weights, call.spec
     dtype, out = product_dtype(weights.in_proj.weight), weights.out_proj._replace(bias=None)
-    if dtype == weights.in_proj.weight.dtype and rows <= tables.step_rows(tables.current_chip()):
-        return (one_row_step if rows == 1 else rows_step)(_with_scaled_bias(call), part=True)
     layer_call, mixer, scale = (
         Layer(call.stream, weights, spec, UNPACKED, dtype, False),
         weights.mixer,

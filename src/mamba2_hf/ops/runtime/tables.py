@@ -229,6 +229,7 @@ LINK_BLOCK = SUM_BLOCK = 1024  # elements of a program
 GATE_BLOCK, GATE_ROWS = 512, 8  # channels and tokens of a program
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 256, 32, 8
 ADD = 2048, 8  # elements and warps of a program that adds to the residual stream
+EXCHANGE = 512, 4  # the same of one that adds up over devices
 
 
 # The convolution.
