@@ -32,6 +32,7 @@ def test_interpreted(name: str, results: dict[str, list[str]]) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_on_gpus(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ON_GPUS, "1")
+    monkeypatch.setenv("MAMBA2_HF_PEER_MEMORY", "1")
     found = run(WORKER, 2, tmp_path, repository)
     for name, results in found.items():
         assert results == ["passed"] * 2, name + "\n".join(results)

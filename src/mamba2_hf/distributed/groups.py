@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..ops import Peers
+
+PEER_MEMORY = "MAMBA2_HF_PEER_MEMORY"
+"""Environment variable: 1 for sums of small tensors in the memory of other GPUs, alike in all processes."""
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -31,7 +35,8 @@ class Group:
     def __init__(self, process_group: Any, rank: int, size: int) -> None:
         self.process_group, self.rank, self.size = process_group, rank, size
         self.memory: PeerMemory | None = None
-        self._alone = size == 1  # or not connected so that memory could be shared
+        asked = os.environ.get(PEER_MEMORY, "0") == "1"
+        self._alone = size == 1 or not asked  # or not connected so that memory could be shared
 
     @classmethod
     def of(cls, mesh: DeviceMesh, name: str) -> Group:
@@ -96,7 +101,7 @@ class Group:
 
     def peers(self, like: Tensor) -> Peers:
         """What kernels have to know to add up small tensors over the processes where ``like`` is: nothing, where these
-        do not reach each other's memory. All processes ask for the first time together.
+        do not reach each other's memory, or nobody set ``MAMBA2_HF_PEER_MEMORY=1``. All processes ask for the first time together.
 
         Raises:
             ProcessError: see :meth:`check`.
