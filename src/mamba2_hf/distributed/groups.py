@@ -101,7 +101,8 @@ class Group:
 
     def peers(self, like: Tensor) -> Peers:
         """What kernels have to know to add up small tensors over the processes where ``like`` is: nothing, where these
-        do not reach each other's memory, or nobody set ``MAMBA2_HF_PEER_MEMORY=1``. All processes ask for the first time together.
+        do not reach each other's memory, or nobody set ``MAMBA2_HF_PEER_MEMORY=1``. All processes ask for the first
+        time together.
 
         Raises:
             ProcessError: see :meth:`check`.
