@@ -1,4 +1,4 @@
-"""A group of threads in the place of a group of processes, for tests of what passes between slices."""
+"""A group of threads in the place of a group of processes, for tests of what passes between devices."""
 
 from __future__ import annotations
 
@@ -46,8 +46,14 @@ class Threads(Group):
     def gather(self, tensor: Tensor) -> Tensor:
         return torch.stack(self.meeting.all(self.rank, tensor.detach().clone()))
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        return self.gather(tensor).sum(0)
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor.copy_(self.gather(tensor).sum(0))
+
+    total = sum_
+
+    def begin_sum_(self, tensor: Tensor) -> Callable[[], Tensor]:
+        total = self.gather(tensor).sum(0)
+        return lambda: tensor.copy_(total)
 
     def sum_of_parts(self, tensor: Tensor) -> Tensor:
         return self.gather(tensor)[:, self.rank].sum(0)

@@ -27,6 +27,9 @@ from transformers.distributed import DistributedConfig
 from mamba2_hf import Mamba2ForCausalLM, Request, generate_batch
 from mamba2_hf.distributed import clip_grad_norm_, context_parallel, tensor_parallel, whole_state_dict
 from mamba2_hf.errors import ArgumentError, CacheError
+from mamba2_hf.layers import Mamba2Mixer
+from mamba2_hf.ops import dispatch, use_backend
+from mamba2_hf.ops.runtime import plan
 from mamba2_hf.training import fully_shard_model
 
 CHECKS: dict[str, Check] = {}
@@ -302,6 +305,54 @@ def a_token_takes_one_sum_a_layer(folder: Path) -> None:
             sent.clear()
             model(batch(1)["input_ids"][:, -1:], past_key_values=cache)
             assert sent == [(2, 1, 32), *2 * [(2, 1, numbers)]]  # the embedding's, then a layer's each
+
+
+@check
+def layers_are_one_op(folder: Path) -> None:
+    """In training and over prompts too, with a sum each way, what copies of weights add, and two numbers a token."""
+    sent: list[torch.Size] = []
+
+    def called(mixer: Any, *_: Any) -> None:
+        raise AssertionError("a mixer is called as a module")
+
+    with pytest.MonkeyPatch.context() as patch:
+        reduce = dist.all_reduce
+        patch.setattr(dist, "all_reduce", lambda tensor, **named: sent.append(tensor.shape) or reduce(tensor, **named))
+        patch.setattr(Mamba2Mixer, "forward", called)
+        ids = batch(1)["input_ids"]
+        stream, number = (2, 13, 32), (2, 13, 1)
+        for groups, one, copies in ((1, [number], [(16 * 32 + 16 * 5,)]), (4, [], [])):
+            model = tensor_parallel(make_pure(n_groups=groups, num_hidden_layers=1), mesh())
+            for prompt in (True, False):
+                sent.clear()
+                with torch.set_grad_enabled(not prompt):
+                    loss = model.backbone(ids).last_hidden_state.sum()
+                assert sent == [stream, *one, stream]  # the embedding's first
+            sent.clear()
+            loss.backward()
+            assert sent == [stream, *copies]
+        model = tensor_parallel(with_lora(make_pure()), mesh())
+        model(**batch(0)).loss.backward()
+
+
+@check
+def layers_are_one_op_on_triton(folder: Path) -> None:
+    """In its interpreter; plans of a layer's pieces are made and carried out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_usable", lambda device: (True, "by test"))
+        patch.setattr(plan, "enabled", lambda: True)
+        for changes in ({"n_groups": 1, "use_bias": True}, {"n_groups": 4}):
+            plain = moved(make_pure(**changes)).train()
+            model = tensor_parallel(copy.deepcopy(plain), mesh())
+            with use_backend("torch"):
+                plain.double()(**batch(0)).loss.backward()
+            for _ in range(3):
+                model.zero_grad()
+                with use_backend("triton"):
+                    model(**batch(0)).loss.backward()
+                found = whole_state_dict(model, model.tensor_group, gradients(model))
+                for name, gradient in gradients(plain).items():
+                    assert distance(found[name].double(), gradient) < 5e-5, name
 
 
 @check

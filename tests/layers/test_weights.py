@@ -267,8 +267,8 @@ class TestPlainWeight:
         hidden_states = torch.randn(BATCH, TOKENS, WIDTH)
         seen: list[bool] = []
 
-        def look(module: nn.Module) -> Tensor | None:
-            weight = plain_weight(module)
+        def look(module: nn.Module, part: bool = False) -> Tensor | None:
+            weight = plain_weight(module, part)
             seen.append(weight is not None)
             return weight
 

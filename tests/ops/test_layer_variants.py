@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peers import two_devices, words_sent
+from slices import in_slices
 from torch import Tensor
 
 from mamba2_hf import ops
-from mamba2_hf.distributed.packed import Cut, Part
+from mamba2_hf.distributed import Group
+from mamba2_hf.distributed.packed import Cut, LayerPartners, Part
 from mamba2_hf.errors import ArgumentError
 from mamba2_hf.ops import LayerStep, LayerWeights, Linear, MixerSpec, MixerWeights, Packing
 from mamba2_hf.ops.runtime import tables
@@ -56,6 +58,9 @@ VARIANTS = {
     "gate only": Variant({}, norm=False),
     "one group normed": Variant({"group_size": INNER, "output_multiplier": 2.0}),
 }
+
+
+BACKENDS = [("torch", torch.float64, 1e-12), ("triton", torch.float32, 5e-5)]
 
 
 @pytest.fixture(params=VARIANTS)
@@ -193,6 +198,48 @@ def heads_of(given: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
     cuts |= {name: Cut(0, entering) for name in ("into", "in_bias")} | {"out": Cut(1, (inner,))}
     cuts |= {"conv_state": Cut(1, channels), "ssm_state": Cut(1, (heads,))}
     return {name: cuts[name].piece(t, rank, 2) if name in cuts else t for name, t in given.items()}
+
+
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
+@pytest.mark.parametrize("sums", [1, 3])
+def test_a_prompt_of_a_layer_that_devices_share(
+    variant: Variant, sums: int, backend: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output, final states and every gradient; the sum over the devices in one piece, and in several."""
+    monkeypatch.setattr(tables, "rows_at_once", lambda rows, width: -(-rows // sums))
+    spec, tensors = spec_of(variant), make(variant, 2, 10)
+    shapes = [t.shape for t in (tensors["stream"], tensors["conv_state"], tensors["ssm_state"])]
+    source = torch.Generator().manual_seed(1)
+    probes = dict(
+        zip(("y", "conv_state", "ssm_state"), (torch.randn(s, generator=source) for s in shapes), strict=True)
+    )
+
+    def results(given: dict[str, Tensor], probes: dict[str, Tensor], run: Any) -> dict[str, Tensor]:
+        given = {name: tensor.requires_grad_() for name, tensor in given.items()}
+        found = run(given)
+        gradients = torch.autograd.grad(found, list(given.values()), list(probes.values()))
+        return dict(zip(probes, found, strict=True)) | {f"d{n}": g for n, g in zip(given, gradients, strict=True)}
+
+    def run(group: Group) -> dict[str, Tensor]:
+        partners = LayerPartners(group, Cut(0, ()), Cut(0, ()))
+
+        def layer(given: dict[str, Tensor]) -> Any:
+            weights, states = weights_of(given), (given["conv_state"], given["ssm_state"])
+            call = (given["stream"], weights, spec._replace(n_groups=G // 2), Packing(), states, given.get("residual"))
+            return ops.layer(*call, backend=backend, partners=partners)
+
+        own = cast(heads_of(tensors, group.rank), dtype)
+        return results(own, cast(heads_of(probes, group.rank), dtype), layer)
+
+    expected = results(
+        cast(tensors, torch.float64), cast(probes, torch.float64), lambda given: written_out(given, spec)
+    )
+    for rank, found in enumerate(in_slices(2, run)):
+        known = heads_of({name[1:]: t for name, t in expected.items() if name[0] == "d"}, rank)
+        known = {f"d{name}": t for name, t in known.items()}
+        known |= heads_of({name: expected[name] for name in probes}, rank)
+        for name, value in found.items():
+            assert errors([value], [known[name]])[0] <= tolerance, name
 
 
 @pytest.mark.parametrize(("rows", "limits"), [(1, (d, 64)), (1, (0, 64)), (3, (0, 64)), (3, (0, 1))])

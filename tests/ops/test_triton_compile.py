@@ -44,6 +44,7 @@ MIXER_KERNELS = {
     "conv_update_kernel",
     "norm_forward_kernel",
     "norm_backward_kernel",
+    "norm_products_kernel",
     "state_update_kernel",
     "step_kernel",
     "finish_kernel",
@@ -191,6 +192,9 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
         norm.norm_backward(y, plain)
         norm.norm_backward(y, plain, more=y.float(), y=y)
         norm.norm_backward(y, Norm(y, z, norm_weight, 1e-5, inner, False, y.dtype), y=y)
+        part, sums = Norm(y, z, norm_weight, 1e-5, inner, False, y.dtype), zeros(T, dtype=torch.float32)
+        norm.norm_forward(part, sums)
+        norm.norm_backward(y, part, y=y, whole=norm.WholeGroup(2 * inner, sums, norm.norm_products(y, part)))
         training._add(y.float(), y, 0.5)
         mixer = MixerWeights(weight, bias, per_head, per_head, None, per_head, norm_weight)
         for batch in (1, 64):
@@ -243,6 +247,9 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
                 peers = Peers(torch.zeros(4 + devices, dtype=torch.int64), 1, devices, 2**18)
                 training.mamba2_layer_step(call._replace(peers=peers))
                 exchange(Exchange(stream, peers, beside=devices == 2))
+        many = zeros(1024, 2560)
+        for squares in (None, zeros(1024, dtype=torch.float32)):
+            training._join(many, squares, many.float(), many.float(), None, MixerSpec(P, 1, group_size=2 * inner), 1.0)
         norm.gate_forward(y, z)
         norm.gate_backward(y, y, z, z, y)
         width = 2048

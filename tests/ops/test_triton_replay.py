@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
 
-from mamba2_hf import Mamba2Config, Mamba2ForCausalLM
+from mamba2_hf import Mamba2Config, Mamba2ForCausalLM, ops
 from mamba2_hf.ops import (
     causal_conv1d,
     causal_conv1d_update,
@@ -70,6 +70,39 @@ def layer(seed: int, tokens: int = TOKENS, **packing: Any) -> Callable[[], Tenso
     )
 
 
+class Alone:
+    """A partner of a device that has a part of a layer, without the devices that have the others."""
+
+    def begin(self, part: Tensor) -> Callable[[], Tensor]:
+        return lambda: part.mul_(2)
+
+    def own(self, weights: ops.LayerWeights) -> ops.LayerWeights:
+        return weights
+
+    total = entering = None  # not called on Triton
+
+
+def part_of_layer(seed: int, tokens: int = TOKENS, **packing: Any) -> Any:
+    """With the half of a norm's group, and a stream in fp32 beside weights in fp16."""
+    given = layer(seed, tokens, **packing).tensors
+    low = {name: t.detach().mul(0.2).half().requires_grad_() for name, t in given.items() if "weight" in name}
+    given.update(low)
+
+    def run() -> Tensor:
+        mixer = (given["conv_weight"], None, given["dt_bias"], None, given["A_log"], given["D"])
+        weights = ops.LayerWeights(
+            given["norm_weight"],
+            ops.Linear(given["in_weight"]),
+            ops.MixerWeights(*mixer, given["gated_norm_weight"]),
+            ops.Linear(given["out_weight"]),
+        )
+        spec = ops.MixerSpec(P, G, group_size=2 * INNER)
+        call = (given["stream"], weights, spec, ops.Packing(**packing))
+        return ops.layer(*call, backend="triton", partners=Alone())[0]  # type: ignore[arg-type]
+
+    return SimpleNamespace(tensors=given, run=run)
+
+
 def inner(seed: int, tokens: int = TOKENS, **packing: Any) -> Any:
     rows, states = (1, 3) if packing else (2, 2)
     given = {
@@ -116,6 +149,8 @@ CASES = {
     "layer": (layer, {}),
     "layer, documents": (layer, DOCUMENTS),
     "layer, bounds": (layer, CUT),
+    "part of a layer": (part_of_layer, {}),
+    "part of a layer, bounds": (part_of_layer, CUT),
     "inner": (inner, {}),
     "inner, bounds": (inner, CUT),
     "scan": (scan, {}),
@@ -142,7 +177,8 @@ def test_the_same_bits(case: str, monkeypatch: pytest.MonkeyPatch, runs: list[re
         expected = [results(make(seed, **packing)) for seed in range(3)]
     assert not runs
     actual = [results(make(seed, **packing)) for seed in range(3)]
-    assert len(runs) == 2  # the first call is plain, the second writes the plan down
+    pieces = 5 if "part" in case else 2  # each with its plan
+    assert len(runs) == pieces  # the first call is plain, the second writes the plan down
     for found, wanted in zip(actual, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 

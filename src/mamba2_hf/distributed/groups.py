@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,24 +71,36 @@ class Group:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes."""
+        return self.sum_(tensor.clone(memory_format=torch.contiguous_format))
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in the place of a dense ``tensor``."""
         import torch.distributed as dist
 
-        total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self.process_group)
-        return total
+        dist.all_reduce(tensor, group=self.process_group)
+        return tensor
+
+    def begin_sum_(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Begins :meth:`sum_`; what is returned waits for it, and gives it. On a GPU only its stream waits."""
+        import torch.distributed as dist
+
+        work = dist.all_reduce(tensor, group=self.process_group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return tensor
+
+        return wait
 
     def total(self, part: Tensor) -> Tensor:
         """The sum over all processes of a tensor that nobody else reads, in its place or not."""
-        import torch.distributed as dist
-
         peers = self.peers(part)
         if 0 < part.numel() <= peers.words:
             from ..ops.runtime.peers import Exchange, exchange, serves
 
             if serves(part):
                 return exchange(Exchange(part, peers, False))  # type: ignore[no-any-return]
-        dist.all_reduce(part, group=self.process_group)
-        return part
+        return self.sum_(part)
 
     def gather_columns(self, tensor: Tensor) -> Tensor:
         """``(..., n)`` of all processes side by side, ``(..., size * n)``."""

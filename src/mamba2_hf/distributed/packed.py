@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..layers.causal_conv1d import PLAIN_TENSORS, CausalConv1d
 from ..layers.norm import JointGatedRMSNorm
-from ..ops import Peers
-from .collectives import sum_backward, sum_forward
+from ..ops import LayerWeights, Peers
+from .collectives import sum_backward
 from .groups import Group
 
 
@@ -64,38 +64,120 @@ class Cut(NamedTuple):
 
 
 def sum_over(tensor: Tensor, group: Group, count: int) -> Tensor:
-    """The sum over ``count`` processes that follow each other, this one among them; a divisor of the group's size."""
+    """The sum over ``count`` processes that follow each other, this one among them, a divisor of the group's size; of a
+    dense tensor that nobody else reads.
+    """
     if count == group.size:
-        return group.sum(tensor)
+        return group.sum_(tensor)
     first = group.rank // count * count
     return tensor if count == 1 else group.gather(tensor)[first : first + count].sum(0)
 
 
 class _Own(torch.autograd.Function):
-    """A piece of a parameter, of whose copies the gradients are summed."""
+    """Pieces of parameters, of whose copies the gradients are summed: those of all in one message."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, cut: Cut, group: Group) -> Tensor:
-        ctx.cut, ctx.group = cut, group
-        return tensor.view_as(tensor)
+    def forward(ctx: Any, group: Group, cuts: tuple[Cut, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.cuts = group, cuts
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cut, group, gradient = ctx.cut, ctx.group, gradient.clone()
-        copied = list(cut.copies(group.size))
-        for count in {count for _, _, count in copied}:
-            rows = [gradient.narrow(cut.dim, start, length) for start, length, each in copied if each == count]
-            total = sum_over(torch.cat(rows, cut.dim), group, count)
-            for row, summed in zip(rows, total.split([row.shape[cut.dim] for row in rows], cut.dim), strict=True):
-                row.copy_(summed)
-        return gradient, None, None
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [gradient.clone(memory_format=torch.contiguous_format) for gradient in given]
+        copied: dict[int, list[Tensor]] = {}  # by how many processes hold it
+        for gradient, cut in zip(gradients, ctx.cuts, strict=True):
+            for start, length, count in cut.copies(ctx.group.size):
+                copied.setdefault(count, []).append(gradient.narrow(cut.dim, start, length))
+        for count, rows in sorted(copied.items()):
+            total = sum_over(torch.cat([row.flatten() for row in rows]), ctx.group, count)
+            for row, summed in zip(rows, total.split([row.numel() for row in rows]), strict=True):
+                row.copy_(summed.view_as(row))
+        return (None, None, *gradients)
+
+
+def own_pieces(group: Group, *pieces: tuple[Tensor | None, Cut | None]) -> list[Tensor | None]:
+    """Pieces of parameters, to be computed with, each given with how it is cut: gradients of what several processes
+    hold are summed on their way to the parameters.
+    """
+    found = [tensor for tensor, _ in pieces]
+    if not torch.is_grad_enabled():
+        return found
+    copied = [
+        (i, tensor, cut)
+        for i, (tensor, cut) in enumerate(pieces)
+        if tensor is not None and cut is not None and tensor.requires_grad and any(cut.copies(group.size))
+    ]
+    if copied:
+        places, tensors, cuts = zip(*copied, strict=True)
+        for place, tensor in zip(places, _Own.apply(group, cuts, *tensors), strict=True):
+            found[place] = tensor
+    return found
+
+
+class _SumInPlace(torch.autograd.Function):
+    """See :func:`sum_of_parts`."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Group) -> Tensor:
+        ctx.mark_dirty(part)
+        return group.sum_(part)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def sum_of_parts(part: Tensor, group: Group) -> Tensor:
-    """The sum over all processes of what nobody else reads: in its place where no gradient is wanted."""
-    if torch.is_grad_enabled():
-        return sum_forward(part, group)
-    return group.total(part)
+    """The sum over all processes of a dense ``part`` that nobody else reads, which may be in its place. Autograd has it
+    used once: each process's gradient is that of its own part.
+    """
+    if not torch.is_grad_enabled():
+        return group.total(part)
+    return _SumInPlace.apply(part, group)  # type: ignore[no-any-return]
+
+
+class LayerPartners:
+    """The processes that share a layer; a :class:`~mamba2_hf.ops.Partners` of ops.
+
+    Args:
+        group: of the processes.
+        in_proj, conv1d: how the outputs of these are cut.
+    """
+
+    def __init__(self, group: Group, in_proj: Cut, conv1d: Cut) -> None:
+        self.group, self.in_proj, self.conv1d = group, in_proj, conv1d
+
+    def begin(self, part: Tensor) -> Callable[[], Tensor]:
+        """See :class:`~mamba2_hf.ops.Partners`."""
+        return self.group.begin_sum_(part)
+
+    def total(self, part: Tensor) -> Tensor:
+        """See :class:`~mamba2_hf.ops.Partners`."""
+        return sum_of_parts(part, self.group)
+
+    def entering(self, x: Tensor) -> Tensor:
+        """See :class:`~mamba2_hf.ops.Partners`."""
+        return sum_backward(x, self.group)
+
+    def peers(self, like: Tensor) -> Peers:
+        """See :class:`~mamba2_hf.ops.Partners`."""
+        return self.group.peers(like)
+
+    def own(self, weights: LayerWeights) -> LayerWeights:
+        """See :class:`~mamba2_hf.ops.Partners`."""
+        into, mixer, out = weights.in_proj, weights.mixer, weights.out_proj
+        found: list[Any] = own_pieces(
+            self.group,
+            *((into.weight, self.in_proj), (into.bias, self.in_proj), (into.up, self.in_proj)),
+            *((mixer.conv_weight, self.conv1d), (mixer.conv_bias, self.conv1d)),
+            *((factor, None if factor is None else Cut(0, (Part(len(factor), 1),))) for factor in (into.down, out.up)),
+        )
+        weight, bias, up, conv_weight, conv_bias, down, out_up = found
+        return weights._replace(
+            in_proj=into._replace(weight=weight, bias=bias, down=down, up=up),
+            mixer=mixer._replace(conv_weight=conv_weight, conv_bias=conv_bias),
+            out_proj=out._replace(up=out_up),
+        )
 
 
 class _Held:
@@ -130,9 +212,7 @@ class CutModule(nn.Module):
             return parameter
         if type(parameter) not in PLAIN_TENSORS:  # sharded over data: FSDP2 looks for its own parameter
             return parameter
-        if not any(cut.copies(self.group.size)):
-            return parameter
-        return _Own.apply(parameter, cut, self.group)  # type: ignore[no-any-return]
+        return own_pieces(self.group, (parameter, cut))[0]
 
 
 class PartLinear(CutModule, nn.Linear):
@@ -145,10 +225,6 @@ class PartLinear(CutModule, nn.Linear):
     def total(self, part: Tensor) -> Tensor:
         """See :func:`sum_of_parts`."""
         return sum_of_parts(part, self.group)
-
-    def peers(self, like: Tensor) -> Peers:
-        """See :meth:`Group.peers`."""
-        return self.group.peers(like)
 
 
 class ColumnLinear(PartLinear):
@@ -171,7 +247,7 @@ class RowLinear(PartLinear):
 class CutConv1d(CutModule, CausalConv1d):
     """A depthwise convolution of the process's own channels."""
 
-    has_plain_weight = True
+    has_plain_weight, is_part = True, True
 
 
 class CutJointNorm(CutModule, JointGatedRMSNorm):

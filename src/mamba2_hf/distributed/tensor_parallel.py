@@ -24,7 +24,18 @@ from ..layers.causal_conv1d import PLAIN_TENSORS, CausalConv1d
 from ..layers.norm import SiluGate
 from ..layers.weights import is_unhooked
 from .groups import Group
-from .packed import ColumnLinear, Cut, CutConv1d, CutExperts, CutJointNorm, CutModule, Part, RowLinear, cut_class
+from .packed import (
+    ColumnLinear,
+    Cut,
+    CutConv1d,
+    CutExperts,
+    CutJointNorm,
+    CutModule,
+    LayerPartners,
+    Part,
+    RowLinear,
+    cut_class,
+)
 from .vocabulary import CutEmbedding, CutHead
 
 if TYPE_CHECKING:
@@ -67,7 +78,7 @@ def tensor_parallel(model: Model, mesh: DeviceMesh | Group) -> Model:
             module is wrapped or holds other than plain weights. The model is as it was.
     """
     group = mesh if isinstance(mesh, Group) else Group.of(mesh, "tp")
-    changes = list(_changes(model, group.size))
+    changes = list(_changes(model, group))
     if not changes and not any(hasattr(module, "cuts") for module in model.modules()):
         raise ArgumentError(
             f"{type(model).__name__} holds no layers of mamba2_hf, and no others are known how to be cut"
@@ -190,12 +201,13 @@ def _cut_what_is_loaded(module: Any, state_dict: dict[str, Any], prefix: str, *_
             state_dict[prefix + name] = cut.piece(value, group.rank, group.size)
 
 
-def _changes(model: nn.Module, size: int) -> Iterator[_Change]:
+def _changes(model: nn.Module, group: Group) -> Iterator[_Change]:
     """What is to become of all modules of a model; raises where they cannot be cut, and changes nothing."""
+    size = group.size
     yield from _of_vocabulary(model, size)
     for name, module in model.named_modules():
         if isinstance(module, Mamba2Mixer):
-            yield from _of_mixer(module, name, size)
+            yield from _of_mixer(module, name, group)
         elif isinstance(module, Attention):
             yield from _of_attention(module, name, size)
         elif isinstance(module, MLP):
@@ -233,7 +245,8 @@ def _of_vocabulary(model: nn.Module, size: int) -> Iterator[_Change]:
             yield _Change(part, {"weight": cut}, CutHead if type(part) is Head else CutEmbedding)
 
 
-def _of_mixer(mixer: Any, name: str, size: int) -> Iterator[_Change]:
+def _of_mixer(mixer: Any, name: str, group: Group) -> Iterator[_Change]:
+    size = group.size
     given = (mixer.num_heads, mixer.head_dim, mixer.n_groups, mixer.state_size)
     heads, head_dim, groups, state = whole = getattr(mixer, "whole_sizes", given)
     inner = heads * head_dim
@@ -254,6 +267,7 @@ def _of_mixer(mixer: Any, name: str, size: int) -> Iterator[_Change]:
         mixer,
         dict.fromkeys(mixer.fp32_parameters, cut_heads),
         attributes={
+            "partners": LayerPartners(group, rows, channels),
             "whole_sizes": whole,
             "num_heads": heads // size,
             "n_groups": max(groups // size, 1),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from ..errors import CacheError
 from ..ops.checks import limits
 from ..ops.mixer.torch import scaled, times_parts
 from ..ops.packing import document_ids
+from ..ops.runtime.modes import product_dtype
 from ..ops.scan.op import Scan, scan
 from ..ops.scan.reference import step_size
 from ..ops.spec import decay_rates
@@ -24,7 +24,7 @@ from .norm import GatedRMSNorm, JointGatedRMSNorm, RMSNorm, SiluGate
 from .projection import linear
 from .sequence import PLAIN, SequenceLayout
 from .state import NOT_RECORDED, SSDState
-from .weights import is_unhooked, part_linear, plain_linear, plain_weight
+from .weights import is_unhooked, plain_linear, plain_weight
 
 FP32_PARAMETERS = ("A_log", "D", "dt_bias")
 NORMS = ("gate_first", "norm_first", "none")
@@ -70,6 +70,8 @@ class Mamba2Mixer(KeepsFp32):
     """
 
     fp32_parameters = FP32_PARAMETERS
+    partners: ops.Partners | None = None
+    """The devices that have the layer's other heads; None if they are all here."""
 
     def __init__(
         self,
@@ -164,21 +166,21 @@ class Mamba2Mixer(KeepsFp32):
             input_multiplier, output_multiplier: of what the mixer is given, and gives.
         """
         recorded = state is not None and state.record_past
-        weights = None if recorded else self._layer_weights(norm, plain_linear)
+        weights = None if recorded else self._layer_weights(norm)
         spec = self._spec(norm.eps)._replace(input_multiplier=input_multiplier, output_multiplier=output_multiplier)
-        one_token = not recorded and stream.shape[1] == 1 and layout.is_plain and not torch.is_grad_enabled()
-        if one_token and state is not None and state.started:
-            step = self._layer_step(stream, norm, weights, spec, state, residual)
-            if step is not None:
-                return step
-        if weights is None:
+        if isinstance(self.norm, JointGatedRMSNorm):
+            spec = spec._replace(group_size=self.norm.joint_size)
+        one_token = stream.shape[1] == 1 and layout.is_plain and not torch.is_grad_enabled()
+        if weights is not None and one_token and state is not None and state.started:
+            return self._layer_step(stream, weights, spec, state, residual)
+        if weights is None or not self._is_summed_as_one(weights):
             mixed: Any = self(scaled(norm(stream), input_multiplier), layout, state)
             return (stream if residual is None else residual) + scaled(mixed, output_multiplier)
         initial = None if state is None else self._initial(stream, layout, state)
         packed = None if residual is None else layout.pack(residual)
         packing = ops.Packing(layout.seq_idx, layout.cu_seqlens)
         call = (layout.pack(stream), weights, spec, packing, initial, packed)
-        out, *final = ops.layer(*call, neighbors=layout.neighbors)
+        out, *final = ops.layer(*call, neighbors=layout.neighbors, partners=self.partners)
         if state is not None:
             state.update(*map(layout.gather_states, final))
         return layout.unpack(out)
@@ -186,59 +188,61 @@ class Mamba2Mixer(KeepsFp32):
     def _layer_step(
         self,
         stream: Tensor,
-        norm: RMSNorm,
-        weights: ops.LayerWeights | None,
+        weights: ops.LayerWeights,
         spec: ops.MixerSpec,
         state: SSDState,
         residual: Tensor | None,
-    ) -> Tensor | None:
-        """:meth:`layer` for one token of each sequence; None where a module has to be called.
-
-        Of a mixer that processes share each computes its part.
-        """
+    ) -> Tensor:
+        """:meth:`layer` for one token of each sequence."""
         conv, ssm = state.initial(stream.shape[0])
         assert conv is not None  # the state has started
         assert ssm is not None
-        if weights is not None:
-            return ops.layer_step(ops.LayerStep(stream, conv, ssm, weights, spec, state.ready, residual))
-        part = self._layer_weights(norm, part_linear)
-        if part is None:
-            return None
-        if isinstance(self.norm, JointGatedRMSNorm):
-            scale = plain_weight(self.norm, part=True)
-            if scale is None:
-                return None
-            part = part._replace(mixer=part.mixer._replace(gated_norm_weight=scale))
-            spec = spec._replace(group_size=self.norm.joint_size)
-        out: Any = self.out_proj
-        call = ops.LayerStep(stream, conv, ssm, part, spec, state.ready, residual, out.peers(stream))
-        return ops.shared_layer_step(call, out.total)
+        call = ops.LayerStep(stream, conv, ssm, weights, spec, state.ready, residual)
+        if self.partners is None:
+            return ops.layer_step(call)
+        return ops.shared_layer_step(call._replace(peers=self.partners.peers(stream)), self.partners.total)
 
-    def _layer_weights(self, norm: RMSNorm, read: Callable[[nn.Module], ops.Linear | None]) -> ops.LayerWeights | None:
+    def _is_summed_as_one(self, weights: ops.LayerWeights) -> bool:
+        """Whether :func:`ops.layer` takes the layer if devices share it: not into a compiled graph, nor where products
+        that wait for the scale of their norm might leave the range of fp16.
+        """
+        if self.partners is None:
+            return True
+        waits = isinstance(self.norm, JointGatedRMSNorm)
+        narrow = waits and product_dtype(weights.in_proj.weight) == torch.float16
+        return not narrow and not torch.compiler.is_compiling()
+
+    def _layer_weights(self, norm: RMSNorm) -> ops.LayerWeights | None:
         """The weights of the layer around the mixer, ``norm`` among them; None where a module has to be called, or
-        where weights of several dtypes are left to PyTorch to refuse. ``read`` gives those of the projections.
+        where weights of several dtypes are left to PyTorch to refuse.
         """
         if not is_unhooked(self):
             return None
-        before, mixer = plain_weight(norm), self._weights()
-        entering, leaving = read(self.in_proj), read(self.out_proj)
+        part = self.partners is not None
+        before, mixer = plain_weight(norm), self._weights(part)
+        entering, leaving = (plain_linear(projection, part) for projection in (self.in_proj, self.out_proj))
         if before is None or mixer is None or entering is None or leaving is None:
             return None
+        if isinstance(self.norm, JointGatedRMSNorm):
+            scale = plain_weight(self.norm, part)
+            if scale is None:
+                return None
+            mixer = mixer._replace(gated_norm_weight=scale)
         if not torch.is_autocast_enabled(before.device.type):
             given = [(weight, down, up) for weight, _, down, up, _ in (entering, leaving)]
             if len({tensor.dtype for tensor in (before, *given[0], *given[1]) if tensor is not None}) > 1:
                 return None
         return ops.LayerWeights(before, entering, mixer, leaving)
 
-    def _weights(self) -> ops.MixerWeights | None:
+    def _weights(self, part: bool = False) -> ops.MixerWeights | None:
         """The weights between the projections; None where a module has to be called. Without a norm's weight what is
-        gated is the input of the norm, if there is one.
+        gated is the input of the norm, if there is one. For ``part`` see :func:`plain_weight`.
         """
-        conv, norm = plain_weight(self.conv1d), plain_weight(self.norm)
+        conv, norm = plain_weight(self.conv1d, part), plain_weight(self.norm)
         normed_later = isinstance(self.norm, JointGatedRMSNorm) and not self.norm.norm_before_gate
         gates_only = (type(self.norm) is SiluGate or normed_later) and is_unhooked(self.norm)
         if conv is not None and (norm is not None or gates_only):
-            bias = self.conv1d.bias
+            bias = self.conv1d._parameters["bias"] if part else self.conv1d.bias
             return ops.MixerWeights(conv.squeeze(1), bias, self.dt_bias, None, self.A_log, self.D, norm)
         return None
 

@@ -55,26 +55,29 @@ def plain_weight(module: nn.Module, part: bool = False) -> Tensor | None:
 
     Args:
         module: to be read.
-        part: whether the reader does what the other processes have to be told, of a module that they share.
+        part: whether the reader does what the other processes have to be told, of a module that they share; to them
+            it says that gradients of copies are the reader's too.
     """
-    known = is_part(module) if part else type(module) in _PLAIN_TYPES or getattr(module, "has_plain_weight", False)
+    shared = part and is_part(module)
+    known = shared or type(module) in _PLAIN_TYPES or getattr(module, "has_plain_weight", False)
     if not known or not is_unhooked(module):
         return None
-    weight: Any = module.weight
+    weight: Any = module._parameters["weight"] if shared else module.weight
     if type(weight) not in PLAIN_TENSORS or weight.is_meta:
         return None
     return weight
 
 
-def plain_linear(module: nn.Module) -> Linear | None:
-    """The tensors of a linear layer if reading them amounts to calling it, else None.
+def plain_linear(module: nn.Module, part: bool = False) -> Linear | None:
+    """The tensors of a linear layer if reading them amounts to calling it, else None; ``part`` as for
+    :func:`plain_weight`.
 
     A LoRA layer of PEFT can be read while one adapter of the plain kind is active, with no dropout: A and B are factors
     of a :class:`LowRank`. DoRA and other kinds, several adapters, and merged or disabled ones are called.
     """
-    weight = plain_weight(module)
+    weight = plain_weight(module, part)
     if weight is not None:
-        return Linear(weight, module.bias)  # type: ignore[arg-type]
+        return Linear(weight, module._parameters["bias"] if part and is_part(module) else module.bias)  # type: ignore[arg-type]
     if torch.compiler.is_compiling():
         return None
     peft = sys.modules.get("peft.tuners.lora.layer")  # it cannot be a LoRA layer if nobody has imported them
@@ -84,14 +87,14 @@ def plain_linear(module: nn.Module) -> Linear | None:
     if lora.disable_adapters or lora.merged or len(lora.active_adapters) != 1:
         return None
     name = lora.active_adapters[0]
-    base = plain_linear(lora.base_layer)
+    base = plain_linear(lora.base_layer, part)
     if base is None or base.lora is not None:
         return None
     if name not in lora.lora_A:
         return base
     if name in lora.lora_variant or lora.fan_in_fan_out or lora.lora_B[name].bias is not None:
         return None
-    dropout, down, up = lora.lora_dropout[name], plain_weight(lora.lora_A[name]), plain_weight(lora.lora_B[name])
+    dropout, down, up = lora.lora_dropout[name], *(plain_weight(f[name], part) for f in (lora.lora_A, lora.lora_B))
     if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or (dropout.p and dropout.training)):
         return None
     if down is None or up is None:
@@ -102,14 +105,6 @@ def plain_linear(module: nn.Module) -> Linear | None:
 def is_part(module: nn.Module) -> bool:
     """Whether processes share ``module``, and nothing else is around its ``forward``."""
     return getattr(module, "is_part", False) and is_unhooked(module)
-
-
-def part_linear(module: nn.Module) -> Linear | None:
-    """The tensors of a linear layer that processes share, its own outputs or inputs; None as :func:`plain_weight`."""
-    weight = plain_weight(module, part=True)
-    if weight is not None:
-        return Linear(weight, module.bias)  # type: ignore[arg-type]
-    return None
 
 
 def plain_parameters(module: nn.Module, kind: type[nn.Module], *names: str) -> list[Tensor] | None:

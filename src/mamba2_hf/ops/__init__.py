@@ -31,6 +31,7 @@ from .mixer.op import (
 from .mlp.op import ExpertsStep, MLPStep, experts_step, gated_activation, mlp_step
 from .neighbors import Neighbors
 from .norm.op import gated_rms_norm
+from .partners import Partners
 from .scan.op import ssd_chunk_scan, ssd_state_update
 from .scan.reference import ssd_attention_matrix
 from .spec import LayerWeights, Linear, LowRank, MixerSpec, MixerWeights, Packing, Peers
@@ -48,6 +49,7 @@ __all__ = [
     "MixerWeights",
     "Neighbors",
     "Packing",
+    "Partners",
     "Peers",
     "Step",
     "activate",

@@ -28,6 +28,7 @@ from ..checks import (
 from ..conv.op import Conv, ConvUpdate, check_conv, check_conv_update
 from ..neighbors import Neighbors
 from ..norm.op import check_norm
+from ..partners import Partners
 from ..runtime.modes import needs_grad, product_dtype
 from ..spec import (
     INF,
@@ -105,6 +106,11 @@ class Layer(NamedTuple):
         initial = (self.conv_initial_states, self.ssm_initial_states)
         return Inner(zxbcdt, weights, self.spec, self.packing, *initial, states=self.states)
 
+    @property
+    def is_joint(self) -> bool:
+        """As :attr:`LayerStep.is_joint`."""
+        return is_joint(self.weights.mixer, self.spec)
+
     def trained(self) -> Layer:
         """The same without the weights that get no gradient."""
         if self.trains:
@@ -136,7 +142,7 @@ class LayerStep(NamedTuple):
     @property
     def is_joint(self) -> bool:
         """Whether the gated norm's one group goes on in other devices, which have the layer's other heads."""
-        return self.weights.mixer.gated_norm_weight is not None and self.spec.group_size > self.width
+        return is_joint(self.weights.mixer, self.spec)
 
 
 class Joined(NamedTuple):
@@ -154,6 +160,16 @@ class Joined(NamedTuple):
     def is_joint(self) -> bool:
         """Whether the norm is not applied yet."""
         return self.total.shape[2] > self.residual.shape[2]
+
+
+def is_joint(weights: MixerWeights, spec: MixerSpec) -> bool:
+    """Whether a gated norm's one group goes on in other devices, which have a layer's other heads."""
+    return weights.gated_norm_weight is not None and spec.group_size > weights.heads * spec.head_dim
+
+
+def of_own_heads(weights: MixerWeights, spec: MixerSpec) -> MixerSpec:
+    """``spec`` for a contract of one device, where a group of the gated norm is no larger than what is there."""
+    return spec._replace(group_size=min(spec.group_size, weights.heads * spec.head_dim))
 
 
 def mamba2_inner(
@@ -244,6 +260,7 @@ def inner(call: Inner, backend: str | None = None, neighbors: Neighbors | None =
     if call.weights.A is None:
         call = call._replace(weights=call.weights._replace(A=call.weights.rates, A_log=None))
     run = dispatch.backend_module(backend).mamba2_inner
+    run = dispatch.backend_module(backend).mamba2_inner
     y, conv_state, ssm_state = run(call) if neighbors is None else run(call, neighbors)
     return y, conv_state, ssm_state
 
@@ -332,8 +349,14 @@ def layer(
     residual: Tensor | None = None,
     backend: str | None = None,
     neighbors: Neighbors | None = None,
+    partners: Partners | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`mamba2_layer` of records, for prompts too: with the states to start from, and what the result is added to.
+
+    With ``partners`` of a layer of which every device has some of the heads, as in :func:`shared_layer_step`. What
+    out_proj makes of a device's heads is summed over all in the dtype of its product, and so is the gradient of what
+    in_proj reads. Where the gated norm has one group over all heads, its sum of squares, and in the backward that of
+    its products with their gradient, are one number a token beside, fp32.
 
     Args:
         stream, weights, spec, packing, backend: see :func:`mamba2_layer`.
@@ -342,17 +365,23 @@ def layer(
         residual: ``(B, T, d)`` in the dtype of ``stream``, to be added to in its place: another branch of the layer is
             in it (attention beside the mixer), or is in ``stream`` alone (a block that layers share).
         neighbors: see :func:`inner`.
+        partners: the devices that share the layer; None if one has all of it.
 
     Returns:
-        ``(B, T, d)`` in the dtype of ``stream``, and the final states, which may be empty if they are not asked for.
+        ``(B, T, d)`` in the dtype of ``stream``, the same in all devices, and the final states, which may be empty if
+        they are not asked for.
     """
+    weights = weights if partners is None else partners.own(weights)
     into, out = weights.in_proj.weight, weights.out_proj.weight
     trains = into.requires_grad or out.requires_grad
     initial = (None, None) if states is None else states
     call = Layer(
         stream, weights, spec, packing, product_dtype(into), trains, residual, *initial, states=states is not None
     )
-    shape = check_layer(call)
+    own = of_own_heads(weights.mixer, spec)
+    shape = check_layer(call if partners is None else call._replace(spec=own))
+    if partners is not None and call.is_joint:
+        _check_joint(spec)
     backend = dispatch.choose(
         *("mamba2_layer", stream.device, backend),
         shape=shape,
@@ -360,11 +389,10 @@ def layer(
         stream=stream.dtype,
         width=stream.shape[2],
         taps=weights.mixer.conv_weight.shape[1],
-        group_size=spec.group_size,
+        group_size=own.group_size,
         activation=spec.activation,
     ).name
-    run = dispatch.backend_module(backend).mamba2_layer
-    y, conv_state, ssm_state = run(call) if neighbors is None else run(call, neighbors)
+    y, conv_state, ssm_state = dispatch.backend_module(backend).mamba2_layer(call, neighbors, partners)
     return y, conv_state, ssm_state
 
 
@@ -546,10 +574,10 @@ def shared_layer_step(call: LayerStep, total: Callable[[Tensor], Tensor], backen
         ``(B, 1, d)`` in the dtype of the stream, the same in all devices.
     """
     spec = call.spec
-    own = call._replace(spec=spec._replace(group_size=min(spec.group_size, call.width)))
+    own = call._replace(spec=of_own_heads(call.weights.mixer, spec))
     shape = check_layer_step(own)
-    if call.is_joint and spec.norm_before_gate:
-        fail("norm_before_gate=True with a group over several devices: the product cannot go ahead of the norm's scale")
+    if call.is_joint:
+        _check_joint(spec)
     into, out, mixer = call.weights.in_proj.weight, call.weights.out_proj, call.weights.mixer
     name = dispatch.choose(
         *("mamba2_layer_step", call.stream.device, backend),
@@ -664,6 +692,11 @@ def _check_projections(stream: Tensor, weights: LayerWeights, spec: MixerSpec, r
         fail(f"multipliers are {spec.multipliers}, expected one for each of z, x, B, C and dt, or none")
     check_devices(stream.device, in_weight=into, out_weight=out, residual=residual)
     return into[:, 0].expand(batch, tokens, entering)
+
+
+def _check_joint(spec: MixerSpec) -> None:
+    if spec.norm_before_gate:
+        fail("norm_before_gate=True with a group over several devices: the product cannot go ahead of the norm's scale")
 
 
 def _check_gated_norm(x: Tensor, weights: MixerWeights, spec: MixerSpec) -> None:

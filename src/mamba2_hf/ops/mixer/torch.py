@@ -13,11 +13,12 @@ from ..conv.torch import causal_conv1d, causal_conv1d_update
 from ..neighbors import Neighbors
 from ..norm.op import Norm
 from ..norm.torch import gated_rms_norm
+from ..partners import Partners
 from ..runtime.linear import linear
 from ..runtime.modes import in_steps, product_dtype, recomputed, without_autocast
 from ..scan.op import Scan, Update
 from ..scan.torch import ssd_chunk_scan, ssd_state_update
-from ..spec import CHUNK_SIZE, Linear, MixerWeights
+from ..spec import CHUNK_SIZE, Linear, MixerWeights, compute_dtype
 from .op import Inner, Joined, Layer, LayerStep, Step
 
 SEGMENT_TOKENS = 512  # of all rows, on a CPU: what they need stays in the caches and in the allocator
@@ -97,11 +98,30 @@ def mamba2_step(call: Step) -> Tensor:
     return _normed(call, torch.stack(ys, 1).flatten(-2), z)
 
 
-def mamba2_layer(call: Layer, neighbors: Neighbors | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def mamba2_layer(
+    call: Layer, neighbors: Neighbors | None = None, partners: Partners | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mamba2_hf.ops.layer`; products are taken in ``dtype`` by the autocast that asked for it."""
-    mixer = call.mixer(_entered(call, call.dtype), call.weights.mixer.rates)
+    mixer = call.mixer(_entered(call, call.dtype, partners), call.weights.mixer.rates)
+    if partners is not None and call.is_joint:
+        mixer = mixer._replace(weights=mixer.weights._replace(gated_norm_weight=None))
     y, conv_state, ssm_state = mamba2_inner(mixer, neighbors)
-    return _left(call, y), conv_state, ssm_state
+    return _left(call, y) if partners is None else _left_by_all(call, y, partners), conv_state, ssm_state
+
+
+def _left_by_all(call: Layer, y: Tensor, partners: Partners) -> Tensor:
+    """As :func:`_left`, of ``y (B, T, H P)`` of the heads that are here."""
+    spec, out, scale = call.spec, call.weights.out_proj, None
+    norm = call.weights.mixer.gated_norm_weight
+    if norm is not None and call.is_joint:
+        squares = partners.total(y.to(compute_dtype(y.dtype)).square().sum(-1, keepdim=True))
+        scale = torch.rsqrt(squares / spec.group_size + spec.gated_norm_eps)
+        y = y * norm
+    total = partners.total(_project(y, out._replace(bias=None)))
+    mixed = total if scale is None else total * scale
+    mixed = mixed if out.bias is None else mixed + out.bias
+    residual = call.stream if call.residual is None else call.residual
+    return (residual + scaled(mixed, spec.output_multiplier)).to(residual.dtype)
 
 
 def mamba2_layer_step(call: LayerStep) -> Tensor:
@@ -140,10 +160,11 @@ def joined(call: Joined) -> Tensor:
     return (residual + total).to(residual.dtype)
 
 
-def _entered(call: Layer | LayerStep, dtype: torch.dtype) -> Tensor:
+def _entered(call: Layer | LayerStep, dtype: torch.dtype, partners: Partners | None = None) -> Tensor:
     """The stream between its norm and the mixer: what in_proj gives, times the multipliers."""
     stream, weights, spec = call.stream, call.weights, call.spec
     normed = gated_rms_norm(Norm(stream, None, weights.norm_weight, spec.norm_eps, stream.shape[2], False, dtype))
+    normed = normed if partners is None else partners.entering(normed)
     zxbcdt = _project(scaled(normed, spec.input_multiplier), weights.in_proj)
     return times_parts(zxbcdt, spec.multipliers, weights.mixer.heads * spec.head_dim, weights.mixer.heads)
 

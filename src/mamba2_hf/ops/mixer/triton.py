@@ -24,11 +24,12 @@ from ..conv.op import Conv
 from ..conv.triton import conv_backward, conv_forward, documents
 from ..neighbors import Entering, Neighbors
 from ..norm.op import Norm
-from ..norm.triton import gate_backward, gate_forward, norm_backward, norm_forward
+from ..norm.triton import WholeGroup, gate_backward, gate_forward, norm_backward, norm_forward, norm_products
+from ..partners import Partners, Sharing
 from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.modes import product_dtype, without_autocast
-from ..runtime.op import op
+from ..runtime.op import flattened, op
 from ..runtime.rows import dense
 from ..runtime.tables import cdiv
 from ..scan.op import Scan
@@ -36,7 +37,7 @@ from ..scan.problem import Into
 from ..scan.triton import ScanPasses
 from ..spec import UNPACKED, LayerWeights, Linear, LowRank, MixerSpec, MixerWeights, Packing
 from .one_row import one_row_step
-from .op import Inner, Joined, Layer, LayerStep, Step
+from .op import Inner, Joined, Layer, LayerStep, Step, of_own_heads
 from .rows import rows_step
 from .step import part_multiplier, step
 
@@ -53,15 +54,11 @@ class Mixer:
         self.call, self.shape, self.entering = call, call.shape, entering
         weights, heads, inner = call.weights, self.shape.heads, self.shape.heads * self.shape.head_dim
         self.widths = inner, self.shape.groups * self.shape.state, heads
-        self.z, norm, spec = call.zxbcdt[..., :inner], weights.gated_norm_weight, call.spec
-        self.norm = None
-        if norm is not None:
-            options = (spec.gated_norm_eps, spec.group_size, spec.norm_before_gate, self.z.dtype)
-            self.norm = Norm(self.z, self.z, norm, *options)  # x is to be replaced
+        self.z = call.zxbcdt[..., :inner]
         xbc, initial = call.zxbcdt[..., inner:-heads], call.conv_initial_states
         if entering is not None:
             initial = entering.columns(xbc, weights.conv_weight.shape[1])
-        self.conv = Conv(xbc, weights.conv_weight, weights.conv_bias, initial, call.packing, spec.activation)
+        self.conv = Conv(xbc, weights.conv_weight, weights.conv_bias, initial, call.packing, call.spec.activation)
         self.packing = documents(call.zxbcdt, call.packing)
         self.convolved, self.conv_state = conv_forward(self.conv, self.packing, states=call.states)
         self.scan = ScanPasses(self._scan())
@@ -93,20 +90,22 @@ class Mixer:
         y, states = self.scan.forward(self.entering)
         return y.flatten(-2), states
 
-    def gated(self, y: Tensor) -> Tensor:
-        """The gated norm of the scan's output, or its gate alone."""
-        return gate_forward(y, self.z) if self.norm is None else norm_forward(self.norm._replace(x=y, dtype=y.dtype))
+    def gated(self, y: Tensor, squares: Tensor | None = None) -> Tensor:
+        """The gated norm of the scan's output, or its gate alone; for ``squares`` see :func:`norm_forward`."""
+        norm = _gated_norm(self.call, y)
+        return gate_forward(y, self.z) if norm is None else norm_forward(norm, squares)
 
     def gated_backward(
-        self, dy: Tensor, y: Tensor, du: Tensor, again: Tensor | None = None
+        self, dy: Tensor, y: Tensor, du: Tensor, again: Tensor | None = None, whole: WholeGroup | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """From the gradient of :meth:`gated` of ``y`` to those of ``y`` and of the norm's weight; that of z goes to its
-        place in ``du``, what the forward returned to ``again``.
+        place in ``du``, the normed ``y`` to ``again``. ``whole`` is given where the norm's group is more than is here.
         """
         dz = du[..., : self.z.shape[-1]]
-        if self.norm is None:
+        norm = _gated_norm(self.call, y)
+        if norm is None:
             return gate_backward(dy, y, self.z, dz, again), None
-        found = norm_backward(dy, self.norm._replace(x=y, dtype=y.dtype), dz=dz, y=again)
+        found = norm_backward(dy, norm, dz=dz, y=again, whole=whole)
         return found.x, found.weight
 
     def backward(
@@ -128,6 +127,15 @@ class Mixer:
             dcolumns = self.entering.neighbors.columns_after(conv.initial)
             dxbc[:, dxbc.shape[1] - dcolumns.shape[2] :] += dcolumns.mT
         return MixerWeights(conv.weight, conv.bias, dbias, dA, None, dD, dnorm), conv.initial, dssm
+
+
+def _gated_norm(call: Inner, y: Tensor) -> Norm | None:
+    """Arguments of the gated norm of the scan's output ``y (B, T, H P)``, or of its part that is here."""
+    weight, spec = call.weights.gated_norm_weight, of_own_heads(call.weights, call.spec)
+    if weight is None:
+        return None
+    z = call.zxbcdt[..., : y.shape[-1]]
+    return Norm(y, z, weight, spec.gated_norm_eps, spec.group_size, spec.norm_before_gate, y.dtype)
 
 
 def _inner_fake(call: Inner) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +186,7 @@ _inner_of_slices.backward(lambda call, entering, dy, *_: _inner_backward(call, d
 
 def mamba2_inner(call: Inner, neighbors: Neighbors | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mamba2_hf.ops.inner`."""
-    y, conv_state, ssm_state = inner(call) if neighbors is None else _inner_of_slices(call, neighbors)
+    y, conv_state, ssm_state = inner(call) if neighbors is None else _inner_of_slices(call, Entering(neighbors))
     return y, conv_state, ssm_state
 
 
@@ -342,15 +350,28 @@ def layer(call: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def _layer(call: Layer, incoming: Entering | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with without_autocast(call.stream.device):
+        gated, _, conv_state, ssm_state, zxbcdt, y, A = _gated(call, incoming)
+        mixed = Projection(call, call.weights.out_proj).forward(gated)
+        del gated
+        after = _add(call.stream if call.residual is None else call.residual, mixed, call.spec.output_multiplier)
+        return after, conv_state, ssm_state, zxbcdt, y, A
+
+
+def _gated(call: Layer, incoming: Entering | None = None) -> Any:
+    """What out_proj is given and, where only a part of the gated norm's group is here, the sums of its squares
+    ``(B T,)``; then what the layer returns behind the stream.
+    """
+    with without_autocast(call.stream.device):
         normed = norm_forward(_norm(call))
         zxbcdt = _entering(call).forward(normed)
         del normed
         A = call.weights.mixer.rates
         mixer = Mixer(call.mixer(zxbcdt, A), incoming)
         y, ssm_state = mixer.scanned()
-        mixed = Projection(call, call.weights.out_proj).forward(mixer.gated(y))
-        after = _add(call.stream if call.residual is None else call.residual, mixed, call.spec.output_multiplier)
-        return after, mixer.conv_state, ssm_state if call.states else y.new_empty(0), zxbcdt, y, A
+        rows = y.shape[0] * y.shape[1]
+        squares = torch.empty(rows, dtype=torch.float32, device=y.device) if call.is_joint else None
+        final = ssm_state if call.states else y.new_empty(0)
+        return mixer.gated(y, squares), squares, mixer.conv_state, final, zxbcdt, y, A
 
 
 @layer.backward
@@ -366,19 +387,8 @@ def _layer_backward(
 ) -> tuple[Tensor, LayerWeights, Tensor | None, Tensor | None, Tensor | None]:
     with without_autocast(dstream.device):
         dstream = dstream.contiguous()
-        dmixed = _times(dstream, call.spec.output_multiplier, call.dtype).flatten(0, 1)
-        mixer = Mixer(call.mixer(zxbcdt, A), incoming)
-        du = _new(zxbcdt)
-        leaving = Projection(call, call.weights.out_proj)
-        dnormed, dlowered = leaving.input_gradient(dmixed)
-        gated = _new(y) if leaving.needs_input else None
-        dy, dgated_norm = mixer.gated_backward(dnormed.view_as(y), y, du, gated)
-        dout = leaving.weight_gradients(dmixed, dlowered, gated)
-        del dmixed, dnormed, gated
-        dweights, dconv, dssm = mixer.backward(dy, dconv_state, dssm_state, du, dgated_norm)
-        assert dweights.A is not None  # it always trains
-        dA_log = (dweights.A * A).to(call.weights.mixer.decay.dtype)
-        del mixer, dy
+        given = (dconv_state, dssm_state, zxbcdt, y, A)
+        du, dweights, dout, dconv, dssm = _to_zxbcdt(call, dstream, *given, incoming=incoming)
         flat = du.flatten(0, 1)
         into = _entering(call)
         dnormed, dlowered = into.input_gradient(flat)
@@ -388,7 +398,44 @@ def _layer_backward(
         dx, _, dnorm = norm_backward(dnormed, _norm(call), more=past, y=normed)
         din = into.weight_gradients(flat, dlowered, normed)
         dresidual = None if call.residual is None else dstream
-        return dx, LayerWeights(dnorm, din, dweights._replace(A=None, A_log=dA_log), dout), dresidual, dconv, dssm
+        return dx, LayerWeights(dnorm, din, dweights, dout), dresidual, dconv, dssm
+
+
+def _to_zxbcdt(
+    call: Layer,
+    dstream: Tensor,
+    dconv_state: Tensor | None,
+    dssm_state: Tensor | None,
+    zxbcdt: Tensor,
+    y: Tensor,
+    A: Tensor,
+    left: tuple[Tensor, Tensor | None] | None = None,
+    whole: WholeGroup | None = None,
+    incoming: Entering | None = None,
+) -> tuple[Tensor, MixerWeights, Linear, Tensor | None, Tensor | None]:
+    """From the gradient of what out_proj is added to, to those of the output of in_proj and of what was multiplied on
+    the way: the mixer's weights, out_proj, and both initial states.
+
+    With ``left``, what :meth:`Projection.input_gradient` of out_proj gave, ``dstream`` is what that took.
+    """
+    dmixed = _dmixed(call, dstream) if left is None else dstream
+    mixer = Mixer(call.mixer(zxbcdt, A), incoming)
+    du = _new(zxbcdt)
+    leaving = Projection(call, call.weights.out_proj)
+    dnormed, dlowered = leaving.input_gradient(dmixed) if left is None else left
+    gated = _new(y) if leaving.needs_input else None
+    dy, dgated_norm = mixer.gated_backward(dnormed.view_as(y), y, du, gated, whole)
+    dout = leaving.weight_gradients(dmixed, dlowered, gated)
+    del dmixed, dnormed, gated
+    dweights, dconv, dssm = mixer.backward(dy, dconv_state, dssm_state, du, dgated_norm)
+    assert dweights.A is not None  # it always trains
+    dA_log = (dweights.A * A).to(call.weights.mixer.decay.dtype)
+    return du, dweights._replace(A=None, A_log=dA_log), dout, dconv, dssm
+
+
+def _dmixed(call: Layer, dstream: Tensor) -> Tensor:
+    """The gradient of what out_proj gives, ``(B T, d)``."""
+    return _times(dstream, call.spec.output_multiplier, call.dtype).flatten(0, 1)
 
 
 _layer_of_slices = layer.between(_layer)
@@ -397,9 +444,133 @@ _layer_of_slices.backward(
 )
 
 
-def mamba2_layer(call: Layer, neighbors: Neighbors | None = None) -> tuple[Tensor, Tensor, Tensor]:
+@layer.between
+def _shared_layer(call: Layer, sharing: Sharing) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A layer of which every device has some of the heads. A long sum begins with a part of the rows, and goes on
+    beside the product for the others.
+    """
+    partners, out, spec = sharing.partners, call.weights.out_proj, call.spec
+    found = _gated_piece(call) if sharing.entering is None else _gated(call, sharing.entering)
+    gated, squares, conv_state, ssm_state, zxbcdt, scanned, A = found
+    all_squares = None if squares is None else partners.begin(squares)
+    with without_autocast(gated.device):
+        leaving = Projection(call, out._replace(bias=None))
+        residual = (call.stream if call.residual is None else call.residual).contiguous()
+        after = _new(residual)
+        x, y = residual.flatten(0, 1), after.flatten(0, 1)
+        size = tables.rows_at_once(*x.shape)
+        totals = [partners.begin(leaving.forward(part)) for part in gated.view(1, len(x), -1).split(size, 1)]
+        del gated, found
+        sharing.squares = None if all_squares is None else all_squares()
+        scales = len(totals) * (None,) if sharing.squares is None else sharing.squares.split(size)
+        for total, scale, before, to in zip(totals, scales, x.split(size), y.split(size), strict=True):
+            _join(total()[0], scale, before, to, out.bias, spec, spec.output_multiplier)
+    return after, conv_state, ssm_state, zxbcdt, scanned, A
+
+
+_gated_piece = layer.piece(_gated)
+
+
+@layer.piece
+def _left_piece(call: Layer, dstream: Tensor, zxbcdt: Tensor, y: Tensor) -> tuple[Any, ...]:
+    """The gradient of out_proj's output and what :meth:`Projection.input_gradient` makes of it, and the sums of
+    products that the gated norm's backward takes.
+    """
+    with without_autocast(dstream.device):
+        dmixed = _dmixed(call, dstream)
+        dnormed, dlowered = Projection(call, call.weights.out_proj).input_gradient(dmixed)
+        norm = _gated_norm(call.mixer(zxbcdt, call.weights.mixer.decay), y)
+        assert norm is not None
+        return dmixed, dnormed, dlowered, norm_products(dnormed.view_as(y), norm)
+
+
+def _entered(
+    call: Layer,
+    dstream: Tensor,
+    dconv_state: Tensor | None,
+    dssm_state: Tensor | None,
+    zxbcdt: Tensor,
+    y: Tensor,
+    A: Tensor,
+    dnormed: Tensor | None,
+    dlowered: Tensor | None,
+    squares: Tensor | None,
+    products: Tensor | None,
+    *,
+    incoming: Entering | None = None,
+) -> tuple[Any, ...]:
+    """The gradient of in_proj's output and what :meth:`Projection.input_gradient` makes of it, and other gradients."""
+    with without_autocast(dstream.device):
+        left = whole = None
+        if dnormed is not None and squares is not None and products is not None:
+            left, whole = (dnormed, dlowered), WholeGroup(call.spec.group_size, squares, products)
+        given = (dconv_state, dssm_state, zxbcdt, y, A, left, whole, incoming)
+        du, *found = _to_zxbcdt(call, dstream, *given)
+        return du, *_entering(call).input_gradient(du.flatten(0, 1)), *found
+
+
+_entered_piece = layer.piece(_entered)
+
+
+@layer.piece
+def _in_proj_piece(call: Layer, du: Tensor, dlowered: Tensor | None) -> tuple[Any, ...]:
+    """The gradients of in_proj, whose input is made once more."""
+    with without_autocast(du.device):
+        into = _entering(call)
+        return into.weight_gradients(
+            du.flatten(0, 1), dlowered, norm_forward(_norm(call)) if into.needs_input else None
+        )
+
+
+@layer.piece
+def _norm_piece(call: Layer, dnormed: Tensor, dstream: Tensor) -> tuple[Any, ...]:
+    """The gradients of the stream and of the norm before the mixer."""
+    past = dstream if call.residual is None else None
+    dx, _, dnorm = norm_backward(dnormed.view_as(dstream), _norm(call), more=past)
+    return dx, dnorm
+
+
+@_shared_layer.backward
+def _shared_layer_backward(
+    call: Layer,
+    sharing: Sharing,
+    dstream: Tensor,
+    dconv_state: Tensor | None,
+    dssm_state: Tensor | None,
+    *kept: Tensor,
+) -> tuple[Any, ...]:
+    """While the gradient of in_proj's input is summed, those of its weights are computed."""
+    dstream, partners = dstream.contiguous(), sharing.partners
+    gradient: Tensor = dstream
+    left: tuple[Any, ...] = (None,) * 4
+    if sharing.squares is not None:
+        gradient, dnormed, dlowered, products = _left_piece(call, dstream, *kept[:2])
+        left = (dnormed, dlowered, sharing.squares, partners.begin(products)())
+    given = (gradient, dconv_state, dssm_state, *kept, *left)
+    found: Any
+    if sharing.entering is None:
+        found = _entered_piece(call, *given)
+    else:
+        found = flattened(_entered(call, *given, incoming=sharing.entering))
+    du, dnormed, dlowered, *others = found
+    del given, gradient, left
+    total = partners.begin(dnormed)
+    din = _in_proj_piece(call, du, dlowered)
+    dx, dnorm = _norm_piece(call, total(), dstream)
+    dweights, dout, (dconv, dssm) = others[:7], others[7:11], others[11:]
+    dresidual = None if call.residual is None else dstream
+    return dx, dnorm, din, dweights, dout, dresidual, dconv, dssm
+
+
+def mamba2_layer(
+    call: Layer, neighbors: Neighbors | None = None, partners: Partners | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mamba2_hf.ops.layer`."""
-    found = layer(call) if neighbors is None else _layer_of_slices(call, neighbors)
+    entering = None if neighbors is None else Entering(neighbors)
+    if partners is not None:
+        found = _shared_layer(call, Sharing(partners, entering))
+    else:
+        found = layer(call) if entering is None else _layer_of_slices(call, entering)
     after, conv_state, ssm_state, *_ = found
     return after, conv_state, ssm_state
 
@@ -465,39 +636,52 @@ def mamba2_layer_part(call: LayerStep) -> Tensor:
 
 
 @triton.jit
-def joined_kernel(total, x, bias, y, width, stride, size, eps, factor, JOINT: tl.constexpr, BLOCK: tl.constexpr):
-    """``x`` plus ``factor`` times the bias, plus a row of ``total``, with ``JOINT`` times the scale of a norm over
-    ``size`` channels, whose sum of squares stands behind the row; a block of a row of ``width``.
+def joined_kernel(total, squares, x, bias, y, rows, width, stride, apart, size, eps, factor, of_bias,
+                  ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """``x`` plus ``factor`` times ``total`` plus ``of_bias`` times the bias, a block of ``ROWS`` rows of ``width``.
+    With ``squares``, ``apart`` elements apart, ``total`` is times the scale of a norm over ``size`` channels.
     """
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < width
-    value = tl.load(total + row * stride + i, mask=mask, other=0.0)
-    if JOINT:
-        value *= tl.rsqrt(tl.load(total + row * stride + width) / size + eps)
+    mask = (row < rows)[:, None] & (i < width)[None, :]
+    value = factor * tl.load(total + row[:, None] * stride + i[None, :], mask=mask, other=0.0).to(tl.float32)
+    if squares is not None:
+        value *= tl.rsqrt(tl.load(squares + row * apart, mask=row < rows, other=0.0) / size + eps)[:, None]
     if bias is not None:
-        value += factor * tl.load(bias + i, mask=mask, other=0.0).to(tl.float32)
-    value += tl.load(x + row * width + i, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + row * width + i, value.to(y.dtype.element_ty), mask=mask)
+        value += of_bias * tl.load(bias + i, mask=i < width, other=0.0).to(tl.float32)[None, :]
+    at = row[:, None] * width + i[None, :]
+    value += tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
 
 
 @op("mamba2_layer_joined", fake=lambda call: call.residual.new_empty(call.residual.shape))
 def joined(call: Joined) -> Tensor:
     """What ends :func:`mamba2_hf.ops.shared_layer_step`."""
     total, residual, bias, spec = call
-    total, residual = total.contiguous(), residual.contiguous()
-    rows, _, width = residual.shape
-    y, (block, warps) = _new(residual), tables.ADD
+    total, residual = total.contiguous()[:, 0], residual.contiguous()
+    y = _new(residual)
+    squares = total[:, residual.shape[2]] if call.is_joint else None
+    _join(total, squares, residual[:, 0], y[:, 0], bias, spec, 1.0)
+    return y
+
+
+def _join(
+    total: Tensor, squares: Tensor | None, x: Tensor, y: Tensor, bias: Tensor | None, spec: MixerSpec, factor: float
+) -> None:
+    """Adds what a layer that devices share gives to the stream: ``total (R, d)`` times ``factor`` and, given the sums
+    of its ``squares (R,)``, the scale of the gated norm, to ``x (R, d)``. It goes to ``y``.
+    """
+    (rows, width), block = x.shape, tables.GATE_BLOCK
+    per_program = tables.GATE_ROWS if rows * width >= tables.GATE_ROWS * 2**16 else 1
     launch(
         joined_kernel,
-        (rows, cdiv(width, block)),
-        *(total, residual, dense(bias), y, width, total.shape[2], spec.group_size, spec.gated_norm_eps),
-        spec.output_multiplier,
-        JOINT=call.is_joint,
+        (cdiv(rows, per_program), cdiv(width, block)),
+        *(total, squares, x, dense(bias), y, rows, width, total.stride(0), 0 if squares is None else squares.stride(0)),
+        *(spec.group_size, spec.gated_norm_eps, factor, spec.output_multiplier),
+        ROWS=per_program,
         BLOCK=block,
-        num_warps=warps,
+        num_warps=8,
     )
-    return y
 
 
 def _with_scaled_bias(call: LayerStep) -> LayerStep:

@@ -36,10 +36,10 @@ def _store(base, row, stride, column, value, mask, UNIT: tl.constexpr):
 
 
 @triton.jit
-def norm_forward_kernel(x, z, weight, y, M, eps, sx, sz, sy,
+def norm_forward_kernel(x, z, weight, y, sums, M, eps, sx, sz, sy,
                         SIZE: tl.constexpr, GATE_LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
                         BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
-    """One group of ``ROWS`` rows."""
+    """One group of ``ROWS`` rows. With ``sums (M,)`` its sum of squares goes there, and nothing is scaled by it."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * SIZE
     values, gates = (), ()
@@ -55,11 +55,17 @@ def norm_forward_kernel(x, z, weight, y, M, eps, sx, sz, sy,
             gates = gates + (gate,)
         squares += value * value
         values = values + (value,)
-    scale = tl.rsqrt(tl.sum(squares, 1) / SIZE + eps)[:, None]
+    total = tl.sum(squares, 1)
+    if sums is not None:
+        tl.store(sums + row, total, mask=row < M)
+    scale = tl.rsqrt(total / SIZE + eps)[:, None]
     for k in tl.static_range(CHUNKS):
         column = k * BLOCK + tl.arange(0, BLOCK)
         w = tl.load(weight + first + column, mask=column < SIZE, other=0.0).to(tl.float32)
-        value = values[k] * scale * w[None, :]
+        value = values[k]
+        if sums is None:
+            value *= scale
+        value *= w[None, :]
         if GATE_LAST and z is not None:
             value *= gates[k]
         _store(y, row, sy, first + column, value, (row < M)[:, None] & (column < SIZE)[None, :], UNIT)
@@ -83,13 +89,15 @@ def _load_row(x, z, dy, more, row, first, end, sx, sz, sdy, smore,
 
 
 @triton.jit
-def norm_backward_kernel(x, z, weight, dy, more, dx, dz, y, partial, M, RUN, eps, sx, sz, sdy, smore, sdx, sdz, sy,
-                         SIZE: tl.constexpr, GATE_LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
-                         BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
+def norm_backward_kernel(x, z, weight, dy, more, dx, dz, y, partial, all_squares, all_products, M, RUN, eps,
+                         sx, sz, sdy, smore, sdx, sdz, sy,
+                         SIZE: tl.constexpr, WHOLE: tl.constexpr, GATE_LAST: tl.constexpr, UNIT: tl.constexpr,
+                         ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
     """Computes dx and dz of one group in ``RUN`` rows, and their share of dweight; if it has a place, y too.
 
     With ``u`` the normed input, ``n = u r`` and ``e`` the gradient of ``n``: ``du = r (e - n mean(e n))``. ``more``, if
-    any, is added to dx. The rows after the current ones are under way while it is computed.
+    any, is added to dx. The rows after the current ones are under way while it is computed. Where the group is a part
+    of one of ``WHOLE`` channels, the sums over all of these of squares of ``u`` and of ``e u`` are given, ``(M,)``.
     """
     first = tl.program_id(1) * SIZE
     r0 = tl.program_id(0) * RUN
@@ -125,8 +133,13 @@ def norm_backward_kernel(x, z, weight, dy, more, dx, dz, y, partial, M, RUN, eps
                     u *= raw * sigmoid
             squares += u * u
             projection += u * e
-        scale = tl.rsqrt(tl.sum(squares, 1) / SIZE + eps)
-        mean = (tl.sum(projection, 1) / SIZE * scale * scale * scale)[:, None]  # so that du = r e - u * mean
+        if all_squares is None:
+            total, product = tl.sum(squares, 1), tl.sum(projection, 1)
+        else:
+            total = tl.load(all_squares + row, mask=row < end, other=0.0)
+            product = tl.load(all_products + row, mask=row < end, other=0.0)
+        scale = tl.rsqrt(total / WHOLE + eps)
+        mean = (product / WHOLE * scale * scale * scale)[:, None]  # so that du = r e - u * mean
         scale = scale[:, None]
         added = ()
         for k in tl.static_range(CHUNKS):
@@ -169,6 +182,25 @@ def norm_backward_kernel(x, z, weight, dy, more, dx, dz, y, partial, M, RUN, eps
         column = k * BLOCK + tl.arange(0, BLOCK)
         to = partial + tl.program_id(0).to(tl.int64) * width + first + column
         tl.store(to, tl.sum(sums[k], 0), mask=column < SIZE)
+
+
+@triton.jit
+def norm_products_kernel(x, z, weight, dy, products, M, sx, sz, sdy,
+                         SIZE: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                         CHUNKS: tl.constexpr):  # fmt: skip
+    """Of ``ROWS`` rows that are a part of a group, with a gate in either order, the ``products`` that
+    ``norm_backward_kernel`` takes.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    found = tl.zeros([ROWS, BLOCK], tl.float32)
+    for k in tl.static_range(CHUNKS):
+        column = k * BLOCK + tl.arange(0, BLOCK)
+        mask = (row < M)[:, None] & (column < SIZE)[None, :]
+        value = _load(x, row, sx, column, mask, UNIT).to(tl.float32)
+        value *= _silu(_load(z, row, sz, column, mask, UNIT).to(tl.float32))
+        value *= tl.load(weight + column, mask=column < SIZE, other=0.0).to(tl.float32)[None, :]
+        found += value * _load(dy, row, sdy, column, mask, UNIT).to(tl.float32)
+    tl.store(products + row, tl.sum(found, 1), mask=row < M)
 
 
 @triton.jit
@@ -221,8 +253,12 @@ def _gate(x: Tensor, z: Tensor, dy: Tensor | None, y: Tensor | None, dx: Tensor 
     )
 
 
-def norm_forward(call: Norm) -> Tensor:
-    """Launches the norm of :func:`gated_rms_norm`, without autograd."""
+def norm_forward(call: Norm, sums: Tensor | None = None) -> Tensor:
+    """Launches the norm of :func:`gated_rms_norm`, without autograd.
+
+    With ``sums (rows,)``, fp32, for each row's sum of squares what is normed is not divided by its root, which is for
+    whoever knows the other parts of the one group.
+    """
     x, z, weight, eps, group_size, _, dtype = call
     width = x.shape[-1]
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -232,7 +268,7 @@ def norm_forward(call: Norm) -> Tensor:
     launch(
         norm_forward_kernel,
         (cdiv(rows.shape[0], tile.rows), width // group_size),
-        *(rows, gate, weight.contiguous(), y, rows.shape[0], eps, *strides),
+        *(rows, gate, weight.contiguous(), y, sums, rows.shape[0], eps, *strides),
         **_constants(call, unit, tile),
     )
     return y
@@ -246,8 +282,45 @@ class NormGradients(NamedTuple):
     weight: Tensor
 
 
+class WholeGroup(NamedTuple):
+    """Of the one group of which a norm has a part."""
+
+    size: int
+    """Channels."""
+    squares: Tensor
+    """``(rows,)``, fp32: sums of squares, as :func:`norm_forward` gives those of a part."""
+    products: Tensor
+    """``(rows,)``, fp32: as :func:`norm_products` gives those of a part."""
+
+
+def norm_products(dy: Tensor, call: Norm) -> Tensor:
+    """``(rows,)``, fp32: sums of the products of what a gated norm divides with that one's gradient, given ``dy`` of
+    its result.
+    """
+    x, z, weight, _, size, *_ = call
+    read = [_as_rows(t) for t in (x, z, dy)]
+    unit, strides = vector_strides(*read)
+    tile, count = tables.norm_tile(size, *tables.NORM_FORWARD), read[0].shape[0]
+    products = torch.empty(count, dtype=torch.float32, device=x.device)
+    constants = _constants(call, unit, tile)
+    del constants["GATE_LAST"]
+    launch(
+        norm_products_kernel,
+        (cdiv(count, tile.rows),),
+        *(*read[:2], weight.contiguous(), read[2], products, count, *strides),
+        **constants,
+    )
+    return products
+
+
 def norm_backward(
-    dy: Tensor, call: Norm, *, more: Tensor | None = None, dz: Tensor | None = None, y: Tensor | None = None
+    dy: Tensor,
+    call: Norm,
+    *,
+    more: Tensor | None = None,
+    dz: Tensor | None = None,
+    y: Tensor | None = None,
+    whole: WholeGroup | None = None,
 ) -> NormGradients:
     """Launches the backward of the norm.
 
@@ -257,6 +330,7 @@ def norm_backward(
         more: what else the gradient of ``x`` is to contain, shaped as ``x``.
         dz: the (strided) tensor that receives the gate's gradient; a new one if None.
         y: where the forward's result goes once more, contiguous; nowhere if None.
+        whole: where the channels are a part of one group.
     """
     x, z, weight, eps, group_size, *_ = call
     width = x.shape[-1]
@@ -274,7 +348,10 @@ def norm_backward(
     launch(
         norm_backward_kernel,
         (programs, groups),
-        *(*read[:2], weight.contiguous(), *read[2:], *written, partial, rows, run, eps, *strides),
+        *(*read[:2], weight.contiguous(), *read[2:], *written, partial),
+        *((None, None) if whole is None else whole[1:]),
+        *(rows, run, eps, *strides),
+        WHOLE=group_size if whole is None else whole.size,
         **_constants(call, unit, tile),
     )
     return NormGradients(dx, dz, sum_rows(partial, weight.dtype))

@@ -12,7 +12,7 @@ schema has no optional results.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ...errors import BackendError
 from ..flops import register as count_flops
-from ..neighbors import Entering, Neighbors
 from .plan import replayed
 
 NAMESPACE = "mamba2_hf"
@@ -71,7 +70,7 @@ class Op(Generic[Record]):
         self.results = len(get_args(hints["return"])) or 1
         nested = list(_fields(self.record))
         fields = sorted(nested, key=lambda field: not field.is_tensor)
-        self.tensors = sum(field.is_tensor for field in fields)
+        self.arguments, self.tensors = len(fields), sum(field.is_tensor for field in fields)
         self.differentiable = [i for i, field in enumerate(fields) if field.has_gradient]
         self.schema = ", ".join(_lettered(fields))
         # Functions of their own, as namedtuple has them, from a record to its fields and back: nothing takes less time.
@@ -103,7 +102,7 @@ class Op(Generic[Record]):
         known = self.results - self.kept
 
         def flat(*args: Any) -> tuple[Tensor | None, ...]:
-            found = _flattened(run(self.build(args[self.results :]), *args[: self.results]))
+            found = flattened(run(self.build(args[self.results :]), *args[: self.results]))
             assert len(found) == len(self.differentiable), self.name
             return found
 
@@ -133,8 +132,17 @@ class Op(Generic[Record]):
         self._run = self._recorded(self._forward, *self._autograd(watched))
         return run
 
-    def between(self, forward: Callable[[Record, Entering], Any]) -> Between[Record]:
-        """Decorates what the op does where rows are slices; see :class:`Between`."""
+    def piece(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """``run(record, *tensors)``, a piece of the op's work with a plan of its own; what it returns is without the
+        tuples and numbers of records, as gradients are.
+        """
+        launch = on_its_device(
+            lambda *args: flattened(run(self.build(args[-self.arguments :]), *args[: -self.arguments]))
+        )
+        return lambda record, *tensors: launch(*tensors, *self.flatten(record))
+
+    def between(self, forward: Callable[[Record, Any], Any]) -> Between[Record]:
+        """Decorates what the op does where devices share its work; see :class:`Between`."""
         return Between(self, forward)
 
     def _recorded(
@@ -194,26 +202,27 @@ class Op(Generic[Record]):
 
 
 class Between(Generic[Record]):
-    """An op on slices of rows, which asks their neighbors for what enters them. It waits on the way, so that no plan
-    repeats it, and no schema holds neighbors, so that it runs in eager mode only.
+    """An op of which other devices have a part: slices of the same rows, or other heads. It waits for them on the way,
+    so that no plan repeats it, and no schema holds them, so that it runs in eager mode only.
 
     Args:
         of: the op.
-        forward: takes its record and what enters, and returns what the op does.
+        forward: takes its record and what one call has of the others (:class:`~mamba2_hf.ops.neighbors.Entering`,
+            :class:`~mamba2_hf.ops.partners.Sharing`), and returns what the op does.
     """
 
-    def __init__(self, of: Op[Record], forward: Callable[[Record, Entering], Any]) -> None:
+    def __init__(self, of: Op[Record], forward: Callable[[Record, Any], Any]) -> None:
         self._op = of
         self._forward = here(lambda *args: forward(of.build(args), args[-1]))
 
-    def __call__(self, record: Record, neighbors: Neighbors) -> Any:
+    def __call__(self, record: Record, others: Any) -> Any:
         """Runs the op."""
-        return self._run(*self._op.flatten(record), Entering(neighbors))
+        return self._run(*self._op.flatten(record), others)
 
     def backward(self, run: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-        """Decorates the backward: as of :meth:`Op.backward`, with what entered behind the record."""
+        """Decorates the backward: as of :meth:`Op.backward`, with what there is of the others behind the record."""
         of = self._op
-        launch = here(lambda *args: _flattened(run(of.build(args[of.results :]), args[-1], *args[: of.results])))
+        launch = here(lambda *args: flattened(run(of.build(args[of.results :]), args[-1], *args[: of.results])))
         self._run = of._recorded(self._forward, *of._autograd(launch))
         return run
 
@@ -292,12 +301,12 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if type(value) is list else value
 
 
-def _flattened(values: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    """Returns the gradients in ``values``, without the tuples and numbers of the records that hold them."""
+def flattened(values: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    """Returns the gradients in ``values``, without the tuples, lists and numbers that are around them."""
     found: list[Tensor | None] = []
     for value in values:
-        if isinstance(value, tuple):
-            found.extend(_flattened(value))
+        if isinstance(value, tuple | list):
+            found.extend(flattened(value))
         elif value is None or isinstance(value, Tensor):
             found.append(value)
     return tuple(found)

@@ -230,6 +230,7 @@ GATE_BLOCK, GATE_ROWS = 512, 8  # channels and tokens of a program
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 256, 32, 8
 ADD = 2048, 8  # elements and warps of a program that adds to the residual stream
 EXCHANGE = 512, 4  # the same of one that adds up over devices
+SUMMED_AT_ONCE, MOST_SUMS = 2**23, 4  # numbers that devices sum in one message, at least, and into how many one is cut
 
 
 # The convolution.
@@ -246,6 +247,11 @@ CONV_UPDATE_TOKENS = 16  # of an update that are unrolled
 def conv_run(tokens: int, blocks: int) -> int:
     """Tokens that one program walks: long runs share the window's start, short ones fill the chip."""
     return min(256, max(4 * CONV_BACKWARD[2], power_of_two(tokens * blocks // CONV_PROGRAMS + 1)))
+
+
+def rows_at_once(rows: int, width: int) -> int:
+    """Rows of a product whose sum over devices begins while the product goes on."""
+    return cdiv(rows, max(1, min(MOST_SUMS, rows * width // SUMMED_AT_ONCE)))
 
 
 # Norms.

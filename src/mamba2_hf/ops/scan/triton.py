@@ -187,7 +187,7 @@ def ssd_chunk_scan(call: Scan, neighbors: Neighbors | None = None) -> tuple[Tens
     dtype = call.x.dtype
     z = None if call.z is None else call.z.to(dtype)
     call = call._replace(B=call.B.to(dtype), C=call.C.to(dtype), z=z)
-    y, states = scan(call) if neighbors is None else _of_slices(call, neighbors)
+    y, states = scan(call) if neighbors is None else _of_slices(call, Entering(neighbors))
     return y, states
 
 
