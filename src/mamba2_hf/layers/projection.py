@@ -39,6 +39,6 @@ class Adapter(nn.Sequential):
         sizes, up = [each.shape[-1] for each in projected], plain_linear(self[1])
         if up is None or up.lora is not None or not is_unhooked(self):
             return [each + more for each, more in zip(projected, self(x).split(sizes, -1), strict=True)]
-        inner = self[0](x).flatten(0, -2)  # (R, r)
-        parts = zip(projected, up.weight.split(sizes), strict=True)
-        return [torch.addmm(each.flatten(0, -2), inner, weight.T).view_as(each) for each, weight in parts]
+        inner, (weight, *_) = self[0](x).flatten(0, -2), up  # (R, r) and (sum of sizes, r)
+        parts = zip(projected, weight.split(sizes), strict=True)
+        return [torch.addmm(each.flatten(0, -2), inner, part.T).view_as(each) for each, part in parts]
