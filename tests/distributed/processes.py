@@ -27,6 +27,7 @@ from filelock import FileLock
 Check = Callable[[Path], None]
 ON_GPUS = "TEST_ON_GPUS"
 """The variable by which every process has a GPU."""
+Found = dict[str, list[str]]
 
 IDLE = 90
 """Seconds without any work in any process after which they are taken to wait for each other. A deadline would count the
@@ -45,31 +46,31 @@ def checks(worker: Path, mark: str = "check") -> list[str]:
 
 def start(
     worker: Path, world: int, folder: Path, *arguments: object, environment: Mapping[str, str] | None = None
-) -> list[str]:
+) -> tuple[bool, list[str]]:
     """Runs a file in so many processes, as torchrun would, until all end or wait for each other.
 
     Args:
         worker: the file.
-        world: how many processes; none of torchrun's variables is set for 0, one process alone.
+        world: how many processes.
         folder: for what they say.
         arguments: theirs.
-        environment: variables to set.
+        environment: in the place of this process's.
 
     Returns:
-        What each said; what is not there ends with how it ended.
+        Whether all ended well, and what each said.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", **(environment or {})}
-    sizes = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    shared = {**(environment or os.environ), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(IMPORTED)
     processes, outputs = [], []
-    for rank in range(max(world, 1)):
-        ranks = {**sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world else {}
+    for rank in range(world):
         outputs.append(folder / f"{rank}.txt")
-        given = (worker, [str(argument) for argument in arguments], {**shared, **ranks}, outputs[-1])
+        own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        given = (worker, [str(argument) for argument in arguments], own, outputs[-1])
         processes.append(forks.Process(target=_run, args=given))
         processes[-1].start()
     try:
@@ -78,8 +79,7 @@ def start(
         for process in processes:
             process.kill()
             process.join()
-    ended = [f"\nended with {process.exitcode}" if process.exitcode else "" for process in processes]
-    return [output.read_text() + end for output, end in zip(outputs, ended, strict=True)]
+    return not any(process.exitcode for process in processes), [output.read_text() for output in outputs]
 
 
 def _run(worker: Path, arguments: list[str], environment: dict[str, str], output: Path) -> None:
@@ -88,6 +88,7 @@ def _run(worker: Path, arguments: list[str], environment: dict[str, str], output
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    os.environ.clear()  # the server has that of whoever was first to start a process
     os.environ.update(environment)
     tests = Path(__file__).parents[1]
     repository = tests.parent
@@ -118,11 +119,9 @@ def _seconds(process: ForkServerProcess) -> float:
     return float(times.user + times.system)
 
 
-def run(
-    worker: Path, world: int, folder: Path, *, only: Sequence[str] = (), environment: Mapping[str, str] | None = None
-) -> dict[str, list[str]]:
+def run(worker: Path, world: int, folder: Path, only: Sequence[str] = ()) -> Found:
     """How each check went, or each of ``only``, for every process."""
-    said = start(worker, world, folder, folder, *only, environment=environment)
+    _, said = start(worker, world, folder, folder, *only)
     results = []
     for rank in range(world):
         file = folder / f"{rank}.json"
@@ -132,9 +131,7 @@ def run(
     return {name: [done.get(name, otherwise) for done, otherwise in results] for name in only or checks(worker)}
 
 
-def once(
-    factory: pytest.TempPathFactory, name: str, make: Callable[[Path], dict[str, list[str]]]
-) -> dict[str, list[str]]:
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Found]) -> Found:
     """What ``make`` returns, given a folder, in the first of pytest's workers that asks for it: they share tests."""
     base = factory.getbasetemp()
     folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / f"processes-{name}"
@@ -143,7 +140,7 @@ def once(
     with FileLock(folder / "lock"):
         if not found.exists():
             found.write_text(json.dumps(make(folder)))
-    made: dict[str, list[str]] = json.loads(found.read_text())
+    made: Found = json.loads(found.read_text())
     return made
 
 
