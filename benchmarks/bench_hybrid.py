@@ -256,7 +256,7 @@ class Bench:
 class Families(Bench):
     """Training, prefill and decoding of published hybrids' shapes."""
 
-    def run(self, names: list[str], parts: list[str], few: bool = False) -> None:
+    def run(self, names: list[str], parts: list[str], few: bool, peers_only: bool) -> None:
         rate, copy_rate = self.rates()
         for name, family in FAMILIES.items():
             if names and not any(part in name for part in names):
@@ -270,6 +270,8 @@ class Families(Bench):
                 models = {OURS: models[OURS], STOCK: models[DROP_IN], DROP_IN: models[DROP_IN]}
             products = matrix_products(models[OURS])
             for impl, model in models.items():
+                if peers_only and impl == OURS:
+                    continue
                 use_with_transformers(undo=impl != DROP_IN)
                 if "training" in parts:
                     self.training(name, impl, model, 1e3 * products * self.tokens(4, 2048) / rate)
@@ -378,7 +380,7 @@ class Families(Bench):
         case = f"{name}_decode_b{batch}"
         if impl != OURS:
             self.route(f"{name} decode", impl, lambda: generated(model, ids, 2))
-            self.row(case, impl, quantiles(generated(model, ids, STEPS)), floor=floor)
+            self.row(case, impl, quantiles(generated(model, ids, 32)), floor=floor)
             return
         with model._optimize_model_for_decode():
             for impl, step in self.steps(case, model, ids):
@@ -447,12 +449,14 @@ def main() -> None:
     )
     parts = ("training", "prefill", "decode")
     parser.add_argument("--steps", nargs="+", choices=parts, default=parts, help="what of them [all]")
+    parser.add_argument("--peers-only", action="store_true", help="leave our own class out")
     parser.add_argument("--few", action="store_true", help="published hybrids' shapes with few layers")
     parser.add_argument("--out", type=Path, help="CSV to write")
     options = parser.parse_args()
     context = options.context or (64 if options.tiny else 2048)
     if options.families is not None:
-        Families(options.device, context, options.tiny, options.out).run(options.families, options.steps, options.few)
+        families = Families(options.device, context, options.tiny, options.out)
+        families.run(options.families, options.steps, options.few, options.peers_only)
         return
     bench = Bench(options.device, context, options.tiny, options.out)
     bench.decode()
