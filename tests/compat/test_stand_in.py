@@ -1,4 +1,4 @@
-"""``import mamba_ssm`` and ``import causal_conv1d`` where these are missing, broken and there, each in another process."""
+"""``import mamba_ssm`` and ``import causal_conv1d`` where these are missing, broken and there, in other processes."""
 
 from __future__ import annotations
 
