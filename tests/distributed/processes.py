@@ -29,7 +29,7 @@ ON_GPUS = "TEST_ON_GPUS"
 """The variable by which every process has a GPU."""
 Found = dict[str, list[str]]
 
-IDLE = 90
+IDLE = 180
 """Seconds without any work in any process after which they are taken to wait for each other. A deadline would count the
 seconds of a busy machine.
 """
