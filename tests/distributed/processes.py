@@ -17,17 +17,19 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 from filelock import FileLock
 
 Check = Callable[[Path], None]
+Found = dict[str, list[str]]
 ON_GPUS = "TEST_ON_GPUS"
 """The variable by which every process has a GPU."""
-Found = dict[str, list[str]]
 
 IDLE = 180
 """Seconds without any work in any process after which they are taken to wait for each other. A deadline would count the
@@ -64,8 +66,9 @@ def start(
         port = free.getsockname()[1]
     shared = {**(environment or os.environ), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(IMPORTED)
+    # What the server imports may have looked for GPUs, which forks could not use then.
+    forks = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    multiprocessing.set_forkserver_preload(IMPORTED)
     processes, outputs = [], []
     for rank in range(world):
         outputs.append(folder / f"{rank}.txt")
@@ -98,7 +101,7 @@ def _run(worker: Path, arguments: list[str], environment: dict[str, str], output
     runpy.run_path(str(worker), run_name="__main__")
 
 
-def _wait(processes: Sequence[ForkServerProcess]) -> None:
+def _wait(processes: Sequence[BaseProcess]) -> None:
     """Until all have ended, or none has computed for a while."""
     spent, since = 0.0, time.monotonic()
     while running := [process for process in processes if process.is_alive()]:
@@ -110,7 +113,7 @@ def _wait(processes: Sequence[ForkServerProcess]) -> None:
             return
 
 
-def _seconds(process: ForkServerProcess) -> float:
+def _seconds(process: BaseProcess) -> float:
     """The processor's time that a process has had, 0 after its end."""
     try:
         times = psutil.Process(process.pid).cpu_times()
@@ -146,16 +149,15 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Foun
 
 def work(every_check: dict[str, Check], folder: Path, *only: str) -> None:
     """Runs the checks in this process, one after another; the first that fails is the last."""
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     if ON_GPUS in os.environ:
         device = torch.device("cuda", int(os.environ["RANK"]))
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=timedelta(seconds=60), device_id=device)
     else:
-        dist.init_process_group("gloo", timeout=timedelta(minutes=20))  # who started them sees it when they wait in vain
+        dist.init_process_group(
+            "gloo", timeout=timedelta(minutes=20)
+        )  # who started them sees it when they wait in vain
     rank, results = dist.get_rank(), {}
     for name, function in every_check.items():
         if only and name not in only:
