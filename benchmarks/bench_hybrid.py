@@ -18,21 +18,26 @@ The shortest cache is also filled with tokens, growing, and has to come out as l
 ``--families`` times the shapes of ``hybrid_families.py`` instead: a training step of 4 x 2048 tokens (forward and
 backward, no optimizer), the prefill of 32768 tokens, and decoding of 1 and 16 sequences behind ``--context`` tokens.
 Beside ours stands transformers' own class, on the kernels of mamba_ssm and causal_conv1d where these are installed, and
-on ours (``use_with_transformers``); its decoding is timed through ``generate``. Before that, models of few layers of
-both are compared in fp32, with the same weights; ``--few`` times such ones too. The floor is matrix products alone at
-the rate of a large one, or, in decoding, reading the weights that a step uses at the rate of a copy, both measured in
-the same run.
+on ours (``use_with_transformers``); its decoding is timed through ``generate``. Whose kernels are called is looked up
+while each runs, printed, and has to be as its row says. Before that, models of few layers of both are compared in fp32,
+with the same weights, with transformers' PyTorch functions; ``--few`` times such ones too. The floor is matrix products
+alone at the rate of a large one, or, in decoding, reading the weights that a step uses at the rate of a copy, both
+measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
+import inspect
+import itertools
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +45,10 @@ import torch
 import transformers
 import triton
 from hybrid_families import FAMILIES, Family, matrix_products
-from peers import OURS, STOCK, installed
+from peers import KERNELS, OURS, STOCK, installed, versions
 from table import write_csv
 from torch import Tensor
+from transformers import StoppingCriteria
 
 from mamba2_hf import (
     Mamba2Cache,
@@ -57,6 +63,11 @@ from mamba2_hf import (
 FIELDS = ("case", "impl", "ms_p20", "ms_p50", "ms_p80", "cache_mib", "floor_ms", "device", "versions")
 GRAPH = "mamba2_hf, graph"
 DROP_IN = "transformers on mamba2_hf"
+OURS_OPS = "mamba2_hf.ops"
+KERNEL_FUNCTIONS = (  # of transformers' modules, which take them from the packages where these are installed
+    *("causal_conv1d_fn", "causal_conv1d_update", "mamba2_chunk_scan", "mamba2_selective_state_update"),
+    "mamba2_split_conv1d_scan_combined",
+)
 STEPS = 100
 TOLERANCE = 5e-2  # of bf16 logits behind 64 layers, whose sums one form takes in another order
 
@@ -177,8 +188,7 @@ class Bench:
                 times.append(1e3 * (time.perf_counter() - begun))
         self.wait()
         taken = [pair if isinstance(pair, float) else pair[0].elapsed_time(pair[1]) for pair in times]
-        cuts = statistics.quantiles(taken, n=10)
-        return cuts[1], statistics.median(taken), cuts[7]
+        return quantiles(taken)
 
     @torch.no_grad()
     def memory(self, lengths: list[int]) -> None:
@@ -220,8 +230,9 @@ class Bench:
     ) -> None:
         rest = ("" if value is None else f"{value:.2f}" for value in (mib, floor))
         values = (*("" if t is None else f"{t:.4f}" for t in times), *rest)
-        versions = f"torch {torch.__version__}, triton {triton.__version__}, transformers {transformers.__version__}"
-        self.rows.append(dict(zip(FIELDS, (case, impl, *values, self.device_name(), versions), strict=True)))
+        found = f"torch {torch.__version__}, triton {triton.__version__}, transformers {transformers.__version__}"
+        found += versions() if impl == STOCK else ""
+        self.rows.append(dict(zip(FIELDS, (case, impl, *values, self.device_name(), found), strict=True)))
         print(*[value for value in list(self.rows[-1].values())[:7] if value], flush=True)
         write_csv(self.out, FIELDS, self.rows)
 
@@ -245,7 +256,7 @@ class Bench:
 class Families(Bench):
     """Training, prefill and decoding of published hybrids' shapes."""
 
-    def run(self, names: list[str], parts: list[str], few: bool = False) -> None:
+    def run(self, names: list[str], parts: list[str], few: bool, peers_only: bool) -> None:
         rate, copy_rate = self.rates()
         for name, family in FAMILIES.items():
             if names and not any(part in name for part in names):
@@ -259,6 +270,8 @@ class Families(Bench):
                 models = {OURS: models[OURS], STOCK: models[DROP_IN], DROP_IN: models[DROP_IN]}
             products = matrix_products(models[OURS])
             for impl, model in models.items():
+                if peers_only and impl == OURS:
+                    continue
                 use_with_transformers(undo=impl != DROP_IN)
                 if "training" in parts:
                     self.training(name, impl, model, 1e3 * products * self.tokens(4, 2048) / rate)
@@ -284,8 +297,8 @@ class Families(Bench):
         return 2e3 * size**3 / product, 2e3 * source.numel() / copied
 
     def compare(self, name: str, family: Family) -> None:
-        """Raises unless few layers of ours, loaded from transformers' checkpoint, give its logits and losses, and so do
-        stock's on our ops, in training too.
+        """Raises unless few layers of ours, loaded from transformers' checkpoint, give the logits and losses of its
+        PyTorch functions, and so do stock's on our ops, in training too.
         """
         torch.manual_seed(0)
         stock = family.stock_model(**family.few).eval()
@@ -295,7 +308,9 @@ class Families(Bench):
         stock, ours = stock.to(self.device), ours.to(self.device)
         ids = torch.randint(ours.config.vocab_size, (2, 300), device=self.device)
         with torch.no_grad():
-            expected, found = (model(ids, labels=ids, use_cache=False) for model in (stock, ours))
+            with on_pytorch(stock):
+                expected = stock(ids, labels=ids, use_cache=False)
+            found = ours(ids, labels=ids, use_cache=False)
             use_with_transformers()
             dropped = stock(ids, labels=ids, use_cache=False)
             trained = stock.train()(ids, labels=ids, use_cache=False)
@@ -305,6 +320,24 @@ class Families(Bench):
             if not error < 1e-3 or abs(out.loss - expected.loss) > 1e-3:
                 raise RuntimeError(f"{name} {impl}: relative error {error}, loss {out.loss} and {expected.loss}")
             print(f"{name} {impl}: relative error of few layers {error:.1e}", flush=True)
+
+    def route(self, case: str, impl: str, run: Callable[[], Any]) -> None:
+        """Prints whose kernels ``run`` calls, and raises if they are not those that a row of ``impl`` says."""
+        called = set()
+
+        def note(frame: Any, event: str, _: Any) -> None:
+            if event == "call":
+                called.add(frame.f_globals.get("__name__", ""))
+
+        sys.setprofile(note)
+        try:
+            run()
+        finally:
+            sys.setprofile(None)
+        found = [name for name in (*KERNELS, OURS_OPS) if any(f"{module}.".startswith(f"{name}.") for module in called)]
+        print(f"{case} {impl}: through {' and '.join(found)}", flush=True)
+        if found != (list(KERNELS) if impl == STOCK else [OURS_OPS]):
+            raise RuntimeError(f"{case} {impl}: called {found}")
 
     def training(self, name: str, impl: str, model: Any, floor: float) -> None:
         batch, length = (2, 64) if self.tiny else (4, 2048)
@@ -317,11 +350,12 @@ class Families(Bench):
             loss.backward()
             return loss
 
-        with ops.use_backend("torch"), torch.no_grad():
+        with on_pytorch(model), torch.no_grad():
             expected = model(input_ids=ids[:1, :300], labels=ids[:1, :300], use_cache=False).loss
         found = model(input_ids=ids[:1, :300], labels=ids[:1, :300], use_cache=False).loss
         if not abs(found - expected) < 2e-2 * expected or not torch.isfinite(step()):
             raise RuntimeError(f"{name} {impl}: loss {found}, on PyTorch {expected}")
+        self.route(f"{name} training", impl, step)
         self.row(f"{name}_training_{batch}x{length}", impl, self.timed(step, 10), floor=floor)
         model.eval()
         model.zero_grad(set_to_none=True)
@@ -336,6 +370,7 @@ class Families(Bench):
 
         if not torch.isfinite(step()).all():
             raise RuntimeError(f"{name} {impl}: logits that are not finite")
+        self.route(f"{name} prefill", impl, step)
         self.row(f"{name}_prefill_1x{length}", impl, self.timed(step, 5), floor=floor)
         self.tidy()
 
@@ -344,19 +379,54 @@ class Families(Bench):
         ids = torch.randint(model.config.vocab_size, (batch, self.context + 1), device=self.device)
         case = f"{name}_decode_b{batch}"
         if impl != OURS:
-            times = []
-            for new in (2, 34, 2, 34):
-                begun = time.perf_counter()
-                model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
-                self.wait()
-                times.append(time.perf_counter() - begun)
-            each = 1e3 * (times[3] - times[2]) / 32
-            self.row(case, impl, (None, each, None), floor=floor)
+            self.route(f"{name} decode", impl, lambda: generated(model, ids, 2))
+            self.row(case, impl, quantiles(generated(model, ids, 32)), floor=floor)
             return
         with model._optimize_model_for_decode():
             for impl, step in self.steps(case, model, ids):
                 self.row(case, impl, self.timed(step), floor=floor)
         self.tidy()
+
+
+def quantiles(taken: list[float]) -> tuple[float, float, float]:
+    """What 20, 50 and 80 % are below."""
+    cuts = statistics.quantiles(taken, n=10)
+    return cuts[1], cuts[4], cuts[7]
+
+
+def generated(model: Any, ids: Tensor, tokens: int) -> list[float]:
+    """Milliseconds from one token of ``generate`` to the next, without the first few."""
+    clock = Clock()
+    model.generate(
+        ids, max_new_tokens=tokens + 8, min_new_tokens=tokens + 8, do_sample=False, stopping_criteria=[clock]
+    )
+    return [1e3 * (later - sooner) for sooner, later in itertools.pairwise(clock.times[7:])]
+
+
+class Clock(StoppingCriteria):
+    """Notes when each token of ``generate`` was known, and stops nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@contextlib.contextmanager
+def on_pytorch(model: Any) -> Iterator[None]:
+    """Has a model, ours or transformers', call PyTorch's functions alone, whatever is installed."""
+    module = sys.modules[type(model).__module__]
+    replaced = {name: value for name, value in vars(module).items() if name in KERNEL_FUNCTIONS}
+    vars(module).update({name: inspect.unwrap(value) for name, value in replaced.items()})
+    try:
+        with ops.use_backend("torch"):
+            yield
+    finally:
+        vars(module).update(replaced)
 
 
 def restore(cache: Mamba2Cache, saved: Mamba2Cache) -> None:
@@ -379,12 +449,14 @@ def main() -> None:
     )
     parts = ("training", "prefill", "decode")
     parser.add_argument("--steps", nargs="+", choices=parts, default=parts, help="what of them [all]")
+    parser.add_argument("--peers-only", action="store_true", help="leave our own class out")
     parser.add_argument("--few", action="store_true", help="published hybrids' shapes with few layers")
     parser.add_argument("--out", type=Path, help="CSV to write")
     options = parser.parse_args()
     context = options.context or (64 if options.tiny else 2048)
     if options.families is not None:
-        Families(options.device, context, options.tiny, options.out).run(options.families, options.steps, options.few)
+        families = Families(options.device, context, options.tiny, options.out)
+        families.run(options.families, options.steps, options.few, options.peers_only)
         return
     bench = Bench(options.device, context, options.tiny, options.out)
     bench.decode()

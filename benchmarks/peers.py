@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,18 @@ from mamba2_hf import Mamba2ForCausalLM
 from mamba2_hf.checkpoints.mapping import MAMBA_SSM_KEYS, write_mamba_ssm
 
 OURS, STOCK, ORIGINAL = "mamba2_hf", "transformers", "mamba_ssm"
+KERNELS = ("mamba_ssm", "causal_conv1d")
+"""The packages whose kernels peers use."""
 
 
 def installed() -> list[str]:
-    """The packages whose kernels peers use, of those that can be imported."""
-    return [name for name in ("mamba_ssm", "causal_conv1d") if importlib.util.find_spec(name)]
+    """Those of ``KERNELS`` that can be imported."""
+    return [name for name in KERNELS if importlib.util.find_spec(name)]
+
+
+def versions() -> str:
+    """Of these, to go on a list."""
+    return "".join(f", {name} {importlib.import_module(name).__version__}" for name in installed())
 
 
 def peers() -> list[str]:

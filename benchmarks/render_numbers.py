@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OURS, GRAPH, PEER, STOCK = "mamba2_hf", "mamba2_hf, graph", "mamba_ssm", "transformers"
+DROP_IN = "transformers on mamba2_hf"
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -180,6 +181,27 @@ def hybrids() -> str:
     return table(header, rows)
 
 
+def drop_in() -> str:
+    """transformers' hybrids on whoever's kernels, and ours."""
+    titles = {"bamba_1.9b": "Bamba 1.9B", "granite_4_h_3.7b": "Granite 4 H 3.7B", "falcon_h1_1.5b": "Falcon-H1 1.5B"}
+    parts = {
+        "training_4x2048": ("training step, 4 x 2048", OURS),
+        "prefill_1x32768": ("prefill, 1 x 32768", OURS),
+        "decode_b1": ("a token", GRAPH),
+        "decode_b16": ("a token, 16 sequences", GRAPH),
+    }
+    rows = []
+    for name, title in titles.items():
+        for part, (what, own) in parts.items():
+            impls = (STOCK, DROP_IN, own)
+            found = [cell("drop_in", "ms_p50", case=f"{name}_{part}", impl=impl) for impl in impls]
+            if found[0] is not None:
+                rows.append((f"{title}, {what}", *map(number, found)))
+    header = ["ms", "mamba_ssm and causal_conv1d", "`use_with_transformers()`", "this package's class"]
+    filled = [column for column in range(4) if any(row[column] for row in rows)]  # what has been measured
+    return table([header[column] for column in filled], [[row[column] for column in filled] for row in rows])
+
+
 def caches() -> str:
     """What caches of one sequence hold."""
     rows = []
@@ -273,7 +295,10 @@ def front() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
-    for f in (front, ops, decode, prefill, training, batching, hybrids, caches, distributed, shared, context, cpu, tiny)
+    for f in (
+        *(front, ops, decode, prefill, training, batching, hybrids, drop_in, caches, distributed, shared, context),
+        *(cpu, tiny),
+    )
 }  # fmt: skip
 
 

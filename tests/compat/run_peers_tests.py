@@ -42,10 +42,11 @@ LEFT_OUT = {
     "counterpart here",
     "tests/ops/test_selective_scan.py": "Mamba-1",
     "tests/ops/triton/test_mamba3_siso.py and others of Mamba-3": "Mamba-3",
+    "tests/test_determinism.py::test_kernel_* and test_combined_kernel_*": "call kernels inside of mamba_ssm too, and "
+    "nothing of ours; on a GPU, these are tuned for minutes",
 }
-INSIDE = "calls kernels inside of mamba_ssm, which have no counterpart here"
+INSIDE = re.compile(r"::test_(combined_)?kernel_")
 CAUSES = (  # what a test's name matches, and why it does not pass
-    (r"test_(combined_)?kernel_", INSIDE),
     (r"is_not_reproducible", "wants two runs to differ, and they do not"),
     (
         r"test_selective_state_update.*itype[12]",
@@ -142,7 +143,10 @@ class Run:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = [
-            item for item in items if zlib.crc32(item.nodeid.split("/")[-1].encode()) % 1000 < 1000 * self.share
+            item
+            for item in items
+            if zlib.crc32(item.nodeid.split("/")[-1].encode()) % 1000 < 1000 * self.share
+            and not INSIDE.search(item.nodeid)
         ]
 
     @pytest.hookimpl(wrapper=True)

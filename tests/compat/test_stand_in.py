@@ -1,19 +1,19 @@
-"""``import mamba_ssm`` and ``import causal_conv1d`` where these are missing, broken and there. Each in a process."""
+"""``import mamba_ssm`` and ``import causal_conv1d`` where these are missing, broken and there, in other processes."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import TIMEOUT, start
 
 from mamba2_hf import compat
 from mamba2_hf.compat import stand_in
 from mamba2_hf.errors import ArgumentError
+
+pytestmark = TIMEOUT
 
 MEGATRON = """
 from mamba_ssm.ops.triton.layernorm_gated import RMSNorm as RMSNormGated
@@ -23,23 +23,20 @@ from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 """
 
 
-def run(code: str, *, path: Path | None = None) -> tuple[Any, str]:
-    """What the last expression of ``code`` is, as JSON, and what was said meanwhile."""
+def run(folder: Path, code: str) -> tuple[Any, str]:
+    """What the last expression of ``code`` is, as JSON, and what was said meanwhile. Packages may lie in the folder."""
     *lines, last = code.strip().splitlines()
-    script = "\n".join(["import json, sys, mamba2_hf", *lines, f"print(json.dumps({last}))"])
-    places = [*([str(path)] if path else []), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
-        check=False,
+    script = folder / "script.py"
+    script.write_text(
+        "\n".join(["import json, sys, mamba2_hf", *lines, f"print(json.dumps({last}))"]), encoding="utf-8"
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+    well, (said,) = start(script, 1, folder)
+    assert well, said
+    *before, result = said.splitlines()
+    return json.loads(result), "\n".join(before)
 
 
-def test_missing_packages() -> None:
+def test_missing_packages(tmp_path: Path) -> None:
     """They answer with their names, versions and metadata, and say so once; what is not served cannot be imported."""
     code = f"""
 told = mamba2_hf.compat.install(), mamba2_hf.compat.install()
@@ -62,7 +59,7 @@ versions = [importlib.metadata.version(name) for name in ("mamba-ssm", "mamba_ss
 versions += [mamba_ssm.__version__, mamba_ssm.ops.triton.ssd_combined.__spec__.origin, hasattr(mamba_ssm, "Mamba")]
 [told, mamba1, same, versions, _is_package_available("mamba_ssm")]
 """
-    (told, refusals, same, versions, available), said = run(code)
+    (told, refusals, same, versions, available), said = run(tmp_path, code)
     both = {"mamba_ssm": "mamba2_hf", "causal_conv1d": "mamba2_hf"}
     assert told == [both, both]
     assert refusals == ["ImportError"] * 3 + ["ModuleNotFoundError"] * 2
@@ -82,14 +79,14 @@ told = mamba2_hf.compat.install()
 import mamba_ssm, causal_conv1d
 [told, mamba_ssm.number, causal_conv1d.__version__]
 """
-    (told, number, version), said = run(code, path=tmp_path)
+    (told, number, version), said = run(tmp_path, code)
     assert told == {"mamba_ssm": "itself", "causal_conv1d": "mamba2_hf"}
     assert number == 7
     assert version.startswith("1.6.1")
     assert "mamba_ssm" not in said
 
 
-def test_it_ends_when_told_to() -> None:
+def test_it_ends_when_told_to(tmp_path: Path) -> None:
     code = """
 mamba2_hf.compat.install("causal_conv1d")
 import causal_conv1d
@@ -101,11 +98,11 @@ except ImportError:
     ended = True
 [told, ended, "causal_conv1d" in sys.modules]
 """
-    found, _ = run(code)
+    found, _ = run(tmp_path, code)
     assert found == [{"mamba_ssm": "nobody", "causal_conv1d": "nobody"}, True, False]
 
 
-def test_stock_classes_pick_it_up() -> None:
+def test_stock_classes_pick_it_up(tmp_path: Path) -> None:
     """Those that are imported after it, as with the real packages."""
     code = """
 mamba2_hf.compat.install()
@@ -118,7 +115,7 @@ seq_idx = torch.tensor([[0] * 5 + [1] * 7], dtype=torch.int32)
 alone = torch.cat([model(part, use_cache=False)[0] for part in ids.split([5, 7], 1)], 1)
 (model(ids, use_cache=False, seq_idx=seq_idx)[0] - alone).abs().max().item()
 """
-    difference, said = run(code)
+    difference, said = run(tmp_path, code)
     assert difference < 1e-5
     assert "falling back" not in said
 

@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import TIMEOUT, start
 from stock_models import MODELS
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening
@@ -300,22 +302,37 @@ def test_one_graph_under_compile(name: str) -> None:
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, **FP32)
 
 
-@pytest.mark.parametrize("first", ["ours", "theirs"])
-def test_any_order_of_imports(first: str) -> None:
-    """Families that are imported after the call run on our ops too, and nothing changes without it."""
-    imports = {
-        "theirs": "from transformers.models.bamba import modeling_bamba as stock",
-        "ours": "import mamba2_hf\nprint(mamba2_hf.use_with_transformers())",
-    }
-    other = "theirs" if first == "ours" else "ours"
-    code = f"{imports[first]}\n{imports[other]}\nprint(stock.mamba2_chunk_scan._is_ours)"
-    quiet = f"import mamba2_hf\n{imports['theirs']}\nprint(hasattr(stock.mamba2_chunk_scan, '_is_ours'))"
-    lines = [
-        subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=dict(os.environ)
-        ).stdout.splitlines()
-        for script in (code, quiet)
-    ]
-    assert lines[0][-1] == "True"
-    assert (lines[0][0] == "[]") == (first == "ours")
-    assert lines[1] == ["False"]
+OURS_FIRST = """
+import mamba2_hf
+from transformers.models.falcon_h1 import modeling_falcon_h1 as untouched
+print(hasattr(untouched.mamba2_chunk_scan, "_is_ours"))
+print(mamba2_hf.use_with_transformers("bamba"))
+from transformers.models.bamba import modeling_bamba as stock
+print(stock.mamba2_chunk_scan._is_ours)
+"""
+THEIRS_FIRST = """
+from transformers.models.bamba import modeling_bamba as stock
+import mamba2_hf
+print(hasattr(stock.mamba2_chunk_scan, "_is_ours"))
+print(mamba2_hf.use_with_transformers())
+print(stock.mamba2_chunk_scan._is_ours)
+"""
+
+
+@TIMEOUT
+def test_families_may_be_imported_after_the_call(tmp_path: Path) -> None:
+    """They run on our ops too, and nothing changes without a call."""
+    script = tmp_path / "script.py"
+    script.write_text(OURS_FIRST, encoding="utf-8")
+    well, (said,) = start(script, 1, tmp_path)
+    assert well, said
+    assert said.splitlines()[-3:] == ["False", "[]", "True"]
+
+
+def test_families_may_be_imported_before_this_package() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", THEIRS_FIRST], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    untouched, replaced, is_ours = done.stdout.splitlines()[-3:]
+    assert (untouched, is_ours) == ("False", "True")
+    assert "modeling_bamba.mamba2_chunk_scan" in replaced

@@ -139,7 +139,8 @@ def accelerate_leaves_batches_whole(folder: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "alone":
-        del os.environ["RANK"], os.environ["WORLD_SIZE"]
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
         Path(sys.argv[2]).write_text(json.dumps(expected()))
         sys.exit()
     # As accelerate launch --use_fsdp --fsdp_version 2 sets them.

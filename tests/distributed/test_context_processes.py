@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from processes import checks, run
+from processes import TIMEOUT, checks, once, run
 
 WORKER = Path(__file__).with_name("context_worker.py")
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed")
+pytestmark = [
+    TIMEOUT,
+    pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed"),
+]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, list[str]]:
-    return run(WORKER, 4, tmp_path_factory.mktemp("context"), repository)
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return once(tmp_path_factory, "context", lambda folder: run(WORKER, 4, folder))
 
 
 @pytest.mark.parametrize("name", checks(WORKER))

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from processes import checks, run
+from processes import TIMEOUT, checks, once, run, start
 
 WORKER = Path(__file__).with_name("context_trainer_worker.py")
 
 pytestmark = [
     pytest.mark.slow,
+    TIMEOUT,
     pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed"),
 ]
 
 
+def both(folder: Path) -> dict[str, list[str]]:
+    """After one process, in which accelerate is told nothing."""
+    expected = folder / "expected.json"
+    well, said = start(WORKER, 1, folder, "alone", expected)
+    assert well, said
+    return run(WORKER, 2, folder)
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, list[str]]:
-    folder = tmp_path_factory.mktemp("trainer")
-    paths = [repository / "src", repository / "examples", WORKER.parent, repository / "tests" / "integrations"]
-    subprocess.run(  # a process of its own, in which accelerate is told nothing
-        [sys.executable, str(WORKER), "alone", str(folder / "expected.json")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "RANK": "0", "WORLD_SIZE": "1"},
-        check=True,
-        timeout=100,
-    )
-    assert json.loads((folder / "expected.json").read_text())
-    return run(WORKER, 2, folder, repository)
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return once(tmp_path_factory, "trainer", both)
 
 
 @pytest.mark.parametrize("name", checks(WORKER))

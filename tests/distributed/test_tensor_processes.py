@@ -6,23 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from processes import checks, run
+from processes import TIMEOUT, checks, once, run
 
 WORKER = Path(__file__).with_name("tensor_worker.py")
+SEVERAL = (
+    *("one_group", "groups_and_biases", "no_bias_of_the_convolution", "norms_of_several_processes"),
+    *("with_slices_of_sequences", "with_data_parallelism"),
+)
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed")
+pytestmark = [
+    TIMEOUT,
+    pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed"),
+]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, list[str]]:
-    return run(WORKER, 2, tmp_path_factory.mktemp("tensor"), repository)
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return once(tmp_path_factory, "tensor", lambda folder: run(WORKER, 2, folder))
 
 
-def test_groups_of_heads_that_several_of_four_processes_have(tmp_path: Path, repository: Path) -> None:
-    names = ("one_group", "groups_and_biases", "no_bias_of_the_convolution", "norms_of_several_processes")
-    names += ("with_slices_of_sequences", "with_data_parallelism")
-    found = run(WORKER, 4, tmp_path, repository, only=names)
-    for name in names:
+def test_groups_of_heads_that_several_of_four_processes_have(tmp_path: Path) -> None:
+    found = run(WORKER, 4, tmp_path, only=SEVERAL)
+    for name in SEVERAL:
         assert found[name] == ["passed"] * 4, "\n".join(found[name])
 
 

@@ -9,22 +9,36 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from processes import TIMEOUT, start
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed")
+pytestmark = [
+    TIMEOUT,
+    pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed"),
+]
 
-
-def run(repository: Path, *launcher: str, sample: bool = False) -> str:
-    """What the first process prints."""
-    script = [str(repository / "examples" / "generate_tensor_parallel.py"), "--max-new-tokens", "12"]
-    environment = {**os.environ, "PYTHONPATH": str(repository / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, *script, *(("--sample",) if sample else ())]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+LENGTH = ("--max-new-tokens", "12")
 
 
-def test_processes_write_what_one_writes(repository: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
-    alone, together = run(repository), run(repository, *torchrun)
-    assert alone.rpartition("[12 tokens")[0] == together.rpartition("[12 tokens")[0] != ""
-    assert "[12 tokens" in run(repository, *torchrun, sample=True)
+def test_processes_write_what_one_writes(repository: Path, tmp_path: Path) -> None:
+    script = repository / "examples" / "generate_tensor_parallel.py"
+    together = subprocess.run(
+        [
+            sys.executable,
+            *("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"),
+            str(script),
+            *LENGTH,
+        ],
+        env={**os.environ, "PYTHONPATH": str(repository / "src"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert together.returncode == 0, together.stderr
+    well, (alone,) = start(script, 1, tmp_path, *LENGTH)
+    assert well, alone
+    written = together.stdout.rpartition("[12 tokens")[0]
+    assert written
+    assert alone.rpartition("[12 tokens")[0].endswith(written)
+    well, (first, _) = start(script, 2, tmp_path, *LENGTH, "--sample")
+    assert well, first
+    assert "[12 tokens" in first

@@ -1,4 +1,4 @@
-"""One of the processes that ``test_distributed.py`` starts: runs the checks of a suite and writes down how each went.
+"""One of the processes that ``test_distributed.py`` starts: runs the checks and writes down how each went.
 
 Not collected by pytest. Every process runs the same checks in the same order; the first that fails is the last.
 """
@@ -51,15 +51,12 @@ from mamba2_hf.training import CapturedStep, captured, fsdp1_wrap_policy, fully_
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 FP32 = Mamba2Mixer.fp32_parameters
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-CHECKS: dict[str, dict[str, Callable[[Path], None]]] = {"fsdp": {}, "transformers": {}}
+CHECKS: dict[str, Callable[[Path], None]] = {}
 
 
-def check(suite: str) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
-    def add(function: Callable[[Path], None]) -> Callable[[Path], None]:
-        CHECKS[suite][function.__name__] = function
-        return function
-
-    return add
+def check(function: Callable[[Path], None]) -> Callable[[Path], None]:
+    CHECKS[function.__name__] = function
+    return function
 
 
 def make_model(heads: int = 5, **changes: Any) -> Any:
@@ -172,12 +169,12 @@ def assert_trains_like(reference: Any, model: Any, tolerance: float, steps: int 
             optimizer.zero_grad()
 
 
-@check("fsdp")
+@check
 def fp32_trains_as_one_process_does(folder: Path) -> None:
     assert_trains_like(make_model(), shard(make_model()), 1e-5)
 
 
-@check("fsdp")
+@check
 def mixed_precision_gathers_the_three_as_they_are(folder: Path) -> None:
     reference, model = make_model(), shard(make_model(), mp_policy=BF16)
     equal: list[bool] = []
@@ -194,7 +191,7 @@ def mixed_precision_gathers_the_three_as_they_are(folder: Path) -> None:
     assert equal == [True] * 6
 
 
-@check("fsdp")
+@check
 def mixed_precision_trains_as_one_process_in_bf16_does(folder: Path) -> None:
     """The reference holds what FSDP2 gathers: bf16 weights, the three in fp32. Gradients are rounded to bf16."""
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -203,7 +200,7 @@ def mixed_precision_trains_as_one_process_in_bf16_does(folder: Path) -> None:
     assert_trains_like(reference, model, 0.01, steps=1)
 
 
-@check("fsdp")
+@check
 def mixed_precision_follows_the_loss_curve_of_fp32(folder: Path) -> None:
     reference, model = make_model().train(), shard(make_model(), mp_policy=BF16).train()
     curves: list[list[float]] = [[], []]
@@ -222,7 +219,7 @@ def mixed_precision_follows_the_loss_curve_of_fp32(folder: Path) -> None:
         assert p.dtype == torch.float32, name
 
 
-@check("fsdp")
+@check
 def every_option_of_fully_shard(folder: Path) -> None:
     with torch.no_grad():
         expected = make_model()(MINE).logits
@@ -243,7 +240,7 @@ def every_option_of_fully_shard(folder: Path) -> None:
         assert all(p.grad is not None for p in model.parameters())
 
 
-@check("fsdp")
+@check
 def every_kind_of_optimizer(folder: Path) -> None:
     expected: dict[str, Tensor] = {}
     for kind in ({"foreach": False}, {"foreach": True}, {"fused": True}):
@@ -258,7 +255,7 @@ def every_kind_of_optimizer(folder: Path) -> None:
             torch.testing.assert_close(whole(p).detach(), expected.setdefault(name, whole(p).detach()))
 
 
-@check("fsdp")
+@check
 def gradient_checkpointing_and_accumulation_change_no_gradient(folder: Path) -> None:
     plain = shard(make_model(), mp_policy=BF16).train()
     plain(MINE, labels=MINE).loss.backward()
@@ -277,7 +274,7 @@ def gradient_checkpointing_and_accumulation_change_no_gradient(folder: Path) -> 
             assert distance(other.get_parameter(name).grad, p.grad) < 0.02, name
 
 
-@check("fsdp")
+@check
 def states_are_those_of_the_plain_model_and_go_round(folder: Path) -> None:
     plain = make_model()
     trained = shard(make_model(), mp_policy=BF16).train()
@@ -324,7 +321,7 @@ def states_are_those_of_the_plain_model_and_go_round(folder: Path) -> None:
         assert distance(again(MINE).logits, plain(MINE).logits) < 0.03
 
 
-@check("fsdp")
+@check
 def weights_may_come_after_sharding(folder: Path) -> None:
     """Made on the meta device, sharded, given memory, filled: in place and by assignment."""
     state = make_model().state_dict()
@@ -350,7 +347,7 @@ def weights_may_come_after_sharding(folder: Path) -> None:
             assert distance(loss, make_model()(MINE, labels=MINE).loss) < 0.01
 
 
-@check("fsdp")
+@check
 def casts_after_sharding_leave_the_three_alone(folder: Path) -> None:
     model = shard(make_model().requires_grad_(False))
     model.bfloat16()
@@ -359,7 +356,7 @@ def casts_after_sharding_leave_the_three_alone(folder: Path) -> None:
     assert_fp32_inside(seen, torch.bfloat16)
 
 
-@check("fsdp")
+@check
 def half_precision_is_refused_in_one_group_and_trained_in_two(folder: Path) -> None:
     with pytest.raises(ArgumentError, match=r"MixedPrecisionPolicy\(param_dtype=torch.bfloat16\).*fully_shard_model"):
         shard(make_model().bfloat16())
@@ -402,7 +399,7 @@ def assert_fsdp1_trains_like(reference: Any, model: Any, tolerance: float) -> No
             assert distance(p.grad, q.grad) < tolerance, (name, distance(p.grad, q.grad))
 
 
-@check("fsdp")
+@check
 def fsdp1_trains_half_precision_and_mixed_precision(folder: Path) -> None:
     mixed = MixedPrecision(torch.bfloat16, torch.float32, torch.bfloat16)
     for make, dtype, precision in (
@@ -431,7 +428,7 @@ def fsdp1_trains_half_precision_and_mixed_precision(folder: Path) -> None:
         assert set().union(*seen.values()) == {torch.float32}, seen
 
 
-@check("fsdp")
+@check
 def fsdp1_in_fp32_is_exact_whatever_is_a_unit(folder: Path) -> None:
     assert_fsdp1_trains_like(make_hybrid().train(), fsdp1(make_hybrid(), use_orig_params=True), 1e-5)
     for kinds in ({Mamba2Mixer}, {type(make_model().backbone.layers[0])}):  # also a mixer without its children
@@ -439,7 +436,7 @@ def fsdp1_in_fp32_is_exact_whatever_is_a_unit(folder: Path) -> None:
         assert_fsdp1_trains_like(make_model().train(), model, 1e-5)
 
 
-@check("fsdp")
+@check
 def fsdp1_has_the_state_of_the_plain_model(folder: Path) -> None:
     plain = make_hybrid().bfloat16()
     expected = plain.state_dict()
@@ -450,7 +447,7 @@ def fsdp1_has_the_state_of_the_plain_model(folder: Path) -> None:
         assert torch.equal(found[name], value), name
 
 
-@check("fsdp")
+@check
 def hybrids_train_as_one_process_does(folder: Path) -> None:
     assert_trains_like(make_hybrid(), shard(make_hybrid()), 1e-5, steps=2)
     model = shard(make_hybrid(), mp_policy=BF16)
@@ -468,7 +465,7 @@ def hybrids_train_as_one_process_does(folder: Path) -> None:
         assert half.generate(MINE, max_new_tokens=4, do_sample=False, eos_token_id=None).shape == (2, 21)
 
 
-@check("fsdp")
+@check
 def generation_and_attention_matrices(folder: Path) -> None:
     plain, model = make_model(), shard(make_model())
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -478,7 +475,7 @@ def generation_and_attention_matrices(folder: Path) -> None:
         torch.testing.assert_close(model(MINE, output_attentions=True).attentions, expected)
 
 
-@check("fsdp")
+@check
 @torch.no_grad()
 def tokens_are_taken_back(folder: Path) -> None:
     """After the forward, when the weights are shards again."""
@@ -494,7 +491,7 @@ def tokens_are_taken_back(folder: Path) -> None:
         torch.testing.assert_close(found, plain(MINE).logits[:, 9:], rtol=1e-5, atol=1e-5)
 
 
-@check("fsdp")
+@check
 def lora_on_a_sharded_model(folder: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -567,7 +564,7 @@ def largest_kept(model: Any) -> int:
     return max(kept)
 
 
-@check("fsdp")
+@check
 def no_logits_are_held_however_the_head_is_sharded(folder: Path) -> None:
     vocab = 2000
     for tied in (True, False):
@@ -581,7 +578,7 @@ def no_logits_are_held_however_the_head_is_sharded(folder: Path) -> None:
             assert distance(out.logits, 2 * plain(MINE).logits) < 0.05, (name, tied)
 
 
-@check("fsdp")
+@check
 def the_residual_stream_enters_blocks_in_fp32(folder: Path) -> None:
     for make in (make_model, make_hybrid):
         for name, model in sharded_ways(make):
@@ -598,7 +595,7 @@ def assert_stream_in_fp32(model: Any, name: str = "") -> None:
     assert set(seen) == {torch.float32}, (name, seen)
 
 
-@check("fsdp")
+@check
 def groups_of_blocks_give_the_gradients_of_blocks(folder: Path) -> None:
     for make in (lambda: make_model(num_hidden_layers=5), make_hybrid):
         expected: dict[str, Tensor] = {}
@@ -614,14 +611,14 @@ def groups_of_blocks_give_the_gradients_of_blocks(folder: Path) -> None:
                     assert torch.equal(whole(p.grad), gradient), (size, checkpointing, name)
 
 
-@check("fsdp")
+@check
 def groups_train_as_one_process_does(folder: Path) -> None:
     for make in (lambda: make_model(num_hidden_layers=3), make_hybrid):
         assert_trains_like(make().train(), fully_shard_model(make(), group_size=2).train(), 1e-5)
         assert_trains_like(make().double().train(), fully_shard_model(make().double(), group_size=2).train(), 1e-12)
 
 
-@check("fsdp")
+@check
 def captured_steps_are_eager_ones(folder: Path) -> None:
     """Gradients wait in FSDP2 between the batches of a step; one of another length, and an evaluation, come between."""
     lengths = [17] * 12 + [11, 17, 17] + [17] * 3 + ([17, 11, 17] if RANK else [17] * 3) + [17] * 3
@@ -660,7 +657,7 @@ def captured_steps_are_eager_ones(folder: Path) -> None:
         assert step.graphs == len(graphs) == 3, name
 
 
-@check("fsdp")
+@check
 def captures_fail_together(folder: Path) -> None:
     """A capture that only one process cannot make, or a replay that only one finds wrong, is nobody's."""
     for trouble in ("capture", "replay"):
@@ -687,7 +684,7 @@ def captures_fail_together(folder: Path) -> None:
             assert distance(p.grad, 4 * whole(q.grad)) < 1e-5, trouble
 
 
-@check("fsdp")
+@check
 def casts_of_the_stream_are_warned_of(folder: Path) -> None:
     with pytest.warns(UserWarning, match="cast_forward_inputs=False"):
         fully_shard_model(make_model(), mp_policy=BF16)
@@ -695,7 +692,7 @@ def casts_of_the_stream_are_warned_of(folder: Path) -> None:
         fully_shard_model(make_model(), group_size=0)
 
 
-@check("fsdp")
+@check
 def the_way_accelerate_shards(folder: Path) -> None:
     for cpu_ram_efficient_loading in (False, True):
         loaded = make_model().bfloat16()  # accelerate makes fp32 master weights of it
@@ -713,7 +710,7 @@ def the_way_accelerate_shards(folder: Path) -> None:
             assert distance(p.grad, q.grad) < 0.1, (name, distance(p.grad, q.grad))
 
 
-@check("fsdp")
+@check
 def distributed_data_parallel(folder: Path) -> None:
     assert_trains_like(make_model().train(), nn.parallel.DistributedDataParallel(make_model().train()), 1e-5)
     double = nn.parallel.DistributedDataParallel(make_hybrid().double().train())
@@ -744,7 +741,7 @@ def assert_saves_like(model: Any, plain: Any, folder: Path) -> None:
         assert torch.equal(again[name], value), name
 
 
-@check("transformers")
+@check
 def tensor_parallel_plan(folder: Path) -> None:
     path = saved(folder)
     plain, model = Mamba2ForCausalLM.from_pretrained(path), load(path, tp_size=WORLD, tp_plan="auto")
@@ -772,7 +769,7 @@ def tensor_parallel_plan(folder: Path) -> None:
     assert_saves_like(model, plain, folder / "again")
 
 
-@check("transformers")
+@check
 def tensor_parallel_half_precision_and_tied(folder: Path) -> None:
     path = saved(folder, tie_word_embeddings=True)
     plain = Mamba2ForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
@@ -825,33 +822,33 @@ def dtypes_or_shards_inside(model: Any) -> Iterator[dict[str, torch.dtype]]:
     handle.remove()
 
 
-@check("transformers")
+@check
 def fsdp_plan_in_fp32(folder: Path) -> None:
     fsdp_plan(folder, torch.float32, mixed=False)
 
 
-@check("transformers")
+@check
 def fsdp_plan_in_mixed_precision(folder: Path) -> None:
     fsdp_plan(folder, torch.float32, mixed=True, vocab_size=LARGE)
 
 
-@check("transformers")
+@check
 def fsdp_plan_in_bf16(folder: Path) -> None:
     fsdp_plan(folder, torch.bfloat16, mixed=False)
 
 
-@check("transformers")
+@check
 def fsdp_plan_in_bf16_and_mixed_precision(folder: Path) -> None:
     fsdp_plan(folder, torch.bfloat16, mixed=True)
 
 
-@check("transformers")
+@check
 def fsdp_plan_with_tied_embeddings(folder: Path) -> None:
     fsdp_plan(folder, torch.float32, mixed=False, tie_word_embeddings=True)
     fsdp_plan(folder, torch.float32, mixed=True, tie_word_embeddings=True, vocab_size=LARGE)
 
 
-@check("transformers")
+@check
 def pipeline_parallelism_is_refused_at_once(folder: Path) -> None:
     path = saved(folder)
     started = time.monotonic()
@@ -870,7 +867,7 @@ def hybrid_in(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -
     return both
 
 
-@check("transformers")
+@check
 def hybrid_tensor_parallel_plan(folder: Path) -> None:
     plain, model = hybrid_in(folder, tp_size=WORLD, tp_plan="auto")
     blocks = model.backbone.layers[0].blocks
@@ -907,12 +904,12 @@ def hybrid_fsdp_plan(folder: Path, dtype: torch.dtype, tolerance: float) -> None
         assert distance(p.grad, q.grad) < 5 * tolerance, (name, distance(p.grad, q.grad))
 
 
-@check("transformers")
+@check
 def hybrid_fsdp_plan_in_fp32(folder: Path) -> None:
     hybrid_fsdp_plan(folder, torch.float32, 1e-5)
 
 
-@check("transformers")
+@check
 def hybrid_fsdp_plan_in_bf16(folder: Path) -> None:
     hybrid_fsdp_plan(folder, torch.bfloat16, 0.03)
 
@@ -920,4 +917,4 @@ def hybrid_fsdp_plan_in_bf16(folder: Path) -> None:
 if __name__ == "__main__":
     from processes import work
 
-    work({**CHECKS["fsdp"], **CHECKS["transformers"]}, Path(sys.argv[1]), *sys.argv[2:])
+    work(CHECKS, Path(sys.argv[1]), *sys.argv[2:])

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.commands.launch import launch_command, launch_command_parser
+from processes import TIMEOUT, start
 from safetensors.torch import load_file
 
 from mamba2_hf import Mamba2ForCausalLM
@@ -32,38 +34,56 @@ FROM_EVERY_PROCESS = ("--fsdp_cpu_ram_efficient_loading", "false")
 
 pytestmark = [
     pytest.mark.slow,
+    TIMEOUT,
     pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed"),
 ]
 
 
-def launch(repository: Path, options: tuple[str, ...], *arguments: object) -> None:
+def launch(folder: Path, options: tuple[str, ...], *arguments: object, whole: bool = False) -> None:
+    """``accelerate launch``; unless it is wanted whole, what it has torchrun start is forked, which takes less time."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start(
-        repository,
-        "accelerate.commands.launch",
-        *("--num_processes", "2", "--num_machines", "1", "--main_process_port", port),
-        *("--mixed_precision", "bf16", "--dynamo_backend", "no", *options, WORKER, *arguments),
-    )
+    command = ["--num_processes", "2", "--num_machines", "1", "--main_process_port", str(port)]
+    command += ["--mixed_precision", "bf16", "--dynamo_backend", "no", *options, str(WORKER), *map(str, arguments)]
+    if whole:
+        run_module("accelerate.commands.launch", *command)
+        return
+
+    environments = []
+
+    def started(given: Any) -> None:
+        assert (given.nproc_per_node, given.training_script) == ("2", str(WORKER))
+        environments.append(dict(os.environ))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.distributed.run.run", started)
+        launch_command(launch_command_parser().parse_args(command))
+    fork(folder, *arguments, environment=environments[0])
 
 
-def start(repository: Path, launcher: str, *arguments: object) -> None:
+def fork(folder: Path, *arguments: object, **options: Any) -> None:
+    """As torchrun starts two processes."""
+    well, said = start(WORKER, 2, folder, *arguments, **options)
+    assert well, said
+
+
+def run_module(*command: object) -> None:
+    repository = WORKER.parents[2]
     folders = [repository / "src", WORKER.parent, repository / "examples"]
     done = subprocess.run(
-        [sys.executable, "-m", launcher, *map(str, arguments)],
+        [sys.executable, "-m", *map(str, command)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=250,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize(("model", "more"), [("pure", ()), ("hybrid", FROM_EVERY_PROCESS)])
-def test_fsdp2_trains_as_one_process_does(model: str, more: tuple[str, ...], repository: Path, tmp_path: Path) -> None:
-    launch(repository, (*FSDP2, *more), tmp_path, "fsdp", model)
+def test_fsdp2_trains_as_one_process_does(model: str, more: tuple[str, ...], tmp_path: Path) -> None:
+    launch(tmp_path, (*FSDP2, *more), tmp_path, "fsdp", model)
     found = check(tmp_path)
     for process in found:
         assert process["kind"].endswith(".FSDP")
@@ -72,9 +92,9 @@ def test_fsdp2_trains_as_one_process_does(model: str, more: tuple[str, ...], rep
             assert dtype == ("torch.float32" if name in process["fp32"] else "torch.bfloat16"), name
 
 
-def test_data_parallel_trains_as_one_process_does(repository: Path, tmp_path: Path) -> None:
+def test_data_parallel_trains_as_one_process_does(tmp_path: Path) -> None:
     """What accelerate makes of it on a CPU: autocast over fp32 weights."""
-    launch(repository, FSDP2, tmp_path, "ddp", "pure")
+    launch(tmp_path, FSDP2, tmp_path, "ddp", "pure")
     for process in check(tmp_path):
         assert process["kind"].endswith(".MULTI_CPU")
         assert set(process["dtypes"].values()) == {"torch.float32"}
@@ -92,23 +112,26 @@ def check(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_the_pretraining_example_shards_under_torchrun(repository: Path, tmp_path: Path) -> None:
+def test_the_pretraining_example_shards_under_torchrun(tmp_path: Path) -> None:
     """Two processes with copies of the weights, and two with a half each, train the same."""
     found = []
     for shard in (1, 2):
         out = tmp_path / str(shard)
         sizes = ("--preset", "tiny", "--steps", 3, "--batch", 2, "--length", 64, "--shard", shard, "--captured")
-        worker = (str(WORKER), tmp_path, "fsdp" if shard > 1 else "ddp", "pretrain", *sizes, "--out", out)
-        start(repository, "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *worker)
+        arguments = (tmp_path, "fsdp" if shard > 1 else "ddp", "pretrain", *sizes, "--out", out)
+        if shard > 1:
+            run_module("torch.distributed.run", "--nproc_per_node", 2, "--standalone", WORKER, *arguments)
+        else:
+            fork(tmp_path, *arguments)
         with (out / "loss.csv").open(newline="") as file:
             found.append([float(row["train"]) for row in csv.DictReader(file) if row["train"]])
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
-def test_the_pretraining_example_shards_and_goes_on(repository: Path, tmp_path: Path) -> None:
+def test_the_pretraining_example_shards_and_goes_on(tmp_path: Path) -> None:
     def run(out: Path, *more: str) -> list[float]:
         sizes = ("--preset", "tiny", "--steps", 4, "--batch", 2, "--length", 64)
-        launch(repository, FSDP2, tmp_path, "fsdp", "pretrain", *sizes, "--out", out, *more)
+        launch(tmp_path, FSDP2, tmp_path, "fsdp", "pretrain", *sizes, "--out", out, *more, whole=not more)
         with (out / "loss.csv").open(newline="") as file:
             return [float(row["held_out"]) for row in csv.DictReader(file) if row["held_out"]]
 

@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import checks, run
+from processes import TIMEOUT, checks, once, run
 from transformers.distributed import DistributedConfig
 
 from mamba2_hf import Mamba2ForCausalLM, Mamba2HybridForCausalLM, Mamba2Model
 from mamba2_hf.errors import ArgumentError
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-FSDP, TRANSFORMERS = (checks(WORKER, f"check('{suite}')") for suite in ("fsdp", "transformers"))
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed")
+pytestmark = [
+    TIMEOUT,
+    pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed"),
+]
 
 
 @pytest.mark.parametrize("config", [{"pp_size": 2}, DistributedConfig(pp_size=2)], ids=["dict", "object"])
@@ -31,22 +33,11 @@ def test_pipeline_parallelism_is_refused_before_processes_meet(cls: Any, config:
 
 
 @pytest.fixture(scope="module")
-def fsdp(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, list[str]]:
-    return run(WORKER, 2, tmp_path_factory.mktemp("fsdp"), repository, only=FSDP)
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return once(tmp_path_factory, "sharded", lambda folder: run(WORKER, 2, folder))
 
 
-@pytest.fixture(scope="module")
-def transformers(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, list[str]]:
-    return run(WORKER, 2, tmp_path_factory.mktemp("transformers"), repository, only=TRANSFORMERS)
-
-
-@pytest.mark.parametrize("name", FSDP)
-def test_fsdp(name: str, fsdp: dict[str, list[str]]) -> None:
-    for rank, result in enumerate(fsdp[name]):
-        assert result == "passed", f"process {rank}: {result}"
-
-
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_transformers(name: str, transformers: dict[str, list[str]]) -> None:
-    for rank, result in enumerate(transformers[name]):
+@pytest.mark.parametrize("name", checks(WORKER))
+def test_in_two_processes(name: str, results: dict[str, list[str]]) -> None:
+    for rank, result in enumerate(results[name]):
         assert result == "passed", f"process {rank}: {result}"
