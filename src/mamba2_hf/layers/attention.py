@@ -204,7 +204,7 @@ class Attention(nn.Module):
         if q is None or k is None or v is None or out is None:
             return None
         linears = (q, k, v, out)
-        if any(each.lora for each in linears) or {each.weight.dtype for each in linears} != {buffers[0].dtype}:
+        if any(each.lora for each in linears) or {matrix.dtype for matrix, *_ in linears} != {buffers[0].dtype}:
             return None
         cos, sin = placement.rotary or (None, None)
         before, after = multipliers

@@ -209,7 +209,8 @@ class Mamba2Mixer(KeepsFp32):
         if self.partners is None:
             return True
         waits = isinstance(self.norm, JointGatedRMSNorm)
-        narrow = waits and product_dtype(weights.in_proj.weight) == torch.float16
+        weight, *_ = weights.in_proj
+        narrow = waits and product_dtype(weight) == torch.float16
         return not narrow and not torch.compiler.is_compiling()
 
     def _layer_weights(self, norm: RMSNorm) -> ops.LayerWeights | None:

@@ -260,7 +260,6 @@ def inner(call: Inner, backend: str | None = None, neighbors: Neighbors | None =
     if call.weights.A is None:
         call = call._replace(weights=call.weights._replace(A=call.weights.rates, A_log=None))
     run = dispatch.backend_module(backend).mamba2_inner
-    run = dispatch.backend_module(backend).mamba2_inner
     y, conv_state, ssm_state = run(call) if neighbors is None else run(call, neighbors)
     return y, conv_state, ssm_state
 
