@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from typing import Any
@@ -24,6 +25,7 @@ from . import prefill
 from .backbone import SSDBackbone, batch_and_tokens
 from .cache import Mamba2Cache, as_mamba2_cache, check_implementation, one_cache
 from .graphs import DecodeGraph, why_not
+from .mtp import HeadCandidates, check_heads
 from .outputs import CACHE, Mamba2CausalLMOutput, Mamba2Output, step_output
 from .pretrained import SSDPreTrainedModel
 
@@ -63,6 +65,11 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
     def model(self) -> SSDBackbone:
         """``backbone``, as most models name it."""
         return self.backbone
+
+    @property
+    def mtp_heads(self) -> tuple[nn.Module, ...]:
+        """Heads that predict further tokens; this model has none."""
+        return ()
 
     def _run(
         self,
@@ -390,7 +397,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         """As in transformers: the prompt up to its last token is read first, so that only blocks of candidates have to
-        be recorded for taking them back.
+        be recorded for taking them back. With ``use_mtp=True`` the candidates are the model's own heads'.
         """
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         if mask is None:  # an assistant that gets none takes pad tokens for padding
@@ -398,6 +405,9 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             kwargs["attention_mask"] = mask
         if generation_config.assistant_early_exit is not None:
             raise ArgumentError("assistant_early_exit: a state belongs to all layers; pass an assistant_model instead")
+        watching: Any = contextlib.nullcontext()
+        if generation_config.use_mtp:
+            check_heads(self, len(input_ids), generation_config, kwargs.get("assistant_model"))
         if cache is not None and len(input_ids) == 1:
             past, tokens = cache.seen_tokens, input_ids.shape[1]
             if kwargs.get("inputs_embeds") is not None or not 0 <= past < tokens:
@@ -421,15 +431,26 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                     f"assisted decoding takes tokens back by their place in the text, and {cache.soft_tokens} soft "
                     "tokens of what wraps the model stand before it: generate without an assistant or prompt lookup"
                 )
+            if generation_config.use_mtp:
+                watching = HeadCandidates(self, input_ids, mask, past, generation_config, logits_processor)
+                kwargs["assistant_model"] = watching
             if tokens - past > 1 and not prefill.why_not_cut(inputs):
-                prefill.read(self, prefill.cut(inputs, 0, tokens - past - 1), generation_config.prefill_chunk_size)
+                with watching:
+                    prefill.read(self, prefill.cut(inputs, 0, tokens - past - 1), generation_config.prefill_chunk_size)
         try:
-            return super()._assisted_decoding(
-                input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
-            )
+            with watching:
+                return super()._assisted_decoding(
+                    input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
+                )
         finally:
             if cache is not None:
                 cache.stop_recording()
+
+    def _get_candidate_generator(self, *args: Any, assistant_model: Any = None, **kwargs: Any) -> Any:
+        """As in transformers, which has a generator of its own for models that keep their heads as it does."""
+        if isinstance(assistant_model, HeadCandidates):
+            return assistant_model
+        return super()._get_candidate_generator(*args, assistant_model=assistant_model, **kwargs)
 
     @functools.wraps(GenerationMixin.generate, assigned=())
     def generate(self, *args: Any, **kwargs: Any) -> Any:
