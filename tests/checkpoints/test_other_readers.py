@@ -443,7 +443,6 @@ PUBLISHED["nemotron with experts"] = {
     **{"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
 }
 
-
 def publish(name: str, folder: Path, **changes: Any) -> dict[str, Any]:
     """A checkpoint of a family with the ``config.json`` of a published one, and that file's content."""
     published = {**PUBLISHED[name], **changes}
@@ -530,8 +529,14 @@ class TestKeyForKey:
         assert config_of(tmp_path / "back") == {**layouts.STATE_SPACES, "ssm_cfg": changed}
         assert open_checkpoint(tmp_path / "back").config.time_step_limit == (0.001, INF)
 
-    def test_weights_for_further_tokens_are_not_promised(self, tmp_path: Path) -> None:
-        publish("nemotron with experts", tmp_path, num_nextn_predict_layers=1)
+    def test_weights_for_further_tokens_that_are_not_there_are_not_promised(self, tmp_path: Path) -> None:
+        heads = {"num_nextn_predict_layers": 1, "mtp_layers_block_type": ["attention", "moe"]}
+        published = publish("nemotron with experts", tmp_path, **heads)
+        path = tmp_path / "theirs/model.safetensors"
+        tensors = load_file(path)
+        convert(tmp_path / "theirs", tmp_path / "with", to="nemotron_h")
+        assert config_of(tmp_path / "with") == as_json(published)
+        layouts.write_safetensors(path, {name: value for name, value in tensors.items() if name[:4] != "mtp."})
         convert(tmp_path / "theirs", tmp_path / "out", to="nemotron_h")
         assert config_of(tmp_path / "out")["num_nextn_predict_layers"] == 0
 
