@@ -443,6 +443,7 @@ PUBLISHED["nemotron with experts"] = {
     **{"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
 }
 
+
 def publish(name: str, folder: Path, **changes: Any) -> dict[str, Any]:
     """A checkpoint of a family with the ``config.json`` of a published one, and that file's content."""
     published = {**PUBLISHED[name], **changes}

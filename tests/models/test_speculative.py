@@ -256,11 +256,11 @@ def test_stops_at_the_end_of_the_text(tiny_model: Callable[..., Any]) -> None:
 
 
 @on_each_device
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("kind", HEADS)
 def test_own_heads_write_the_greedy_text(kind: str, count: int, device: str) -> None:
     model = with_heads(kind, count).to(device)
-    for length in (1, 2, 16):
+    for length in (1, 16):
         ids = prompt(count, length).to(device)
         expected = model.generate(ids, **GREEDY)
         for options in ({}, {"num_assistant_tokens": 4, "assistant_confidence_threshold": 0.0}):
@@ -271,26 +271,23 @@ def test_own_heads_write_the_greedy_text(kind: str, count: int, device: str) -> 
 @torch.no_grad()
 def foretold(model: Any, ids: Tensor, most: int) -> Tensor:
     """Logits ``(most, vocab)`` of a draft behind a text, with nothing kept: each head reads all of it at once."""
-    embed, own = model.get_input_embeddings(), len(model.mtp_heads)
-    states = model.backbone(ids[:, :-1], use_cache=False).last_hidden_state
+    embed, last = model.get_input_embeddings(), len(model.mtp_heads)
+    read = after = model.backbone(ids[:, :-1], use_cache=False).last_hidden_state
     found: list[Tensor] = []
     for depth in range(1, most + 1):
-        head, place = model.mtp_heads[min(depth, own) - 1], min(depth, own)
-        if depth > own:  # the last head, behind what it read before
-            states = torch.cat([before, after[:, -1:]], 1)
-        before = states
-        after = head(embed(ids[:, place:]), states, Mamba2Cache(model.config.get_mtp_config()))
-        states = after
+        place = min(depth, last)
+        read = after if depth <= last else torch.cat([read, after[:, -1:]], 1)  # the last one goes on by itself
+        after = model.mtp[place - 1](embed(ids[:, place:]), read, Mamba2Cache(model.config.get_mtp_config()))
         found.append(model.lm_head(after[0, -1]))
         ids = torch.cat([ids, found[-1].argmax().view(1, 1)], 1)
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["plain", "rotary", "sliding", "experts"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["rotary", "sliding", "experts"])
 def test_what_heads_kept_of_guesses_is_taken_back(kind: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every draft is the one that they make of the text alone."""
-    model, ids = with_heads(kind, count).double(), prompt(count)
+    model, ids = with_heads(kind, count).double(), prompt(count, 2)
     drafts: list[tuple[Tensor, Tensor]] = []
     draft = mtp.HeadCandidates.get_candidates
 
@@ -300,10 +297,10 @@ def test_what_heads_kept_of_guesses_is_taken_back(kind: str, count: int, monkeyp
         return found
 
     monkeypatch.setattr(mtp.HeadCandidates, "get_candidates", kept)
-    model.generate(ids, use_mtp=True, num_assistant_tokens=4, assistant_confidence_threshold=0.0, **GREEDY)
+    model.generate(ids, use_mtp=True, num_assistant_tokens=6, assistant_confidence_threshold=0.0, **GREEDY)
     assert len(drafts) > 5
     for text, scores in drafts:
-        if scores is not None:
+        if scores is not None:  # the last token needs no guess
             torch.testing.assert_close(scores[0], foretold(model, text, scores.shape[1]).float(), rtol=1e-5, atol=1e-5)
 
 

@@ -694,8 +694,8 @@ class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
         return loaded
 
     @property
-    def mtp_heads(self) -> tuple[MTPHead, ...]:
-        """Heads that predict further tokens, nearest first."""
+    def mtp_heads(self) -> tuple[nn.Module, ...]:
+        """:class:`MTPHead`, that of the nearest token first."""
         return tuple(self.mtp) if self.config.num_mtp_layers else ()
 
     def forward(

@@ -144,7 +144,7 @@ class HeadCandidates(CandidateGenerator):  # type: ignore[misc]
                 self.foretold = hidden_states[:, -1:]
 
     def get_candidates(self, input_ids: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
-        """The text ``(1, T)`` with a draft behind it, and the scores ``(1, K, vocab)`` that its tokens were taken by."""
+        """The text ``(1, T)`` with a draft behind it, and the scores ``(1, K, vocab)`` by which it was chosen."""
         self.ids = input_ids
         self._follow()
         most = min(self.most, self.max_length - input_ids.shape[1] - 1)
@@ -155,10 +155,10 @@ class HeadCandidates(CandidateGenerator):  # type: ignore[misc]
         for depth in range(1, most + 1):
             if depth > 1:
                 head = self.heads[min(depth, len(self.heads)) - 1]
-                # Up to the last head, each reads the place that the first one read last, and those that wait for the
-                # tokens in between; from there on the last one goes on by itself.
-                own = depth <= len(self.heads) and head.waiting is not None
-                hidden_states = torch.cat([head.waiting, between], 1) if own else last
+                # Each head reads up to the place where the first one has stopped, but for what it has read before;
+                # from there on the last one goes on by itself.
+                waiting = [] if head.waiting is None else [head.waiting]
+                hidden_states = torch.cat([*waiting, between], 1) if depth <= len(self.heads) else last
                 following = input_ids[:, -hidden_states.shape[1] :]
                 between = head.guess(self._embed(following), hidden_states)
                 last = between[:, -1:]
