@@ -102,6 +102,15 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             self.backbone.refuse_in_context("logits_to_keep")
         if labels is not None and not usual_loss:
             self.backbone.refuse_in_context("a loss function other than transformers' for language models")
+        with_heads = labels is not None and self.training and self._mtp_loss_coef > 0
+        if with_heads:
+            self.backbone.refuse_in_context("mtp_loss_coef")
+            if some or not usual_loss:
+                raise ArgumentError(
+                    f"mtp_loss_coef={self._mtp_loss_coef}: the heads have the usual loss, and "
+                    f"{'logits_to_keep' if some else 'another loss_function'} was given; set "
+                    "model.config.mtp_loss_coef = 0 to leave theirs out"
+                )
         outputs = self.backbone(**inputs, return_dict=True, layout=layout)
         hidden_states = outputs.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
@@ -138,6 +147,9 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                 )
         if context is not None and outputs.router_logits:
             layout = context.layout(layout, *shape, hidden_states.device)
+        if loss is not None and with_heads:
+            states, targets = outputs.last_hidden_state, more["shift_labels"]
+            loss = loss + self._heads_loss(states, inputs, targets, layout, num_items_in_batch).to(loss.device)
         aux_loss = self._aux_loss(outputs, layout)
         if context is not None and loss is not None:
             loss = context.sum(loss) / processes
@@ -206,6 +218,43 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             loss = linear_cross_entropy(hidden_states.flatten(0, 1), weight, labels, scale=self._logits_scale)
         count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
         return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
+
+    def _token_loss(self, hidden_states: Tensor, labels: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
+        """The usual loss, of logits only where somebody sees them; arguments as in :meth:`_fused_loss`."""
+        loss = self._fused_loss(hidden_states, labels, num_items_in_batch)
+        if loss is None:
+            loss = self.loss_function(
+                logits=self._logits(hidden_states),
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=labels,
+            )
+        return loss
+
+    @property
+    def _mtp_loss_coef(self) -> float:
+        """Weight of the loss of heads that predict further tokens."""
+        return 0.0
+
+    def _heads_loss(
+        self,
+        hidden_states: Tensor,
+        inputs: dict[str, Any],
+        labels: Tensor,
+        layout: SequenceLayout,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
+        """The loss of these heads, weighed.
+
+        Args:
+            hidden_states: ``(B, T, d)`` the last ones.
+            inputs: of the backbone.
+            labels: ``(B, T)`` of each token's next one.
+            layout: documents and padding.
+            num_items_in_batch: what to divide by; None for the number of labels.
+        """
+        raise NotImplementedError
 
     def _get_resized_lm_head(self, *args: Any, **kwargs: Any) -> nn.Linear:
         """As in transformers, which makes an ``nn.Linear`` of it."""

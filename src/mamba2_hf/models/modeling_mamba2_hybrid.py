@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers import initialization as init
@@ -444,26 +445,35 @@ class MTPHead(nn.Module):
             self.rotary = RotaryEmbedding(config)
         self.final_layernorm = RMSNorm(width, epsilon)
 
-    def forward(self, embeddings: Tensor, hidden_states: Tensor, cache: Mamba2Cache) -> Tensor:
+    def forward(
+        self,
+        embeddings: Tensor,
+        hidden_states: Tensor,
+        cache: Mamba2Cache | None = None,
+        layout: SequenceLayout = PLAIN,
+    ) -> Tensor:
         """What the language model's head reads.
 
         Args:
             embeddings: ``(B, T, d)`` of the tokens that follow.
             hidden_states: ``(B, T, d)`` the last ones of the model, or what the head before this one returned.
             cache: of this head, after the tokens before.
+            layout: documents and padding.
 
         Returns:
             ``(B, T, d)``.
         """
         batch, tokens, _ = hidden_states.shape
         fused = torch.cat([self.enorm(embeddings), self.hnorm(hidden_states)], -1)  # (B, T, 2 d)
-        stream, counted = self.eh_proj(fused), {}
+        stream, counted = layout.blank(self.eh_proj(fused)), {}
         if self.windows:
             rotary = self.rotary if self.has_rotary else None
-            counted = _place(self.config, self.windows, rotary, stream, PLAIN, batch, tokens, None, cache)
+            counted = _place(self.config, self.windows, rotary, stream, layout, batch, tokens, None, cache)
         for layer in self.layers:
-            stream = layer(stream, PLAIN, past_key_values=cache, placement=counted.get("placement"))
-        cache.count(tokens, **counted)
+            stream = layer(stream, layout, past_key_values=cache, placement=counted.get("placement"))
+            stream = layout.blank(stream)
+        if cache is not None:
+            cache.count(tokens, layout.keep, **counted)
         return self.final_layernorm(stream)  # type: ignore[no-any-return]
 
 
@@ -679,7 +689,7 @@ class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         if config.num_mtp_layers:
             self.mtp = nn.ModuleList(MTPHead(config) for _ in range(config.num_mtp_layers))
-            self.mtp.requires_grad_(False)
+            self.mtp.requires_grad_(config.mtp_loss_coef > 0)
         self.post_init()
 
     @classmethod
@@ -690,7 +700,7 @@ class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for head in model.mtp_heads:
-            head.requires_grad_(False)  # nothing trains them
+            head.requires_grad_(model.config.mtp_loss_coef > 0)
         return loaded
 
     @property
@@ -768,6 +778,32 @@ class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
         if self.config.logits_scaling is not None:
             return logits / self.config.logits_scaling
         return logits if self.config.lm_head_multiplier is None else logits * self.config.lm_head_multiplier
+
+    @property
+    def _mtp_loss_coef(self) -> float:
+        return float(self.config.mtp_loss_coef)
+
+    def _heads_loss(
+        self,
+        hidden_states: Tensor,
+        inputs: dict[str, Any],
+        labels: Tensor,
+        layout: SequenceLayout,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
+        ids, embeddings = inputs["input_ids"], inputs["inputs_embeds"]
+        embeddings = self.backbone._embed(ids) if embeddings is None else embeddings
+        embeddings = layout.blank(self.backbone._scale_embeddings(embeddings))  # (B, T, d)
+        # Not the number of labels that reach so far: there may be none.
+        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = hidden_states.new_zeros((), dtype=torch.float32)
+        for head in self.mtp:
+            if layout.breaks is not None:
+                labels = labels.masked_fill(layout.breaks.to(labels.device), -100)
+            embeddings, labels = F.pad(embeddings, (0, 0, 0, 1))[:, 1:], F.pad(labels, (0, 1), value=-100)[:, 1:]
+            hidden_states = head(embeddings, hidden_states, layout=layout)
+            loss = loss + self._token_loss(hidden_states, labels, count)
+        return loss * (self._mtp_loss_coef / len(self.mtp))
 
     def _aux_loss(self, outputs: Mamba2Output, layout: SequenceLayout) -> Tensor | None:
         """How far the routers are from using all experts alike (Switch Transformer, arXiv 2101.03961)."""
