@@ -482,7 +482,7 @@ class Mamba2HybridPreTrainedModel(SSDPreTrainedModel):
 
     config: Mamba2HybridConfig
     config_class = Mamba2HybridConfig
-    _no_split_modules = ["Mamba2HybridLayer", "SharedBlock"]
+    _no_split_modules = ["Mamba2HybridLayer", "SharedBlock", "MTPHead"]
     _keep_in_fp32_modules_strict = [*FP32_PARAMETERS, "e_score_correction_bias"]
     _keys_to_ignore_on_load_unexpected = [r"^mtp\."]  # of a model that is not to have these heads
     _skip_keys_device_placement = ["past_key_values", "cache_params", "cache", "shared_blocks"]
