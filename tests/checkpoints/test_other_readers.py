@@ -640,6 +640,12 @@ class TestFor:
             ("nemotron_h", "vllm", {"mlp_hidden_act": "gelu"}, "mlp_type is 'gelu'"),
             ("nemotron_h", "mlx-lm", {"hybrid_override_pattern": "M-M-M"}, "no layer has attention"),
             ("nemotron with experts", "llama.cpp", {"hybrid_override_pattern": "ME*M-"}, "some layers are an MLP and"),
+            (
+                "nemotron with experts",
+                "llama.cpp",
+                {"num_nextn_predict_layers": 2},
+                "num_mtp_layers is 2 and mtp_layer",
+            ),
             ("nemotron with experts", "vllm", {"mlp_bias": True}, "mlp_bias is True"),
             ("falcon_h1", "llama.cpp", {"tie_word_embeddings": True}, "the head shares the embedding"),
             (
