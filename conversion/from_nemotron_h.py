@@ -9,7 +9,7 @@ The source is a folder or a Hub id with
   attention, ``-`` MLP, ``E`` experts), or ``layers_block_type``; ``mamba_num_heads``, ``n_groups``, ...
 * ``model.safetensors`` or ``pytorch_model.bin``, in one file or in shards: ``backbone.layers.N.mixer.*`` whatever the
   layer is, ``backbone.norm_f``, ``lm_head``; every expert is a tensor of its own. Heads that predict further tokens
-  (``mtp.*``) are left behind.
+  (``num_nextn_predict_layers``, ``mtp_hybrid_override_pattern``) are one list of layers, ``mtp.layers.N.*``.
 
 The step size is clamped from ``time_step_min`` up, as transformers' own class does in a full forward; its decoding
 does not. Back goes what is such a model: one block in a layer, attention without positions, MLPs without a gate,

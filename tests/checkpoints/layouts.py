@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hybrid_families import CASES
+from hybrid_families import stock as stock_hybrid
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -61,6 +63,36 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
+
+
+def nemotron_3(folder: Path, heads: int = 1, pattern: str = "*E") -> Any:
+    """Nemotron 3 as published, with heads that predict further tokens. Returns transformers' own model, which knows
+    none: the layers of the heads are the last ones of this one.
+    """
+    case = CASES["nemotron-experts"]
+    layers = case.fields["hybrid_override_pattern"]
+    model = stock_hybrid(case._replace(fields={**case.fields, "hybrid_override_pattern": layers + heads * pattern}))
+    model.save_pretrained(folder)
+    tensors, generator = {}, torch.Generator().manual_seed(3)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        _, _, number, *rest = name.split(".", 3) if ".layers." in name else ("", "", "0")
+        own = int(number) < len(layers)
+        tensors[name if own else f"mtp.layers.{int(number) - len(layers)}.{rest[0]}"] = tensor
+    width = case.fields["hidden_size"]
+    for head in range(heads):
+        first, last = (f"mtp.layers.{head * len(pattern) + place}" for place in (0, len(pattern) - 1))
+        for name in (f"{first}.enorm", f"{first}.hnorm", f"{last}.final_layernorm"):
+            tensors[f"{name}.weight"] = 1 + 0.3 * torch.randn(width, generator=generator)
+        projection = torch.randn(width, 2 * width, generator=generator)
+        tensors[f"{first}.eh_proj.weight"] = projection * width**-0.5
+    write_safetensors(folder / "model.safetensors", tensors)
+    config = json.loads((folder / "config.json").read_text())
+    config["layers_block_type"] = config["layers_block_type"][: len(layers)]
+    config["num_hidden_layers"] = len(layers)
+    config |= {"num_nextn_predict_layers": heads, "mtp_hybrid_override_pattern": pattern}
+    config.pop("mtp_layers_block_type")
+    write_json(folder / "config.json", config)
+    return model
 
 
 def state_spaces(folder: Path, **changes: Any) -> Any:

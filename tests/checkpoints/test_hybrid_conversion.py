@@ -101,13 +101,75 @@ class TestThereAndBack:
                 ours = open_checkpoint(folder).model()
                 torch.testing.assert_close(ours(IDS).logits, model(IDS).logits, **FP32)
 
-    def test_heads_that_predict_further_tokens_are_left_behind(self, tmp_path: Path) -> None:
+    def test_heads_that_no_config_speaks_of_are_left_behind(self, tmp_path: Path) -> None:
         stock(CASES["nemotron"]).save_pretrained(tmp_path)
         tensors = load_file(tmp_path / "model.safetensors")
         layouts.write_safetensors(
             tmp_path / "model.safetensors", {**tensors, "mtp.layers.0.norm.weight": torch.ones(3)}
         )
-        open_checkpoint(tmp_path)
+        assert open_checkpoint(tmp_path).config.num_mtp_layers == 0
+
+
+class TestHeads:
+    """That predict further tokens, as Nemotron 3 has them."""
+
+    @pytest.mark.parametrize(("heads", "pattern"), [(1, "*E"), (2, "M-E")])
+    def test_gives_every_bit_back(self, heads: int, pattern: str, tmp_path: Path) -> None:
+        layouts.nemotron_3(tmp_path / "theirs", heads, pattern)
+        convert(tmp_path / "theirs", tmp_path / "ours")
+        convert(tmp_path / "ours", tmp_path / "back", to="nemotron_h")
+        assert layouts.same(layouts.stored(tmp_path / "back"), layouts.stored(tmp_path / "theirs"))
+        config = json.loads((tmp_path / "back/config.json").read_text())
+        assert (config["num_nextn_predict_layers"], config["mtp_hybrid_override_pattern"]) == (heads, pattern)
+        model = Mamba2HybridForCausalLM.from_pretrained(tmp_path / "theirs")
+        assert len(model.mtp_heads) == heads
+        model.save_pretrained(tmp_path / "saved")
+        assert layouts.same(layouts.stored(tmp_path / "saved"), layouts.stored(tmp_path / "ours"))
+        again = Mamba2HybridForCausalLM.from_pretrained(tmp_path / "saved")
+        options = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": None}
+        expected = model.generate(IDS, **options)
+        assert torch.equal(again.generate(IDS, use_mtp=True, **options), expected)
+
+    def test_other_programs_get_the_model_without_them(self, tmp_path: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        layouts.nemotron_3(tmp_path / "theirs")
+        model = open_checkpoint(tmp_path / "theirs").model()
+        model.save_pretrained(tmp_path / "ours")
+        convert(tmp_path / "ours", tmp_path / "back", to="nemotron_h")
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, **FP32)
+        theirs.save_pretrained(tmp_path / "tuned")  # its config speaks of heads as before
+        tuned = open_checkpoint(tmp_path / "tuned").model()
+        assert tuned.mtp_heads == ()
+        with torch.no_grad():
+            assert torch.equal(tuned(IDS).logits, model(IDS).logits)
+        convert(tmp_path / "tuned", tmp_path / "out", to="nemotron_h")
+        assert json.loads((tmp_path / "out/config.json").read_text())["num_nextn_predict_layers"] == 0
+
+    def test_may_be_left_out(self, tmp_path: Path) -> None:
+        layouts.nemotron_3(tmp_path / "theirs")
+        Mamba2HybridForCausalLM.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+        for folder in ("theirs", "ours"):
+            model = Mamba2HybridForCausalLM.from_pretrained(tmp_path / folder, num_mtp_layers=0)
+            assert not [name for name in model.state_dict() if "mtp" in name]
+
+    def test_missing_parts_are_named(self, tmp_path: Path) -> None:
+        layouts.nemotron_3(tmp_path / "theirs")
+        Mamba2HybridForCausalLM.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+        for folder, name in (("theirs", "mtp.layers.1.final_layernorm.weight"), ("ours", "mtp.0.eh_proj.weight")):
+            path = tmp_path / folder / "model.safetensors"
+            layouts.write_safetensors(path, {key: value for key, value in load_file(path).items() if key != name})
+            with pytest.raises(CheckpointError, match=rf"{name} is missing"):
+                Mamba2HybridForCausalLM.from_pretrained(tmp_path / folder)
+
+    def test_as_many_as_there_can_be(self, tmp_path: Path) -> None:
+        layouts.nemotron_3(tmp_path)
+        path = tmp_path / "config.json"
+        layouts.write_json(path, {**json.loads(path.read_text()), "num_nextn_predict_layers": 10**9})
+        with pytest.raises(ConfigurationError, match="num_mtp_layers is 1000000000, more than the"):
+            open_checkpoint(tmp_path)
 
 
 # What each family can express, as configurations of our own.
@@ -124,7 +186,7 @@ OWN: dict[str, dict[str, Any]] = {
     "nemotron_h": {
         **{"layer_blocks": ["ssd", "mlp", "attention", "moe"], "mlp_type": "relu2", "ssm_num_heads": 8},
         **{"num_experts": 4, "moe_router": "sigmoid", "shared_expert_intermediate_size": 12, "attention_bias": False},
-        **{"tie_word_embeddings": True},
+        **{"tie_word_embeddings": True, "num_mtp_layers": 2, "mtp_layer_blocks": ["attention", "moe"]},
     },
     "falcon_h1": {
         **{"layer_blocks": ["ssd+attention mlp"] * 2, "head_dim": 8, "rope_parameters": ROPE, "logits_scaling": 2.0},
@@ -162,6 +224,7 @@ def test_a_new_hybrid_becomes_one_of_theirs(family: str, tmp_path: Path) -> None
     ("family", "changes", "match"),
     [
         ("bamba", {"layer_blocks": ["ssd", "attention"]}, r"layer_blocks\[0\] is 'ssd': a layer of bamba is one of"),
+        ("bamba", {"num_mtp_layers": 1, "mtp_layer_blocks": ["mlp"]}, "num_mtp_layers is 1: bamba has no heads"),
         ("bamba", {"rope_parameters": None}, "rope_parameters is None: attention of bamba always"),
         ("bamba", {"embedding_multiplier": 2.0}, "embedding_multiplier is 2.0: bamba has no such multiplier"),
         ("bamba", {"ssm_norm": "none"}, "ssm_norm is 'none': bamba knows only 'gate_first'"),

@@ -530,8 +530,14 @@ class TestKeyForKey:
         assert config_of(tmp_path / "back") == {**layouts.STATE_SPACES, "ssm_cfg": changed}
         assert open_checkpoint(tmp_path / "back").config.time_step_limit == (0.001, INF)
 
-    def test_weights_for_further_tokens_are_not_promised(self, tmp_path: Path) -> None:
-        publish("nemotron with experts", tmp_path, num_nextn_predict_layers=1)
+    def test_weights_for_further_tokens_that_are_not_there_are_not_promised(self, tmp_path: Path) -> None:
+        heads = {"num_nextn_predict_layers": 1, "mtp_layers_block_type": ["attention", "moe"]}
+        published = publish("nemotron with experts", tmp_path, **heads)
+        path = tmp_path / "theirs/model.safetensors"
+        tensors = load_file(path)
+        convert(tmp_path / "theirs", tmp_path / "with", to="nemotron_h")
+        assert config_of(tmp_path / "with") == as_json(published)
+        layouts.write_safetensors(path, {name: value for name, value in tensors.items() if name[:4] != "mtp."})
         convert(tmp_path / "theirs", tmp_path / "out", to="nemotron_h")
         assert config_of(tmp_path / "out")["num_nextn_predict_layers"] == 0
 
@@ -634,6 +640,12 @@ class TestFor:
             ("nemotron_h", "vllm", {"mlp_hidden_act": "gelu"}, "mlp_type is 'gelu'"),
             ("nemotron_h", "mlx-lm", {"hybrid_override_pattern": "M-M-M"}, "no layer has attention"),
             ("nemotron with experts", "llama.cpp", {"hybrid_override_pattern": "ME*M-"}, "some layers are an MLP and"),
+            (
+                "nemotron with experts",
+                "llama.cpp",
+                {"num_nextn_predict_layers": 2},
+                "num_mtp_layers is 2 and mtp_layer",
+            ),
             ("nemotron with experts", "vllm", {"mlp_bias": True}, "mlp_bias is True"),
             ("falcon_h1", "llama.cpp", {"tie_word_embeddings": True}, "the head shares the embedding"),
             (

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from mamba2_hf import ops
-from mamba2_hf.errors import ArgumentError, LogitsError
+from mamba2_hf.errors import ArgumentError, ConfigurationError, LogitsError
 from mamba2_hf.ops.cross_entropy import op as fused
 
 B, T, VOCAB = 2, 23, 61
@@ -278,3 +278,68 @@ def test_the_function_is_that_of_transformers(ids: Tensor) -> None:
     shifted = F.pad(ids, (0, 1), value=-100)[:, 1:].flatten()
     actual = ops.linear_cross_entropy(hidden.flatten(0, 1), weight, shifted) / (B * (T - 1))
     torch.testing.assert_close(actual, expected)
+
+
+class TestHeadsThatPredictFurtherTokens:
+    COEF = 0.3
+
+    def model(self, count: int = 2, coef: float = COEF, **changes: Any) -> Any:
+        heads = {"num_mtp_layers": count, "mtp_layer_blocks": ["attention", "ssd mlp"], "mtp_loss_coef": coef}
+        return make_hybrid("plain", **heads, **changes).double().train()
+
+    @pytest.mark.parametrize("return_logits", [None, True])
+    def test_the_mean_of_their_losses_is_added(self, return_logits: bool | None, ids: Tensor, labels: Tensor) -> None:
+        model = self.model()
+        found = model(ids, labels=labels, return_logits=return_logits).loss
+        states = model.backbone(ids).last_hidden_state
+        total, count = torch.zeros((), dtype=torch.float64), (labels[:, 1:] != -100).sum()
+        for depth, head in enumerate(model.mtp, 1):
+            states = head(model.backbone.embeddings(ids[:, depth:]), states[:, : T - depth])
+            logits = model.lm_head(states[:, :-1])  # none behind the last token
+            total += F.cross_entropy(logits.flatten(0, 1), labels[:, depth + 1 :].flatten(), reduction="sum") / count
+        expected = model.eval()(ids, labels=labels).loss + self.COEF * total / 2
+        torch.testing.assert_close(found, expected)
+
+    def test_documents_and_padding_are_apart(self) -> None:
+        """Also documents that are shorter than the heads reach."""
+        model = self.model(3)
+        lengths, ids = [5, 1, 9, 2, 3], torch.randint(3, VOCAB, (1, 20), generator=torch.Generator().manual_seed(0))
+        documents = ids.split(lengths, 1)
+        expected = sum(model(each, labels=each, num_items_in_batch=20).loss for each in documents)
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        packed = model(ids, position_ids=positions, labels=ids, num_items_in_batch=20).loss
+        torch.testing.assert_close(packed, expected)
+        for side in ("left", "right"):
+            batch = torch.nn.utils.rnn.pad_sequence([each[0] for each in documents], True, padding_side=side)
+            inputs = {"attention_mask": (batch != 0).long(), "labels": batch.masked_fill(batch == 0, -100)}
+            loss = model(batch, num_items_in_batch=20, **inputs).loss
+            torch.testing.assert_close(loss, expected)
+
+    def test_trains_them_if_asked(self, ids: Tensor, tmp_path: Any) -> None:
+        for coef in (0.0, self.COEF):
+            model = self.model(coef=coef)
+            model.save_pretrained(tmp_path)
+            for each in (model, type(model).from_pretrained(tmp_path).train()):
+                each(ids, labels=ids).loss.backward()
+                trained = {name: p.grad is not None for name, p in each.named_parameters()}
+                assert {trained[name] for name in trained if name.startswith("mtp.")} == {coef > 0}
+                assert all(trained[name] for name in trained if not name.startswith("mtp."))
+        asked = type(model).from_pretrained(tmp_path, mtp_loss_coef=0.1)
+        assert all(p.requires_grad for p in asked.parameters())
+
+    def test_a_forward_does_not_run_them(self, ids: Tensor) -> None:
+        model = self.model(coef=0.0)
+        without = make_hybrid("plain").double().train()
+        without.load_state_dict({name: t for name, t in model.state_dict().items() if not name.startswith("mtp.")})
+        for head in model.mtp:
+            head.register_forward_pre_hook(lambda *_: pytest.fail("a head ran"))
+        assert torch.equal(model(ids, labels=ids).loss, without(ids, labels=ids).loss)
+        assert torch.equal(model.eval()(ids).logits, without.eval()(ids).logits)
+
+    def test_what_they_cannot_do_is_refused(self, ids: Tensor) -> None:
+        with pytest.raises(
+            ArgumentError, match=r"mtp_loss_coef=0.3: the heads have the usual loss, and logits_to_keep was given"
+        ):
+            self.model()(ids, labels=ids[:, -2:], logits_to_keep=2)
+        with pytest.raises(ConfigurationError, match=r"mtp_loss_coef is 0.3: a weight of at least 0; without heads"):
+            make_hybrid("plain", mtp_loss_coef=0.3)

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from mamba2_hf import Mamba2Cache, Mamba2ForCausalLM
 from mamba2_hf.errors import ArgumentError, CacheError
+from mamba2_hf.models import mtp
 from mamba2_hf.pretrained import shipped_model_path
 
 NEW = 16
@@ -27,8 +28,25 @@ GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW, "eos_token_
 KINDS = ["pure", *ARCHITECTURES]
 
 
+HEADS = {
+    "plain": ["attention", "mlp"],
+    "rotary": ["attention", "ssd"],
+    "sliding": ["sliding_attention", "ssd"],
+    "parallel": ["ssd+attention mlp"],
+    "experts": ["attention", "moe"],
+    "sigmoid": ["moe"],
+}
+"""Layers of heads that predict further tokens, for models with layers of every kind."""
+
+
 def build(kind: str, tiny_model: Callable[..., Any], seed: int = 0) -> Any:
+    if kind == "heads":
+        return with_heads("sliding", 2, seed)
     return tiny_model(seed=seed) if kind == "pure" else make_hybrid(kind, seed=seed)
+
+
+def with_heads(kind: str, count: int = 1, seed: int = 0, **changes: Any) -> Any:
+    return make_hybrid(kind, seed=seed, num_mtp_layers=count, mtp_layer_blocks=HEADS[kind], **changes)
 
 
 def prompt(seed: int, length: int = 16) -> Tensor:
@@ -193,9 +211,13 @@ def test_fewer_calls_where_the_guesses_are_right(
 
 
 @pytest.mark.parametrize(
-    "options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": None}], ids=["lookup", "model"]
+    ("kind", "options"),
+    [
+        *((kind, {"prompt_lookup_num_tokens": 3}) for kind in ("pure", "sliding")),
+        *((kind, {"assistant_model": None}) for kind in ("pure", "sliding")),
+        ("heads", {"use_mtp": True, "assistant_confidence_threshold": 0.0}),
+    ],
 )
-@pytest.mark.parametrize("kind", ["pure", "sliding"])
 def test_padding_chunks_and_given_caches(kind: str, options: dict[str, Any], tiny_model: Callable[..., Any]) -> None:
     model, ids = build(kind, tiny_model), prompt(3)
     if "assistant_model" in options:
@@ -228,6 +250,100 @@ def test_stops_at_the_end_of_the_text(tiny_model: Callable[..., Any]) -> None:
     expected = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, assistant_model=model, **options), expected)
     assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=5, **options), expected)
+
+
+# Heads that predict further tokens
+
+
+@on_each_device
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", HEADS)
+def test_own_heads_write_the_greedy_text(kind: str, count: int, device: str) -> None:
+    model = with_heads(kind, count).to(device)
+    for length in (1, 16):
+        ids = prompt(count, length).to(device)
+        expected = model.generate(ids, **GREEDY)
+        for options in ({}, {"num_assistant_tokens": 4, "assistant_confidence_threshold": 0.0}):
+            assert torch.equal(model.generate(ids, use_mtp=True, **options, **GREEDY), expected)
+    assert not model.backbone.norm_f._forward_hooks
+
+
+@torch.no_grad()
+def foretold(model: Any, ids: Tensor, most: int) -> Tensor:
+    """Logits ``(most, vocab)`` of a draft behind a text, with nothing kept: each head reads all of it at once."""
+    embed, last = model.get_input_embeddings(), len(model.mtp_heads)
+    read = after = model.backbone(ids[:, :-1], use_cache=False).last_hidden_state
+    found: list[Tensor] = []
+    for depth in range(1, most + 1):
+        place = min(depth, last)
+        read = after if depth <= last else torch.cat([read, after[:, -1:]], 1)  # the last one goes on by itself
+        after = model.mtp[place - 1](embed(ids[:, place:]), read, Mamba2Cache(model.config.get_mtp_config()))
+        found.append(model.lm_head(after[0, -1]))
+        ids = torch.cat([ids, found[-1].argmax().view(1, 1)], 1)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["rotary", "sliding", "experts"])
+def test_what_heads_kept_of_guesses_is_taken_back(kind: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every draft is the one that they make of the text alone."""
+    model, ids = with_heads(kind, count).double(), prompt(count, 2)
+    drafts: list[tuple[Tensor, Tensor]] = []
+    draft = mtp.HeadCandidates.get_candidates
+
+    def kept(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        found = draft(self, input_ids, **kwargs)
+        drafts.append((input_ids, found[1]))
+        return found
+
+    monkeypatch.setattr(mtp.HeadCandidates, "get_candidates", kept)
+    model.generate(ids, use_mtp=True, num_assistant_tokens=6, assistant_confidence_threshold=0.0, **GREEDY)
+    assert len(drafts) > 5
+    for text, scores in drafts:
+        if scores is not None:  # the last token needs no guess
+            torch.testing.assert_close(scores[0], foretold(model, text, scores.shape[1]).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_heads_that_are_right_save_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = with_heads("plain"), prompt(0)
+    torch.nn.init.zeros_(model.backbone.norm_f.weight)  # so that all of them write token 0
+    torch.nn.init.zeros_(model.mtp[0].final_layernorm.weight)
+    sizes: list[int] = []
+    forward = type(model).forward
+
+    def counted(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        sizes.append(input_ids.shape[1])
+        return forward(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    options = {"use_mtp": True, "assistant_confidence_threshold": 0.0, **GREEDY}
+    out = model.generate(ids, num_assistant_tokens=7, **options)
+    assert out[0, ids.shape[1] :].tolist() == [0] * NEW
+    assert sizes == [ids.shape[1] - 1, 8, 8]
+    del sizes[:]
+    model.generate(ids, **{**options, "assistant_confidence_threshold": 0.4})  # none of 61 tokens is that likely
+    assert sizes == [ids.shape[1] - 1, *[2] * 8]
+
+
+def test_refuses_what_heads_cannot_guess(tiny_model: Callable[..., Any]) -> None:
+    model, ids = with_heads("plain"), prompt(0)
+    guess = {"use_mtp": True, **GREEDY}
+    for without in (tiny_model(), make_hybrid("plain")):
+        with pytest.raises(ArgumentError, match="this model has no heads that predict further tokens"):
+            without.generate(ids, **guess)
+    with pytest.raises(ArgumentError, match="heads guess for one sequence, and 2 came"):
+        model.generate(ids.expand(2, -1), **guess)
+    with pytest.raises(ArgumentError, match="prompt_lookup_num_tokens=2 both guess ahead"):
+        model.generate(ids, prompt_lookup_num_tokens=2, **guess)
+    with pytest.raises(ArgumentError, match="assistant_model both guess ahead"):
+        model.generate(ids, assistant_model=tiny_model(), **guess)
+    with pytest.raises(ArgumentError, match="num_assistant_tokens is 0"):
+        model.generate(ids, num_assistant_tokens=0, **guess)
+    with pytest.raises(ArgumentError, match="no inputs_embeds"):
+        model.generate(inputs_embeds=model.get_input_embeddings()(ids), **guess)
+    with pytest.raises(ValueError, match="use_cache=True"):
+        model.generate(ids, use_cache=False, **guess)
+    assert not model.backbone.norm_f._forward_hooks
 
 
 @torch.no_grad()
@@ -269,10 +385,15 @@ def test_in_bf16_only_near_ties_are_decided_otherwise() -> None:
 # Sampling
 
 
-def test_samples_by_the_models_own_distribution(tiny_model: Callable[..., Any]) -> None:
-    """The first two tokens of many samples, with a bad assistant, against their exact probabilities."""
-    model = tiny_model(seed=3, vocab_size=5, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    assistant = tiny_model(seed=4, vocab_size=5)
+@pytest.mark.parametrize("own", [False, True], ids=["assistant", "heads"])
+def test_samples_by_the_models_own_distribution(own: bool, tiny_model: Callable[..., Any]) -> None:
+    """The first two tokens of many samples, with a bad assistant or heads, against their exact probabilities."""
+    guess: dict[str, Any]
+    if own:
+        model, guess = with_heads("plain", 2, seed=3, vocab_size=5), {"use_mtp": True}
+    else:
+        model = tiny_model(seed=3, vocab_size=5, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        guess = {"assistant_model": tiny_model(seed=4, vocab_size=5)}
     ids = torch.tensor([[3, 4, 1]])
     options = {"do_sample": True, "max_new_tokens": 2, "eos_token_id": None, "pad_token_id": 0, "top_k": 0}
     options["temperature"] = 3.0
@@ -280,7 +401,7 @@ def test_samples_by_the_models_own_distribution(tiny_model: Callable[..., Any]) 
     draws = 250
     counts = torch.zeros(5, 5)
     for _ in range(draws):
-        out = model.generate(ids, assistant_model=assistant, **options)
+        out = model.generate(ids, **guess, **options)
         counts[out[0, 3], out[0, 4]] += 1
     with torch.no_grad():
         first = (model(ids).logits[0, -1] / 3).softmax(-1)

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import layouts
 import pytest
 import torch
 from hybrid_families import CASES, stock
 from torch import Tensor
 
-from mamba2_hf import Mamba2HybridForCausalLM, Mamba2HybridForSequenceClassification, Mamba2HybridModel
+from mamba2_hf import Mamba2Cache, Mamba2HybridForCausalLM, Mamba2HybridForSequenceClassification, Mamba2HybridModel
 from mamba2_hf.errors import CheckpointError, ConfigurationError
 
 FP32 = {"rtol": 0, "atol": 1e-4}
@@ -204,3 +205,27 @@ class TestDirectLoading:
         theirs.save_pretrained(tmp_path / "gelu")
         with pytest.raises(ConfigurationError, match="hidden_act is 'gelu'"):
             Mamba2HybridForCausalLM.from_pretrained(tmp_path / "gelu")
+
+
+@torch.no_grad()
+def test_heads_are_blocks_of_theirs_between_projection_and_norm(tmp_path: Path) -> None:
+    """transformers' class has no heads that predict further tokens, but the layers that they are made of."""
+    theirs = layouts.nemotron_3(tmp_path, heads=2)
+    ours = Mamba2HybridForCausalLM.from_pretrained(tmp_path)
+    stored = layouts.stored(tmp_path)
+    states = ours.backbone(IDS, use_cache=False).last_hidden_state
+
+    def normed(x: Tensor, name: str) -> Tensor:
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], stored[name], theirs.config.layer_norm_epsilon)
+
+    for depth, head in enumerate(ours.mtp_heads, 1):
+        following = theirs.model.embeddings(IDS[:, depth:])
+        states = states[:, : following.shape[1]]
+        first, last = (f"mtp.layers.{2 * (depth - 1) + place}" for place in (0, 1))
+        fused = torch.cat([normed(following, f"{first}.enorm.weight"), normed(states, f"{first}.hnorm.weight")], -1)
+        expected = fused @ stored[f"{first}.eh_proj.weight"].T
+        for layer in theirs.model.layers[len(ours.backbone.layers) :][2 * (depth - 1) : 2 * depth]:
+            expected = layer(expected)
+        expected = normed(expected, f"{last}.final_layernorm.weight")
+        states = head(following, states, Mamba2Cache(ours.config.get_mtp_config()))
+        torch.testing.assert_close(states, expected, **FP32)

@@ -114,6 +114,10 @@ def open_checkpoint(folder: Path, source: str | None = None) -> Checkpoint:
     own = raw if entry.name == entry.family.name else None
     if (folder / SIDECAR).exists() and entry.write_config is not None and own is None:
         own = fields = _original(folder, entry, fields, count)
+    heads = fields.get("num_mtp_layers") and entry.equations is not None
+    if heads and not any(name.startswith("mtp.") for name in weights.tensors):
+        # Programs that do not know the heads leave them out, and what the config says of them as it was.
+        fields = {**fields, "num_mtp_layers": 0}
     try:
         config = entry.family.config(fields, count)
         shapes = mapping.expected_shapes(config)

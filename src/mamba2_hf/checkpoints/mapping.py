@@ -130,7 +130,10 @@ def hybrid_config(fields: Mapping[str, Any], most_layers: int) -> Mamba2HybridCo
 
 
 def _config(cls: Any, fields: Mapping[str, Any], most_layers: int) -> Any:
-    limits = (("num_hidden_layers", most_layers), ("num_labels", LABELS_LIMIT), ("num_experts", EXPERTS_LIMIT))
+    of_a_head = fields.get("mtp_layer_blocks")
+    most_heads = most_layers // max(len(of_a_head) if isinstance(of_a_head, list) else 1, 1)
+    layers = (("num_hidden_layers", most_layers), ("num_mtp_layers", most_heads))
+    limits = (*layers, ("num_labels", LABELS_LIMIT), ("num_experts", EXPERTS_LIMIT))
     for name, most in limits:
         count = fields.get(name)
         if isinstance(count, int) and count > most:  # a configuration, or the list of tensors, grows with each

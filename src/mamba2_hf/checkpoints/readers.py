@@ -247,6 +247,15 @@ def _mlp_beside_experts(config: Mamba2HybridConfig) -> str | None:
     return None
 
 
+def _other_heads(config: Mamba2HybridConfig) -> str | None:
+    if not config.num_mtp_layers or (config.num_mtp_layers, config.mtp_layer_blocks) == (1, ["attention", "moe"]):
+        return None
+    return (
+        f"num_mtp_layers is {config.num_mtp_layers} and mtp_layer_blocks {config.mtp_layer_blocks!r}: of heads "
+        "that predict further tokens it knows one, of attention and experts; leave them out (num_mtp_layers=0)"
+    )
+
+
 def _tied_multipliers(config: Mamba2HybridConfig) -> str | None:
     if not config.tie_word_embeddings or (config.embedding_multiplier, _head_multiplier(config)) == (1.0, 1.0):
         return None
@@ -574,7 +583,7 @@ READERS: dict[str, Reader] = {
                 takes={"architectures": ("NemotronHForCausalLM",)},
                 wrong=(
                     *(_limits, _projection_bias, _no_conv_bias, _only_relu2, _mlp_beside_experts),
-                    *(_mlp_bias_of_experts, _no_ssd, _vocabulary_of_8),
+                    *(_mlp_bias_of_experts, _no_ssd, _vocabulary_of_8, _other_heads),
                 ),
                 cautions=(_low_limit,),
                 steps=_LLAMA_CPP_STEPS,

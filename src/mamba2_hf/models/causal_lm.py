@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from typing import Any
@@ -24,6 +25,7 @@ from . import prefill
 from .backbone import SSDBackbone, batch_and_tokens
 from .cache import Mamba2Cache, as_mamba2_cache, check_implementation, one_cache
 from .graphs import DecodeGraph, why_not
+from .mtp import HeadCandidates, check_heads
 from .outputs import CACHE, Mamba2CausalLMOutput, Mamba2Output, step_output
 from .pretrained import SSDPreTrainedModel
 
@@ -64,6 +66,11 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         """``backbone``, as most models name it."""
         return self.backbone
 
+    @property
+    def mtp_heads(self) -> tuple[nn.Module, ...]:
+        """Heads that predict further tokens; this model has none."""
+        return ()
+
     def _run(
         self,
         *,
@@ -95,6 +102,15 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             self.backbone.refuse_in_context("logits_to_keep")
         if labels is not None and not usual_loss:
             self.backbone.refuse_in_context("a loss function other than transformers' for language models")
+        with_heads = labels is not None and self.training and self._mtp_loss_coef > 0
+        if with_heads:
+            self.backbone.refuse_in_context("mtp_loss_coef")
+            if some or not usual_loss:
+                raise ArgumentError(
+                    f"mtp_loss_coef={self._mtp_loss_coef}: the heads have the usual loss, and "
+                    f"{'logits_to_keep' if some else 'another loss_function'} was given; set "
+                    "model.config.mtp_loss_coef = 0 to leave theirs out"
+                )
         outputs = self.backbone(**inputs, return_dict=True, layout=layout)
         hidden_states = outputs.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
@@ -131,6 +147,9 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                 )
         if context is not None and outputs.router_logits:
             layout = context.layout(layout, *shape, hidden_states.device)
+        if loss is not None and with_heads:
+            states, targets = outputs.last_hidden_state, more["shift_labels"]
+            loss = loss + self._heads_loss(states, inputs, targets, layout, num_items_in_batch).to(loss.device)
         aux_loss = self._aux_loss(outputs, layout)
         if context is not None and loss is not None:
             loss = context.sum(loss) / processes
@@ -199,6 +218,43 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             loss = linear_cross_entropy(hidden_states.flatten(0, 1), weight, labels, scale=self._logits_scale)
         count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
         return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
+
+    def _token_loss(self, hidden_states: Tensor, labels: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
+        """The usual loss, of logits only where somebody sees them; arguments as in :meth:`_fused_loss`."""
+        loss = self._fused_loss(hidden_states, labels, num_items_in_batch)
+        if loss is None:
+            loss = self.loss_function(
+                logits=self._logits(hidden_states),
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=labels,
+            )
+        return loss
+
+    @property
+    def _mtp_loss_coef(self) -> float:
+        """Weight of the loss of heads that predict further tokens."""
+        return 0.0
+
+    def _heads_loss(
+        self,
+        hidden_states: Tensor,
+        inputs: dict[str, Any],
+        labels: Tensor,
+        layout: SequenceLayout,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
+        """The loss of these heads, weighed.
+
+        Args:
+            hidden_states: ``(B, T, d)`` the last ones.
+            inputs: of the backbone.
+            labels: ``(B, T)`` of each token's next one.
+            layout: documents and padding.
+            num_items_in_batch: what to divide by; None for the number of labels.
+        """
+        raise NotImplementedError
 
     def _get_resized_lm_head(self, *args: Any, **kwargs: Any) -> nn.Linear:
         """As in transformers, which makes an ``nn.Linear`` of it."""
@@ -390,7 +446,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         """As in transformers: the prompt up to its last token is read first, so that only blocks of candidates have to
-        be recorded for taking them back.
+        be recorded for taking them back. With ``use_mtp=True`` the candidates are the model's own heads'.
         """
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         if mask is None:  # an assistant that gets none takes pad tokens for padding
@@ -398,6 +454,9 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             kwargs["attention_mask"] = mask
         if generation_config.assistant_early_exit is not None:
             raise ArgumentError("assistant_early_exit: a state belongs to all layers; pass an assistant_model instead")
+        watching: Any = contextlib.nullcontext()
+        if generation_config.use_mtp:
+            check_heads(self, len(input_ids), generation_config, kwargs.get("assistant_model"))
         if cache is not None and len(input_ids) == 1:
             past, tokens = cache.seen_tokens, input_ids.shape[1]
             if kwargs.get("inputs_embeds") is not None or not 0 <= past < tokens:
@@ -421,15 +480,26 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                     f"assisted decoding takes tokens back by their place in the text, and {cache.soft_tokens} soft "
                     "tokens of what wraps the model stand before it: generate without an assistant or prompt lookup"
                 )
+            if generation_config.use_mtp:
+                watching = HeadCandidates(self, input_ids, mask, past, generation_config, logits_processor)
+                kwargs["assistant_model"] = watching
             if tokens - past > 1 and not prefill.why_not_cut(inputs):
-                prefill.read(self, prefill.cut(inputs, 0, tokens - past - 1), generation_config.prefill_chunk_size)
+                with watching:
+                    prefill.read(self, prefill.cut(inputs, 0, tokens - past - 1), generation_config.prefill_chunk_size)
         try:
-            return super()._assisted_decoding(
-                input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
-            )
+            with watching:
+                return super()._assisted_decoding(
+                    input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
+                )
         finally:
             if cache is not None:
                 cache.stop_recording()
+
+    def _get_candidate_generator(self, *args: Any, assistant_model: Any = None, **kwargs: Any) -> Any:
+        """As in transformers, which has a generator of its own for models that keep their heads as it does."""
+        if isinstance(assistant_model, HeadCandidates):
+            return assistant_model
+        return super()._get_candidate_generator(*args, assistant_model=assistant_model, **kwargs)
 
     @functools.wraps(GenerationMixin.generate, assigned=())
     def generate(self, *args: Any, **kwargs: Any) -> Any:

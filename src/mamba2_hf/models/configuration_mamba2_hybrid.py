@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: the types of the fields are checked, see `strict_config`.
 
+import copy
 import math
 from typing import Any, ClassVar
 
@@ -117,6 +118,12 @@ class Mamba2HybridConfig(SSDConfig):
         moe_router: ``"softmax"`` over the chosen experts, or ``"sigmoid"`` with a bias that balances their load.
         n_group, topk_group: of the sigmoid router: groups of experts, and how many of them a token may reach.
         norm_topk_prob, routed_scaling_factor: whether its weights sum to 1, and what they are multiplied by.
+        num_mtp_layers: heads that predict further tokens (multi-token prediction): the first reads the model's last
+            hidden states and the next tokens, each other one what the head before it made of them.
+            ``generate(use_mtp=True)`` has them guess ahead; a forward does not run them.
+        mtp_layer_blocks: for each layer of such a head its blocks, as in ``layer_blocks``.
+        mtp_loss_coef: weight of their loss, the mean of all heads, in training; at 0 they are left alone, and their
+            parameters need no gradients.
         output_router_logits: whether a forward returns them, and the loss includes balancing them.
         router_aux_loss_coef: weight of that loss; None for 0.001, and for 0 in a model without experts.
         num_shared_blocks: blocks that the ``"shared>ssd"`` layers take in turns.
@@ -216,6 +223,9 @@ class Mamba2HybridConfig(SSDConfig):
     topk_group: int = 1
     norm_topk_prob: bool = True
     routed_scaling_factor: Number = 1.0
+    num_mtp_layers: int = 0
+    mtp_layer_blocks: list[str] | None = None
+    mtp_loss_coef: Number = 0.0
     output_router_logits: bool = False
     router_aux_loss_coef: Number | None = None
     num_shared_blocks: int = 1
@@ -325,7 +335,26 @@ class Mamba2HybridConfig(SSDConfig):
             values = getattr(self, name)
             fits = values is None or (len(values) == count and all(_is_factor(value) for value in values))
             self._require(fits, name, f"{count} finite factors other than 0, or None")
+        self._require(self.num_mtp_layers >= 0, "num_mtp_layers", "a count, or 0 for no heads")
+        if self.num_mtp_layers:
+            self._check_heads()
+        coef = self.mtp_loss_coef
+        known = coef == 0 or (self.num_mtp_layers > 0 and 0 < coef < math.inf)
+        self._require(known, "mtp_loss_coef", "a weight of at least 0; without heads (num_mtp_layers=0) it has to be 0")
         self._check_common()
+
+    def get_mtp_config(self) -> Any:
+        """The configuration of a model with the layers of one head that predicts further tokens.
+
+        Raises:
+            ConfigurationError: there are no heads.
+        """
+        self._require(self.num_mtp_layers > 0, "num_mtp_layers", "there are no heads that predict further tokens")
+        config = copy.copy(self)
+        config.layer_blocks = list(self.mtp_layer_blocks or [])
+        config.num_hidden_layers, config.num_mtp_layers, config.mtp_loss_coef = len(config.layer_blocks), 0, 0.0
+        config.num_shared_blocks, config.shared_adapter_rank, config.shared_attention_adapters = 1, 0, False
+        return config
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """As in transformers, but None stays None: no rotary embedding, and not the usual one."""
@@ -484,6 +513,15 @@ class Mamba2HybridConfig(SSDConfig):
                 "num_shared_blocks" if self.num_shared_blocks != 1 else "shared_adapter_rank",
                 f"no layer of layer_blocks is {SHARED!r}, so that nobody uses it",
             )
+
+    def _check_heads(self) -> None:
+        heads = self.get_mtp_config()
+        known = bool(heads.blocks) and not heads.shared_layers
+        self._require(known, "mtp_layer_blocks", f"the blocks of each layer of a head, none of them {SHARED!r}")
+        try:
+            heads.validate_architecture()
+        except ConfigurationError as error:
+            raise ConfigurationError(f"mtp_layer_blocks is {self.mtp_layer_blocks!r}: of a head, {error}") from None
 
     @property
     def blocks(self) -> list[tuple[str, ...]]:

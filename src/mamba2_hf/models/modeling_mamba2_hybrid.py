@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers import initialization as init
@@ -385,13 +386,105 @@ class Mamba2HybridLayer(SSDLayer):
         return hidden_states
 
 
+def _windows(config: Mamba2HybridConfig) -> set[int | None]:
+    """Those of all layers with attention; None is one that reaches every token."""
+    windows = {ATTENTION: None, SLIDING: config.sliding_window}
+    return {windows[kind] for kind in config.mixer_kinds if kind in windows}
+
+
+def _place(
+    config: Mamba2HybridConfig,
+    windows: set[int | None],
+    rotary: RotaryEmbedding | None,
+    hidden_states: Tensor,
+    layout: SequenceLayout,
+    batch: int,
+    tokens: int,
+    position_ids: Tensor | None,
+    cache: Mamba2Cache | None,
+) -> dict[str, Any]:
+    """Where ``hidden_states (B, T, d)`` stand for attention: what :meth:`Mamba2Cache.count` wants to know."""
+    counts = None if cache is None else cache.key_counts
+    device, neighbors = hidden_states.device, layout.neighbors
+    placement = place(layout, batch, tokens, counts, device) if neighbors is None else neighbors.place(device)
+    positions = None
+    if rotary is not None:
+        if position_ids is not None:
+            given = position_ids[:, position_ids.shape[1] - tokens :].expand(batch, -1)
+            positions = placement.align(given)  # (B, T) on the grid
+        shift = None if counts is None else counts.shift
+        counted = placement.positions(shift) if positions is None else positions
+        placement.rotary = rotary(hidden_states, counted)
+    for each in placement.pieces or (placement,):
+        prepare_masks(config, each, windows, hidden_states.dtype, piece=neighbors is not None)
+    return {"placement": placement, "positions": positions}
+
+
+class MTPHead(nn.Module):
+    """Predicts one token further ahead than what it reads (multi-token prediction; "DeepSeek-V3 Technical Report",
+    arXiv 2412.19437, Section 2.2): layers of its own over hidden states and the tokens that they foretold.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: Mamba2HybridConfig) -> None:
+        super().__init__()
+        width, epsilon, self.config = config.hidden_size, config.layer_norm_epsilon, config
+        own = config.get_mtp_config()
+        self.windows = _windows(own)
+        self.enorm, self.hnorm = RMSNorm(width, epsilon), RMSNorm(width, epsilon)
+        self.eh_proj = nn.Linear(2 * width, width, bias=False)
+        self.layers = nn.ModuleList()
+        states = 0
+        for kinds in own.blocks:
+            self.layers.append(Mamba2HybridLayer(config, kinds, states, 0))
+            states += sum(len(KINDS[kind]) for kind in kinds)
+        self.has_rotary = config.rope_parameters is not None and bool(self.windows)
+        if self.has_rotary:
+            self.rotary = RotaryEmbedding(config)
+        self.final_layernorm = RMSNorm(width, epsilon)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        hidden_states: Tensor,
+        cache: Mamba2Cache | None = None,
+        layout: SequenceLayout = PLAIN,
+    ) -> Tensor:
+        """What the language model's head reads.
+
+        Args:
+            embeddings: ``(B, T, d)`` of the tokens that follow.
+            hidden_states: ``(B, T, d)`` the last ones of the model, or what the head before this one returned.
+            cache: of this head, after the tokens before.
+            layout: documents and padding.
+
+        Returns:
+            ``(B, T, d)``.
+        """
+        batch, tokens, _ = hidden_states.shape
+        fused = torch.cat([self.enorm(embeddings), self.hnorm(hidden_states)], -1)  # (B, T, 2 d)
+        stream, counted = layout.blank(self.eh_proj(fused)), {}
+        if self.windows:
+            rotary = self.rotary if self.has_rotary else None
+            counted = _place(self.config, self.windows, rotary, stream, layout, batch, tokens, None, cache)
+        for layer in self.layers:
+            stream = layer(stream, layout, past_key_values=cache, placement=counted.get("placement"))
+            stream = layout.blank(stream)
+        if cache is not None:
+            cache.count(tokens, layout.keep, **counted)
+        return self.final_layernorm(stream)  # type: ignore[no-any-return]
+
+
 class Mamba2HybridPreTrainedModel(SSDPreTrainedModel):
     """What makes a pretrained model a hybrid."""
 
     config: Mamba2HybridConfig
     config_class = Mamba2HybridConfig
-    _no_split_modules = ["Mamba2HybridLayer", "SharedBlock"]
+    _no_split_modules = ["Mamba2HybridLayer", "SharedBlock", "MTPHead"]
     _keep_in_fp32_modules_strict = [*FP32_PARAMETERS, "e_score_correction_bias"]
+    _keys_to_ignore_on_load_unexpected = [r"^mtp\."]  # of a model that is not to have these heads
     _skip_keys_device_placement = ["past_key_values", "cache_params", "cache", "shared_blocks"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -495,8 +588,7 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
                 SharedBlock(config, len(range(block, uses, count))) for block in range(count)
             )
         self.has_shared = uses > 0
-        windows = {ATTENTION: None, SLIDING: config.sliding_window}
-        self.windows = {windows[kind] for kind in config.mixer_kinds if kind in windows}
+        self.windows = _windows(config)
         self.has_rotary = config.rope_parameters is not None and bool(self.windows)
         if self.has_rotary:
             self.rotary = RotaryEmbedding(config)
@@ -577,21 +669,10 @@ class Mamba2HybridModel(SSDBackbone, Mamba2HybridPreTrainedModel):
             options |= {"embeddings": embeddings, "shared_blocks": self.shared_blocks}
         if not self.windows:
             return options, {}
-        counts = None if cache is None else cache.key_counts
-        device, neighbors = hidden_states.device, layout.neighbors
-        placement = place(layout, batch, tokens, counts, device) if neighbors is None else neighbors.place(device)
-        positions = None
-        if self.has_rotary:
-            if position_ids is not None:
-                given = position_ids[:, position_ids.shape[1] - tokens :].expand(batch, -1)
-                positions = placement.align(given)  # (B, T) on the grid
-            shift = None if counts is None else counts.shift
-            counted = placement.positions(shift) if positions is None else positions
-            placement.rotary = self.rotary(hidden_states, counted)
-        for each in placement.pieces or (placement,):
-            prepare_masks(self.config, each, self.windows, hidden_states.dtype, piece=neighbors is not None)
-        counted_by = {"placement": placement, "positions": positions}
-        return {**options, "placement": placement.of_row(layout) if packed else placement}, counted_by
+        rotary = self.rotary if self.has_rotary else None
+        counted = _place(self.config, self.windows, rotary, hidden_states, layout, batch, tokens, position_ids, cache)
+        placement = counted["placement"]
+        return {**options, "placement": placement.of_row(layout) if packed else placement}, counted
 
     def _check_attentions(self, batch: int, tokens: int, cache: Mamba2Cache | None) -> None:
         heads = {SSD: self.config.ssm_num_heads}
@@ -606,7 +687,26 @@ class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
         super().__init__(config)
         self.backbone = Mamba2HybridModel(config)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
+        if config.num_mtp_layers:
+            self.mtp = nn.ModuleList(MTPHead(config) for _ in range(config.num_mtp_layers))
+            self.mtp.requires_grad_(config.mtp_loss_coef > 0)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """:meth:`Mamba2HybridPreTrainedModel.from_pretrained`; ``num_mtp_layers=0`` leaves out heads that predict
+        further tokens.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for head in model.mtp_heads:
+            head.requires_grad_(model.config.mtp_loss_coef > 0)
+        return loaded
+
+    @property
+    def mtp_heads(self) -> tuple[nn.Module, ...]:
+        """:class:`MTPHead`, that of the nearest token first."""
+        return tuple(self.mtp) if self.config.num_mtp_layers else ()
 
     def forward(
         self,
@@ -678,6 +778,32 @@ class Mamba2HybridForCausalLM(SSDForCausalLM, Mamba2HybridPreTrainedModel):
         if self.config.logits_scaling is not None:
             return logits / self.config.logits_scaling
         return logits if self.config.lm_head_multiplier is None else logits * self.config.lm_head_multiplier
+
+    @property
+    def _mtp_loss_coef(self) -> float:
+        return float(self.config.mtp_loss_coef)
+
+    def _heads_loss(
+        self,
+        hidden_states: Tensor,
+        inputs: dict[str, Any],
+        labels: Tensor,
+        layout: SequenceLayout,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
+        ids, embeddings = inputs["input_ids"], inputs["inputs_embeds"]
+        embeddings = self.backbone._embed(ids) if embeddings is None else embeddings
+        embeddings = layout.blank(self.backbone._scale_embeddings(embeddings))  # (B, T, d)
+        # Not the number of labels that reach so far: there may be none.
+        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = hidden_states.new_zeros((), dtype=torch.float32)
+        for head in self.mtp:
+            if layout.breaks is not None:
+                labels = labels.masked_fill(layout.breaks.to(labels.device), -100)
+            embeddings, labels = F.pad(embeddings, (0, 0, 0, 1))[:, 1:], F.pad(labels, (0, 1), value=-100)[:, 1:]
+            hidden_states = head(embeddings, hidden_states, layout=layout)
+            loss = loss + self._token_loss(hidden_states, labels, count)
+        return loss * (self._mtp_loss_coef / len(self.mtp))
 
     def _aux_loss(self, outputs: Mamba2Output, layout: SequenceLayout) -> Tensor | None:
         """How far the routers are from using all experts alike (Switch Transformer, arXiv 2101.03961)."""

@@ -279,9 +279,12 @@ def _tensor_parallel_alone(kwargs: dict[str, Any]) -> tuple[Any, Any, Any] | Non
 
 
 def _refuse_made_up(model: SSDPreTrainedModel, info: dict[str, Any], source: Any) -> None:
-    """A new task's head may start anew; a backbone with random weights in it is never what was asked for."""
-    backbone = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
-    problems = [f"{name} is missing" for name in sorted(info["missing_keys"]) if name.startswith(backbone)]
+    """A new task's head may start anew; a backbone with random weights in it is never what was asked for, nor are heads
+    that predict further tokens.
+    """
+    prefix = model.base_model_prefix
+    needed = (f"{prefix}.", "mtp.") if hasattr(model, prefix) else ""
+    problems = [f"{name} is missing" for name in sorted(info["missing_keys"]) if name.startswith(needed)]
     problems += [
         f"{name} has shape {tuple(found)}, the model expects {tuple(expected)}"
         for name, found, expected in sorted(info["mismatched_keys"])

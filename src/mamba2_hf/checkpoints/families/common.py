@@ -87,6 +87,11 @@ def write_published(
 
     written = spell(config)
     says = read(written)
+    if config.num_mtp_layers != says.get("num_mtp_layers", 0):
+        raise ConfigurationError(
+            f"num_mtp_layers is {config.num_mtp_layers}: {model_type} has no heads that predict further tokens; load "
+            "the model with num_mtp_layers=0 to leave them out"
+        )
     original = getattr(config, KEPT, None)
     if isinstance(original, dict) and original.get("model_type") == model_type:
         try:

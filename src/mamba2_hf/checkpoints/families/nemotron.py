@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import ConfigurationError
 from ...models import Mamba2HybridConfig
-from ..equations import Equation, Rows, Shape
+from ..equations import Equation, Rows, Shape, same
 from .common import (
     NO_STEP,
     common_fields,
@@ -33,6 +33,7 @@ _OUTER = {
     "backbone.norm_f.weight": "backbone.norm_f.weight",
     "lm_head.weight": "lm_head.weight",
 }
+_HEAD = re.compile(r"mtp\.(\d+)\.(?:layers\.(\d+)\.blocks\.\d+\.)?(.+)")
 _EXPERTS = re.compile(r"moe\.experts\.(up|down)_proj")
 
 
@@ -82,7 +83,12 @@ def read_config(raw: Mapping[str, Any]) -> dict[str, Any]:
         "mlp_bias": stock.mlp_bias,
         "layer_norm_epsilon": stock.layer_norm_epsilon,
     }
-    if "moe" not in stock.layers_block_type:
+    layers = stock.layers_block_type
+    if stock.num_nextn_predict_layers:
+        fields["num_mtp_layers"] = stock.num_nextn_predict_layers
+        fields["mtp_layer_blocks"] = [kinds[kind] for kind in stock.mtp_layers_block_type]
+        layers = [*layers, *stock.mtp_layers_block_type]
+    if "moe" not in layers:
         return fields
     return {
         **fields,
@@ -103,14 +109,16 @@ def read_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_config(config: Mamba2HybridConfig) -> dict[str, Any]:
     """The ``config.json`` of a model that this family can express."""
-    written = write_published(NAME, "NemotronHForCausalLM", config, _fields, read_config)
-    if written.get("num_nextn_predict_layers"):  # their weights are left behind
-        written["num_nextn_predict_layers"] = 0
-    return written
+    return write_published(NAME, "NemotronHForCausalLM", config, _fields, read_config)
 
 
 def _fields(config: Mamba2HybridConfig) -> dict[str, Any]:
-    layers = layers_of(config, NAME, _LAYERS)
+    layers = own = layers_of(config, NAME, _LAYERS)
+    heads: dict[str, Any] = {"num_nextn_predict_layers": config.num_mtp_layers}
+    if config.num_mtp_layers:
+        of_a_head = layers_of(config.get_mtp_config(), NAME, _LAYERS)
+        heads["mtp_hybrid_override_pattern"] = "".join(_PATTERN[kind] for kind in of_a_head)
+        layers = [*own, *of_a_head]
     require(config, NAME, ssm_norm="gate_first", attention_scale=None, attention_conv_kernel=None, rope_parameters=None)
     require(config, NAME, attention_bias=False)
     neutral(config, NAME)
@@ -121,8 +129,9 @@ def _fields(config: Mamba2HybridConfig) -> dict[str, Any]:
         raise ConfigurationError(f"mlp_type is {config.mlp_type!r}: the MLPs of {NAME} have no gate")
     low = only_lower_limit(config, NAME)
     fields = {
-        "hybrid_override_pattern": "".join(_PATTERN[kind] for kind in layers),
+        "hybrid_override_pattern": "".join(_PATTERN[kind] for kind in own),
         "num_hidden_layers": config.num_hidden_layers,
+        **heads,
         "tie_word_embeddings": False,
         "mamba_num_heads": config.ssm_num_heads,
         "mamba_head_dim": config.ssm_head_dim,
@@ -171,22 +180,22 @@ def _fields(config: Mamba2HybridConfig) -> dict[str, Any]:
 
 
 def equations(config: Mamba2HybridConfig, shapes: Mapping[str, Shape], stored: Collection[str] = ()) -> list[Equation]:
-    """Their tensors and ours; every expert is a tensor of its own."""
-    experts: list[Equation] = []
+    """Their tensors and ours; every expert is a tensor of its own. The layers of all heads that predict further tokens
+    are one list.
+    """
+    found: list[Equation] = []
 
-    def rename(layer: int, block: int, name: str) -> str | None:
-        outside = f"backbone.layers.{layer}"
+    def of_block(outside: str, name: str, ours: str) -> str | None:
         part, _, rest = name.partition(".")
         if part == "norm":
             return f"{outside}.norm.{rest}"
         if part != "moe":
             return f"{outside}.mixer.{rest}"
-        if (found := _EXPERTS.fullmatch(name)) is not None:
-            ours = f"{outside}.blocks.{block}.{name}"
+        if (experts := _EXPERTS.fullmatch(name)) is not None:
             count, *each = shapes[ours]
-            names = [f"{outside}.mixer.experts.{expert}.{found[1]}_proj.weight" for expert in range(count)]
+            names = [f"{outside}.mixer.experts.{expert}.{experts[1]}_proj.weight" for expert in range(count)]
             theirs = tuple(Rows(name, tuple(each)) for name in names)
-            experts.append(Equation(theirs, (Rows(ours, shapes[ours]),)))
+            found.append(Equation(theirs, (Rows(ours, shapes[ours]),)))
             return None
         inside, _, last = rest.partition(".")
         theirs_inside = {
@@ -197,12 +206,30 @@ def equations(config: Mamba2HybridConfig, shapes: Mapping[str, Shape], stored: C
         }[inside]
         return f"{outside}.mixer.{theirs_inside}.{last}"
 
-    return in_blocks(config, shapes, _OUTER, rename) + experts
+    def rename(layer: int, block: int, name: str) -> str | None:
+        outside = f"backbone.layers.{layer}"
+        return of_block(outside, name, f"{outside}.blocks.{block}.{name}")
+
+    layers = len(config.mtp_layer_blocks or [])
+    for ours, shape in shapes.items():
+        if (of_head := _HEAD.fullmatch(ours)) is None:
+            continue
+        number, layer, name = int(of_head[1]), of_head[2], of_head[3]
+        if layer is not None:
+            theirs = of_block(f"mtp.layers.{number * layers + int(layer)}", name, ours)
+        else:
+            place = layers - 1 if name.startswith("final_layernorm") else 0
+            theirs = f"mtp.layers.{number * layers + place}.{name}"
+        if theirs is not None:
+            found.append(same(theirs, ours, shape))
+    return in_blocks(config, shapes, _OUTER, rename) + found
 
 
 def canonical(config: Mamba2HybridConfig, name: str) -> str | None:
-    """The name of a stored tensor as published; None for a head that predicts further tokens, which is not run here."""
-    if name.startswith("mtp"):
+    """The name of a stored tensor as published; None for a head that predicts further tokens where the configuration
+    says that there is none.
+    """
+    if name.startswith("mtp.") and not config.num_mtp_layers:
         return None
     name = re.sub(r"^model\.", "backbone.", name)
     return "backbone.embeddings.weight" if name == "backbone.embedding.weight" else name
