@@ -50,8 +50,9 @@ class Mamba2Cache(Cache):
 
     Args:
         config: the model's configuration.
-        state_dtype: of the SSM state, such as ``torch.bfloat16`` where memory matters more than exactness. None keeps
-            what the scan computes in: fp32, and fp64 in an fp64 model.
+        state_dtype: of the SSM state, such as ``torch.bfloat16`` for half of its memory. Far into a text that costs
+            loss where the state is rounded at every step, and hardly any where steps defer writes. None keeps what the
+            scan computes in: fp32, and fp64 in an fp64 model.
         static: whether ``generate`` may compile the model over this cache (``cache_implementation="static"``).
         max_length: how many tokens a static cache has room for, padding included; a model without attention needs none.
         captured: whether ``generate`` may capture its steps into a CUDA graph: keys and values have fixed places, as in
