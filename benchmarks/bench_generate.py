@@ -5,8 +5,9 @@
 Random weights, bf16, the same for all. mamba_ssm's own model runs, and transformers' takes its fast path, where
 mamba_ssm and causal_conv1d are importable: then the last column names them. Before a time is printed, logits of the
 timed path have to agree with one forward of the whole sequence. Columns: ``replay`` is the captured step alone,
-``generate`` a token of ``model.generate`` (from two lengths, so that the prompt does not count), ``loop`` the same with
-steps that do nothing, ``prefill`` a forward of the prompt.
+``replay, writing`` the same with states written at every step where otherwise they are not, ``generate`` a token of
+``model.generate`` (from two lengths, so that the prompt does not count), ``loop`` the same with steps that do nothing,
+``prefill`` a forward of the prompt.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Case(NamedTuple):
 
 
 CASES = [Case("130m", 1), Case("2.7b", 1), Case("2.7b", 4), Case("2.7b", 16), Case("2.7b", 64)]
-CASES += [Case("2.7b", 64, torch.bfloat16), Case("780m", 1)]
+CASES += [Case("2.7b", 64, torch.bfloat16), Case("780m", 1), Case("2.7b", 8), Case("2.7b", 16, torch.bfloat16)]
+CASES += [Case("2.7b", 256), Case("2.7b", 256, torch.bfloat16)]
 
 
 def new_model(shape: str, dtype: torch.dtype = torch.bfloat16) -> Mamba2ForCausalLM:
@@ -60,7 +62,7 @@ def new_model(shape: str, dtype: torch.dtype = torch.bfloat16) -> Mamba2ForCausa
 
 
 def floor_ms(model: Mamba2ForCausalLM, case: Case, bandwidth: float) -> float:
-    """Weights once, states in and out."""
+    """Weights once, states in and out, as if they were written at every step."""
     config = model.config
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     states = config.num_hidden_layers * config.num_heads * config.head_dim * config.state_size * case.batch
@@ -115,12 +117,12 @@ def decode(case: Case, bandwidth: float, impls: list[str]) -> Iterator[dict[str,
     ids = torch.randint(1, model.config.vocab_size, (case.batch, 24), device="cuda")
     floor = floor_ms(model, case, bandwidth)
 
-    def cache() -> Mamba2Cache:
-        return Mamba2Cache(model.config, state_dtype=case.state, captured=True)
+    def cache(**options: Any) -> Mamba2Cache:
+        return Mamba2Cache(model.config, state_dtype=case.state, captured=True, **options)
 
-    def generate(tokens: int, **options: Any) -> Any:
+    def generate(tokens: int, held: Mamba2Cache | None = None, **options: Any) -> Any:
         lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-        return model.generate(ids, do_sample=False, past_key_values=cache(), **lengths, **options)
+        return model.generate(ids, do_sample=False, past_key_values=held or cache(), **lengths, **options)
 
     out = generate(8, return_dict_in_generate=True, output_logits=True)
     whole = model(out.sequences, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
@@ -133,7 +135,12 @@ def decode(case: Case, bandwidth: float, impls: list[str]) -> Iterator[dict[str,
     row = {"case": case.name, "impl": OURS, "floor_ms": floor, "error": error}
     held.graph.step(lambda _: None, token, held)
     yield row | {"what": "replay", "ms": timed(held.graph._graph.replay, 30), "memory_gib": peak()}
-    del held, out
+    if held.layers[0].clock is not None:
+        del held, out
+        held = cache(defer_writes=False)
+        generate(4, held)
+        yield row | {"what": "replay, writing", "ms": timed(held.graph._graph.replay, 30), "memory_gib": peak()}
+    held = out = None
     yield row | {"what": "generate", "ms": per_token(generate), "memory_gib": peak()}
     yield row | {"what": "first 8 tokens", "ms": wall(lambda: generate(8)), "memory_gib": peak()}
     step = type(cache().graph).step

@@ -103,6 +103,28 @@ def decode() -> str:
     return table((*header, "mamba_ssm's model", "transformers' model", "floor"), rows)
 
 
+def state_dtypes() -> str:
+    """Losses of the shipped models by the dtype of their states, far into a text."""
+    titles = {
+        "fp32": "fp32",
+        "bf16": "bf16, written at every step",
+        "bf16, deferred": "bf16, written once in 16 tokens",
+    }
+    rows = []
+    for model in dict.fromkeys(row["model"] for row in results("state_losses")):
+        last = max((row for row in results("state_losses") if row["model"] == model), key=lambda row: int(row["to"]))[
+            "to"
+        ]
+        for states, title in titles.items():
+            found = [
+                cell("state_losses", column, model=model, states=states, to=last)
+                for column in ("loss", "more", "kl", "state_error")
+            ]
+            more = ["" if states == "fp32" else f"{value:.1e}" for value in found[1:] if value is not None]
+            rows.append((f"{model}, {title}", number(found[0], 4), *more))
+    return table(("states", "loss", "more than in fp32", "KL from fp32", "error of the states"), rows)
+
+
 def prefill() -> str:
     """A long prompt."""
     names = {
@@ -296,8 +318,8 @@ def front() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        *(front, ops, decode, prefill, training, batching, hybrids, drop_in, caches, distributed, shared, context),
-        *(cpu, tiny),
+        *(front, ops, decode, state_dtypes, prefill, training, batching, hybrids, drop_in, caches, distributed, shared),
+        *(context, cpu, tiny),
     )
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import BaseTorchDispatchMode
 from mamba2_hf import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, Mamba2HybridConfig, Mamba2HybridForCausalLM
 from mamba2_hf.models.graphs import DecodeGraph, why_not
 from mamba2_hf.models.outputs import Mamba2CausalLMOutput, step_output
+from mamba2_hf.ops.runtime import tables
 
 LENGTHS = {"max_new_tokens": 12, "min_new_tokens": 12}
 WAYS: dict[str, dict[str, Any]] = {
@@ -245,6 +246,28 @@ class TestOnAGPU:
         parts += [model(part, past_key_values=cache).logits.clone() for part in ids[:, 7:].split(1, 1)]
         torch.testing.assert_close(torch.cat(parts, 1)[:, -2:], model(ids).logits[:, -2:], atol=2e-5, rtol=1e-4)
         assert cache.graph.is_captured
+
+    @pytest.mark.parametrize("way", CHANGES)
+    @pytest.mark.parametrize("make", [pure, hybrid])
+    def test_a_changed_cache_that_defers_writes_is_decoded_on(
+        self, make: Any, way: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tables, "RING_ROWS", {4: 2})
+        check_change(make, way, DecodeGraph(), "cuda")
+
+    @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
+    @torch.no_grad()
+    def test_deferred_writes_come_to_the_same_for_as_long_as_it_goes(self, state_dtype: torch.dtype | None) -> None:
+        model, ids = pure().cuda(), torch.randint(2, 97, (16, 300), device="cuda")
+        caches = [Mamba2Cache(model.config, state_dtype=state_dtype, captured=captured) for captured in (False, True)]
+        for cache in caches:
+            model(ids[:, :4], past_key_values=cache)
+        assert all(layer.clock is not None for layer in caches[0].layers)
+        for token in ids[:, 4:].split(1, 1):
+            found = [model(token, past_key_values=cache).logits for cache in caches]
+            assert torch.equal(*found)
+        assert caches[1].graph.is_captured
+        assert all(torch.equal(a.ssm, b.ssm) for a, b in zip(caches[0].layers, caches[1].layers, strict=True))
 
     def test_speculation_goes_without(self) -> None:
         model = pure().cuda()

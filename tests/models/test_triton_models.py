@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hybrids import make_hybrid
+from test_captured_decoding import CHANGES, prompts, pure
 from torch import Tensor
 
+from mamba2_hf import Mamba2Cache, PrefixCache, Request, generate_batch
 from mamba2_hf.ops import dispatch, use_backend
+from mamba2_hf.ops.runtime import tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"num_heads": 4, "head_dim": 16}  # a program per head: the fewer, the faster the interpreter
+ONE_LAYER = {"num_hidden_layers": 1, "num_heads": 2, "hidden_size": 16}
+STATE_CHANGES = ("reordered", "selected, fewer", "repeated", "a row replaced", "tokens taken back", "a block")
+STATE_CHANGES += ("to its own device", "inference mode left", "reset", "every buffer")
 
 
 @pytest.fixture(autouse=True)
@@ -133,3 +141,140 @@ def test_one_graph(tiny_model: Callable[..., Any], tokens: Tensor, served: list[
             ]
             torch.testing.assert_close(*logits)
     assert {"gated_rms_norm", "mamba2_layer", "mamba2_layer_step"} <= set(served)
+
+
+class TestDeferredWrites:
+    """States that are written once in some tokens, after every operation on a cache that they cannot tell from others.
+
+    The ring is short here, so that few steps go around it more than once, and serves few sequences.
+    """
+
+    @pytest.fixture(autouse=True)
+    def _few_and_short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tables, "RING", 16 if torch.cuda.is_available() else 4)
+        monkeypatch.setattr(tables, "RING_ROWS", {4: 2, 2: 2})
+
+    @pytest.mark.parametrize("way", STATE_CHANGES)
+    @torch.no_grad()
+    def test_a_cache_is_changed_between_steps(self, way: str) -> None:
+        """The same states and logits as without, in the middle of the ring and after it has come around again."""
+        model, change = pure(**ONE_LAYER).to(DEVICE), CHANGES[way][0]
+        draw = torch.Generator().manual_seed(0)
+        states = [torch.randn(3, *shape, generator=draw).to(DEVICE) for shape in ((64, 3), (2, 16, 16))]
+
+        def run(defer_writes: bool) -> tuple[Tensor, ...]:
+            cache = Mamba2Cache(model.config, static=True, max_length=64, defer_writes=defer_writes)
+            cache.layers[0].update(*states)  # of a prompt, which takes the interpreter long
+            cache.seen_tokens = 9
+            assert (cache.layers[0].clock is not None) == defer_writes
+            logits = []
+            for token in range(3, 8):
+                logits.append(model(torch.full((3, 1), token, device=DEVICE), past_key_values=cache).logits)
+            change(cache, model)
+            for token in range(4, 9):
+                rows = torch.full((cache.batch_size, 1), token, device=DEVICE)
+                rows[0] += 9
+                logits.append(model(rows, past_key_values=cache).logits)
+            return *logits, cache.layers[0].ssm, cache.layers[0].conv
+
+        with use_backend("torch"):
+            expected = run(False)
+        for found, wanted in zip(run(True), expected, strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+    @torch.no_grad()
+    def test_states_are_saved_copied_and_moved_in_the_middle(self, tmp_path: Path) -> None:
+        """Those that go on and those that were kept do so with the same bits."""
+        model, steps = pure(**ONE_LAYER).to(DEVICE), prompts(2, "cpu")["input_ids"].to(DEVICE)
+        cache = Mamba2Cache(model.config)
+        for part in steps.split([3, *[1] * 6], 1):
+            model(part, past_key_values=cache)
+        copied = copy.deepcopy(cache)
+        cache.save(tmp_path / "state.safetensors", model)
+        loaded = Mamba2Cache.load(tmp_path / "state.safetensors", model)
+        with use_backend("torch"):
+            whole = model(torch.cat([steps, steps], 1)).logits[:, 9:]
+        parts = [[model(part, past_key_values=kept).logits for part in steps.split(1, 1)] for kept in (cache, loaded)]
+        assert torch.equal(torch.cat(parts[0], 1), torch.cat(parts[1], 1))
+        parts.append([model(part, past_key_values=copied.to(DEVICE)).logits for part in steps.split(1, 1)])
+        for found in parts:
+            torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-5, rtol=1e-4)
+
+    @torch.no_grad()
+    def test_other_ways_through_a_layer_find_settled_states(self) -> None:
+        """A block, a hooked mixer, another backend and gradients, each between steps that defer writes."""
+        model, steps = pure(**ONE_LAYER).to(DEVICE), prompts(2, "cpu")["input_ids"].to(DEVICE)
+        cache, parts = Mamba2Cache(model.config), []
+
+        def feed(*pieces: Tensor) -> None:
+            parts.extend(model(piece, past_key_values=cache).logits.detach() for piece in pieces)
+
+        text = torch.cat([steps, steps, steps], 1)
+        pieces = text.split([2, 1, 1, 1, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 7], 1)
+        feed(*pieces[:7])
+        handle = model.backbone.layers[0].mixer.in_proj.register_forward_hook(lambda *_: None)
+        feed(*pieces[7:9])
+        handle.remove()
+        feed(*pieces[9:11])
+        with use_backend("torch"):
+            feed(*pieces[11:13])
+        feed(pieces[13])
+        with torch.enable_grad():
+            feed(pieces[14])
+        feed(*pieces[15:])
+        with use_backend("torch"):
+            whole = model(text).logits
+        torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.slow
+    @torch.no_grad()
+    def test_steps_are_compiled(self) -> None:
+        """In one graph, with a ring that was made before; a compiled prompt makes none."""
+        model, ids = pure(**ONE_LAYER).to(DEVICE), prompts(2, "cpu")["input_ids"].to(DEVICE)
+        step = torch.compile(model, fullgraph=True, backend="aot_eager")
+        caches = [model(ids[:, :3]).past_key_values for _ in range(2)]
+        for part in ids[:, 3:].split(1, 1):
+            logits = [run(part, past_key_values=kept).logits for run, kept in zip((model, step), caches, strict=True)]
+            torch.testing.assert_close(*logits)
+        torch.testing.assert_close(*(kept.layers[0].ssm for kept in caches))
+        prompt = Mamba2Cache(model.config)
+        torch.testing.assert_close(step(ids, past_key_values=prompt).logits, model(ids).logits)
+        assert prompt.layers[0].clock is None
+
+    def test_batches_that_requests_join_and_leave(self) -> None:
+        """Each row has a clock of its own; prompts go on from states of rows that are in the middle of theirs."""
+        model = pure(**ONE_LAYER, eos_token_id=None).to(DEVICE)
+        draw = torch.Generator().manual_seed(0)
+        shared = torch.randint(2, 97, (6,), generator=draw)
+        requests = []
+        for new in (9, 4, 12, 6):
+            own = torch.randint(2, 97, (new % 5,), generator=draw)
+            requests.append(Request(torch.cat([shared, own]), {"max_new_tokens": new, "do_sample": False}))
+        kept = PrefixCache(2**24, min_tokens=1)
+        ended = generate_batch(model, requests, slots=2, prefix_cache=kept)
+        assert kept.stats.hits
+        further = [[*request.input_ids.tolist(), *done.tokens] for request, done in zip(requests, ended, strict=True)]
+        more = [Request(text, {"max_new_tokens": 3, "do_sample": False}) for text in further]
+        again = generate_batch(model, more, slots=2, prefix_cache=kept)
+        with use_backend("torch"):
+            for request, done in zip([*requests, *more], [*ended, *again], strict=True):
+                ids = torch.as_tensor(request.input_ids)[None].to(DEVICE)
+                alone = model.generate(ids, **request.settings)[0, ids.shape[1] :].tolist()
+                assert done.tokens == alone
+
+    def test_beams(self) -> None:
+        model = pure(**ONE_LAYER).to(DEVICE)
+        options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "min_new_tokens": 8}
+        found, expected = on_both(lambda: model.generate(**prompts(1, DEVICE), **options))
+        assert torch.equal(found, expected)
+
+    @torch.no_grad()
+    def test_hybrids(self) -> None:
+        model = make_hybrid("plain", ssm_num_heads=2, ssm_head_dim=16, ssm_state_size=16).to(DEVICE)
+        ids = prompts(2, "cpu")["input_ids"].to(DEVICE) % 61
+        caches = [model(ids[:, :2]).past_key_values for _ in range(2)]
+        assert any(getattr(layer, "clock", None) is not None for layer in caches[0].layers)
+        for part in ids[:, 2:].split(1, 1):
+            found = model(part, past_key_values=caches[0]).logits
+            with use_backend("torch"):
+                torch.testing.assert_close(found, model(part, past_key_values=caches[1]).logits, atol=1e-5, rtol=1e-4)

@@ -48,6 +48,8 @@ MIXER_KERNELS = {
     "state_update_kernel",
     "step_kernel",
     "finish_kernel",
+    "convolve_rows_kernel",
+    "advance_rows_kernel",
     "enter_kernel",
     "enter_step_kernel",
     "leave_kernel",
@@ -74,9 +76,9 @@ MIXER_KERNELS = {
 ROWS_KERNELS = {  # of several sequences' steps, where these were timed
     "norm_rows_kernel",
     "enter_rows_kernel",
-    "convolve_rows_kernel",
-    "advance_rows_kernel",
     "leave_rows_kernel",
+    "ring_step_kernel",
+    "settle_kernel",
 }
 CAPABILITIES = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB that a program may have
@@ -153,15 +155,17 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
     from mamba2_hf.ops.cross_entropy import triton as loss
     from mamba2_hf.ops.mixer import step as mixer_step
     from mamba2_hf.ops.mixer import triton as training
+    from mamba2_hf.ops.mixer.advance import new_ring, settle
     from mamba2_hf.ops.mixer.op import Joined, LayerStep, Step
     from mamba2_hf.ops.mlp import triton as mlp
     from mamba2_hf.ops.mlp.op import ACTIVATIONS, ExpertsStep, Gated, MLPStep
     from mamba2_hf.ops.norm import triton as norm
     from mamba2_hf.ops.norm.op import Norm
+    from mamba2_hf.ops.runtime import tables
     from mamba2_hf.ops.runtime.peers import Exchange, exchange
     from mamba2_hf.ops.scan import update as scan_update
     from mamba2_hf.ops.scan.op import Update
-    from mamba2_hf.ops.spec import LayerWeights, Linear, MixerSpec, MixerWeights, Packing, Peers
+    from mamba2_hf.ops.spec import LayerWeights, Linear, MixerSpec, MixerWeights, Packing, Peers, RingState
 
     _set_chip(target)
     H, P, N, K, T = 80, 64, 128, 4, 16
@@ -211,6 +215,9 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
             rows_of_step = zeros(batch, 1 + batch % 2, rows.shape[-1])
             spec = MixerSpec(P, 1, group_size=inner)
             mixer_step.mamba2_step(Step(rows_of_step, zeros(batch, channels, K - 1), ssm_state, mixer, spec))
+        many = tables.MANY_ROWS + 1
+        states = zeros(many, channels, K - 1), zeros(many, H, P, N, dtype=torch.float32)
+        mixer_step.mamba2_step(Step(zeros(many, 1, rows.shape[-1]), *states, mixer, spec))
         entering = rows.shape[-1]
         mixer = mixer._replace(A=None, A_log=per_head)
         one = [(1, inner // 2, inner), (1, inner // 2, inner // 8), (1, 768, inner)]
@@ -233,6 +240,16 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
                         ),
                     )
                 )
+        stream = zeros(64, 1, 2560, dtype=torch.float32)
+        weights = LayerWeights(zeros(2560), Linear(zeros(entering, 2560)), mixer, Linear(zeros(2560, inner)))
+        for kept in (torch.float32, torch.bfloat16):
+            states = zeros(64, channels, K - 1), zeros(64, H, P, N, dtype=kept)
+            ring = new_ring(*states)
+            for call in (weights, weights._replace(mixer=mixer._replace(gated_norm_weight=None))):
+                spec = MixerSpec(P, 1, group_size=inner)
+                training.mamba2_layer_step(LayerStep(stream, *states, call, spec, ring=ring))
+            if ring.clock is not None:
+                settle(RingState(states[1], ring))
         for batch, size in (
             (1, 2 * inner),
             (1, inner // 8),

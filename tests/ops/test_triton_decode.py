@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from mamba2_hf.errors import ArgumentError
-from mamba2_hf.ops import causal_conv1d_update, mamba2_inner, mamba2_layer_step, mamba2_step, ssd_state_update
+from mamba2_hf.ops import (
+    NO_RING,
+    LayerStep,
+    LayerWeights,
+    Linear,
+    MixerSpec,
+    MixerWeights,
+    Ring,
+    causal_conv1d_update,
+    layer_step,
+    mamba2_inner,
+    mamba2_layer_step,
+    mamba2_step,
+    new_ring,
+    settle,
+    ssd_state_update,
+    use_backend,
+)
 from mamba2_hf.ops.dispatch import backend_module
 from mamba2_hf.ops.runtime import tables
 from mamba2_hf.ops.spec import SSDShape
@@ -137,6 +155,8 @@ STEPS: list[tuple[tuple[int, ...], int, int, dict[str, object]]] = [  # sizes, T
         (SIZES[0], 2, 3, o)
         for o in ({"norm_before_gate": True}, {"log_rates": True}, {"norm_weight": None}, {"dt_limit": (0.1, 0.5)})
     ),
+    *(((65, 2, 8, 1, 16), 1, L, o) for L, o in ((3, {}), (4, {"norm_before_gate": True, "log_rates": True}))),
+    ((65, 1, 8, 1, 16), 1, 3, {"norm_weight": None}),
 ]
 
 
@@ -338,3 +358,112 @@ def test_layer_step_names_what_does_not_fit() -> None:
         mamba2_layer_step(d(1, 1, 8), *states, **{**named, "out_weight": d(7, 8)}, n_groups=1)
     with pytest.raises(ArgumentError, match=r"in_weight has shape"):
         mamba2_layer_step(d(1, 1, 9), *states, **named, n_groups=1)
+
+
+RINGS: list[tuple[tuple[int, ...], int, dict[str, object]]] = [  # B, H, P, G, N; rows of a launch of its own; options
+    ((2, 3, 16, 1, 32), 64, {}),
+    ((3, 2, 32, 2, 16), 64, {"norm_before_gate": True, "dt_limit": (0.1, 0.5)}),
+    ((2, 3, 16, 1, 32), 1, {"bare": True, "columns": 4}),
+    ((2, 2, 16, 2, 16), 1, {"norm_before_gate": True}),
+]
+
+
+@pytest.fixture
+def short_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sequences have a ring, and few steps go around it several times."""
+    monkeypatch.setattr(tables, "RING", 16 if torch.cuda.is_available() else 4)
+    monkeypatch.setattr(tables, "RING_ROWS", {4: 2, 2: 2})
+
+
+def layer_call(
+    positional: list[Tensor], named: dict[str, Tensor | None], sizes: tuple[int, ...], ring: Ring, **options: object
+) -> LayerStep:
+    """A layer's step as a record."""
+    _, H, P, G, _ = sizes
+    w = SimpleNamespace(**named)
+    mixer = MixerWeights(w.conv_weight, w.conv_bias, w.dt_bias, None, w.A_log, w.D, w.gated_norm_weight)
+    weights = LayerWeights(w.norm_weight, Linear(w.in_weight, w.in_bias), mixer, Linear(w.out_weight, w.out_bias))
+    return LayerStep(*positional, weights, MixerSpec(P, G, group_size=H * P // G, **options), ring=ring)
+
+
+@pytest.mark.usefixtures("short_ring")
+@pytest.mark.parametrize(("sizes", "rows", "options"), RINGS)
+def test_states_written_once_in_a_ring(
+    sizes: tuple[int, ...], rows: int, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs and states are no further from fp64 than those of states written at every step, whatever the phase of a
+    row: some are replaced on the way, and all are settled once. What was never written is NaN.
+    """
+    monkeypatch.setattr(tables, "step_rows", lambda chip: rows)
+    given = {key: options[key] for key in ("bare", "columns") if key in options}
+    options = {key: value for key, value in options.items() if key not in given}
+    positional, named = layer_inputs(sizes, 24, **given)
+    exact = [t.clone() for t in positional[1:]]
+    plain, kept = ([t.to(DEVICE, torch.float32) for t in positional[1:]] for _ in range(2))
+    weights = {k: None if t is None else t.to(DEVICE, torch.float32) for k, t in named.items()}
+    ring = new_ring(*kept)
+    assert ring.clock is not None
+    source, steps = generator(), 3 * tables.RING + 2
+    far, near = [], []
+    for t in range(steps):
+        if t in (3, steps // 2):
+            for states in (exact, plain, kept):
+                states[1][t % 2] = positional[2][1 - t % 2]
+            ring.clock[t % 2] = 0
+        if t == steps - 5:
+            settle(kept[1], ring)
+            assert not ring.clock.any()
+        stream = torch.randn(sizes[0], 1, 24, generator=source, dtype=torch.float64)
+        expected = layer_step(layer_call([stream, *exact], named, sizes, NO_RING, **options), "torch")
+        ours = stream.to(DEVICE, torch.float32)
+        for states, found, of in ((plain, far, NO_RING), (kept, near, ring)):
+            y = layer_step(layer_call([ours, *states], weights, sizes, of, **options), "triton")
+            found.append((y.double().cpu() - expected).norm() / expected.norm())
+    assert int(ring.clock.max()) < 2 * tables.RING
+    settle(kept[1], ring)
+    close(kept[0], exact[0], 1e-6)
+    close(kept[1], exact[1], 1e-6)
+    assert torch.stack(near).mean() <= 1.2 * torch.stack(far).mean()
+    off = [float((states[1].double().cpu() - exact[1]).norm()) for states in (kept, plain)]
+    assert off[0] <= 1.5 * off[1]
+
+
+@pytest.mark.usefixtures("short_ring")
+def test_states_in_16_bits_drift_less_with_a_ring() -> None:
+    """They are rounded once in a ring, not at every step, which counts where they decay slowly; PyTorch settles them
+    before a step of its own.
+    """
+    sizes = (2, 1, 16, 1, 16)
+    positional, named = layer_inputs(sizes, 24, bare=True)
+    named |= {"dt_bias": torch.full((1,), -4.0), "A_log": torch.full((1,), -4.0)}
+    named["in_weight"][-1] = 0.0  # steps of one size
+    weights = {k: None if t is None else t.to(DEVICE, torch.float32) for k, t in named.items()}
+    start = [positional[1].to(DEVICE, torch.float32), positional[2].to(DEVICE, torch.half)]
+    exact, plain, kept = ([t.clone() for t in start] for _ in range(3))
+    exact[1] = exact[1].float()
+    ring, source = new_ring(*kept), generator()
+    for t in range(10 * tables.RING):
+        stream = torch.randn(2, 1, 24, generator=source).to(DEVICE)
+        layer_step(layer_call([stream, *exact], weights, sizes, NO_RING), "torch")
+        layer_step(layer_call([stream, *plain], weights, sizes, NO_RING), "triton")
+        layer_step(layer_call([stream, *kept], weights, sizes, ring), "torch" if t == 13 else "triton")
+    settle(kept[1], ring)
+    off = [float((states[1].float() - exact[1]).norm()) for states in (kept, plain)]
+    assert off[0] < 0.7 * off[1]
+
+
+def test_where_a_ring_serves(short_ring: None) -> None:
+    """Several sequences, on Hopper, with sizes that kernels have."""
+    conv = torch.zeros(16, 2 * 16 + 2 * 16, 3, device=DEVICE)
+    for rows, dtype, P, N, serves in (
+        (2, torch.float32, 16, 16, True),
+        (1, torch.float32, 16, 16, False),
+        (2, torch.bfloat16, 16, 16, True),
+        (2, torch.float32, 24, 16, False),
+        (2, torch.float32, 16, 8, False),
+    ):
+        state = torch.zeros(rows, 2, P, N, dtype=dtype, device=DEVICE)
+        assert (new_ring(conv[:rows], state).clock is not None) == serves
+    with use_backend("torch"):
+        assert new_ring(conv[:2], torch.zeros(2, 2, 16, 16, device=DEVICE)) == NO_RING
+    assert not tables.keeps_ring(tables.Chip("cuda", 80, 108), torch.float32, 64, 64, 128)

@@ -194,10 +194,8 @@ class Mamba2Mixer(KeepsFp32):
         residual: Tensor | None,
     ) -> Tensor:
         """:meth:`layer` for one token of each sequence."""
-        conv, ssm = state.initial(stream.shape[0])
-        assert conv is not None  # the state has started
-        assert ssm is not None
-        call = ops.LayerStep(stream, conv, ssm, weights, spec, state.ready, residual)
+        conv, ssm, ring, ready = state.for_step(stream.shape[0])
+        call = ops.LayerStep(stream, conv, ssm, weights, spec, ready, residual, ring=ring)
         if self.partners is None:
             return ops.layer_step(call)
         return ops.shared_layer_step(call._replace(peers=self.partners.peers(stream)), self.partners.total)

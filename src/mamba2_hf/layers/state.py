@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import CacheError
 
+_RING = ("ring_x", "ring_decays", "ring_B", "clock")
 NOT_RECORDED = (
     "the cache is recorded, to take tokens back, and padding or packed documents came: read those before "
     "activate_past_recording(). A compiled forward takes every attention_mask for padding: leave it out where all "
@@ -110,25 +111,63 @@ class SSDState(Recorder):
 
     Buffers are made by the first :meth:`update`. The state holds no autograd graph.
 
+    Steps of several sequences on a GPU keep the last tokens' inputs in a ring, and write the SSM state once in 16
+    tokens. Nobody else sees that: whatever reads ``ssm`` finds the last token in it.
+
     A state cannot be run backwards. While it is recorded, it keeps a copy from before the recorded tokens, and of every
     token what it depends on; :meth:`crop` scans the tokens that stay again, from that copy. It calls no module and
     reads no parameter, as their weights need not be there outside of a forward: offloaded and sharded ones are not.
 
     Args:
         ssm_dtype: of the SSM state; None for what the scan computes in, fp32 (fp64 in an fp64 model).
+        defer_writes: whether steps may write the SSM state once in 16 tokens, where that is faster.
     """
 
-    names = ("conv", "ssm", "ready")
+    names = ("conv", "held", "ready", *_RING)
 
-    def __init__(self, ssm_dtype: torch.dtype | None = None) -> None:
-        self.ssm_dtype = ssm_dtype
+    def __init__(self, ssm_dtype: torch.dtype | None = None, defer_writes: bool = True) -> None:
+        self.ssm_dtype, self.defer_writes = ssm_dtype, defer_writes
         self.conv: Tensor | None = None
-        self.ssm: Tensor | None = None
+        self.held: Tensor | None = None  # the SSM state, as of the last token or an earlier one: see `ssm`
         self.ready: Tensor | None = None  # (1,) int32, zero between steps: for ops.mamba2_layer_step
+        self.ring_x: Tensor | None = None  # these four are an ops.Ring
+        self.ring_decays: Tensor | None = None
+        self.ring_B: Tensor | None = None
+        self.clock: Tensor | None = None
+        self._in_use = False  # whether a step has ever got the ring; those of a captured graph tell nobody
         self.started = False
         self.recorded: list[Recorded] = []
         self._before: tuple[Tensor, Tensor] | None = None
         self._decay: tuple[Tensor, tuple[float, float]] | None = None
+
+    @property
+    def ssm(self) -> Tensor | None:
+        """The SSM state ``(B, H, P, N)`` behind the last token; None before the first update. To be written in place by
+        whoever reads it, and not kept past the next step, which may put its token elsewhere.
+        """
+        self.settle()
+        return self.held
+
+    def settle(self, row: int | None = None) -> None:
+        """Brings the SSM state up to the last token: of all sequences, or of one, and the others keep their bits."""
+        if not self._in_use:
+            return
+        self.leave_inference_mode()
+        assert self.held is not None
+        rows = slice(None) if row is None else slice(row, row + 1)
+        ops.settle(self.held[rows], ops.Ring(*(part[rows] for part in self._ring if part is not None)))
+
+    @property
+    def _ring(self) -> ops.Ring:
+        return ops.Ring(*(getattr(self, name) for name in _RING))
+
+    def _make_ring(self) -> None:
+        """Makes a new ring for the states that are held, where there is to be one; they are settled."""
+        ring, compiled = ops.NO_RING, torch.compiler.is_compiling()  # which cannot ask a GPU what it is
+        if self.defer_writes and not compiled and self.conv is not None and self.held is not None:
+            ring = ops.new_ring(self.conv, self.held)
+        self.replace(**dict(zip(_RING, ring, strict=True)))
+        self._in_use = False
 
     def record(
         self, inputs: Tensor, x: Tensor, dt: Tensor, B: Tensor, A: Tensor, dt_limit: tuple[float, float]
@@ -141,7 +180,7 @@ class SSDState(Recorder):
             dt_limit: clamp of the step sizes.
         """
         if not self.recorded:
-            started = self.started and self.conv is not None and self.ssm is not None
+            started = self.started and self.conv is not None
             self._before = (self.conv.clone(), self.ssm.clone()) if started else None  # type: ignore[union-attr]
             self._decay = A.detach(), dt_limit
         self.recorded.append(Recorded(inputs.detach(), x.detach(), dt.detach(), B.detach()))
@@ -183,21 +222,24 @@ class SSDState(Recorder):
     def update(self, conv: Tensor, ssm: Tensor) -> None:
         """Stores the states after a block of tokens."""
         conv, ssm = conv.detach(), ssm.detach()
-        if self.conv is None or self.ssm is None or (not self.started and self.conv.shape != conv.shape):
+        if self.conv is None or self.held is None or (not self.started and self.conv.shape != conv.shape):
             self.allocate(conv, ssm)
         else:
             self.leave_inference_mode()
             self.conv.copy_(conv)
-            self.ssm.copy_(ssm)
+            self.held.copy_(ssm)
+            if self.clock is not None:
+                self.clock.zero_()
         self.started = True
 
     def allocate(self, conv: Tensor, ssm: Tensor) -> None:
         """Makes the buffers, holding copies of these states."""
         self.replace(
             conv=conv.clone(memory_format=torch.contiguous_format),
-            ssm=ssm.to(self.ssm_dtype or ssm.dtype, copy=True, memory_format=torch.contiguous_format),
+            held=ssm.to(self.ssm_dtype or ssm.dtype, copy=True, memory_format=torch.contiguous_format),
             ready=torch.zeros(1, dtype=torch.int32, device=conv.device),
         )
+        self._make_ring()
 
     def initial(self, batch: int) -> tuple[Tensor | None, Tensor | None]:
         """The states to continue from, or a pair of None before the first update: the buffers themselves, but copies
@@ -206,11 +248,27 @@ class SSDState(Recorder):
         Raises:
             CacheError: the state belongs to another batch size.
         """
-        if not self.started or self.conv is None or self.ssm is None:
+        if not self.started or self.conv is None or self.held is None:
             return None, None
         check_rows(self.conv.shape[0], batch)
         self.leave_inference_mode()
-        return (self.conv.clone(), self.ssm.clone()) if torch.is_grad_enabled() else (self.conv, self.ssm)
+        self.settle()
+        return (self.conv.clone(), self.held.clone()) if torch.is_grad_enabled() else (self.conv, self.held)
+
+    def for_step(self, batch: int) -> tuple[Tensor, Tensor, ops.Ring, Tensor | None]:
+        """What ``ops.layer_step`` updates in place, of a state that has started: the convolution's last inputs, the SSM
+        state with its ring, and what programs count in.
+
+        Raises:
+            CacheError: the state belongs to another batch size.
+        """
+        assert self.conv is not None
+        assert self.held is not None
+        check_rows(self.conv.shape[0], batch)
+        self.leave_inference_mode()
+        if self.clock is not None:
+            self._in_use = True
+        return self.conv, self.held, self._ring, self.ready
 
     def leave_inference_mode(self) -> None:
         """Replaces buffers made under ``torch.inference_mode``, all or none: a step asks this of every layer."""
@@ -225,7 +283,7 @@ class SSDState(Recorder):
     @property
     def nbytes_of_row(self) -> int:
         """Bytes of the states of one sequence, 0 before the first update."""
-        return sum(held[0].nbytes for held in (self.conv, self.ssm) if held is not None)
+        return sum(held[0].nbytes for held in (self.conv, self.held) if held is not None)
 
     def reset(self) -> None:
         """Forgets everything, keeping the buffers for the next update."""
@@ -235,17 +293,24 @@ class SSDState(Recorder):
     def put(self, row: int, other: SSDState | None) -> None:
         """Replaces a sequence by the only one of another state, or by none, in place."""
         self.leave_inference_mode()
-        for name in ("conv", "ssm"):
+        if other is not None:
+            other.settle()
+        for name in ("conv", "held"):
             buffer = getattr(self, name)[row]
             if other is None:
                 buffer.zero_()
             else:
                 buffer.copy_(getattr(other, name)[0])
+        if self.clock is not None:
+            self.clock[row] = 0
 
     def gather(self, rows: Sequence[tuple[SSDState, int] | None]) -> None:
         """Holds copies of single sequences of other states from now on, zeros for None; not all are None."""
         source = next(row[0] for row in rows if row is not None)
-        for name in ("conv", "ssm"):
+        for row in rows:
+            if row is not None:
+                row[0].settle(row[1])
+        for name in ("conv", "held"):
             held: Tensor = getattr(source, name)
             buffer = held.new_zeros(len(rows), *held.shape[1:])
             for place, row in zip(buffer, rows, strict=True):
@@ -254,14 +319,24 @@ class SSDState(Recorder):
             self.replace(**{name: buffer})
         assert self.conv is not None
         self.replace(ready=torch.zeros(1, dtype=torch.int32, device=self.conv.device))
+        self._make_ring()
         self.started = True
 
     def select(self, indices: Tensor) -> None:
         """Keeps the sequences at ``indices (B',)``, in that order; what was recorded is settled."""
         self._forget()
         self.leave_inference_mode()
-        if self.conv is not None and self.ssm is not None:  # `ready` is not by sequence
-            self.replace(conv=pick(self.conv, indices), ssm=pick(self.ssm, indices))
+        if self.conv is None:
+            return
+        names = ["conv", "held"]  # `ready` is not by sequence
+        as_many = len(indices) == len(self.conv)
+        if not as_many:
+            self.settle()
+        elif self.clock is not None:
+            names += _RING
+        self.replace(**{name: pick(getattr(self, name), indices) for name in names})
+        if not as_many:
+            self._make_ring()
 
     def to(self, device: torch.device | str) -> SSDState:
         """Moves the buffers and what was recorded; returns itself, as hooks that move a module's inputs expect."""
@@ -270,5 +345,9 @@ class SSDState(Recorder):
             self._before = self._before[0].to(device), self._before[1].to(device)
         if self._decay is not None:
             self._decay = self._decay[0].to(device), self._decay[1]
+        before = self.held
+        self.settle()
         super().to(device)
+        if self.held is not before:
+            self._make_ring()
         return self

@@ -50,12 +50,17 @@ class Mamba2Cache(Cache):
 
     Args:
         config: the model's configuration.
-        state_dtype: of the SSM state, such as ``torch.bfloat16`` where memory matters more than exactness. None keeps
-            what the scan computes in: fp32, and fp64 in an fp64 model.
+        state_dtype: of the SSM state, such as ``torch.bfloat16`` for half of its memory. Far into a text that costs
+            loss where the state is rounded at every step, and hardly any where steps defer writes. None keeps what the
+            scan computes in: fp32, and fp64 in an fp64 model.
         static: whether ``generate`` may compile the model over this cache (``cache_implementation="static"``).
         max_length: how many tokens a static cache has room for, padding included; a model without attention needs none.
         captured: whether ``generate`` may capture its steps into a CUDA graph: keys and values have fixed places, as in
             a static cache, and room for ``max_length`` tokens at first, then for as many as come.
+        defer_writes: whether steps may write the SSM states once in 16 tokens in place of every time, and keep the
+            inputs of the last tokens beside them: on a Hopper GPU for 8 sequences and more, 16 with states of 16 bits.
+            Steps take less time, states 7 % more memory (14 % in 16 bits), and states of 16 bits are rounded 16 times
+            less often. False writes them at every step.
 
     Raises:
         CacheError: an argument is out of range, or ``max_length`` is missing.
@@ -69,6 +74,7 @@ class Mamba2Cache(Cache):
         static: bool = False,
         max_length: int | None = None,
         captured: bool = False,
+        defer_writes: bool = True,
     ) -> None:
         if state_dtype is not None and not state_dtype.is_floating_point:
             raise CacheError(f"state_dtype is {state_dtype}, expected a floating dtype, or None for the scan's own")
@@ -79,7 +85,8 @@ class Mamba2Cache(Cache):
         windows = {"attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
         super().__init__(
             layers=[
-                KeyValueState(windows[kind], capacity) if kind in windows else SSDState(state_dtype) for kind in kinds
+                KeyValueState(windows[kind], capacity) if kind in windows else SSDState(state_dtype, defer_writes)
+                for kind in kinds
             ]
         )
         self.key_counts = KeyCounts(capacity) if windows.keys() & set(kinds) else None

@@ -25,6 +25,8 @@ from .mixer.op import (
     mamba2_layer,
     mamba2_layer_step,
     mamba2_step,
+    new_ring,
+    settle,
     shared_layer_step,
     step,
 )
@@ -34,9 +36,10 @@ from .norm.op import gated_rms_norm
 from .partners import Partners
 from .scan.op import ssd_chunk_scan, ssd_state_update
 from .scan.reference import ssd_attention_matrix
-from .spec import LayerWeights, Linear, LowRank, MixerSpec, MixerWeights, Packing, Peers
+from .spec import NO_RING, LayerWeights, Linear, LowRank, MixerSpec, MixerWeights, Packing, Peers, Ring
 
 __all__ = [
+    "NO_RING",
     "AttentionStep",
     "ExpertsStep",
     "Inner",
@@ -51,6 +54,7 @@ __all__ = [
     "Packing",
     "Partners",
     "Peers",
+    "Ring",
     "Step",
     "activate",
     "attend_one",
@@ -69,7 +73,9 @@ __all__ = [
     "mamba2_layer_step",
     "mamba2_step",
     "mlp_step",
+    "new_ring",
     "rotary",
+    "settle",
     "shared_layer_step",
     "ssd_attention_matrix",
     "ssd_chunk_scan",

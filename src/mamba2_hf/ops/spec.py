@@ -179,6 +179,30 @@ class Peers(NamedTuple):
     """Numbers that a device can send at once. It has ``2 * size`` times as many words of 8 bytes, zeros at first."""
 
 
+class Ring(NamedTuple):
+    """The last inputs of a state that is written once in R tokens: see ``mixer/advance.py``. All are there, or None."""
+
+    x: State | None = None
+    """``(B, H, R, P)``"""
+    decays: State | None = None
+    """``(B, H, 2, R)``, fp32: log decay since the state of the head, and step size."""
+    B: State | None = None
+    """``(B, G, R, N)``"""
+    clock: State | None = None
+    """``(B,)``, int32: tokens since the state was set, from 2 R on less R."""
+
+
+NO_RING = Ring()
+
+
+class RingState(NamedTuple):
+    """A state and its ring: the arguments of :func:`mamba2_hf.ops.settle`."""
+
+    ssm_state: State
+    """``(B, H, P, N)``"""
+    ring: Ring
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of decays, states and sums: fp64 for fp64 inputs, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

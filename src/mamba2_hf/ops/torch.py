@@ -14,6 +14,7 @@ from .mixer.torch import mamba2_layer as mamba2_layer
 from .mixer.torch import mamba2_layer_part as mamba2_layer_part
 from .mixer.torch import mamba2_layer_step as mamba2_layer_step
 from .mixer.torch import mamba2_step as mamba2_step
+from .mixer.torch import new_ring as new_ring
 from .mixer.torch import sums_over_peers as sums_over_peers
 from .mlp.torch import experts_step as experts_step
 from .mlp.torch import gated_activation as gated_activation

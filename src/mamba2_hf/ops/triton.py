@@ -12,6 +12,8 @@ from .conv import op as conv
 from .conv.triton import causal_conv1d as causal_conv1d
 from .conv.triton import causal_conv1d_update as causal_conv1d_update
 from .cross_entropy.triton import cross_entropy_rows as cross_entropy_rows
+from .mixer.advance import new_ring as new_ring
+from .mixer.advance import settle as settle
 from .mixer.step import mamba2_step as mamba2_step
 from .mixer.triton import joined as joined
 from .mixer.triton import mamba2_inner as mamba2_inner

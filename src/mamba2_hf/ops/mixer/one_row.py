@@ -28,8 +28,7 @@ from ..runtime.overlap import follow, overlap
 from ..runtime.peers import constants, send, sum_number, total
 from ..runtime.rows import channels_last, dense
 from ..runtime.tables import cdiv, power_of_two, state_programs
-from ..scan.prep import _silu
-from ..scan.update import _step_size
+from ..scan.prep import _silu, _step_size
 from ..spec import Linear, Peers
 from .op import LayerStep
 from .step import _shift, part_multiplier, step_kernel
@@ -276,7 +275,7 @@ def one_row_step(call: LayerStep, part: bool = False) -> Tensor:
     """Launches the layer for ``stream (1, 1, d)``; both states are updated in place. A ``part`` is what
     :func:`mamba2_hf.ops.shared_layer_step` sends.
     """
-    stream, conv_state, ssm_state, (norm_weight, into, mixer_weights, out), spec, ready, residual, peers = call
+    stream, conv_state, ssm_state, (norm_weight, into, mixer_weights, out), spec, ready, residual, peers, _ = call
     in_weight, in_bias, *_ = into
     out_weight, out_bias, *_ = out
     conv_weight, conv_bias, dt_bias, _, _, D, gated_norm_weight = mixer_weights

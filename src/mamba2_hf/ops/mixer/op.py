@@ -32,6 +32,7 @@ from ..partners import Partners
 from ..runtime.modes import needs_grad, product_dtype
 from ..spec import (
     INF,
+    NO_RING,
     UNPACKED,
     LayerWeights,
     Linear,
@@ -40,6 +41,8 @@ from ..spec import (
     MixerWeights,
     Packing,
     Peers,
+    Ring,
+    RingState,
     SSDShape,
     State,
 )
@@ -133,6 +136,8 @@ class LayerStep(NamedTuple):
     """``(B, 1, d)``, what the layer's result is added to; None for the stream."""
     peers: Peers = Peers()
     """Devices that have the layer's other heads."""
+    ring: Ring = NO_RING
+    """Of ``ssm_state``, from :func:`new_ring`, if it is not written at every step."""
 
     @property
     def width(self) -> int:
@@ -551,8 +556,37 @@ def layer_step(call: LayerStep, backend: str | None = None) -> Tensor:
         activation=spec.activation,
         differentiable=needs_grad(call.stream, into, mixer.conv_weight, mixer.A_log, out),
     ).name
-    y: Tensor = dispatch.backend_module(backend).mamba2_layer_step(call)
+    y: Tensor = dispatch.backend_module(backend).mamba2_layer_step(_kept_by(backend, call))
     return y
+
+
+def new_ring(conv_state: Tensor, ssm_state: Tensor) -> Ring:
+    """A ring for the states of a mixer, with which :func:`layer_step` reads the SSM state and writes it once in 16
+    steps; :data:`NO_RING` where it is not faster so. This is the one place that decides that.
+
+    The state is then as of an earlier step: :func:`settle` it before anything else reads it, and set ``clock`` of the
+    rows to zero when something else has written it.
+
+    Args:
+        conv_state: ``(B, H P + 2 G N, L)``. ssm_state: ``(B, H, P, N)``, dense. Those of :func:`layer_step`.
+    """
+    name = dispatch.choose("mamba2_layer_step", conv_state.device, dtype=conv_state.dtype).name
+    ring: Ring = dispatch.backend_module(name).new_ring(conv_state, ssm_state)
+    return ring
+
+
+def settle(ssm_state: Tensor, ring: Ring) -> None:
+    """Brings ``ssm_state (B, H, P, N)`` up to the last step, and empties its ring; both in place."""
+    if ring.clock is not None:
+        dispatch.backend_module("triton").settle(RingState(ssm_state, ring))  # there is no ring without Triton
+
+
+def _kept_by(backend: str, call: LayerStep) -> LayerStep:
+    """The step as a backend takes it: PyTorch knows no rings."""
+    if call.ring.clock is None or backend == "triton":
+        return call
+    settle(call.ssm_state, call.ring)
+    return call._replace(ring=NO_RING)
 
 
 def shared_layer_step(call: LayerStep, total: Callable[[Tensor], Tensor], backend: str | None = None) -> Tensor:
@@ -588,6 +622,7 @@ def shared_layer_step(call: LayerStep, total: Callable[[Tensor], Tensor], backen
         differentiable=needs_grad(call.stream, into, mixer.conv_weight, mixer.A_log, out.weight),
     ).name
     module = dispatch.backend_module(name)
+    call = _kept_by(name, call)
     if module.sums_over_peers(call):
         shared: Tensor = module.mamba2_layer_step(call)
         return shared
@@ -647,7 +682,7 @@ def check_layer(call: Layer) -> SSDShape:
 
 def check_layer_step(call: LayerStep) -> SSDShape:
     """Contract of ``mamba2_layer_step``; returns the sizes, raises :class:`ArgumentError`."""
-    stream, conv_state, ssm_state, weights, spec, ready, residual, _ = call
+    stream, conv_state, ssm_state, weights, spec, ready, residual, _, ring = call
     check_rank("stream", stream, 3, "(B, 1, d)")
     if stream.shape[1] != 1:
         fail(f"stream has {stream.shape[1]} tokens, expected one of each sequence")
@@ -657,7 +692,9 @@ def check_layer_step(call: LayerStep) -> SSDShape:
         check_shape("ready", ready, (1,), "(1,)")
         if ready.dtype != torch.int32:
             fail(f"ready has dtype {ready.dtype}, expected torch.int32")
-    check_devices(stream.device, norm_weight=weights.norm_weight, ready=ready)
+    check_devices(stream.device, norm_weight=weights.norm_weight, ready=ready, ring=ring.clock)
+    if ring.clock is not None:
+        check_shape("ring", ring.clock, ssm_state.shape[:1], "(B,), one of these states")
     return check_step(Step(zxbcdt, conv_state, ssm_state, weights.mixer, spec))
 
 

@@ -20,18 +20,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..conv.kernels import columns_of, convolve_columns, load_taps, move_columns
-from ..conv.op import ACTIVATIONS
 from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.overlap import follow, lead, overlap, prefetch
 from ..runtime.peers import constants, send, sum_number, total
 from ..runtime.rows import channels_last, dense
 from ..runtime.tables import cdiv, power_of_two
-from ..scan.prep import _silu
 from ..scan.problem import fits_tma
-from ..scan.update import _step_size
 from ..spec import MixerSpec, Peers
+from .advance import advance_rows, one_later
 from .op import LayerStep
 from .step import part_multiplier
 
@@ -145,86 +142,13 @@ def enter_rows_kernel(x, weight, weight_tiles, bias, u, rows, outputs, inner, ma
 
 
 @triton.jit
-def convolve_rows_kernel(u, conv, weight, bias, xbc, inner, channels, outputs, sc_b, sc_c, sc_l,
-                         ACTIVATION: tl.constexpr, K: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
-                         OVERLAP: tl.constexpr):  # fmt: skip
-    """The convolution of a block of channels of one row of ``u (rows, outputs)``, to ``xbc (rows, channels)``, fp32;
-    its state ``conv (rows, channels, L)`` moves on.
-    """
-    blocks = tl.cdiv(channels, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    mask = channel < channels
-    conv += row * sc_b
-    columns = columns_of(conv, channel, mask, sc_c, sc_l, L)
-    taps, offset = load_taps(weight, bias, channel, mask, K)
-    lead(OVERLAP)
-    value = tl.load(u + row * outputs + inner + channel, mask=mask, other=0.0)
-    new = value.to(tl.float32)
-    total = convolve_columns(columns, new, taps, offset, value.dtype, ACTIVATION, L, K)
-    tl.store(xbc + row * channels + channel, total, mask=mask)
-    tl.debug_barrier()  # threads store to columns that others have loaded
-    move_columns(conv, columns, new, channel, mask, sc_c, sc_l, L)
-
-
-@triton.jit
-def advance_rows_kernel(u, xbc, state, dt_bias, A_log, D, scale, y, squares, low, high, H, outputs,
-                        ss_b, ss_h, ss_p, ss_n,
-                        D_RANK: tl.constexpr, GATE_LAST: tl.constexpr, PER_GROUP: tl.constexpr,
-                        P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-                        DENSE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """One step of a block of a head's channels of one row, with skip, gate and the gated norm's weight ``scale``.
-
-    ``squares (rows, H, blocks)`` receive the sums of squares that the norm needs, ``y (rows, H P)`` what is left to be
-    multiplied by its scales. Without a norm ``scale`` and ``squares`` are None.
-    """
-    pid = tl.program_id(0)
-    blocks: tl.constexpr = (P + BP - 1) // BP
-    row, head, block = (pid // blocks // H).to(tl.int64), pid // blocks % H, pid % blocks
-    p, n = block * BP + tl.arange(0, BP), tl.arange(0, BN)
-    mask_p, mask_n = p < P, n < N
-    mask = mask_p[:, None] & mask_n[None, :]
-    at = state + row * ss_b + head.to(tl.int64) * ss_h
-    at += p[:, None] * N + n[None, :] if DENSE else p[:, None] * ss_p + n[None, :] * ss_n
-    s = tl.load(at, mask=mask, other=0.0)
-    rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
-    bias = 0.0 if dt_bias is None else tl.load(dt_bias + head).to(tl.float32)
-    channel = head * P + p
-    skip = 0.0
-    if D_RANK > 0:
-        skip = tl.load(D + (channel if D_RANK == 2 else head + p * 0), mask=mask_p, other=0.0).to(tl.float32)
-    if scale is not None:
-        weight = tl.load(scale + channel, mask=mask_p, other=0.0).to(tl.float32)
-    follow(OVERLAP)
-    inner, groups = H * P, H // PER_GROUP
-    maps = inner + head // PER_GROUP * N + n
-    u += row * outputs
-    xbc += row * (inner + 2 * groups * N)
-    x = tl.load(xbc + channel, mask=mask_p, other=0.0)
-    b = tl.load(xbc + maps, mask=mask_n, other=0.0)
-    c = tl.load(xbc + groups * N + maps, mask=mask_n, other=0.0)
-    gate = _silu(tl.load(u + channel, mask=mask_p, other=0.0).to(tl.float32))
-    step = _step_size(tl.load(u + 2 * inner + 2 * groups * N + head), bias, low, high, True)
-    s = s.to(tl.float32) * tl.exp(step * rate) + (x * step)[:, None] * b[None, :]
-    tl.store(at, s.to(state.dtype.element_ty), mask=mask)
-    out = tl.sum(s * c[None, :], 1) + x * skip
-    if not GATE_LAST:
-        out *= gate
-    if scale is not None:
-        tl.store(squares + (row * H + head) * blocks + block, tl.sum(tl.where(mask_p, out * out, 0.0), 0))
-        out *= weight
-    if GATE_LAST:
-        out *= gate
-    tl.store(y + row * inner + channel, out.to(y.dtype.element_ty), mask=mask_p)
-
-
-@triton.jit
-def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, counters, peers, rows, outputs, eps,
-                      factor, joint_size, sx,
+def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, counters, peers, ring_clock,
+                      rows, outputs, eps, factor, joint_size, sx,
                       WIDTH: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PIECES: tl.constexpr,
-                      JOINT: tl.constexpr, AHEAD: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-                      PLACE: tl.constexpr, PLACES: tl.constexpr, WORDS: tl.constexpr, CLOCK: tl.constexpr,
+                      JOINT: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr, TMA: tl.constexpr,
+                      PRECISION: tl.constexpr, PLACE: tl.constexpr, PLACES: tl.constexpr, WORDS: tl.constexpr,
+                      CLOCK: tl.constexpr,
                       OVERLAP: tl.constexpr):  # fmt: skip
     """``BN`` outputs of ``x`` plus ``factor`` times the projection of ``raw (rows, WIDTH)`` times its norm's scales,
     for ``BM`` rows.
@@ -238,6 +162,8 @@ def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, c
     With ``peers`` the projections are added up over devices. With ``JOINT`` the norm's one group of ``joint_size`` goes
     on in them, and so the scale comes after the sum; without ``peers`` it is left out, and the sum of squares is stored
     behind the outputs of a row.
+
+    ``ring_clock (rows,)`` of a ring of ``R`` tokens moves on.
     """
     pid = tl.program_id(0)
     tile = pid // SPLIT
@@ -250,8 +176,14 @@ def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, c
     if TMA:
         prefetch(weight, output, first * BK, outputs, WIDTH, BN, AHEAD, OVERLAP)
     follow(OVERLAP)
+    if ring_clock is not None:  # it is there when the products are
+        of_rows = row + tl.arange(0, BM)
+        counts = tl.where((pid % SPLIT == 0) & (output == 0), of_rows < rows, False)
+        t = tl.load(ring_clock + of_rows, mask=counts, other=0)
     sums = _products(raw, weight_tiles, squares, row, output, first, tl.minimum(first + each, blocks),
                      rows, outputs, eps, WIDTH, SIZE, PARTS, PARTS_BLOCK, BM, BN, BK, TMA, PRECISION)  # fmt: skip
+    if ring_clock is not None:
+        tl.store(ring_clock + of_rows, one_later(t, R), mask=counts)
     if SPLIT == 1:
         _leave_rows(sums, tile, tl.num_programs(0), row, output, squares, bias, x, y, peers, rows, outputs, eps,
                     factor, joint_size, sx, groups, SIZE, PARTS, PARTS_BLOCK, BM, BN, JOINT,
@@ -321,52 +253,28 @@ def _leave_rows(sums, program, programs, row, output, squares, bias, x, y, peers
 
 
 def rows_step(call: LayerStep, part: bool = False) -> Tensor:
-    """Launches the layer for ``stream (B, 1, d)``; both states are updated in place. A ``part`` is what
+    """Launches the layer for ``stream (B, 1, d)``; states are updated in place. A ``part`` is what
     :func:`mamba2_hf.ops.shared_layer_step` sends.
     """
-    stream, conv_state, ssm_state, weights, spec, _, residual, peers = call
-    conv_weight, conv_bias, dt_bias, _, _, D, gated_norm_weight = weights.mixer
+    stream, conv_state, ssm_state, weights, spec, _, residual, peers, ring = call
     (in_weight, in_bias, *_), (out_weight, out_bias, *_) = weights.in_proj, weights.out_proj
-    group_size = min(spec.group_size, call.width) if gated_norm_weight is not None else call.width
+    group_size = call.width if weights.mixer.gated_norm_weight is None else min(spec.group_size, call.width)
     rows, _, size = stream.shape
-    heads, P, N = ssm_state.shape[1:]
-    inner, device = heads * P, stream.device
-    stream, options = channels_last(stream), overlap()
+    inner, device = call.width, stream.device
+    stream = channels_last(stream)
     leave = tables.leave(tables.current_chip(), out_weight.dtype, rows, inner, size)
     counters = torch.empty(cdiv(size, leave.BN) * cdiv(rows, leave.BM), dtype=torch.int32, device=device)
     normed = _norm(stream, weights.norm_weight, spec.norm_eps, counters, in_weight.dtype)
     u = _enter(normed, in_weight, in_bias, inner, spec)
-    xbc = _convolve(u, conv_state, conv_weight, conv_bias, inner, ACTIVATIONS[spec.activation])
-
-    bn = power_of_two(N)
-    bp = min(tables.ROWS_STATE_TILE // bn, power_of_two(P))
-    blocks = cdiv(P, bp)
-    raw = torch.empty(rows, inner, dtype=out_weight.dtype, device=device)
-    squares = None
-    if gated_norm_weight is not None:
-        squares = torch.empty(rows, inner // group_size, group_size // P * blocks, dtype=torch.float32, device=device)
-    launch(
-        advance_rows_kernel,
-        (rows * heads * blocks,),
-        *(u, xbc, ssm_state, dense(dt_bias), weights.mixer.decay.contiguous(), dense(D), dense(gated_norm_weight)),
-        *(raw, squares, *spec.dt_limit, heads, u.shape[1], *ssm_state.stride()),
-        D_RANK=0 if D is None else D.dim(),
-        GATE_LAST=spec.norm_before_gate and squares is not None,
-        PER_GROUP=heads // spec.n_groups,
-        P=P,
-        N=N,
-        BP=bp,
-        BN=bn,
-        DENSE=ssm_state.stride()[2:] == (N, 1),
-        num_warps=1,
-        **options,
-    )
+    of_mixer = (conv_state, ssm_state, ring, weights.mixer, spec, group_size)
+    raw, squares = advance_rows(u, *of_mixer, out_weight.dtype, overlap())
+    ends = (counters, leave, ring.clock)
     if part:
         y = torch.empty(rows, 1, size + call.is_joint, dtype=torch.float32, device=device)
-        return _leave(raw, squares, out_weight, None, None, y, spec, call.is_joint, Peers(), counters, leave)
+        return _leave(raw, squares, out_weight, None, None, y, spec, call.is_joint, Peers(), *ends)
     to = stream if residual is None else channels_last(residual)
     y = torch.empty(rows, 1, size, dtype=to.dtype, device=device)
-    return _leave(raw, squares, out_weight, out_bias, to, y, spec, call.is_joint, peers, counters, leave)
+    return _leave(raw, squares, out_weight, out_bias, to, y, spec, call.is_joint, peers, *ends)
 
 
 def _norm(stream: Tensor, weight: Tensor, eps: float, counters: Tensor, dtype: torch.dtype) -> Tensor:
@@ -408,27 +316,6 @@ def _enter(x: Tensor, weight: Tensor, bias: Tensor | None, inner: int, spec: Mix
     return u
 
 
-def _convolve(
-    u: Tensor, conv: Tensor, weight: Tensor, bias: Tensor | None, inner: int, activation: str | None
-) -> Tensor:
-    """The convolution of ``u (B, outputs)``, ``(B, channels)`` in fp32; ``conv`` is moved on in place."""
-    rows, outputs = u.shape
-    channels, taps = weight.shape
-    xbc = torch.empty(rows, channels, dtype=torch.float32, device=u.device)
-    launch(
-        convolve_rows_kernel,
-        (rows * cdiv(channels, tables.ROWS_CONV_BLOCK),),
-        *(u, conv, weight.contiguous(), dense(bias), xbc, inner, channels, outputs, *conv.stride()),
-        ACTIVATION=activation,
-        K=taps,
-        L=conv.shape[2],
-        BLOCK=tables.ROWS_CONV_BLOCK,
-        num_warps=2,
-        **overlap(),
-    )
-    return xbc
-
-
 def _leave(
     raw: Tensor,
     squares: Tensor | None,
@@ -441,6 +328,7 @@ def _leave(
     peers: Peers,
     counters: Tensor,
     config: tables.Projection,
+    clock: Tensor | None,
 ) -> Tensor:
     """``residual`` plus the projection of ``raw (B, H P)`` times its norm's scales, to ``y (B, 1, d)``; without the
     scales where the norm is ``joint`` and there are no ``peers``.
@@ -458,7 +346,7 @@ def _leave(
     launch(
         leave_rows_kernel,
         (counters.shape[0] * config.split,),
-        *(inputs, squares, weight, weights, dense(bias), residual, y, partial, counters, peers.table),
+        *(inputs, squares, weight, weights, dense(bias), residual, y, partial, counters, peers.table, clock),
         *(rows, size, spec.gated_norm_eps, spec.output_multiplier, spec.group_size),
         0 if residual is None else residual.stride(0),
         WIDTH=width,
@@ -468,6 +356,7 @@ def _leave(
         SPLIT=config.split,
         PIECES=1 if peers.table is None else 1 << (config.split.bit_length() - 1),  # more programs send faster
         JOINT=joint,
+        R=tables.RING,
         **_sizes(config, chip, weight),
         **constants(peers),
         TMA=tma,

@@ -2,7 +2,8 @@
 
 The SSM state is read and written once per call, however many tokens the call has, and stays in registers in between.
 Every head recomputes the convolution of the B and C it shares with others, so the convolution's state may change only
-when all of them have read it: the second launch, which the norm needs anyway, writes it.
+when all of them have read it: the second launch, which the norm needs anyway, writes it. One token of many sequences
+takes three launches: there the convolution of B and C, once for all heads, is worth one of its own (``advance.py``).
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from ..runtime.op import op
 from ..runtime.overlap import follow
 from ..runtime.rows import channels_last, dense
 from ..runtime.tables import cdiv, power_of_two, state_programs
-from ..scan.prep import _silu
-from ..scan.update import _step_size
+from ..scan.prep import _silu, _step_size
+from ..spec import NO_RING, Ring
+from .advance import advance_rows, one_later
 from .op import Step
 
 
@@ -111,7 +113,8 @@ def _scale(pid, raw, squares, u, weight, y, T, width, parts, eps, su_b, su_t,
     part = tl.arange(0, PARTS)
     total = tl.sum(tl.load(squares + (line * groups + group) * parts + part, mask=part < parts, other=0.0), 0)
     value = tl.load(raw + line * width + channel, mask=mask, other=0.0) * tl.rsqrt(total / SIZE + eps)
-    value *= tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
+    if weight is not None:
+        value *= tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
     if GATE:
         z = tl.load(u + line // T * su_b + line % T * su_t + channel, mask=mask, other=0.0)
         value *= _silu(z.to(tl.float32))
@@ -138,16 +141,21 @@ def _shift(pid, u, conv, T, width, C, su_b, su_t, sc_b, sc_c, sc_l, L: tl.conste
 
 
 @triton.jit
-def finish_kernel(raw, squares, u, weight, y, conv, T, width, parts, eps, C, scales,
+def finish_kernel(raw, squares, u, weight, y, conv, clock, rows, T, width, parts, eps, C, scales,
                   su_b, su_t, sc_b, sc_c, sc_l,
                   SIZE: tl.constexpr, GATE: tl.constexpr, PARTS: tl.constexpr, L: tl.constexpr,
-                  BLOCK: tl.constexpr):  # fmt: skip
-    """What waits for all of ``step_kernel``: the first ``scales`` programs norm, the others move the conv state on."""
+                  BLOCK: tl.constexpr, R: tl.constexpr):  # fmt: skip
+    """What waits for all of a step: the first ``scales`` programs norm, the others move on the state ``conv`` of the
+    convolution, or the ``clock (rows,)`` of a ring of ``R`` tokens.
+    """
     pid = tl.program_id(0)
     if pid < scales:
         if squares is not None:
             _scale(pid, raw, squares, u, weight, y, T, width, parts, eps, su_b, su_t, SIZE, GATE, PARTS, BLOCK)
-    else:
+    elif clock is not None:
+        row = (pid - scales) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(clock + row, one_later(tl.load(clock + row, mask=row < rows, other=0), R), mask=row < rows)
+    elif conv is not None:
         _shift(pid - scales, u, conv, T, width, C, su_b, su_t, sc_b, sc_c, sc_l, L, BLOCK)
 
 
@@ -162,74 +170,83 @@ def mamba2_step(call: Step) -> Tensor:
     return step(call)
 
 
-def step(call: Step) -> Tensor:
-    """Launches the step; both states are updated in place."""
+def step(call: Step, ring: Ring = NO_RING) -> Tensor:
+    """Launches the step; states are updated in place. A ring is for one token of each sequence."""
     zxbcdt, conv_state, ssm_state, weights, spec = call
-    conv_weight, conv_bias, dt_bias, A, _, D, gated_norm_weight = weights
-    group_size, norm_before_gate = spec.group_size, spec.norm_before_gate
     batch, tokens, _ = zxbcdt.shape
-    heads, P, N = ssm_state.shape[1:]
-    channels, taps = conv_weight.shape
-    width = heads * P
     u = channels_last(zxbcdt)
-    y = torch.empty(batch, tokens, width, dtype=u.dtype, device=u.device)
+    if tokens == 1 and (batch > tables.MANY_ROWS or ring.clock is not None):
+        u = u.contiguous()
+        norms = weights.gated_norm_weight is not None
+        group_size = spec.group_size if norms else ssm_state.shape[1] * ssm_state.shape[2]
+        of_mixer = (conv_state, ssm_state, ring, weights, spec, group_size)
+        # What is multiplied by the norm's scales later is rounded after that.
+        dtype = torch.float32 if norms else u.dtype
+        raw, squares = advance_rows(u[:, 0], *of_mixer, dtype, {"OVERLAP": False})
+        return _finish(call, u, raw[:, None], squares, None, None, ring.clock)
+    conv_weight, conv_bias, dt_bias, A, _, D, gated_norm_weight = weights
+    heads, P, N = ssm_state.shape[1:]
     bp, warps = state_programs(batch, P, tokens)
     blocks = cdiv(P, bp)
-    raw, squares = y, None
+    raw, squares = torch.empty(batch, tokens, heads * P, dtype=u.dtype, device=u.device), None
     if gated_norm_weight is not None:
-        raw = torch.empty(y.shape, dtype=torch.float32, device=u.device)
+        raw = torch.empty(raw.shape, dtype=torch.float32, device=u.device)
         squares = torch.empty(batch * tokens, heads * blocks, dtype=torch.float32, device=u.device)
     launch(
         step_kernel,
         (batch * heads * blocks,),
-        *(
-            u,
-            conv_state,
-            ssm_state,
-            conv_weight.contiguous(),
-            dense(conv_bias),
-            dense(dt_bias),
-            weights.decay.contiguous(),
-        ),
-        *(dense(D), None, raw, squares, *spec.dt_limit, heads, tokens, conv_state.shape[2]),
-        *(*u.stride()[:2], *conv_state.stride(), *ssm_state.stride()),
+        *(u, conv_state, ssm_state, conv_weight.contiguous(), dense(conv_bias), dense(dt_bias)),
+        *(weights.decay.contiguous(), dense(D), None, raw, squares, *spec.dt_limit, heads, tokens),
+        *(conv_state.shape[2], *u.stride()[:2], *conv_state.stride(), *ssm_state.stride()),
         LOG_RATES=A is None,
         ACTIVATION=ACTIVATIONS[spec.activation],
         D_RANK=0 if D is None else D.dim(),
-        GATE=gated_norm_weight is None or not norm_before_gate,
+        GATE=gated_norm_weight is None or not spec.norm_before_gate,
         PER_GROUP=heads // spec.n_groups,
         P=P,
         N=N,
-        K=taps,
+        K=conv_weight.shape[1],
         BP=bp,
         BN=power_of_two(N),
         OVERLAP=False,
         num_warps=warps,
     )
-    scales = 0 if squares is None else batch * tokens * (width // group_size) * cdiv(group_size, tables.FINISH_BLOCK)
-    parts = group_size // P * blocks
-    launch(
-        finish_kernel,
-        (scales + batch * cdiv(channels, tables.FINISH_BLOCK),),
-        *(
-            raw,
-            squares,
-            u,
-            dense(gated_norm_weight),
-            y,
-            conv_state,
-            tokens,
-            width,
-            parts,
-            spec.gated_norm_eps,
-            channels,
-            scales,
-        ),
-        *(*u.stride()[:2], *conv_state.stride()),
-        SIZE=group_size,
-        GATE=norm_before_gate,
-        PARTS=power_of_two(parts),
-        L=conv_state.shape[2],
-        BLOCK=tables.FINISH_BLOCK,
-    )
+    return _finish(call, u, raw, squares, dense(gated_norm_weight), conv_state, None)
+
+
+def _finish(
+    call: Step,
+    u: Tensor,
+    raw: Tensor,
+    squares: Tensor | None,
+    weight: Tensor | None,
+    conv_state: Tensor | None,
+    clock: Tensor | None,
+) -> Tensor:
+    """The rest of a step: the norm of ``raw (B, T, H P)``, times a weight if it was not multiplied yet, and what moves
+    on when all have read it.
+    """
+    (batch, tokens, width), spec = raw.shape, call.spec
+    channels, block = call.conv_state.shape[1], tables.FINISH_BLOCK
+    size = width if squares is None else spec.group_size
+    scales, y = 0, raw
+    if squares is not None:
+        y = torch.empty(raw.shape, dtype=u.dtype, device=u.device)
+        scales = batch * tokens * (width // size) * cdiv(size, block)
+    parts = 1 if squares is None else squares.numel() // (batch * tokens * (width // size))
+    more = 0 if conv_state is None else batch * cdiv(channels, block)
+    more += 0 if clock is None else cdiv(batch, block)
+    if scales + more:
+        launch(
+            finish_kernel,
+            (scales + more,),
+            *(raw, squares, u, weight, y, conv_state, clock, batch, tokens, width, parts, spec.gated_norm_eps),
+            *(channels, scales, *u.stride()[:2], *call.conv_state.stride()),
+            SIZE=size,
+            GATE=weight is not None and spec.norm_before_gate,
+            PARTS=power_of_two(parts),
+            L=call.conv_state.shape[2],
+            BLOCK=block,
+            R=tables.RING,
+        )
     return y

@@ -18,7 +18,7 @@ from ..runtime.linear import linear
 from ..runtime.modes import in_steps, product_dtype, recomputed, without_autocast
 from ..scan.op import Scan, Update
 from ..scan.torch import ssd_chunk_scan, ssd_state_update
-from ..spec import CHUNK_SIZE, Linear, MixerWeights, compute_dtype
+from ..spec import CHUNK_SIZE, NO_RING, Linear, MixerWeights, Ring, compute_dtype
 from .op import Inner, Joined, Layer, LayerStep, Step
 
 SEGMENT_TOKENS = 512  # of all rows, on a CPU: what they need stays in the caches and in the allocator
@@ -148,6 +148,11 @@ def mamba2_layer_part(call: LayerStep) -> Tensor:
 def sums_over_peers(call: LayerStep) -> bool:
     """Whether a step adds up over devices by itself: not here."""
     return False
+
+
+def new_ring(conv_state: Tensor, ssm_state: Tensor) -> Ring:
+    """See :func:`mamba2_hf.ops.new_ring`: states are written at every step here."""
+    return NO_RING
 
 
 def joined(call: Joined) -> Tensor:

@@ -590,7 +590,7 @@ def mamba2_layer_step(call: LayerStep) -> Tensor:
     layer_call = Layer(call.stream, weights, call.spec, UNPACKED, dtype, False, call.residual)
     with without_autocast(call.stream.device):
         zxbcdt = _entering(layer_call).forward(norm_forward(_norm(layer_call)))
-        y = step(Step(zxbcdt, call.conv_state, call.ssm_state, weights.mixer, call.spec))
+        y = step(Step(zxbcdt, call.conv_state, call.ssm_state, weights.mixer, call.spec), call.ring)
         mixed = Projection(layer_call, weights.out_proj).forward(y)
         return _add(call.stream if call.residual is None else call.residual, mixed, call.spec.output_multiplier)
 
@@ -629,7 +629,7 @@ def mamba2_layer_part(call: LayerStep) -> Tensor:
         zxbcdt = _entering(layer_call).forward(norm_forward(_norm(layer_call)))
         if call.is_joint:
             mixer = mixer._replace(gated_norm_weight=None)
-        y = step(Step(zxbcdt, call.conv_state, call.ssm_state, mixer, spec))
+        y = step(Step(zxbcdt, call.conv_state, call.ssm_state, mixer, spec), call.ring)
         normed = y * scale.to(y.dtype) if call.is_joint and scale is not None else y
         part = Projection(layer_call, out).forward(normed).float() * spec.output_multiplier
         return torch.cat([part, y.float().square().sum(-1, keepdim=True)], -1) if call.is_joint else part

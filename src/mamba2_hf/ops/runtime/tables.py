@@ -308,6 +308,12 @@ FINISH_BLOCK = 1024  # channels of a program of the second launch of a mixer's s
 ROWS_NORM_BLOCK = 1024  # channels of the norm at a time
 ROWS_STATE_TILE = 4096  # elements of the state in a program, which is one warp
 ROWS_CONV_BLOCK = 256  # channels of a program of the convolution
+MANY_ROWS = 64  # sequences from which on a mixer's step convolves B and C once, in a launch of its own
+RING = 16  # tokens whose inputs are kept beside a state that is not written: what costs the fewest bytes
+RING_ROWS = {4: 8, 2: 16}  # by the bytes of a number of the state: sequences from which on that takes less time
+RING_STATE_TILE, RING_CHANNELS = 8192, 32  # bytes of the state in a program, which is one warp, and most channels
+RING_FOLD = 64  # columns of the state that are folded together
+RING_REGISTERS = 168  # of a thread where more are wanted and not needed: room for 12 programs a processor
 PARTS_BLOCK = 32  # parts of a sum of squares that are loaded side by side
 
 
@@ -378,6 +384,34 @@ def state_programs(batch: int, P: int, tokens: int = 1, dense: bool = False) -> 
 def step_rows(chip: Chip) -> int:
     """Sequences up to which the step of a whole layer was timed, on Hopper, and found faster than its parts."""
     return 64 if chip.is_hopper else 1
+
+
+def keeps_ring(chip: Chip, dtype: torch.dtype, rows: int, P: int, N: int) -> bool:
+    """Whether states ``(rows, H, P, N)`` of this dtype are to be written once in ``RING`` tokens, not in each: where
+    that was timed, on Hopper.
+    """
+    sizes = all(tile(size, LARGEST_STATE) == size for size in (P, N))
+    return chip.is_hopper and sizes and RING_ROWS.get(dtype.itemsize, rows + 1) <= rows < 2**16
+
+
+class RingTile(NamedTuple):
+    """Launch parameters of a step with a ring."""
+
+    BP: int  # channels of a program, which is one warp
+    W: int  # columns of the state that are read together
+    BN: int  # columns that are folded together
+    registers: int | None  # of a thread, at most
+
+
+def ring_tile(dtype: torch.dtype, kept: torch.dtype, P: int, N: int) -> RingTile:
+    """How a program holds states ``(P, N)`` of one dtype, with inputs ``kept`` in another: it reads 128 bytes of a row
+    of the state together.
+    """
+    channels = max(16, min(RING_STATE_TILE // (N * dtype.itemsize), RING_CHANNELS, P))
+    narrow = {dtype, kept} == {torch.bfloat16} and N <= LARGEST_16_BIT_STATE
+    return RingTile(
+        channels, min(128 // dtype.itemsize, N), min(RING_FOLD, N), registers=RING_REGISTERS if narrow else None
+    )
 
 
 # One query a sequence over many keys.

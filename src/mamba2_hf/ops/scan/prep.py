@@ -64,3 +64,12 @@ def softplus(v):
 def clamp(v, low, high):
     """``v`` between two limits; a NaN stays one."""
     return tl.where(v < low, low, tl.where(v > high, high, v))
+
+
+@triton.jit
+def _step_size(dt, dt_bias, low, high, SOFTPLUS: tl.constexpr):
+    """``clamp(softplus(dt + dt_bias))`` of one head, fp32."""
+    dt = dt.to(tl.float32) + dt_bias
+    if SOFTPLUS:
+        dt = softplus(dt)
+    return clamp(dt, low, high)

@@ -13,16 +13,7 @@ from ..runtime.op import op
 from ..runtime.rows import dense
 from ..runtime.tables import cdiv, power_of_two, state_programs
 from .op import Update
-from .prep import _silu, clamp, softplus
-
-
-@triton.jit
-def _step_size(dt, dt_bias, low, high, SOFTPLUS: tl.constexpr):
-    """``clamp(softplus(dt + dt_bias))`` of one head, fp32."""
-    dt = dt.to(tl.float32) + dt_bias
-    if SOFTPLUS:
-        dt = softplus(dt)
-    return clamp(dt, low, high)
+from .prep import _silu, _step_size
 
 
 @triton.jit
