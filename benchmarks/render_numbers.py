@@ -266,6 +266,16 @@ def context() -> str:
     return table(("", "tokens", "GPUs", "ms a step", "times as fast a token", "GiB at the peak"), rows)
 
 
+def scaling() -> str:
+    """What more GPUs are predicted to take."""
+    rows = []
+    for row in results("scaling"):
+        values = (number(float(row[name])) for name in ("mb_a_gpu", "communication_ms", "compute_ms", "predicted_ms"))
+        rows.append((row["what"], row["gpus"], *values, row["efficiency"], row["measured_ms"]))
+    header = ("", "GPUs", "MB a GPU", "communication, ms", "compute, ms", "predicted, ms", "of ideal", "measured, ms")
+    return table(header, rows)
+
+
 def cpu() -> str:
     """A CPU."""
     rows = []
@@ -319,7 +329,7 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         *(front, ops, decode, state_dtypes, prefill, training, batching, hybrids, drop_in, caches, distributed, shared),
-        *(context, cpu, tiny),
+        *(context, scaling, cpu, tiny),
     )
 }  # fmt: skip
 

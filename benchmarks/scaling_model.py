@@ -1,7 +1,7 @@
 """Predicts what several GPUs take, from bytes and rates, beside what was measured. Runs on anything, in no time.
 
     python benchmarks/scaling_model.py                                        # 1 to 1,024 GPUs, eight to a node
-    python benchmarks/scaling_model.py --measured benchmarks/results/distributed.csv --out predicted.csv
+    python benchmarks/scaling_model.py --out benchmarks/results/scaling.csv
 
 Rates are of H200s: products and links of one node were measured on two of them, links between nodes are those of a
 400 Gb/s card for each GPU. A step of data parallelism is
@@ -9,7 +9,10 @@ Rates are of H200s: products and links of one node were measured on two of them,
     compute + copies + share * communication + max(0, communication - compute) + optimizer
 
 with copies into and out of FSDP2's buffers and the share of the GPU that communication takes from products beside it,
-both fitted to two GPUs and the 1.3B model. A prediction is no measurement: the column says which rows have one.
+both fitted to two GPUs and the 1.3B model, so that the 130M is predicted, and so is every other number of GPUs. What
+was measured comes from the result files of ``bench_distributed.py`` and ``bench_context.py``. A token is predicted as
+the step that is replayed, with sums in other GPUs' memory, of a prototype. A prediction is no measurement: the column
+says which rows have one.
 """
 
 from __future__ import annotations
@@ -38,11 +41,11 @@ NODE = 8
 # Measured: FLOP/s of a whole step counted as 6 per weight and token; bytes/s received in a node, for the sum of a
 # tensor by its size; the time of a small exchange in a graph. Assumed: bytes/s of a GPU between nodes.
 FLOPS, GATHER, REDUCE, SUM, BETWEEN, LATENCY = 444e12, 242e9, 233e9, 301e9, 45e9, 15e-6
-COPIES, SHARE, OPTIMIZER = 11.2e-12, 0.4, 2.2e-12  # seconds a weight, of communication, a weight: fitted
+COPIES, SHARE, OPTIMIZER = 6.0e-12, 0.4, 2.2e-12  # seconds a weight, of communication, a weight: fitted
 
 
 class Model(NamedTuple):
-    """Sizes of a model, and the milliseconds of forward and backward of its batch on one GPU, captured."""
+    """Sizes of a model, and the milliseconds of forward and backward of its batch on one GPU of the two, captured."""
 
     weights: float
     width: int
@@ -58,17 +61,13 @@ class Model(NamedTuple):
 
 
 MODELS = {
-    "130M": Model(129e6, 768, 24, 24, 8 * 2048, 39.5),
-    "1.3B": Model(1.344e9, 2048, 48, 64, 4 * 2048, 148.2),
+    "130M": Model(129e6, 768, 24, 24, 8 * 2048, 42.3),
+    "1.3B": Model(1.344e9, 2048, 48, 64, 4 * 2048, 149.8),
     "2.7B": Model(2.7e9, 2560, 64, 80, 4 * 2048, 6e3 * 2.7e9 * 4 * 2048 / FLOPS),
 }
 GPUS = (1, 2, 8, 64, 1024)
-MEASURED = {  # milliseconds, of these models on two H200s
-    ("1.3B fsdp2", 2): 175.3,
-    ("130M fsdp2", 2): 44.9,
-    ("2.7B decode tp", 2): 1.36,  # half of every layer in a graph, with sums that are pushed
-    ("2.7B decode tp", 1): 1.76,
-}
+LONG = {"1.3B": 3014.9}  # milliseconds of a training step of 131072 tokens in a row on one GPU, with checkpointing
+RESULTS = Path(__file__).parent / "results"
 
 
 class Prediction(NamedTuple):
@@ -128,6 +127,26 @@ def sequence_parallel(name: str, tokens: int) -> Iterator[Prediction]:
         )
 
 
+def long_sequence(name: str, tokens: int) -> Iterator[Prediction]:
+    """A training step of one sequence over all GPUs: layers run forward twice and backward once, and exchange states
+    each time; at the end gradients in bf16 are summed.
+    """
+    model, whole = MODELS[name], LONG[name] / 1e3
+    for gpus in (1, 2, NODE):
+        states = model.state * (gpus - 1)
+        size = 3 * model.layers * states + 2 * model.weights * (gpus > 1)
+        seconds = 3 * model.layers * (2 * LATENCY * (gpus > 1) + states / GATHER) + 2 * model.weights / SUM * (gpus > 1)
+        yield Prediction(
+            f"{name} cp, a step of {tokens} tokens",
+            gpus,
+            size,
+            seconds,
+            whole / gpus,
+            whole / gpus + seconds,
+            whole / gpus,
+        )
+
+
 def tensor_parallel(name: str) -> Iterator[Prediction]:
     """A layer's forward over the batch, and a token of one sequence over all layers."""
     model = MODELS[name]
@@ -146,27 +165,37 @@ def tensor_parallel(name: str) -> Iterator[Prediction]:
 def predictions() -> Iterator[Prediction]:
     for name in ("130M", "1.3B"):
         yield from data_parallel(name)
+    yield from long_sequence("1.3B", 131072)
     yield from sequence_parallel("1.3B", 131072)
     yield from sequence_parallel("1.3B", 16384)
     for name in ("1.3B", "2.7B"):
         yield from tensor_parallel(name)
 
 
-def measured(path: Path | None) -> dict[tuple[str, int], float]:
-    """Rows of ``bench_distributed.py``, captured where there are such, over those that are known."""
-    found = dict(MEASURED)
-    if path is not None:
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if row["ms_p50"] and row["impl"].endswith(", captured"):
-                    what = f"{row['case']} {row['impl'].removesuffix(', captured')}"
-                    found[what, int(row["gpus"])] = float(row["ms_p50"])
+def measured(folder: Path) -> dict[tuple[str, int], float]:
+    """Milliseconds of captured steps and of long sequences, by what is predicted and GPUs."""
+    found = {}
+    for row in read(folder / "distributed.csv"):
+        what = f"{row['case']} {row['impl'].removesuffix(', captured')}"
+        if row["ms_p50"] and row["impl"].endswith(", captured"):
+            found[what, int(row["gpus"])] = float(row["ms_p50"])
+    for row in read(folder / "context.csv"):
+        what = f"{row['case'].split(',')[0]} cp, a step of {row['tokens']} tokens"
+        found[what, int(row["processes"])] = float(row["ms"])
     return found
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows of a result file; none if there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measured", type=Path, help="CSV of bench_distributed.py")
+    parser.add_argument("--measured", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--out", type=Path, help="CSV to write")
     options = parser.parse_args()
     known, rows = measured(options.measured), []
