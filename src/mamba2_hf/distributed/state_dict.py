@@ -1,0 +1,170 @@
+"""States of models and optimizers for ``torch.distributed.checkpoint``: whole tensors, whatever the mesh."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, CheckpointError
+from .packed import Cut
+from .tensor_parallel import every_cut, group_of, unsharded, whole_tensor
+
+
+def get_state_dict(
+    model: nn.Module, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The states of a model and its optimizers, as ``torch.distributed.checkpoint.state_dict.get_state_dict`` gives
+    them for a model that one process has: whole tensors under the usual names, of any mesh.
+
+    The tensors are copies on the CPU, all of them in every process, gathered one at a time. All processes of the model
+    call it. ``torch.distributed.checkpoint.save`` writes each tensor once, and ``load`` reads into what this function
+    returns; :func:`set_state_dict` is next. Optimizers without a state are given one, of zeros.
+
+    Args:
+        model: plain, or with :func:`tensor_parallel`, DDP and FSDP2 over dimensions of a mesh.
+        optimizers: whose states have the shapes of the parameters, or none, as those of AdamW and SGD.
+
+    Returns:
+        The model's, and the optimizers' (``state`` by the parameters' names, and ``param_groups``).
+
+    Raises:
+        ArgumentError: layers are cut for several groups of processes, or have other names than their states.
+        CheckpointError: a tensor of an optimizer for a parameter in pieces has another shape than these.
+    """
+    from torch.distributed.checkpoint import state_dict as states
+
+    model = _unwrapped(model)
+    cuts, group = dict(every_cut(model)), group_of(model)
+    given, of_optimizers = states.get_state_dict(model, optimizers)
+    if unknown := cuts.keys() - given.keys():
+        raise ArgumentError(
+            f"{min(unknown)} is cut, and the model's state has no such name: call get_state_dict with the model before "
+            "checkpoint_wrapper and others have renamed its layers (gradient_checkpointing_enable() renames none)"
+        )
+    pieces = {name: value.shape for name, value in given.items() if name in cuts}
+
+    def whole(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if name in cuts and group is not None:
+            return whole_tensor(value.detach(), cuts[name], group)
+        return unsharded(value.detach()).to("cpu", copy=True)
+
+    def of_optimizer(name: str, key: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0:  # the number of steps
+            return copy.deepcopy(value)
+        if name in pieces and value.shape != pieces[name]:
+            raise CheckpointError(
+                f"{key} of {name} in the optimizer's state has the shape {tuple(value.shape)}, and the process's piece "
+                f"of the parameter {tuple(pieces[name])}: how it is cut is not known; use an optimizer whose states "
+                "have the parameters' shapes, as AdamW's"
+            )
+        return whole(name, value)
+
+    found = dict(of_optimizers)
+    if "state" in found:  # whose dictionaries are the optimizer's own
+        found["state"] = {
+            name: {key: of_optimizer(name, key, value) for key, value in state.items()}
+            for name, state in of_optimizers["state"].items()
+        }
+    return {name: whole(name, value) for name, value in given.items()}, found
+
+
+def set_state_dict(
+    model: nn.Module,
+    optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = (),
+    *,
+    model_state_dict: dict[str, Any],
+    optim_state_dict: dict[str, Any] | None = None,
+) -> None:
+    """Loads what :func:`get_state_dict` gave, on this mesh or another: each process takes its part.
+
+    Args:
+        model, optimizers: see :func:`get_state_dict`; they need not be cut or sharded as those that were saved.
+        model_state_dict: whole tensors of all that the model has, the same in every process.
+        optim_state_dict: the optimizers', None with none of these.
+
+    Raises:
+        ArgumentError: layers are cut for several groups of processes.
+        CheckpointError: names or shapes are not the model's. Model and optimizers are as they were.
+    """
+    from torch.distributed.checkpoint import state_dict as states
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    model = _unwrapped(model)
+    cuts, group = dict(every_cut(model)), group_of(model)
+    targets = states.get_model_state_dict(model)
+    of_parameters = {} if optim_state_dict is None else optim_state_dict.get("state", {})
+    _same_names(targets, model_state_dict)
+    _same_names(targets, targets.keys() | of_parameters.keys())
+    for name, value in model_state_dict.items():
+        _fits(name, value, targets[name], cuts.get(name))
+    for name, state in of_parameters.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim() and (name in cuts or isinstance(targets[name], DTensor)):
+                _fits(f"{key} of {name} in the optimizer's state", value, targets[name], cuts.get(name))
+
+    def part(name: str, value: Any) -> Any:
+        """What this process holds of a tensor that is cut and sharded as a parameter is."""
+        target = targets[name]
+        if not isinstance(value, Tensor) or value.shape != _whole_shape(target, cuts.get(name)):
+            return value
+        if name in cuts and group is not None:
+            value = cuts[name].piece(value, group.rank, group.size)
+        if isinstance(target, DTensor):  # the shard of a tensor is a view of all of it
+            value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None).clone()
+        return value
+
+    states.set_model_state_dict(model, {name: part(name, value) for name, value in model_state_dict.items()})
+    if optim_state_dict is not None:
+        states.set_optimizer_state_dict(
+            model,
+            optimizers,
+            {
+                **optim_state_dict,
+                "state": {
+                    name: {key: part(name, value) for key, value in state.items()}
+                    for name, state in of_parameters.items()
+                },
+            },
+        )
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model without DDP and ``torch.compile`` around it, which the names of a checkpoint leave out."""
+    while (inner := getattr(model, "_orig_mod", None)) or isinstance(model, nn.parallel.DistributedDataParallel):
+        model = inner or model.module
+    return model
+
+
+def _same_names(expected: Collection[str], given: Collection[str]) -> None:
+    missing, unknown = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
+    if missing or unknown:
+        said = [
+            f"{what} {', '.join(names[:4])}{f' and {len(names) - 4} more' if names[4:] else ''}"
+            for what, names in (("lacks", missing), ("has, and the model has not,", unknown))
+            if names
+        ]
+        raise CheckpointError(
+            f"the checkpoint {'; it '.join(said)}: load one of a model with the same layers, tied and adapted alike"
+        )
+
+
+def _fits(name: str, value: Any, target: Any, cut: Cut | None) -> None:
+    if isinstance(value, Tensor) and value.shape != (shape := _whole_shape(target, cut)):
+        raise CheckpointError(
+            f"{name} has the shape {tuple(value.shape)}, and the model's whole tensor {tuple(shape)}: load a "
+            "checkpoint of a model with the same configuration"
+        )
+
+
+def _whole_shape(tensor: Tensor, cut: Cut | None) -> torch.Size:
+    """Of a tensor that this process has a piece of."""
+    shape = list(tensor.shape)
+    if cut is not None:
+        shape[cut.dim] = sum(part.size for part in cut.parts)
+    return torch.Size(shape)
