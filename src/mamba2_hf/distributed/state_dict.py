@@ -39,7 +39,8 @@ def get_state_dict(
 
     model = _unwrapped(model)
     cuts, group = dict(every_cut(model)), group_of(model)
-    given, of_optimizers = states.get_state_dict(model, optimizers)
+    taken: tuple[Any, Any] = states.get_state_dict(model, optimizers)
+    given, of_optimizers = taken
     if unknown := cuts.keys() - given.keys():
         raise ArgumentError(
             f"{min(unknown)} is cut, and the model's state has no such name: call get_state_dict with the model before "
@@ -97,7 +98,7 @@ def set_state_dict(
 
     model = _unwrapped(model)
     cuts, group = dict(every_cut(model)), group_of(model)
-    targets = states.get_model_state_dict(model)
+    targets: dict[str, Any] = states.get_model_state_dict(model)
     of_parameters = {} if optim_state_dict is None else optim_state_dict.get("state", {})
     _same_names(targets, model_state_dict)
     _same_names(targets, targets.keys() | of_parameters.keys())
@@ -136,9 +137,13 @@ def set_state_dict(
 
 def _unwrapped(model: Any) -> Any:
     """The model without DDP and ``torch.compile`` around it, which the names of a checkpoint leave out."""
-    while (inner := getattr(model, "_orig_mod", None)) or isinstance(model, nn.parallel.DistributedDataParallel):
-        model = inner or model.module
-    return model
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def _same_names(expected: Collection[str], given: Collection[str]) -> None:

@@ -448,10 +448,10 @@ def group_of(model: nn.Module) -> Group | None:
     Raises:
         ArgumentError: layers are cut for several groups.
     """
-    groups = {module.group for module in model.modules() if _cuts(module)}
+    groups: set[Any] = {module.group for module in model.modules() if _cuts(module)}
     if len(groups) > 1:
         raise ArgumentError(f"{type(model).__name__} is cut for {len(groups)} groups of processes, expected one")
-    return next(iter(groups), None)  # type: ignore[arg-type]
+    return next(iter(groups), None)
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[Any, str, nn.Parameter]]:
