@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, CheckpointError
+from .groups import Group
 from .packed import Cut
 from .tensor_parallel import every_cut, group_of, unsharded, whole_tensor
 
@@ -46,33 +47,13 @@ def get_state_dict(
             f"{min(unknown)} is cut, and the model's state has no such name: call get_state_dict with the model before "
             "checkpoint_wrapper and others have renamed its layers (gradient_checkpointing_enable() renames none)"
         )
-    pieces = {name: value.shape for name, value in given.items() if name in cuts}
-
-    def whole(name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if name in cuts and group is not None:
-            return whole_tensor(value.detach(), cuts[name], group)
-        return unsharded(value.detach()).to("cpu", copy=True)
-
-    def of_optimizer(name: str, key: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() == 0:  # the number of steps
-            return copy.deepcopy(value)
-        if name in pieces and value.shape != pieces[name]:
-            raise CheckpointError(
-                f"{key} of {name} in the optimizer's state has the shape {tuple(value.shape)}, and the process's piece "
-                f"of the parameter {tuple(pieces[name])}: how it is cut is not known; use an optimizer whose states "
-                "have the parameters' shapes, as AdamW's"
-            )
-        return whole(name, value)
-
     found = dict(of_optimizers)
     if "state" in found:  # whose dictionaries are the optimizer's own
         found["state"] = {
-            name: {key: of_optimizer(name, key, value) for key, value in state.items()}
+            name: _whole_state(name, state, given.get(name), cuts.get(name), group)
             for name, state in of_optimizers["state"].items()
         }
-    return {name: whole(name, value) for name, value in given.items()}, found
+    return {name: _whole(value, cuts.get(name), group) for name, value in given.items()}, found
 
 
 def set_state_dict(
@@ -85,9 +66,10 @@ def set_state_dict(
     """Loads what :func:`get_state_dict` gave, on this mesh or another: each process takes its part.
 
     Args:
-        model, optimizers: see :func:`get_state_dict`; they need not be cut or sharded as those that were saved.
+        model, optimizers: see :func:`get_state_dict`; they need not be cut or sharded as those that were saved, and
+            the optimizers' groups hold parameters of the same names.
         model_state_dict: whole tensors of all that the model has, the same in every process.
-        optim_state_dict: the optimizers', None with none of these.
+        optim_state_dict: the optimizers'; None leaves these alone.
 
     Raises:
         ArgumentError: layers are cut for several groups of processes.
@@ -99,9 +81,13 @@ def set_state_dict(
     model = _unwrapped(model)
     cuts, group = dict(every_cut(model)), group_of(model)
     targets: dict[str, Any] = states.get_model_state_dict(model)
-    of_parameters = {} if optim_state_dict is None else optim_state_dict.get("state", {})
-    _same_names(targets, model_state_dict)
-    _same_names(targets, targets.keys() | of_parameters.keys())
+    _same_names("the checkpoint", targets, model_state_dict)
+    of_parameters: dict[str, Any] = {}
+    if optim_state_dict is not None:
+        of_parameters = optim_state_dict["state"]
+        wanted: Any = states.get_optimizer_state_dict(model, optimizers)["state"]
+        frozen = targets.keys() - wanted.keys()  # whose states nobody asks for
+        _same_names("the optimizer's state in the checkpoint", wanted, of_parameters.keys() - frozen)
     for name, value in model_state_dict.items():
         _fits(name, value, targets[name], cuts.get(name))
     for name, state in of_parameters.items():
@@ -146,16 +132,44 @@ def _unwrapped(model: Any) -> Any:
             return model
 
 
-def _same_names(expected: Collection[str], given: Collection[str]) -> None:
+def _whole(value: Any, cut: Cut | None, group: Group | None) -> Any:
+    """All of a tensor of which this process may have a piece, or a shard; a copy on the CPU."""
+    if not isinstance(value, Tensor):
+        return value
+    if cut is not None and group is not None:
+        return whole_tensor(value.detach(), cut, group)
+    return unsharded(value.detach()).to("cpu", copy=True)
+
+
+def _whole_state(
+    name: str, state: dict[str, Any], parameter: Any, cut: Cut | None, group: Group | None
+) -> dict[str, Any]:
+    """An optimizer's state for a parameter of this name that is cut so."""
+    found = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:  # the number of steps
+            found[key] = copy.deepcopy(value)
+            continue
+        if cut is not None and value.shape != parameter.shape:
+            raise CheckpointError(
+                f"{key} of {name} in the optimizer's state has the shape {tuple(value.shape)}, and the process's piece "
+                f"of the parameter {tuple(parameter.shape)}: how it is cut is not known; use an optimizer whose states "
+                "have the parameters' shapes, as AdamW's"
+            )
+        found[key] = _whole(value, cut, group)
+    return found
+
+
+def _same_names(what: str, expected: Collection[str], given: Collection[str]) -> None:
     missing, unknown = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
     if missing or unknown:
         said = [
-            f"{what} {', '.join(names[:4])}{f' and {len(names) - 4} more' if names[4:] else ''}"
-            for what, names in (("lacks", missing), ("has, and the model has not,", unknown))
+            f"{verb} {', '.join(names[:4])}{f' and {len(names) - 4} more' if names[4:] else ''}"
+            for verb, names in (("lacks", missing), ("has, and the model has not,", unknown))
             if names
         ]
         raise CheckpointError(
-            f"the checkpoint {'; it '.join(said)}: load one of a model with the same layers, tied and adapted alike"
+            f"{what} {'; it '.join(said)}: load one of a model with the same layers, tied and adapted alike"
         )
 
 
