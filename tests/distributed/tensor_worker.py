@@ -20,6 +20,7 @@ from distributed_worker import distance, make_hybrid, make_model, whole
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import Check, work
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint import state_dict as states_of_torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -492,7 +493,8 @@ def checkpoints_go_from_mesh_to_mesh(folder: Path) -> None:
                 fully_shard_model(model, mesh=dp)
             return model, optimizer_of(model.parameters()), dp
 
-        def forget(model: nn.Module) -> None:
+        def forget(model: nn.Module, steps: torch.optim.Optimizer) -> None:
+            steps.param_groups[0]["lr"] = 7.0
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.zero_()
@@ -508,7 +510,7 @@ def checkpoints_go_from_mesh_to_mesh(folder: Path) -> None:
         dcp.save(states(model, its_steps), checkpoint_id=at)
         for kind in ("one", "tp", "dp", "dp x tp"):
             model, its_steps, dp = begin(kind)
-            forget(model)
+            forget(model, its_steps)
             load(model, its_steps, at)
             assert_same_states(states(model, its_steps), saved)
             train(model, its_steps, range(3, 5), dp)
@@ -554,6 +556,10 @@ def checkpoints_that_do_not_fit_are_refused(folder: Path) -> None:
     factored = torch.optim.Adafactor(model.parameters())
     with pytest.raises(CheckpointError, match=r"row_var of .* the process's piece of the parameter .* as AdamW's"):
         get_state_dict(model, factored)
+    renamed = copy.deepcopy(model)
+    renamed.backbone.layers[1] = checkpoint_wrapper(renamed.backbone.layers[1])
+    with pytest.raises(ArgumentError, match=r"layers.1.* is cut, and the model's state has no such name"):
+        get_state_dict(renamed)
     # DCP names the tensor too, on all processes
     dcp.save(before, checkpoint_id=folder / "saved")
     other = tensor_parallel(make_pure(num_hidden_layers=1, vocab_size=64), mesh())
