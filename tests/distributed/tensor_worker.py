@@ -13,20 +13,30 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from accelerate import ParallelismConfig
 from datasets import Dataset
 from distributed_worker import distance, make_hybrid, make_model, whole
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import Check, work
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint import state_dict as states_of_torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from mamba2_hf import Mamba2ForCausalLM, Request, generate_batch
-from mamba2_hf.distributed import clip_grad_norm_, context_parallel, tensor_parallel, whole_state_dict
-from mamba2_hf.errors import ArgumentError, CacheError
+from mamba2_hf.distributed import (
+    clip_grad_norm_,
+    context_parallel,
+    get_state_dict,
+    set_state_dict,
+    tensor_parallel,
+    whole_state_dict,
+)
+from mamba2_hf.errors import ArgumentError, CacheError, CheckpointError
 from mamba2_hf.layers import Mamba2Mixer
 from mamba2_hf.ops import dispatch, use_backend
 from mamba2_hf.ops.runtime import plan
@@ -421,6 +431,141 @@ def with_data_parallelism(folder: Path) -> None:
         found = {name: whole(tensor) for name, tensor in whole_state_dict(model, group, gradients(model)).items()}
         for name, gradient in gradients(plain).items():
             assert distance(found[name], gradient) < 1e-12, name
+
+
+def states(model: nn.Module, steps: torch.optim.Optimizer) -> dict[str, Any]:
+    return dict(zip(("model", "optimizer"), get_state_dict(model, steps), strict=True))
+
+
+def load(model: nn.Module, steps: torch.optim.Optimizer, folder: Path) -> None:
+    found = states(model, steps)
+    dcp.load(found, checkpoint_id=folder)
+    set_state_dict(model, steps, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+
+
+def train(model: Any, steps: torch.optim.Optimizer, seeds: range, dp: Any = None) -> None:
+    """Each process of ``dp`` has rows of its own, as many tokens as others."""
+    for seed in seeds:
+        given = batch(seed, rows=dist.get_world_size())
+        del given["seq_idx"]
+        if dp is not None:
+            rank, size = dp.get_local_rank(), dp.size()
+            given = {name: value.chunk(size)[rank] for name, value in given.items()}
+        model(**given).loss.backward()
+        steps.step()
+        steps.zero_grad()
+
+
+def assert_same_states(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one["model"].keys() == other["model"].keys()
+    assert one["optimizer"]["param_groups"] == other["optimizer"]["param_groups"]
+    assert one["optimizer"]["state"].keys() == other["optimizer"]["state"].keys()
+    pairs = [(name, value, other["model"][name]) for name, value in one["model"].items()]
+    for name, state in one["optimizer"]["state"].items():
+        assert state.keys() == other["optimizer"]["state"][name].keys()
+        pairs += [(f"{name}: {key}", value, other["optimizer"]["state"][name][key]) for key, value in state.items()]
+    for name, value, found in pairs:
+        assert value.device.type == "cpu"
+        assert type(value) is Tensor
+        assert torch.equal(found, value) or distance(found, value) < 1e-12, name
+
+
+@check
+def checkpoints_go_from_mesh_to_mesh(folder: Path) -> None:
+    """Saved by processes that share layers, with FSDP2 and without; each other mesh goes on as if nothing had been."""
+    world = dist.get_world_size()
+    both = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    sharded = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
+    recipes: list[tuple[str, Any, Any]] = [
+        ("tp", make_pure, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+        # Steps of a size that a gradient's rounding does not change: AdamW divides gradients by their own size.
+        ("dp x tp", lambda: make_hybrid(tie_word_embeddings=True), lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1.0)),
+    ]
+    for saving, make, optimizer_of in recipes:
+        start = moved(make().double()).train()
+
+        def begin(kind: str, start: Any = start, optimizer_of: Any = optimizer_of) -> tuple[Any, Any, Any]:
+            model, dp = copy.deepcopy(start), None
+            if "tp" in kind:
+                tensor_parallel(model, both)
+            if "dp" in kind:
+                dp = both["dp"] if "tp" in kind else sharded
+                fully_shard_model(model, mesh=dp)
+            return model, optimizer_of(model.parameters()), dp
+
+        def forget(model: nn.Module, steps: torch.optim.Optimizer) -> None:
+            steps.param_groups[0]["lr"] = 7.0
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.zero_()
+
+        plain, steps, _ = begin("one")
+        train(plain, steps, range(3))
+        saved = states(plain, steps)
+        train(plain, steps, range(3, 5))
+        at = folder / saving
+        model, its_steps, dp = begin(saving)
+        train(model, its_steps, range(3), dp)
+        assert_same_states(states(model, its_steps), saved)
+        dcp.save(states(model, its_steps), checkpoint_id=at)
+        for kind in ("one", "tp", "dp", "dp x tp"):
+            model, its_steps, dp = begin(kind)
+            forget(model, its_steps)
+            load(model, its_steps, at)
+            assert_same_states(states(model, its_steps), saved)
+            train(model, its_steps, range(3, 5), dp)
+            assert_same_states(states(model, its_steps), states(plain, steps))
+        # by PyTorch alone, where layers are whole
+        model, its_steps, _ = begin("dp")
+        found = dict(zip(("model", "optimizer"), states_of_torch.get_state_dict(model, its_steps), strict=True))
+        dcp.load(found, checkpoint_id=at)
+        states_of_torch.set_state_dict(
+            model, its_steps, model_state_dict=found["model"], optim_state_dict=found["optimizer"]
+        )
+        assert_same_states(states(model, its_steps), saved)
+
+
+@check
+def checkpoints_that_do_not_fit_are_refused(folder: Path) -> None:
+    model = tensor_parallel(make_pure(), mesh()).train()
+    steps = torch.optim.AdamW(model.parameters())
+    train(model, steps, range(1))
+    alone = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("dp", "tp"))["dp"]
+    wrapped = DistributedDataParallel(model, process_group=alone.get_group())
+    assert_same_states(states(wrapped, steps), states(model, steps))
+    before = states(model, steps)
+    weight = "backbone.layers.1.mixer.in_proj.weight"
+
+    def refused(match: str, change: Any) -> None:
+        given = copy.deepcopy(before)
+        change(given)
+        with pytest.raises(CheckpointError, match=match):
+            set_state_dict(model, steps, model_state_dict=given["model"], optim_state_dict=given["optimizer"])
+        assert_same_states(states(model, steps), before)
+
+    refused(rf"lacks {weight}:", lambda given: given["model"].pop(weight))
+    refused(r"has, and the model has not, extra:", lambda given: given["model"].update(extra=torch.zeros(1)))
+    shape = r"has the shape \(3, 2\), and the model's whole tensor \(\d+, 32\)"
+    refused(f"^{weight} {shape}", lambda given: given["model"].update({weight: torch.zeros(3, 2)}))
+    refused(
+        f"^exp_avg of {weight} in the optimizer's state {shape}",
+        lambda given: given["optimizer"]["state"][weight].update(exp_avg=torch.zeros(3, 2)),
+    )
+    refused(f"^the optimizer's state .* lacks {weight}:", lambda given: given["optimizer"]["state"].pop(weight))
+    refused("^the optimizer's state .* not, extra:", lambda given: given["optimizer"]["state"].update(extra={}))
+    factored = torch.optim.Adafactor(model.parameters())
+    with pytest.raises(CheckpointError, match=r"row_var of .* the process's piece of the parameter .* as AdamW's"):
+        get_state_dict(model, factored)
+    renamed = copy.deepcopy(model)
+    renamed.backbone.layers[1] = checkpoint_wrapper(renamed.backbone.layers[1])
+    with pytest.raises(ArgumentError, match=r"layers.1.* is cut, and the model's state has no such name"):
+        get_state_dict(renamed)
+    # DCP names the tensor too, on all processes
+    dcp.save(before, checkpoint_id=folder / "saved")
+    other = tensor_parallel(make_pure(num_hidden_layers=1, vocab_size=64), mesh())
+    found = {"model": get_state_dict(other)[0]}
+    with pytest.raises(dcp.CheckpointException, match=r"Size mismatch .*embeddings.weight"):
+        dcp.load(found, checkpoint_id=folder / "saved")
 
 
 @check

@@ -108,16 +108,20 @@ def whole_state_dict(model: nn.Module, group: Group, state_dict: dict[str, Any] 
         group: of its processes.
         state_dict: of the model, or some of it under the same names; None for all of it.
     """
-    cuts = dict(_every_cut(model))
+    cuts = dict(every_cut(model))
     given = model.state_dict() if state_dict is None else state_dict
     found = {}
     for name, value in given.items():
         cut = cuts.get(name)
-        if cut is not None:
-            value = _unsharded(value)
-            value = cut.whole(group.gather(_sendable(value, group))).cpu()
-        found[name] = value
+        found[name] = value if cut is None else whole_tensor(value, cut, group)
     return found
+
+
+def whole_tensor(piece: Tensor, cut: Cut, group: Group) -> Tensor:
+    """The whole of a tensor, on the CPU, of which this process has a piece, or under FSDP2 a shard of it; called by all
+    of the group, and by all that share the piece.
+    """
+    return cut.whole(group.gather(_sendable(unsharded(piece), group))).cpu()
 
 
 @torch.no_grad()
@@ -125,22 +129,21 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     """``torch.nn.utils.clip_grad_norm_`` of all gradients of a model that :func:`tensor_parallel` has cut: what several
     processes hold counts once. Called by all processes of the group; returns the norm before.
     """
-    cut = {id(p): (module.cuts[name], module.group) for module, name, p in _parameters(model) if name in _cuts(module)}
+    cut = {id(p): module.cuts[name] for module, name, p in _parameters(model) if name in _cuts(module)}
     parameters = [p for p in model.parameters() if p.grad is not None]
-    groups = {group for _, group in cut.values()}
-    if len(groups) != 1:
-        raise ArgumentError(f"{type(model).__name__} is cut for {len(groups)} groups of processes, expected one")
-    (group,) = groups
+    group = group_of(model)
+    if group is None:
+        raise ArgumentError(f"{type(model).__name__} is cut for no group of processes: see tensor_parallel")
     power = 1.0 if math.isinf(norm_type) else norm_type
 
     def share(p: Tensor) -> Tensor:
         """Of the sum over the whole gradient (of powers, or the largest), what this process answers for."""
-        gradient = _unsharded(p.grad)
+        gradient = unsharded(p.grad)
         assert gradient is not None
         if id(p) not in cut:  # whole in every process
             kept = [gradient] if group.rank == 0 else []
         else:
-            how = cut[id(p)][0]
+            how = cut[id(p)]
             lengths = [part.size // part.pieces for part in how.parts]
             rows = zip(how.parts, gradient.split(lengths, how.dim), strict=True)
             kept = [row for part, row in rows if group.rank % (group.size // part.pieces) == 0]
@@ -159,7 +162,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     return total
 
 
-def _unsharded(tensor: Any) -> Any:
+def unsharded(tensor: Any) -> Any:
     """The whole of a tensor that is sharded over data as well; called by all processes that share it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -197,7 +200,9 @@ def _cut_what_is_loaded(module: Any, state_dict: dict[str, Any], prefix: str, *_
     group: Group = module.group
     for name, cut in module.cuts.items():
         value = state_dict.get(prefix + name)
-        if value is not None and value.shape[cut.dim] == sum(part.size for part in cut.parts):
+        if value is None or value.shape == module._parameters[name].shape:
+            continue
+        if value.shape[cut.dim] == sum(part.size for part in cut.parts):
             state_dict[prefix + name] = cut.piece(value, group.rank, group.size)
 
 
@@ -437,6 +442,18 @@ def _cuts(module: nn.Module) -> dict[str, Cut]:
     return cuts
 
 
+def group_of(model: nn.Module) -> Group | None:
+    """Of the processes for which :func:`tensor_parallel` has cut a model, None if it has not.
+
+    Raises:
+        ArgumentError: layers are cut for several groups.
+    """
+    groups: set[Any] = {module.group for module in model.modules() if _cuts(module)}
+    if len(groups) > 1:
+        raise ArgumentError(f"{type(model).__name__} is cut for {len(groups)} groups of processes, expected one")
+    return next(iter(groups), None)
+
+
 def _parameters(model: nn.Module) -> Iterator[tuple[Any, str, nn.Parameter]]:
     """Every module, and a name and parameter of its own."""
     for module in model.modules():
@@ -445,7 +462,8 @@ def _parameters(model: nn.Module) -> Iterator[tuple[Any, str, nn.Parameter]]:
                 yield module, name, parameter
 
 
-def _every_cut(model: nn.Module) -> Iterator[tuple[str, Cut]]:
+def every_cut(model: nn.Module) -> Iterator[tuple[str, Cut]]:
+    """Names in the model's ``state_dict``, and how the tensors are cut."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, cut in _cuts(module).items():
             yield f"{prefix}.{name}" if prefix else name, cut

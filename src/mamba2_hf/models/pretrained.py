@@ -233,7 +233,8 @@ class SSDPreTrainedModel(PreTrainedModel):
         if self.tensor_group is not None:
             raise ArgumentError(
                 f"distributed_checkpoint=True of a model that {self.tensor_group.size} processes share: leave it out, "
-                "save_pretrained writes the whole checkpoint"
+                "save_pretrained writes the whole checkpoint; torch.distributed.checkpoint saves what "
+                "mamba2_hf.distributed.get_state_dict(model, optimizer) gives"
             )
         super().save_distributed_checkpoint(*args, **kwargs)
 
