@@ -302,6 +302,12 @@ class TestGeneration:
         assert torch.equal(again, model.generate(ids, use_cache=False, **options))
 
 
+def test_layers_that_are_not_split_are_those_that_there_are() -> None:
+    """Policies of FSDP look each of them up, and fail where one is not there."""
+    assert make_hybrid("plain")._no_split_modules == {"Mamba2HybridLayer"}
+    assert make_hybrid("shared")._no_split_modules == {"Mamba2HybridLayer", "SharedBlock"}
+
+
 class TestStepsOfAttention:
     """One op a layer, which a GPU's kernels serve; here PyTorch does."""
 

@@ -14,7 +14,7 @@ from .conv import causal_convolution
 from .kv import KeyValueState
 from .norm import RMSNorm
 from .placement import OwnKeys, Placement
-from .projection import Adapter, linear
+from .projection import AddTo, linear
 from .sequence import PLAIN, SequenceLayout
 from .weights import is_unhooked, plain_linear, plain_weight
 
@@ -114,7 +114,7 @@ class Attention(nn.Module):
         layout: SequenceLayout = PLAIN,
         state: KeyValueState | None = None,
         *,
-        adapters: Sequence[Adapter] = (),
+        adds: Sequence[AddTo] = (),
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """``(B, T, d)`` to the same; continues ``state`` and adds to it.
@@ -124,13 +124,13 @@ class Attention(nn.Module):
             placement: where its tokens stand.
             layout: their documents.
             state: of this layer; None without a cache.
-            adapters: of the three projections.
+            adds: of adapters, to the three projections.
             output_attentions: whether to return the weights too, ``(B, H, T, T)``; only without cached tokens.
         """
         placement = placement.to(hidden_states.device)
         projected = [linear(module, hidden_states) for module in (self.q_proj, self.k_proj, self.v_proj)]
-        if adapters:
-            projected = [a.add_to(hidden_states, own)[0] for a, own in zip(adapters, projected, strict=True)]
+        if adds:
+            projected = [add(hidden_states, own)[0] for add, own in zip(adds, projected, strict=True)]
         multiplier = self.key_multiplier
         if multiplier != 1 and (self.conv_kernel is not None or placement.rotary is None):
             projected[1], multiplier = projected[1] * multiplier, 1.0

@@ -13,7 +13,7 @@ from .. import ops
 from ..ops.mlp.op import step_serves
 from ..ops.mlp.torch import activate
 from .norm import RMSNorm
-from .projection import Adapter, linear
+from .projection import AddTo, linear
 from .weights import is_unhooked, plain_linear, plain_weight
 
 
@@ -65,12 +65,12 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, adapter: Adapter | None = None) -> Tensor:
-        """``(..., d)`` to ``(..., d)``; an ``adapter`` is of gate and up projection."""
+    def forward(self, x: Tensor, add: AddTo | None = None) -> Tensor:
+        """``(..., d)`` to ``(..., d)``; an adapter may ``add`` to gate and up projection."""
         up = linear(self.up_proj, x)
         gate = linear(self.gate_proj, x) if self.gated else up
-        if adapter is not None:
-            gate, up = adapter.add_to(x, gate, up)
+        if add is not None:
+            gate, up = add(x, gate, up)
         inner = ops.gated_activation(gate, up if self.gated else None, self.activation, self.multipliers[0])
         out = linear(self.down_proj, inner)
         return out if self.multipliers[1] == 1 else out * self.multipliers[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,10 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
         return module(x)  # type: ignore[no-any-return]
     weight, bias, *_ = readable
     return products.linear(x, weight, bias)
+
+
+AddTo = Callable[..., list[Tensor]]
+""":meth:`Adapter.add_to` of an adapter."""
 
 
 class Adapter(nn.Sequential):

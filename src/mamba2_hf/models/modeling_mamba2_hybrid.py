@@ -118,12 +118,12 @@ class SharedBlock(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Stream and embeddings ``(B, T, d)`` to ``(B, T, d)``, for the ``use``-th of the layers that use it."""
         x = self.norm(torch.cat([hidden_states.to(embeddings.dtype), embeddings], -1))  # (B, T, 2 d)
-        adapters: tuple[Any, ...] = ()
+        # Not the adapters themselves, which what offloads modules would move as it moves other arguments.
+        adds: tuple[Any, ...] = ()
         if self.has_attention_adapters:
-            adapters = self.q_adapters[use], self.k_adapters[use], self.v_adapters[use]
-        arguments = x, placement, layout, state
-        x, weights = self.attention(*arguments, adapters=adapters, output_attentions=output_attentions)
-        return self.mlp(self.mlp_norm(x), self.mlp_adapters[use] if self.has_adapters else None), weights
+            adds = tuple(each[use].add_to for each in (self.q_adapters, self.k_adapters, self.v_adapters))
+        x, weights = self.attention(x, placement, layout, state, adds=adds, output_attentions=output_attentions)
+        return self.mlp(self.mlp_norm(x), self.mlp_adapters[use].add_to if self.has_adapters else None), weights
 
 
 class MixerBlock(nn.Module):
@@ -482,7 +482,7 @@ class Mamba2HybridPreTrainedModel(SSDPreTrainedModel):
 
     config: Mamba2HybridConfig
     config_class = Mamba2HybridConfig
-    _no_split_modules = ["Mamba2HybridLayer", "SharedBlock", "MTPHead"]
+    _no_split_modules: Any = ["Mamba2HybridLayer", "SharedBlock", "MTPHead"]
     _keep_in_fp32_modules_strict = [*FP32_PARAMETERS, "e_score_correction_bias"]
     _keys_to_ignore_on_load_unexpected = [r"^mtp\."]  # of a model that is not to have these heads
     _skip_keys_device_placement = ["past_key_values", "cache_params", "cache", "shared_blocks"]
@@ -493,6 +493,12 @@ class Mamba2HybridPreTrainedModel(SSDPreTrainedModel):
 
     foreign_reader: ClassVar[Any] = None
     """Reads checkpoints of other formats: ``mamba2_hf.checkpoints.loading.read_foreign``, once it is registered."""
+
+    def post_init(self) -> None:
+        """As in transformers. Layers that are not to be split are those that there are: FSDP looks each of them up."""
+        super().post_init()
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = set(self._no_split_modules or ()) & present
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
