@@ -287,9 +287,9 @@ def new_ring(conv_state: Tensor, ssm_state: Tensor) -> Ring:
         return NO_RING
     groups = (conv_state.shape[1] - heads * P) // (2 * N)
     return Ring(
-        torch.empty(rows, heads, R, P, dtype=conv_state.dtype, device=device),
-        torch.empty(rows, heads, 2, R, dtype=torch.float32, device=device),
-        torch.empty(rows, groups, R, N, dtype=conv_state.dtype, device=device),
+        torch.zeros(rows, heads, R, P, dtype=conv_state.dtype, device=device),
+        torch.zeros(rows, heads, 2, R, dtype=torch.float32, device=device),
+        torch.zeros(rows, groups, R, N, dtype=conv_state.dtype, device=device),
         torch.zeros(rows, dtype=torch.int32, device=device),
     )
 
