@@ -369,16 +369,9 @@ def main(
     if toy:
         chosen = [(name, tiny(each)) for name, each in chosen]
     chosen = [(name, dataclasses.replace(each, tokens=min(tokens, each.tokens))) for name, each in chosen]
-    everything = [each for _, each in chosen]
-    found = trainer.run_all(run, everything, out, device=device, processes=processes, seconds=seconds)
-    for name in dict.fromkeys(name for name, _ in chosen):
-        names = {each.name for experiment, each in chosen if experiment == name}
-        mine = [result for result in found if result["name"] in names]
-        if mine:
-            trainer.write_csv(results / f"{name}.csv", map(as_row, mine))
-            plot(name, mine, results / f"{name}.png")
-            for result in mine:
-                console.print(f"{result['name']:32} {result['test']:.4f} nats per token")
+    options = {"device": device, "processes": processes, "seconds": seconds}
+    for result in trainer.run_chosen(run, chosen, out, results, as_row, plot, **options):
+        console.print(f"{result['name']:32} {result['test']:.4f} nats per token")
 
 
 if __name__ == "__main__":

@@ -165,31 +165,23 @@ def mqar_grid(widths: tuple[int, ...] = (64,), length: int = 256) -> list[Run]:
     return runs
 
 
-def copying_runs() -> list[Run]:
-    """Sixteen tokens among 256, measured up to 64 times as far apart."""
+def far_runs(task: str, asked: int) -> list[Run]:
+    """Trained on 256 tokens, ``asked`` of which are asked for, and measured on up to 64 times as many."""
     beyond = tuple(256 * 4**k for k in range(1, 4))
-    sizes = {"length": 256, "asked": 16, "vocab_size": 16, "steps": 3000, "batch": 128, "beyond": beyond}
+    sizes = {"length": 256, "asked": asked, "vocab_size": 16, "steps": 3000, "batch": 128, "beyond": beyond}
     shapes = {"mamba2": Shape("mamba2", 64, 2, state=64), "attention": Shape("attention", 64, 2, mlp=128)}
     return [
-        Run(f"copying-{name}-s{seed}", "copying", shape, 3e-3, **sizes, seed=seed)
+        Run(f"{task}-{name}-s{seed}", task, shape, 3e-3, **sizes, seed=seed)
         for seed in (0, 1)
         for name, shape in shapes.items()
     ]
 
 
-def induction_runs() -> list[Run]:
-    """Trained on 256 tokens, measured on up to 64 times as many."""
-    beyond = tuple(256 * 4**k for k in range(1, 4))
-    sizes = {"length": 256, "asked": 1, "vocab_size": 16, "steps": 3000, "batch": 128, "beyond": beyond}
-    shapes = {"mamba2": Shape("mamba2", 64, 2, state=64), "attention": Shape("attention", 64, 2, mlp=128)}
-    return [
-        Run(f"induction-{name}-s{seed}", "induction", shape, 3e-3, **sizes, seed=seed)
-        for seed in (0, 1)
-        for name, shape in shapes.items()
-    ]
-
-
-EXPERIMENTS = {"mqar": mqar_grid, "copying": copying_runs, "induction": induction_runs}
+EXPERIMENTS = {
+    "mqar": mqar_grid,
+    "copying": lambda: far_runs("copying", 16),
+    "induction": lambda: far_runs("induction", 1),
+}
 
 
 def tiny(setting: Run) -> Run:
@@ -261,16 +253,9 @@ def main(
     if toy:
         chosen = [(name, tiny(each)) for name, each in chosen]
     chosen = [(name, dataclasses.replace(each, steps=min(steps, each.steps))) for name, each in chosen]
-    everything = [each for _, each in chosen]
-    found = trainer.run_all(run, everything, out, device=device, processes=processes, seconds=seconds)
-    for name in dict.fromkeys(name for name, _ in chosen):
-        names = {each.name for experiment, each in chosen if experiment == name}
-        mine = [result for result in found if result["name"] in names]
-        if mine:
-            trainer.write_csv(results / f"{name}.csv", map(as_row, mine))
-            plot(name, mine, results / f"{name}.png")
-            for result in mine:
-                console.print(f"{result['name']:36} {result['accuracy']:.4f} right")
+    options = {"device": device, "processes": processes, "seconds": seconds}
+    for result in trainer.run_chosen(run, chosen, out, results, as_row, plot, **options):
+        console.print(f"{result['name']:36} {result['accuracy']:.4f} right")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import math
 import multiprocessing
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -298,6 +298,34 @@ def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def run_chosen(
+    run: Callable[[Any, Path, str], dict[str, Any]],
+    chosen: Sequence[tuple[str, Any]],
+    out: Path,
+    tables: Path,
+    as_row: Callable[[dict[str, Any]], dict[str, Any]],
+    plot: Callable[[str, list[dict[str, Any]], Path], None],
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """Runs what :func:`choose` gave and writes each experiment's CSV and plot; yields the results, by experiment.
+
+    Args:
+        run, out, options: see :func:`run_all`.
+        chosen: experiments and settings.
+        tables: folder of the CSVs and plots.
+        as_row: a result as a line of the table.
+        plot: draws an experiment's results to a file.
+    """
+    found = run_all(run, [each for _, each in chosen], out, **options)
+    for name in dict.fromkeys(name for name, _ in chosen):
+        names = {each.name for experiment, each in chosen if experiment == name}
+        mine = [result for result in found if result["name"] in names]
+        if mine:
+            write_csv(tables / f"{name}.csv", map(as_row, mine))
+            plot(name, mine, tables / f"{name}.png")
+            yield from mine
 
 
 def draw(
