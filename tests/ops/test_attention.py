@@ -86,6 +86,7 @@ LAYERS = {
     "one row": (1, 4, 2, 8, 24, 8, False),
     "several": (3, 4, 2, 8, 24, 4, True),
     "many": (33, 2, 1, 10, 20, 0, False),
+    "more than a program takes": (70, 2, 1, 8, 16, 8, True),
     "each its keys": (2, 3, 3, 16, 40, 16, True),
     "one row, no rotation": (1, 2, 1, 10, 20, 0, True),
 }

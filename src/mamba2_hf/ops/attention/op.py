@@ -15,7 +15,7 @@ from ..runtime.modes import needs_grad
 from ..spec import Index, Linear, State
 
 MOST_ROWS = 64
-"""Sequences of a step of a layer, on Triton."""
+"""Sequences up to which a step of a layer is the quickest way, on Triton."""
 
 
 class Rotary(NamedTuple):
@@ -153,7 +153,7 @@ def attend_one(
 
 def attention_step(call: AttentionStep, backend: str | None = None) -> Tensor:
     """A layer of attention for one token a sequence: ``(B, 1, d)`` in the dtype of the stream. ``keys`` and ``values``
-    are written in place. On Triton that is for up to 64 sequences, and no gradient is known.
+    are written in place. On Triton no gradient is known.
     """
     stream, keys = call.stream, call.keys
     check_rank("stream", stream, 3, "(B, 1, d)")

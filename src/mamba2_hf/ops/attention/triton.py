@@ -159,8 +159,9 @@ def attention_enter_kernel(x, norm_weight, q, k, v, q_bias, k_bias, v_bias, u, o
 def attention_enter_rows_kernel(x, q, k, v, q_bias, k_bias, v_bias, u, rows, of_q, of_k, factor,
                                 WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                                 PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """Queries, keys and values ``u (rows, of_q + 2 of_k)`` of up to ``BM`` rows, of ``factor`` times ``x``."""
-    pid, first, second = tl.program_id(0), tl.cdiv(of_q, BN), tl.cdiv(of_k, BN)
+    """``BM`` rows of queries, keys and values ``u (rows, of_q + 2 of_k)`` of ``factor`` times ``x (rows, WIDTH)``."""
+    tiles_m, first, second = tl.cdiv(rows, BM), tl.cdiv(of_q, BN), tl.cdiv(of_k, BN)
+    pid, row = tl.program_id(0) // tiles_m, tl.program_id(0) % tiles_m * BM
     # One loop for all three: the buffers of each would take shared memory of their own.
     if pid < first:
         weight, bias, begin, outputs = q, q_bias, 0, of_q
@@ -170,11 +171,11 @@ def attention_enter_rows_kernel(x, q, k, v, q_bias, k_bias, v_bias, u, rows, of_
     else:
         weight, bias, begin, outputs = v, v_bias, of_q + of_k, of_k
         pid -= first + second
-    m, n = tl.arange(0, BM)[:, None], (pid * BN + tl.arange(0, BN))[None, :]
+    m, n = (row + tl.arange(0, BM))[:, None], (pid * BN + tl.arange(0, BN))[None, :]
     follow(OVERLAP)
     offset = 0.0 if bias is None else tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
     last: tl.constexpr = (WIDTH + BK - 1) // BK
-    sums = _products(x, weight, None, 0, pid * BN, 0, last, rows, outputs, 0.0,
+    sums = _products(x, weight, None, row, pid * BN, 0, last, rows, outputs, 0.0,
                      WIDTH, WIDTH, 1, 1, BM, BN, BK, False, PRECISION)  # fmt: skip
     value = (tl.trans(sums) * factor + offset).to(u.dtype.element_ty)
     tl.store(u + m * (of_q + 2 * of_k) + begin + n, value, mask=(m < rows) & (n < outputs))
@@ -324,7 +325,7 @@ def attention_step(call: AttentionStep) -> Tensor:
         tiles = tables.attention_enter(tables.current_chip(), dtype, rows, of_q + 2 * of_k)
         launch(
             attention_enter_rows_kernel,
-            (cdiv(of_q, tiles.BN) + 2 * cdiv(of_k, tiles.BN),),
+            ((cdiv(of_q, tiles.BN) + 2 * cdiv(of_k, tiles.BN)) * cdiv(rows, tiles.BM),),
             *(norm_forward(norm), *weights, *biases, u, rows, of_q, of_k, call.multiplier),
             WIDTH=width,
             BM=tiles.BM,
