@@ -240,6 +240,25 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
                         ),
                     )
                 )
+        for dtype in (torch.float32, torch.bfloat16):  # a layer so small that each output is one program's
+
+            def small(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+                return zeros(*shape, dtype=of)
+
+            little = MixerWeights(small(96, K), small(96), small(4), None, small(4), small(4), small(64))
+            entry, end = Linear(small(164, 32)), Linear(small(32, 64))
+            for batch in (4, 16):
+                moved = small(batch, 96, K - 1), small(batch, 4, 16, 16)
+                ring = new_ring(*moved)
+                training.mamba2_layer_step(
+                    LayerStep(
+                        small(batch, 1, 32, of=torch.float32),
+                        *moved,
+                        LayerWeights(small(32), entry, little, end),
+                        MixerSpec(16, 1, group_size=64),
+                        ring=ring,
+                    )
+                )
         stream = zeros(64, 1, 2560, dtype=torch.float32)
         weights = LayerWeights(zeros(2560), Linear(zeros(entering, 2560)), mixer, Linear(zeros(2560, inner)))
         for kept in (torch.float32, torch.bfloat16):

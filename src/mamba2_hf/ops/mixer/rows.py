@@ -188,28 +188,28 @@ def leave_rows_kernel(raw, squares, weight, weight_tiles, bias, x, y, partial, c
         _leave_rows(sums, tile, tl.num_programs(0), row, output, squares, bias, x, y, peers, rows, outputs, eps,
                     factor, joint_size, sx, groups, SIZE, PARTS, PARTS_BLOCK, BM, BN, JOINT,
                     PLACE, PLACES, WORDS, CLOCK)  # fmt: skip
-        return
-    piece_rows: tl.constexpr = BM // PIECES
-    share = pid % SPLIT
-    part = partial + tile.to(tl.int64) * (SPLIT * BN * BM) + tl.arange(0, BN)[:, None] * BM
-    tl.store(part + share * (BN * BM) + tl.arange(0, BM)[None, :], sums)
-    tl.debug_barrier()  # what all threads stored is there before the count says so
-    seen = tl.atomic_add(counters + tile, 1, sem="acq_rel") + 1
-    piece = 0
-    if PIECES > 1:
-        piece = share
-        if piece < PIECES:
-            while seen < SPLIT:
-                seen = tl.atomic_add(counters + tile, 0, sem="acquire")
-    if (piece < PIECES) & (seen == SPLIT):
-        column = piece * piece_rows
-        every = tl.zeros([BN, piece_rows], tl.float32)
-        for i in tl.static_range(SPLIT):
-            at = part + i * (BN * BM) + column + tl.arange(0, piece_rows)[None, :]
-            every += tl.load(at, cache_modifier=".cg")
-        _leave_rows(every, tile * PIECES + piece, tl.num_programs(0) // SPLIT * PIECES, row + column, output, squares,
-                    bias, x, y, peers, rows, outputs, eps, factor, joint_size, sx, groups, SIZE, PARTS, PARTS_BLOCK,
-                    piece_rows, BN, JOINT, PLACE, PLACES, WORDS, CLOCK)  # fmt: skip
+    else:
+        piece_rows: tl.constexpr = BM // PIECES
+        share = pid % SPLIT
+        part = partial + tile.to(tl.int64) * (SPLIT * BN * BM) + tl.arange(0, BN)[:, None] * BM
+        tl.store(part + share * (BN * BM) + tl.arange(0, BM)[None, :], sums)
+        tl.debug_barrier()  # what all threads stored is there before the count says so
+        seen = tl.atomic_add(counters + tile, 1, sem="acq_rel") + 1
+        piece = 0
+        if PIECES > 1:
+            piece = share
+            if piece < PIECES:
+                while seen < SPLIT:
+                    seen = tl.atomic_add(counters + tile, 0, sem="acquire")
+        if (piece < PIECES) & (seen == SPLIT):
+            column = piece * piece_rows
+            every = tl.zeros([BN, piece_rows], tl.float32)
+            for i in tl.static_range(SPLIT):
+                at = part + i * (BN * BM) + column + tl.arange(0, piece_rows)[None, :]
+                every += tl.load(at, cache_modifier=".cg")
+            _leave_rows(every, tile * PIECES + piece, tl.num_programs(0) // SPLIT * PIECES, row + column, output,
+                        squares, bias, x, y, peers, rows, outputs, eps, factor, joint_size, sx, groups, SIZE, PARTS,
+                        PARTS_BLOCK, piece_rows, BN, JOINT, PLACE, PLACES, WORDS, CLOCK)  # fmt: skip
 
 
 @triton.jit
