@@ -36,7 +36,9 @@ TOKENS_EVALUATED = 2**20
 MAMBA2 = Shape("mamba2", 256, 6)
 HYBRID = Shape("hybrid", 256, 5, mlp=192, key_value_heads=2, attention_layers=1)
 ATTENTION = Shape("attention", 256, 4, mlp=568)
-BEST = {"mamba2": 4e-3, "hybrid": 4e-3, "attention": 4e-3}  # peak learning rates, as `answer` found them
+SHAPES = {"mamba2": MAMBA2, "attention": ATTENTION, "hybrid": HYBRID}
+RATES = {"mamba2": (4e-3, 8e-3, 2e-3), "hybrid": (4e-3, 8e-3, 2e-3), "attention": (1e-3, 2e-3, 5e-4)}
+BEST = {kind: rates[0] for kind, rates in RATES.items()}  # peak learning rates, as `answer` found them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Run:
     shape: Shape
     learning_rate: float
     tokens: int = 32_000_000
-    batch: int = 32
+    batch: int = 8  # rows; larger ones leave too few steps for recall to be learned
     window: int = 2048
     seed: int = 0
     epochs: int = 1  # how often each token is seen; of a run shorter than the corpus a part is read
@@ -183,21 +185,19 @@ def flops_a_token(shape: Shape, parameters: float, window: int) -> float:
 
 
 def answer(data: str) -> list[Run]:
-    """Three learning rates of each kind, a second seed of what was best, and tokens that come back twelve times."""
-    shapes = {"mamba2": MAMBA2, "attention": ATTENTION, "hybrid": HYBRID}
+    """Three learning rates of each kind, and a second seed of what was best."""
     grid = [
-        Run(f"answer-{kind}-{rate:g}-s0", data, shape, rate)
-        for rate in (4e-3, 2e-3, 8e-3)
-        for kind, shape in shapes.items()
+        Run(f"answer-{kind}-{RATES[kind][place]:g}-s0", data, shape, RATES[kind][place])
+        for place in range(3)
+        for kind, shape in SHAPES.items()
     ]
-    again = [Run(f"answer-{kind}-{BEST[kind]:g}-s1", data, shape, BEST[kind], seed=1) for kind, shape in shapes.items()]
+    again = [Run(f"answer-{kind}-{BEST[kind]:g}-s1", data, shape, BEST[kind], seed=1) for kind, shape in SHAPES.items()]
     return grid + again
 
 
 def repeated(data: str) -> list[Run]:
     """As many tokens as in `answer`, but those of a twelfth of them, twelve times over."""
-    shapes = {"mamba2": MAMBA2, "attention": ATTENTION, "hybrid": HYBRID}
-    return [Run(f"repeated-{kind}", data, shape, BEST[kind], epochs=12) for kind, shape in shapes.items()]
+    return [Run(f"repeated-{kind}", data, shape, BEST[kind], epochs=12) for kind, shape in SHAPES.items()]
 
 
 def share(data: str) -> list[Run]:
@@ -210,7 +210,7 @@ def share(data: str) -> list[Run]:
     }
     shapes["transformer"] = Shape("attention", 256, 6, mlp=864)
     return [
-        Run(f"share-{name}-s{seed}", data, shape, 3e-3, tokens=20_000_000, seed=seed)
+        Run(f"share-{name}-s{seed}", data, shape, 0.75 * BEST[shape.kind], tokens=20_000_000, seed=seed)
         for seed in (0, 1)
         for name, shape in shapes.items()
     ]
@@ -247,17 +247,20 @@ def _two_seeds(name: str, data: str, shapes: dict[str, Shape]) -> list[Run]:
 
 
 def scaling(data: str) -> list[Run]:
-    """Widths 128, 192 and 256 with ten tokens for each parameter; a Transformer has an MLP in place of a layer."""
+    """Widths 128, 192 and 256 with ten tokens for each parameter; a Transformer has an MLP in place of a layer. Narrow
+    models get up to half as high a rate again.
+    """
     runs = []
-    sizes = ((128, 6, 528, 13_000_000, 6e-3), (192, 6, 704, 24_000_000, 5e-3), (256, 8, 864, 48_000_000, 4e-3))
-    for width, layers, mlp, tokens, rate in sizes:
+    sizes = ((128, 6, 528, 13_000_000, 1.5), (192, 6, 704, 24_000_000, 1.25), (256, 8, 864, 48_000_000, 1.0))
+    for width, layers, mlp, tokens, factor in sizes:
         shapes = {
             "mamba2": Shape("mamba2", width, layers),
             "hybrid": Shape("hybrid", width, layers, attention_layers=1, key_value_heads=width // 64),
             "attention": Shape("attention", width, layers // 2, mlp=mlp),
         }
         runs += [
-            Run(f"scaling-{kind}-{width}", data, shape, rate, tokens=tokens, batch=16) for kind, shape in shapes.items()
+            Run(f"scaling-{kind}-{width}", data, shape, factor * BEST[kind], tokens=tokens)
+            for kind, shape in shapes.items()
         ]
     return runs
 
@@ -271,7 +274,7 @@ def length(data: str) -> list[Run]:
             dataclasses.replace(MAMBA2, state=state),
             BEST["mamba2"],
             tokens=20_000_000,
-            batch=65_536 // window,
+            batch=16_384 // window,
             window=window,
             far=65_536,
         )

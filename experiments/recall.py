@@ -148,15 +148,15 @@ def run(setting: Run, checkpoint: Path, device: str) -> dict[str, Any]:
 
 # --- the experiments ------------------------------------------------------------------------------------------------
 
-MQAR_STEPS = 3000
+MQAR_STEPS = 5000
 
 
 def mqar_grid(widths: tuple[int, ...] = (64,), length: int = 256) -> list[Run]:
     """Two layers: Mamba-2 of several state sizes, and attention; the best of the learning rates counts."""
     runs = []
-    for rate in (3e-3, 1e-2, 1e-3):
+    for rate in (1e-2, 3e-3, 2e-2):
         for width in widths:
-            shapes = {f"N{n}": Shape("mamba2", width, 2, state=n, head_dim=32) for n in (256, 16, 64)}
+            shapes = {f"N{n}": Shape("mamba2", width, 2, state=n, head_dim=16) for n in (256, 16, 64)}
             shapes["attention"] = Shape("attention", width, 2, mlp=2 * width)
             for name, shape in shapes.items():
                 title = f"mqar-{length}-{width}-{name}-{rate:g}"
