@@ -11,7 +11,8 @@ time. A step is forward, backward and a fused AdamW, and its time is that of the
 bf16 weights, `fsdp2` fp32 ones that are gathered in bf16 (`fully_shard_model`); A_log, D and dt_bias are fp32 in all.
 
 Checked first, in fp32 on a model of two layers: gradients of DDP and FSDP2 are the mean of those of all processes.
-Then, for every row: losses of 20 captured steps with an optimizer between them are those of eager steps, bit for bit.
+Then, for every row: losses of 20 captured steps with an optimizer between them are those of eager steps, bit for bit;
+of hybrids to 1e-3, since the gradients of attention's kernels are not twice the same.
 Where either fails, the script stops. A capture that is refused is a row that says why.
 """
 
@@ -45,6 +46,7 @@ FIELDS = (
 )
 CHECKED, TIMED = 20, 20
 EXACT = 1e-4  # relative errors of gradients in fp32
+DRAWN = 1e-3  # of losses, where kernels add up in any order
 CAPTURED = ", captured"
 
 
@@ -265,11 +267,10 @@ def rows(run: Run, cases: list[Case], kinds: list[str], limit: float) -> Iterato
                 break
             finally:
                 run.release()
-            if eager is not None and not torch.equal(found.losses, eager.losses):
-                different = int((found.losses != eager.losses).sum())
-                raise SystemExit(
-                    f"{case.name} {kind}: {different} losses of {CHECKED} captured steps are not the eager ones"
-                )
+            if eager is not None:
+                error = float(((found.losses - eager.losses).abs() / eager.losses.abs()).max())
+                if not run.largest(error) <= (DRAWN if "hybrid" in case.config().model_type else 0.0):
+                    raise SystemExit(f"{case.name} {kind}: losses of captured steps are {error:.1e} off the eager ones")
             eager = found if eager is None else eager
             impl = kind + CAPTURED * captured
             p20, p50, p80 = found.ms
