@@ -16,7 +16,7 @@ allocator too. ``attention`` has 64 layers of the hybrid's attention, 20 heads t
 The shortest cache is also filled with tokens, growing, and has to come out as large.
 
 ``--families`` times the shapes of ``hybrid_families.py`` instead: a training step of 4 x 2048 tokens (forward and
-backward, no optimizer), the prefill of 32768 tokens, and decoding of 1 and 16 sequences behind ``--context`` tokens.
+backward, no optimizer), ours also as a CUDA graph, the prefill of 32768 tokens, and decoding of 1 and 16 sequences behind ``--context`` tokens.
 Beside ours stands transformers' own class, on the kernels of mamba_ssm and causal_conv1d where these are installed, and
 on ours (``use_with_transformers``); its decoding is timed through ``generate``. Whose kernels are called is looked up
 while each runs, printed, and has to be as its row says. Before that, models of few layers of both are compared in fp32,
@@ -59,6 +59,7 @@ from mamba2_hf import (
     ops,
     use_with_transformers,
 )
+from mamba2_hf.training import CapturedStep
 
 FIELDS = ("case", "impl", "ms_p20", "ms_p50", "ms_p80", "cache_mib", "floor_ms", "device", "versions")
 GRAPH = "mamba2_hf, graph"
@@ -357,8 +358,27 @@ class Families(Bench):
             raise RuntimeError(f"{name} {impl}: loss {found}, on PyTorch {expected}")
         self.route(f"{name} training", impl, step)
         self.row(f"{name}_training_{batch}x{length}", impl, self.timed(step, 10), floor=floor)
+        if impl == OURS:
+            self.captured(f"{name}_training_{batch}x{length}", model, ids, step(), floor)
         model.eval()
         model.zero_grad(set_to_none=True)
+
+    def captured(self, case: str, model: Any, ids: Tensor, expected: Tensor, floor: float) -> None:
+        """The same step as a CUDA graph, where it can be one."""
+        replay = CapturedStep(model)
+
+        def step() -> Tensor:
+            model.zero_grad(set_to_none=True)
+            return replay(input_ids=ids, labels=ids, use_cache=False)
+
+        for _ in range(4):
+            found = step()
+        if not abs(found - expected) < 1e-3 * expected:
+            raise RuntimeError(f"{case}, captured: loss {found}, called from Python {expected}")
+        if replay.graphs:
+            self.row(case, f"{OURS}, captured", self.timed(step, 10), floor=floor)
+        else:
+            print(f"{case}: not captured, {replay.reason}", flush=True)
 
     @torch.no_grad()
     def prefill(self, name: str, impl: str, model: Any, floor: float) -> None:
