@@ -16,13 +16,13 @@ allocator too. ``attention`` has 64 layers of the hybrid's attention, 20 heads t
 The shortest cache is also filled with tokens, growing, and has to come out as large.
 
 ``--families`` times the shapes of ``hybrid_families.py`` instead: a training step of 4 x 2048 tokens (forward and
-backward, no optimizer), ours also as a CUDA graph, the prefill of 32768 tokens, and decoding of 1 and 16 sequences behind ``--context`` tokens.
-Beside ours stands transformers' own class, on the kernels of mamba_ssm and causal_conv1d where these are installed, and
-on ours (``use_with_transformers``); its decoding is timed through ``generate``. Whose kernels are called is looked up
-while each runs, printed, and has to be as its row says. Before that, models of few layers of both are compared in fp32,
-with the same weights, with transformers' PyTorch functions; ``--few`` times such ones too. The floor is matrix products
-alone at the rate of a large one, or, in decoding, reading the weights that a step uses at the rate of a copy, both
-measured in the same run.
+backward, no optimizer), ours also as a CUDA graph, the prefill of 32768 tokens, and decoding of 1 and 16 sequences
+behind ``--context`` tokens. Beside ours stands transformers' own class, on the kernels of mamba_ssm and causal_conv1d
+where these are installed, and on ours (``use_with_transformers``); its decoding is timed through ``generate``. Whose
+kernels are called is looked up while each runs, printed, and has to be as its row says. Before that, models of few
+layers of both are compared in fp32, with the same weights, with transformers' PyTorch functions; ``--few`` times such
+ones too. The floor is matrix products alone at the rate of a large one, or, in decoding, reading the weights that a
+step uses at the rate of a copy, both measured in the same run.
 """
 
 from __future__ import annotations
