@@ -63,6 +63,10 @@ class Cut(NamedTuple):
             start += length
 
 
+NOTHING = Cut(0, ())
+"""No part of a tensor."""
+
+
 def sum_over(tensor: Tensor, group: Group, count: int) -> Tensor:
     """The sum over ``count`` processes that follow each other, this one among them, a divisor of the group's size; of a
     dense tensor that nobody else reads.
@@ -141,10 +145,10 @@ class LayerPartners:
 
     Args:
         group: of the processes.
-        in_proj, conv1d: how the outputs of these are cut.
+        in_proj, conv1d: of a mixer, how the outputs of these are cut.
     """
 
-    def __init__(self, group: Group, in_proj: Cut, conv1d: Cut) -> None:
+    def __init__(self, group: Group, in_proj: Cut = NOTHING, conv1d: Cut = NOTHING) -> None:
         self.group, self.in_proj, self.conv1d = group, in_proj, conv1d
 
     def begin(self, part: Tensor) -> Callable[[], Tensor]:
@@ -270,8 +274,6 @@ class CutJointNorm(CutModule, JointGatedRMSNorm):
 
 class CutExperts(CutModule):
     """Experts of which every process computes some of the inner channels; a base beside a class of experts."""
-
-    is_default = False
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """As the experts', with the sum over the processes."""

@@ -214,11 +214,11 @@ def _changes(model: nn.Module, group: Group) -> Iterator[_Change]:
         if isinstance(module, Mamba2Mixer):
             yield from _of_mixer(module, name, group)
         elif isinstance(module, Attention):
-            yield from _of_attention(module, name, size)
+            yield from _of_attention(module, name, group)
         elif isinstance(module, MLP):
-            yield from _of_mlp(module, name, size)
+            yield from _of_mlp(module, name, group)
         elif isinstance(module, Experts):
-            yield from _of_experts(module, name, size)
+            yield from _of_experts(module, name, group)
         elif hasattr(module, "added_projections"):
             # What a layer adds to the outputs of projections, before anything else, is cut as they are.
             for adapter, projections in module.added_projections():
@@ -299,7 +299,8 @@ def _gated_norm(norm: Any, name: str, inner: int, size: int) -> Iterator[_Change
     yield _Change(norm, cuts, CutJointNorm, sizes)
 
 
-def _of_attention(attention: Any, name: str, size: int) -> Iterator[_Change]:
+def _of_attention(attention: Any, name: str, group: Group) -> Iterator[_Change]:
+    size = group.size
     queries, keys = (width // attention.head_dim for width in _whole_sizes(attention)[:2])
     _shared(queries, size, f"{name}: num_attention_heads={queries} heads")
     _shared_or_copied(keys, size, f"{name}: num_key_value_heads={keys} heads")
@@ -313,7 +314,7 @@ def _of_attention(attention: Any, name: str, size: int) -> Iterator[_Change]:
         yield _convolution(attention.conv1d, f"{name}.conv1d", Cut(0, parts), size)
     held = [part.size // part.pieces for part in parts]
     sizes = {"whole_sizes": attention.sizes, "sizes": held, "num_key_value_groups": held[0] // held[1]}
-    yield _Change(attention, {}, attributes=sizes)
+    yield _Change(attention, {}, attributes={**sizes, "partners": LayerPartners(group)})
 
 
 def _whole_sizes(attention: Any) -> list[int]:
@@ -329,7 +330,8 @@ def _attention_parts(attention: Any, size: int) -> tuple[Part, ...]:
     return tuple(Part(width, count) for width, count in zip(sizes, (size, pieces, pieces), strict=True))
 
 
-def _of_mlp(mlp: Any, name: str, size: int) -> Iterator[_Change]:
+def _of_mlp(mlp: Any, name: str, group: Group) -> Iterator[_Change]:
+    size = group.size
     down = _innermost(mlp.down_proj)
     width = down.in_features
     _shared(width, size, f"{name}: intermediate_size={width} channels")
@@ -337,18 +339,21 @@ def _of_mlp(mlp: Any, name: str, size: int) -> Iterator[_Change]:
         rows = Cut(0, (Part(width, size),))
         yield from _linear(getattr(mlp, projection), f"{name}.{projection}", ColumnLinear, rows)
     yield from _linear(mlp.down_proj, f"{name}.down_proj", RowLinear, Cut(1, (Part(width, size),)))
+    if not hasattr(mlp, "cuts"):
+        yield _Change(mlp, {}, attributes={"partners": LayerPartners(group)})
 
 
-def _of_experts(experts: Any, name: str, size: int) -> Iterator[_Change]:
+def _of_experts(experts: Any, name: str, group: Group) -> Iterator[_Change]:
     if hasattr(experts, "cuts"):
         return
+    size = group.size
     width, up = experts.intermediate_dim, experts.up_name
     _shared(width, size, f"{name}: moe_intermediate_size={width} channels")
     _plain(experts, name, up, "down_proj")
     part = Part(width, size)
     cuts = {up: Cut(1, (part,) * (2 if up == "gate_up_proj" else 1)), "down_proj": Cut(2, (part,))}
     cls = cut_class(CutExperts, type(experts))  # type: ignore[arg-type]
-    yield _Change(experts, cuts, cls, {"intermediate_dim": width // size})
+    yield _Change(experts, cuts, cls, {"intermediate_dim": width // size, "partners": LayerPartners(group)})
 
 
 def _rows_of(model: nn.Module, layer: nn.Module, size: int) -> tuple[Part, ...]:
