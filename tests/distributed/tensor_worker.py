@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from datasets import Dataset
 from distributed_worker import distance, make_hybrid, make_model, whole
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import Check, work
+from steps import ops_serve, token_by_token
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint import state_dict as states_of_torch
@@ -27,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from mamba2_hf import Mamba2ForCausalLM, Request, generate_batch
+from mamba2_hf import Mamba2Cache, Mamba2ForCausalLM, Request, generate_batch, ops
 from mamba2_hf.distributed import (
     clip_grad_norm_,
     context_parallel,
@@ -264,6 +266,71 @@ def generates_the_same_tokens(folder: Path) -> None:
         assert torch.equal(model.generate(again, **options), plain.generate(again, **options))
 
 
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "Bamba": ({"layer_blocks": ["ssd mlp", "attention mlp"], "ssm_use_bias": False, "mlp_bias": True},
+              {"attention_step": 1, "mlp_step": 2}),
+    "Granite": ({"layer_blocks": ["ssd moe", "attention moe"], "moe_router": "softmax", "residual_multiplier": 0.3,
+                 "rope_parameters": None, "logits_scaling": 4.0, "attention_scale": 0.1, "embedding_multiplier": 2.0},
+                {"attention_step": 1, "mlp_step": 2, "experts_step": 2}),
+    "Falcon-H1": ({"layer_blocks": ["ssd+attention mlp"], "ssm_norm": "none", "attention_in_multiplier": 1.2,
+                   "attention_out_multiplier": 0.9, "key_multiplier": 0.7, "mlp_multipliers": [1.2, 0.7],
+                   "ssm_multipliers": [0.7, 1.2, 0.9, 1.1, 0.8]}, {"attention_step": 1, "mlp_step": 1}),
+    "Nemotron": ({"layer_blocks": ["ssd", "attention", "mlp", "moe"], "mlp_type": "relu2", "ssm_norm_group_size": 8,
+                  "ssm_n_groups": 2}, {"attention_step": 1, "mlp_step": 1}),
+    "Zamba": ({"layer_blocks": ["shared>ssd", "ssd mlp", "shared>ssd"]}, {"mlp_step": 1}),
+}  # fmt: skip
+"""What the layers of each are, and how many of an op a token of one sequence takes."""
+
+
+def sums(patch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Shapes of what is summed over processes from now on."""
+    sent: list[torch.Size] = []
+    reduce = dist.all_reduce
+    patch.setattr(dist, "all_reduce", lambda tensor, **named: sent.append(tensor.shape) or reduce(tensor, **named))
+    return sent
+
+
+@check
+@torch.no_grad()
+def hybrids_step_by_ops(folder: Path) -> None:
+    """With a sum a part of a layer, and as many more as the embedding and a mixture's shared MLP take."""
+    called: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        sent = sums(patch)
+        ops_serve(patch)
+        for name in ("attention_step", "mlp_step", "experts_step"):
+            step = getattr(ops, name)
+            patch.setattr(ops, name, lambda call, s=step, n=name, **shared: called.append(n) or s(call, **shared))
+        for family, (changes, expected) in FAMILIES.items():
+            sizes = {
+                **{"vocab_size": 64, "ssm_num_heads": 8, "experts_implementation": "grouped_mm"},
+                "shared_adapter_rank": 2 * (family == "Zamba"),
+                "num_hidden_layers": len(changes["layer_blocks"]),
+                **changes,
+            }
+            plain = moved(make_hybrid(**sizes).double())
+            model = tensor_parallel(copy.deepcopy(plain), mesh())
+            adapted = with_lora(copy.deepcopy(plain)).double()
+            for one, other in ((plain, model), (adapted, tensor_parallel(copy.deepcopy(adapted), mesh()))):
+                for rows in (1, 3):
+                    ids = batch(1, rows=rows)["input_ids"]
+                    known = token_by_token(one.eval(), ids, 3)
+                    called.clear()
+                    found = token_by_token(other.eval(), ids, 3)
+                    assert distance(found, known) < 1e-12, (family, rows, distance(found, known))
+                    assert torch.equal(found.argmax(-1), known.argmax(-1))
+                    if one is plain:
+                        served = expected if rows == 1 else {n: c for n, c in expected.items() if n != "mlp_step"}
+                        assert Counter(called) == {n: 3 * c for n, c in served.items()}, (family, rows)
+            cache = Mamba2Cache(model.config, static=True, max_length=20)
+            model(ids[:1], past_key_values=cache)
+            sent.clear()
+            model(ids[:1, :1], past_key_values=cache)
+            blocks = "+".join(changes["layer_blocks"]).replace(" ", "+").replace("shared>ssd", "ssd+attention+mlp")
+            with_shared = blocks.count("moe")  # whose shared MLP is summed before
+            assert len(sent) == 1 + len(blocks.split("+")) + with_shared, (family, sent)
+
+
 @check
 def saves_the_whole_checkpoint(folder: Path) -> None:
     for index, make in enumerate((make_pure, lambda: make_pure(n_groups=4, tie_word_embeddings=True), make_hybrid)):
@@ -305,10 +372,8 @@ def is_loaded_by_either_argument(folder: Path) -> None:
 @check
 def a_token_takes_one_sum_a_layer(folder: Path) -> None:
     """Also where the gated norm is one group over all heads."""
-    sent: list[torch.Size] = []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        reduce = dist.all_reduce
-        patch.setattr(dist, "all_reduce", lambda tensor, **named: sent.append(tensor.shape) or reduce(tensor, **named))
+        sent = sums(patch)
         for groups, numbers in ((1, 33), (4, 32)):
             model = tensor_parallel(make_pure(n_groups=groups), mesh()).eval()
             cache = model(batch(1)["input_ids"]).past_key_values
@@ -320,14 +385,12 @@ def a_token_takes_one_sum_a_layer(folder: Path) -> None:
 @check
 def layers_are_one_op(folder: Path) -> None:
     """In training and over prompts too, with a sum each way, what copies of weights add, and two numbers a token."""
-    sent: list[torch.Size] = []
 
     def called(mixer: Any, *_: Any) -> None:
         raise AssertionError("a mixer is called as a module")
 
     with pytest.MonkeyPatch.context() as patch:
-        reduce = dist.all_reduce
-        patch.setattr(dist, "all_reduce", lambda tensor, **named: sent.append(tensor.shape) or reduce(tensor, **named))
+        sent = sums(patch)
         patch.setattr(Mamba2Mixer, "forward", called)
         ids = batch(1)["input_ids"]
         stream, number = (2, 13, 32), (2, 13, 1)
