@@ -38,7 +38,7 @@ from mamba2_hf.distributed import (
     tensor_parallel,
     whole_state_dict,
 )
-from mamba2_hf.errors import ArgumentError, CacheError, CheckpointError
+from mamba2_hf.errors import ArgumentError, CacheError, CheckpointError, ProcessError
 from mamba2_hf.layers import Mamba2Mixer
 from mamba2_hf.ops import dispatch, use_backend
 from mamba2_hf.ops.runtime import plan
@@ -148,6 +148,12 @@ def no_bias_of_the_convolution(folder: Path) -> None:
 @check
 def hybrid(folder: Path) -> None:
     assert_same(lambda: make_hybrid(n_group=1, topk_group=1))
+
+
+@check
+def hybrid_of_eight_heads(folder: Path) -> None:
+    """For four processes too, two of which have the same keys."""
+    assert_same(lambda: make_hybrid(ssm_num_heads=8, vocab_size=64))
 
 
 @check
@@ -646,15 +652,26 @@ def what_parts_cannot_give_is_refused(folder: Path) -> None:
         cache.save(folder / "state", model)
 
 
+NOT_SHARED: dict[str, tuple[dict[str, Any], str]] = {
+    "heads": ({"ssm_num_heads": 5}, r"mixer: num_heads=5 heads .* by 2 processes.*divides 5: 1, 5"),
+    "groups": ({"ssm_n_groups": 3}, r"mixer: n_groups=3 groups .* by 2 processes .* a multiple of it"),
+    "queries": ({"num_attention_heads": 3, "num_key_value_heads": 1}, r"num_attention_heads=3 heads .* by 2 processes"),
+    "keys": ({"num_attention_heads": 6, "num_key_value_heads": 3}, r"num_key_value_heads=3 heads can neither"),
+    "MLPs": ({"intermediate_size": 9}, r"mlp: intermediate_size=9 channels .* by 2 .*divides 9: 1, 3, 9"),
+    "experts": ({"moe_intermediate_size": 7}, r"experts: moe_intermediate_size=7 channels .*divides 7: 1, 7"),
+    "norms": ({"ssm_norm_group_size": 16}, r"norm: 3 groups of 16 channels can neither be shared by 2 processes"),
+}
+
+
 @check
 def what_cannot_be_shared_is_refused(folder: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"num_heads=5 heads .* by 2 processes.*divides 5: 1, 5"):
-        tensor_parallel(make_model(5), mesh())
-    model = make_model(6, n_groups=3)
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ArgumentError, match="n_groups=3 groups"):
-        tensor_parallel(model, mesh())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    """By every process, with value and remedy; the model stays as it was."""
+    for name, (changes, message) in NOT_SHARED.items():
+        model = make_hybrid(**changes)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ArgumentError, match=message):
+            tensor_parallel(model, mesh())
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), name
     with pytest.raises(ArgumentError, match="'tp' is needed"):
         tensor_parallel(make_pure(), init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp")))
     with pytest.raises(ArgumentError, match="holds no layers"):
@@ -663,6 +680,30 @@ def what_cannot_be_shared_is_refused(folder: Path) -> None:
     model.backbone.layers[0].mixer.in_proj = nn.Identity()
     with pytest.raises(ArgumentError, match=r"layers.0.mixer.in_proj is a .*Identity"):
         tensor_parallel(model, mesh())
+
+
+@check
+def a_process_that_fails_is_not_waited_for(folder: Path) -> None:
+    """What one cannot load or cut, none goes on with; the others say what it said."""
+    last = dist.get_rank() == 1
+    model = make_pure()
+    before = copy.deepcopy(model.state_dict())
+    if last:
+        model.backbone.layers[0].mixer.in_proj = nn.Identity()
+    own, others = r"layers.0.mixer.in_proj is a .*Identity", "process 1 of the 2 .* failed: ArgumentError: .*in_proj is"
+    with pytest.raises(ArgumentError if last else ProcessError, match=own if last else others):
+        tensor_parallel(model, mesh())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(
+        ArgumentError, match=r"different models: .* \(62, 32\) in process 0 .* \(64, 32\) in process 1\. Make or load"
+    ):
+        tensor_parallel(make_pure(num_hidden_layers=1, vocab_size=62 + 2 * last), mesh())
+    if dist.get_rank() == 0:
+        make_pure().save_pretrained(folder / "model")
+    dist.barrier()
+    with pytest.raises(OSError if last else ProcessError, match="nowhere"):
+        Mamba2ForCausalLM.from_pretrained(folder / ("nowhere" if last else "model"), tp_plan="auto")
+    assert Mamba2ForCausalLM.from_pretrained(folder / "model", tp_plan="auto").tp_size == 2
 
 
 if __name__ == "__main__":

@@ -74,15 +74,18 @@ def tensor_parallel(model: Model, mesh: DeviceMesh | Group) -> Model:
         ``model``.
 
     Raises:
-        ArgumentError: the mesh has no such dimension, heads or channels cannot be shared by so many processes, or a
-            module is wrapped or holds other than plain weights. The model is as it was.
+        ArgumentError: the mesh has no such dimension, heads or channels cannot be shared by so many processes, a module
+            is wrapped or holds other than plain weights, or processes hold different models. The model is as it was.
+        ProcessError: another process cannot cut its model.
     """
     group = mesh if isinstance(mesh, Group) else Group.of(mesh, "tp")
-    changes = list(_changes(model, group))
-    if not changes and not any(hasattr(module, "cuts") for module in model.modules()):
-        raise ArgumentError(
-            f"{type(model).__name__} holds no layers of mamba2_hf, and no others are known how to be cut"
-        )
+    with group.together():
+        changes = list(_changes(model, group))
+        if not changes and not any(hasattr(module, "cuts") for module in model.modules()):
+            raise ArgumentError(
+                f"{type(model).__name__} holds no layers of mamba2_hf, and no others are known how to be cut"
+            )
+    _refuse_different(model, group)
     _make(changes, group)
     for module in model.modules():
         share: Any = getattr(module, "share", None)
@@ -204,6 +207,20 @@ def _cut_what_is_loaded(module: Any, state_dict: dict[str, Any], prefix: str, *_
             continue
         if value.shape[cut.dim] == sum(part.size for part in cut.parts):
             state_dict[prefix + name] = cut.piece(value, group.rank, group.size)
+
+
+def _refuse_different(model: nn.Module, group: Group) -> None:
+    """Raises in all processes where they hold models of different sizes."""
+    everyones = group.gather_objects({name: tuple(p.shape) for name, p in model.named_parameters()})
+    first: dict[str, Any] = everyones[0]
+    for rank, other in enumerate(everyones):
+        for name in first.keys() | other.keys():
+            one, another = first.get(name, "missing"), other.get(name, "missing")
+            if one != another:
+                raise ArgumentError(
+                    f"processes hold different models: {name} is {one} in process 0 of the group, and {another} in "
+                    f"process {rank}. Make or load the same model in all of them"
+                )
 
 
 def _changes(model: nn.Module, group: Group) -> Iterator[_Change]:
