@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from slices import in_slices
 from ssd_cases import relative_error
 from torch import Tensor
@@ -119,6 +121,22 @@ def test_any_inputs(model: Any, inputs: dict[str, Any]) -> None:
 def test_any_length(size: int, tokens: int) -> None:
     """Also where the last slices hold nothing but padding."""
     assert_like_one_process(make_hybrid(), size, ids(1, tokens))
+
+
+@settings(max_examples=8)
+@given(data=st.data())
+def test_any_cut_gives_the_same(data: st.DataObject) -> None:
+    """Documents that end anywhere behind the first one's start, and padding on the right, in slices of any number."""
+    size, tokens, rows = (data.draw(st.integers(*bounds)) for bounds in ((1, 4), (8, 24), (1, 2)))
+    flags = st.lists(st.booleans(), min_size=tokens, max_size=tokens)
+    starts = torch.tensor([data.draw(flags) for _ in range(rows)])
+    lengths = torch.tensor([data.draw(st.integers(7, tokens)), data.draw(st.integers(1, tokens))])[:rows, None]
+    starts[0, :7] = False  # every parameter has a gradient that is more than rounding
+    inputs: dict[str, Tensor] = {"seq_idx": starts.long().cumsum(1)}
+    if bool((lengths < tokens).any()):
+        inputs["attention_mask"] = (torch.arange(tokens) < lengths).long()
+    model = data.draw(st.sampled_from(list(MODELS.values())))
+    assert_like_one_process(model(), size, ids(rows, tokens), **inputs)
 
 
 def test_flat_documents() -> None:
