@@ -193,13 +193,20 @@ class TestRefusals:
     def test_different_batches(self) -> None:
         """In every process, rather than that some slices are another text's."""
 
-        def run(group: Group) -> str:
+        def run(group: Group, mine: dict[str, Any]) -> str:
             with pytest.raises(ArgumentError) as refusal:
-                context_parallel(make_model(), group)(ids() + (group.rank == 2))
+                context_parallel(make_model(), group)(**mine if group.rank == 2 else {"input_ids": ids()})
             return str(refusal.value)
 
-        for message in in_slices(3, run):
-            assert message.startswith("the 3 processes that share sequences were given different batches")
+        for changed in (
+            {"input_ids": ids() + 1},
+            {"input_ids": ids(), "attention_mask": right_padding()},
+            {"input_ids": ids(), "attention_mask": right_padding().flip(1)},
+            {"input_ids": ids(), "seq_idx": documents()},
+            {"input_ids": ids(), "cu_seq_lens_q": torch.tensor([0, 5, 17])} | {"input_ids": ids(1)},
+        ):
+            for message in in_slices(3, lambda group, mine=changed: run(group, mine)):
+                assert message.startswith("the 3 processes that share sequences were given different batches")
 
     def test_padding_in_front(self) -> None:
         with pytest.raises(ArgumentError, match="padding before a token in row 0: rows that are spread"):
