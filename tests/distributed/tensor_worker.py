@@ -415,6 +415,25 @@ def layers_are_one_op(folder: Path) -> None:
 
 
 @check
+def attention_and_mlps_train_with_a_sum_each_way(folder: Path) -> None:
+    """Beside what LoRA takes: what enters its last factor, and gradients of the first, for each projection."""
+    ids = batch(1)["input_ids"]
+    sizes = {"layer_blocks": ["attention mlp"], "num_hidden_layers": 1, "shared_adapter_rank": 0, "vocab_size": 61}
+    with pytest.MonkeyPatch.context() as patch:
+        sent = sums(patch)
+        for adapted in (False, True):
+            plain = make_hybrid(**sizes)
+            model = tensor_parallel(with_lora(plain) if adapted else plain, mesh())
+            sent.clear()
+            loss = model(ids, labels=ids).loss
+            assert Counter(sent) == Counter(2 * [(2, 13, 16)] + adapted * 2 * [(2, 13, 2)]), sent
+            sent.clear()
+            loss.backward()
+            # What enters the first layer then needs no gradient: the embedding is frozen.
+            assert Counter(sent) == Counter((2 - adapted) * [(2, 13, 16)] + adapted * 5 * [(2 * 16,)]), sent
+
+
+@check
 def layers_are_one_op_on_triton(folder: Path) -> None:
     """In its interpreter; plans of a layer's pieces are made and carried out."""
     with pytest.MonkeyPatch.context() as patch:

@@ -234,9 +234,20 @@ class PartLinear(CutModule, nn.Linear):
 class ColumnLinear(PartLinear):
     """Every process computes its own outputs: ``(..., d)``, the same in all of them, to ``(..., d' / size)``."""
 
+    enters: bool = True
+    """Whether gradients of inputs are summed here, and not by a layer that does so for several of these at once."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """The process's outputs; the gradient of ``x`` is that of all."""
-        return F.linear(sum_backward(x, self.group), self.weight, self.bias)
+        """The process's outputs; the gradient of ``x`` is that of all, or this process's part of it."""
+        return F.linear(sum_backward(x, self.group) if self.enters else x, self.weight, self.bias)
+
+
+class CopiedLinear(PartLinear):
+    """A linear layer that is whole in all processes, of whose outputs each has gradients of its own use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs, the same in all processes; the gradient of ``x`` is this process's part."""
+        return F.linear(x, self.weight, self.bias)
 
 
 class RowLinear(PartLinear):

@@ -26,6 +26,7 @@ from ..layers.weights import is_unhooked
 from .groups import Group
 from .packed import (
     ColumnLinear,
+    CopiedLinear,
     Cut,
     CutConv1d,
     CutExperts,
@@ -99,7 +100,8 @@ def cut_adapters(layer: nn.Module) -> None:
     """Cuts what LoRA adds to a linear layer as the layer is cut, if it is. All processes of its group call it."""
     base = _innermost(layer)
     if isinstance(base, CutModule):
-        _make(list(_linear(layer, type(layer).__name__, type(base), base.cuts["weight"])), base.group)
+        enters = getattr(base, "enters", True)
+        _make(list(_linear(layer, type(layer).__name__, type(base), base.cuts["weight"], enters)), base.group)
         _agree(layer, base.group)
 
 
@@ -323,7 +325,7 @@ def _of_attention(attention: Any, name: str, group: Group) -> Iterator[_Change]:
     _shared_or_copied(keys, size, f"{name}: num_key_value_heads={keys} heads")
     parts = _attention_parts(attention, size)
     for projection, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
-        yield from _linear(getattr(attention, projection), f"{name}.{projection}", ColumnLinear, Cut(0, (part,)))
+        yield from _linear(getattr(attention, projection), f"{name}.{projection}", ColumnLinear, Cut(0, (part,)), False)
     yield from _linear(attention.o_proj, f"{name}.o_proj", RowLinear, Cut(1, parts[:1]))
     if hasattr(attention, "cuts"):
         return
@@ -354,7 +356,7 @@ def _of_mlp(mlp: Any, name: str, group: Group) -> Iterator[_Change]:
     _shared(width, size, f"{name}: intermediate_size={width} channels")
     for projection in ("gate_proj", "up_proj") if mlp.gated else ("up_proj",):
         rows = Cut(0, (Part(width, size),))
-        yield from _linear(getattr(mlp, projection), f"{name}.{projection}", ColumnLinear, rows)
+        yield from _linear(getattr(mlp, projection), f"{name}.{projection}", ColumnLinear, rows, False)
     yield from _linear(mlp.down_proj, f"{name}.down_proj", RowLinear, Cut(1, (Part(width, size),)))
     if not hasattr(mlp, "cuts"):
         yield _Change(mlp, {}, attributes={"partners": LayerPartners(group)})
@@ -388,14 +390,17 @@ def _innermost(module: Any) -> Any:
     return module.get_base_layer() if hasattr(module, "lora_A") else module
 
 
-def _linear(module: Any, name: str, cls: type[nn.Module], cut: Cut) -> Iterator[_Change]:
-    """A linear layer whose outputs (``ColumnLinear``) or inputs (``RowLinear``) are cut, and what LoRA adds to it."""
+def _linear(module: Any, name: str, cls: type[nn.Module], cut: Cut, enters: bool = True) -> Iterator[_Change]:
+    """A linear layer whose outputs (``ColumnLinear``) or inputs (``RowLinear``) are cut, and what LoRA adds to it; see
+    :attr:`ColumnLinear.enters`.
+    """
+    attributes = {} if enters else {"enters": False}
     base = _innermost(module)
     if not hasattr(base, "cuts"):
         if type(base) is not nn.Linear or not is_unhooked(base) or not is_unhooked(module):
             raise _cannot_be_cut(name, module)
         _plain(base, name, "weight", *(("bias",) if base.bias is not None else ()))
-        yield _Change(base, _cuts_of(base, cls, cut), cls)
+        yield _Change(base, _cuts_of(base, cls, cut), cls, attributes)
     if base is module:
         return
     if getattr(module, "lora_variant", None) or getattr(module, "merged", False):
@@ -404,7 +409,10 @@ def _linear(module: Any, name: str, cls: type[nn.Module], cut: Cut) -> Iterator[
     for adapter, factor in factors.items():
         if not hasattr(factor, "cuts"):
             _plain(factor, f"{name}, adapter {adapter!r}", "weight")
-            yield _Change(factor, _cuts_of(factor, cls, cut), cls)
+            yield _Change(factor, _cuts_of(factor, cls, cut), cls, attributes)
+            down = module.lora_A[adapter]
+            if not enters:  # of what enters the other factor each process has its own part of the gradient
+                yield _Change(down, {"weight": Cut(0, (Part(down.out_features, 1),))}, CopiedLinear)
 
 
 def _cuts_of(linear: nn.Linear, cls: type[nn.Module], cut: Cut) -> dict[str, Cut]:

@@ -130,7 +130,8 @@ class Attention(nn.Module):
             output_attentions: whether to return the weights too, ``(B, H, T, T)``; only without cached tokens.
         """
         placement = placement.to(hidden_states.device)
-        projected = [linear(module, hidden_states) for module in (self.q_proj, self.k_proj, self.v_proj)]
+        entering = hidden_states if self.partners is None else self.partners.entering(hidden_states)
+        projected = [linear(module, entering) for module in (self.q_proj, self.k_proj, self.v_proj)]
         if adds:
             projected = [add(hidden_states, own)[0] for add, own in zip(adds, projected, strict=True)]
         multiplier = self.key_multiplier

@@ -70,8 +70,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, add: AddTo | None = None) -> Tensor:
         """``(..., d)`` to ``(..., d)``; an adapter may ``add`` to gate and up projection."""
-        up = linear(self.up_proj, x)
-        gate = linear(self.gate_proj, x) if self.gated else up
+        entering = x if self.partners is None else self.partners.entering(x)
+        up = linear(self.up_proj, entering)
+        gate = linear(self.gate_proj, entering) if self.gated else up
         if add is not None:
             gate, up = add(x, gate, up)
         inner = ops.gated_activation(gate, up if self.gated else None, self.activation, self.multipliers[0])
