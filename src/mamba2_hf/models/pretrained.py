@@ -54,10 +54,10 @@ class SSDPreTrainedModel(PreTrainedModel):
         Raises:
             ArgumentError: pipeline, expert or sequence parallelism is asked for.
         """
-        given = distributed_config
 
         def asked(name: str) -> Any:
-            return given.get(name) if isinstance(given, dict) else getattr(given, name, None)
+            config = distributed_config
+            return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
 
         if (asked("pp_size") or 1) > 1:
             raise ArgumentError(
@@ -65,8 +65,9 @@ class SSDPreTrainedModel(PreTrainedModel):
                 'GPUs use tp_size or fsdp_size of the DistributedConfig, or device_map="auto" in one process'
             )
         if (asked("ep_size") or 1) > 1 or asked("enable_expert_parallel"):
+            given = f"ep_size={asked('ep_size')}" if asked("ep_size") else "enable_expert_parallel=True"
             raise ArgumentError(
-                f"ep_size={asked('ep_size')}: {cls.__name__} does not deal out whole experts. Use tp_size alone: every "
+                f"{given}: {cls.__name__} does not deal out whole experts. Use tp_size alone: every "
                 "process then has some of the inner channels of every expert"
             )
         if asked("enable_sequence_parallel"):
