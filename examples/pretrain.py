@@ -12,8 +12,8 @@
 
 `--shard N` spreads weights and optimizer over groups of N processes (FSDP2); more groups train copies of the model, as
 all processes do without it. `--context N` spreads every row over N processes, which pass states to each other, and
-weights over all, unless `--shard` says otherwise. `--captured` runs a step's forward and backward as a CUDA graph, on
-one GPU too.
+weights over all, unless `--shard` says otherwise. `--tensor N`, of all N processes, has each compute some of the heads
+of every layer. `--captured` runs a step's forward and backward as a CUDA graph, on one GPU too.
 
 `--text` is a folder of text files or a .jsonl file with a "text" per line; without it, the sources of Python's `email`
 package are read. The folder gets `model/`, `loss.csv`, `loss.png` and the checkpoints. Weights are held in fp32 and
@@ -33,10 +33,12 @@ from accelerate import ParallelismConfig
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from text_data import leave_the_collector_out, packed_rows, plot_losses, shared_arguments, show_progress
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from mamba2_hf import Mamba2Config, Mamba2ForCausalLM, Mamba2HybridConfig, Mamba2HybridForCausalLM, spread_layers
+from mamba2_hf.distributed import tensor_parallel
 from mamba2_hf.pretrained import shipped_model_path
 from mamba2_hf.training import capture_training
 
@@ -71,6 +73,7 @@ def main(
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, a forward more.")] = False,
     shard: Annotated[int, typer.Option(help="Processes that share one copy of the weights (torchrun).")] = 1,
     context: Annotated[int, typer.Option(help="Processes that share each row (torchrun).")] = 1,
+    tensor: Annotated[int, typer.Option(help="Processes that share each layer: all of them (torchrun).")] = 1,
     captured: Annotated[bool, typer.Option("--captured", help="Steps as CUDA graphs.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="A toy and a few short steps, for a first look.")] = False,
@@ -98,8 +101,13 @@ def main(
         adam_beta2=0.95,
         prediction_loss_only=True,
         gradient_checkpointing=checkpointing,
-        **parallelism(shard, context),
+        **parallelism(shard, context, tensor),
     )
+    if tensor > 1:
+        if resume:
+            raise typer.BadParameter("--resume: with --tensor there are no optimizer's states to go on from")
+        # The arguments' device is where the processes have met.
+        tensor_parallel(model, init_device_mesh(arguments.device.type, (tensor,), mesh_dim_names=("tp",)))
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -119,11 +127,19 @@ def main(
         console.print(f"the model is in {out / 'model'}")
 
 
-def parallelism(shard: int, context: int) -> dict[str, Any]:
+def parallelism(shard: int, context: int, tensor: int) -> dict[str, Any]:
     """Arguments of Trainer for FSDP2 over ``shard`` of the processes that torchrun has started, none for one; groups of
-    ``context`` of them share rows.
+    ``context`` of them share rows; or for all of them, ``tensor``, sharing layers.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if tensor > 1:
+        if (shard, context) != (1, 1) or tensor != processes:
+            raise typer.BadParameter(
+                f"--tensor {tensor} of {processes} processes, with --shard {shard} and --context {context}: in Trainer "
+                "all processes share the layers, and nothing else. A loop of your own may have all three"
+            )
+        # Everyone reads all rows, and keeps weights alone: Trainer saves no states of an optimizer of parts.
+        return {"accelerator_config": {"dispatch_batches": False}, "save_only_model": True}
     if context > 1 and shard == 1:
         shard = processes
     if shard < 1 or processes % shard:

@@ -33,7 +33,7 @@ class LogitsError(Mamba2HFError, AttributeError, KeyError):
 
 
 class ProcessError(Mamba2HFError, RuntimeError):
-    """A process that others work with did not answer in time."""
+    """A process that others work with failed, or did not answer in time."""
 
 
 class CheckpointError(Mamba2HFError, ValueError):

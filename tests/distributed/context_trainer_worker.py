@@ -30,6 +30,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
+from mamba2_hf import Mamba2ForCausalLM
 from mamba2_hf.errors import ArgumentError
 
 CHECKS: dict[str, Check] = {}
@@ -107,6 +108,18 @@ def trainer_with_fsdp2(folder: Path) -> None:
 def pretraining_example(folder: Path) -> None:
     known = json.loads((folder.parent / "expected.json").read_text())["example"]
     assert example_losses(folder, "--context", "2") == pytest.approx(known, rel=1e-5)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@check
+def pretraining_example_by_heads(folder: Path) -> None:
+    known = json.loads((folder.parent / "expected.json").read_text())["example"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("ACCELERATE_USE_FSDP")
+        assert example_losses(folder, "--tensor", "2") == pytest.approx(known, rel=1e-5)
+    trained = Mamba2ForCausalLM.from_pretrained(folder / "run" / "model")
+    assert trained.tensor_group is None
+    assert trained.backbone.layers[0].mixer.in_proj.weight.shape[0] == 2 * 128 + 2 * 128 + 2
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

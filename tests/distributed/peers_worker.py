@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from distributed_worker import make_hybrid
 from processes import ON_GPUS, Check, work
+from steps import ops_serve
 from torch import Tensor
 
 from mamba2_hf import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM
@@ -94,7 +95,7 @@ def pure(**changes: Any) -> Any:
 
 def steps(model: Any, ids: Tensor) -> Tensor:
     """Logits of a prompt's last token, and of tokens one by one."""
-    cache = Mamba2Cache(model.config)
+    cache = Mamba2Cache(model.config, static=True, max_length=ids.shape[1])
     with torch.no_grad():
         found = [model(ids[:, :-3], past_key_values=cache, logits_to_keep=1).logits]
         for i in range(3, 0, -1):
@@ -130,8 +131,14 @@ def several_sequences(folder: Path) -> None:
 
 @check
 def attention_mlp_and_experts(folder: Path) -> None:
+    """As modules, and as one op each, of one sequence and of several."""
     sizes: dict[str, Any] = {"layer_blocks": ["ssd mlp", "attention moe"], "num_hidden_layers": 2}
     assert_steps_like_one(folder, make_hybrid(**sizes, shared_adapter_rank=0).eval(), 1)
+    with pytest.MonkeyPatch.context() as patch:
+        ops_serve(patch)
+        sizes |= {"moe_router": "softmax", "experts_implementation": "grouped_mm"}
+        for rows in (1, 3):
+            assert_steps_like_one(folder, make_hybrid(**sizes, shared_adapter_rank=0).eval(), rows)
 
 
 @check

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from datasets import Dataset
 from distributed_worker import distance, make_hybrid, make_model, whole
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import Check, work
+from steps import ops_serve, token_by_token
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint import state_dict as states_of_torch
@@ -27,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from mamba2_hf import Mamba2ForCausalLM, Request, generate_batch
+from mamba2_hf import Mamba2Cache, Mamba2ForCausalLM, Request, generate_batch, ops
 from mamba2_hf.distributed import (
     clip_grad_norm_,
     context_parallel,
@@ -36,7 +38,7 @@ from mamba2_hf.distributed import (
     tensor_parallel,
     whole_state_dict,
 )
-from mamba2_hf.errors import ArgumentError, CacheError, CheckpointError
+from mamba2_hf.errors import ArgumentError, CacheError, CheckpointError, ProcessError
 from mamba2_hf.layers import Mamba2Mixer
 from mamba2_hf.ops import dispatch, use_backend
 from mamba2_hf.ops.runtime import plan
@@ -149,6 +151,12 @@ def hybrid(folder: Path) -> None:
 
 
 @check
+def hybrid_of_eight_heads(folder: Path) -> None:
+    """For four processes too, two of which have the same keys."""
+    assert_same(lambda: make_hybrid(ssm_num_heads=8, vocab_size=64))
+
+
+@check
 def hybrid_with_copied_keys_and_joint_norms(folder: Path) -> None:
     changes: dict[str, Any] = {
         **{"layer_blocks": ["ssd mlp", "attention moe", "ssd+attention"], "num_hidden_layers": 3, "mlp_type": "gelu"},
@@ -247,7 +255,7 @@ def trainer(folder: Path) -> None:
 
 @check
 def generates_the_same_tokens(folder: Path) -> None:
-    for make in (make_pure, make_hybrid):
+    for make in (make_pure, lambda: make_hybrid(ssm_num_heads=8)):
         plain = moved(make()).eval()
         model = tensor_parallel(copy.deepcopy(plain), mesh())
         ids = batch(1)["input_ids"]
@@ -262,6 +270,71 @@ def generates_the_same_tokens(folder: Path) -> None:
         again = torch.cat([ids[:1], ids[:1, :9]], 1)
         options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "prompt_lookup_num_tokens": 3}
         assert torch.equal(model.generate(again, **options), plain.generate(again, **options))
+
+
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "Bamba": ({"layer_blocks": ["ssd mlp", "attention mlp"], "ssm_use_bias": False, "mlp_bias": True},
+              {"attention_step": 1, "mlp_step": 2}),
+    "Granite": ({"layer_blocks": ["ssd moe", "attention moe"], "moe_router": "softmax", "residual_multiplier": 0.3,
+                 "rope_parameters": None, "logits_scaling": 4.0, "attention_scale": 0.1, "embedding_multiplier": 2.0},
+                {"attention_step": 1, "mlp_step": 2, "experts_step": 2}),
+    "Falcon-H1": ({"layer_blocks": ["ssd+attention mlp"], "ssm_norm": "none", "attention_in_multiplier": 1.2,
+                   "attention_out_multiplier": 0.9, "key_multiplier": 0.7, "mlp_multipliers": [1.2, 0.7],
+                   "ssm_multipliers": [0.7, 1.2, 0.9, 1.1, 0.8]}, {"attention_step": 1, "mlp_step": 1}),
+    "Nemotron": ({"layer_blocks": ["ssd", "attention", "mlp", "moe"], "mlp_type": "relu2", "ssm_norm_group_size": 8,
+                  "ssm_n_groups": 2}, {"attention_step": 1, "mlp_step": 1}),
+    "Zamba": ({"layer_blocks": ["shared>ssd", "ssd mlp", "shared>ssd"]}, {"mlp_step": 1}),
+}  # fmt: skip
+"""What the layers of each are, and how many of an op a token of one sequence takes."""
+
+
+def sums(patch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Shapes of what is summed over processes from now on."""
+    sent: list[torch.Size] = []
+    reduce = dist.all_reduce
+    patch.setattr(dist, "all_reduce", lambda tensor, **named: sent.append(tensor.shape) or reduce(tensor, **named))
+    return sent
+
+
+@check
+@torch.no_grad()
+def hybrids_step_by_ops(folder: Path) -> None:
+    """With a sum a part of a layer, and as many more as the embedding and a mixture's shared MLP take."""
+    called: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        sent = sums(patch)
+        ops_serve(patch)
+        for name in ("attention_step", "mlp_step", "experts_step"):
+            step = getattr(ops, name)
+            patch.setattr(ops, name, lambda call, s=step, n=name, **shared: called.append(n) or s(call, **shared))
+        for family, (changes, expected) in FAMILIES.items():
+            sizes = {
+                **{"vocab_size": 64, "ssm_num_heads": 8, "experts_implementation": "grouped_mm"},
+                "shared_adapter_rank": 2 * (family == "Zamba"),
+                "num_hidden_layers": len(changes["layer_blocks"]),
+                **changes,
+            }
+            plain = moved(make_hybrid(**sizes).double())
+            model = tensor_parallel(copy.deepcopy(plain), mesh())
+            adapted = with_lora(copy.deepcopy(plain)).double()
+            for one, other in ((plain, model), (adapted, tensor_parallel(copy.deepcopy(adapted), mesh()))):
+                for rows in (1, 3):
+                    ids = batch(1, rows=rows)["input_ids"]
+                    known = token_by_token(one.eval(), ids, 3)
+                    called.clear()
+                    found = token_by_token(other.eval(), ids, 3)
+                    assert distance(found, known) < 1e-12, (family, rows, distance(found, known))
+                    assert torch.equal(found.argmax(-1), known.argmax(-1))
+                    if one is plain:
+                        served = expected if rows == 1 else {n: c for n, c in expected.items() if n != "mlp_step"}
+                        assert Counter(called) == {n: 3 * c for n, c in served.items()}, (family, rows)
+            cache = Mamba2Cache(model.config, static=True, max_length=20)
+            model(ids[:1], past_key_values=cache)
+            sent.clear()
+            model(ids[:1, :1], past_key_values=cache)
+            blocks = "+".join(changes["layer_blocks"]).replace(" ", "+").replace("shared>ssd", "ssd+attention+mlp")
+            with_shared = blocks.count("moe")  # whose shared MLP is summed before
+            assert len(sent) == 1 + len(blocks.split("+")) + with_shared, (family, sent)
 
 
 @check
@@ -305,10 +378,8 @@ def is_loaded_by_either_argument(folder: Path) -> None:
 @check
 def a_token_takes_one_sum_a_layer(folder: Path) -> None:
     """Also where the gated norm is one group over all heads."""
-    sent: list[torch.Size] = []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        reduce = dist.all_reduce
-        patch.setattr(dist, "all_reduce", lambda tensor, **named: sent.append(tensor.shape) or reduce(tensor, **named))
+        sent = sums(patch)
         for groups, numbers in ((1, 33), (4, 32)):
             model = tensor_parallel(make_pure(n_groups=groups), mesh()).eval()
             cache = model(batch(1)["input_ids"]).past_key_values
@@ -320,14 +391,12 @@ def a_token_takes_one_sum_a_layer(folder: Path) -> None:
 @check
 def layers_are_one_op(folder: Path) -> None:
     """In training and over prompts too, with a sum each way, what copies of weights add, and two numbers a token."""
-    sent: list[torch.Size] = []
 
     def called(mixer: Any, *_: Any) -> None:
         raise AssertionError("a mixer is called as a module")
 
     with pytest.MonkeyPatch.context() as patch:
-        reduce = dist.all_reduce
-        patch.setattr(dist, "all_reduce", lambda tensor, **named: sent.append(tensor.shape) or reduce(tensor, **named))
+        sent = sums(patch)
         patch.setattr(Mamba2Mixer, "forward", called)
         ids = batch(1)["input_ids"]
         stream, number = (2, 13, 32), (2, 13, 1)
@@ -343,6 +412,25 @@ def layers_are_one_op(folder: Path) -> None:
             assert sent == [stream, *copies]
         model = tensor_parallel(with_lora(make_pure()), mesh())
         model(**batch(0)).loss.backward()
+
+
+@check
+def attention_and_mlps_train_with_a_sum_each_way(folder: Path) -> None:
+    """Beside what LoRA takes: what enters its last factor, and gradients of the first, for each projection."""
+    ids = batch(1)["input_ids"]
+    sizes = {"layer_blocks": ["attention mlp"], "num_hidden_layers": 1, "shared_adapter_rank": 0, "vocab_size": 61}
+    with pytest.MonkeyPatch.context() as patch:
+        sent = sums(patch)
+        for adapted in (False, True):
+            plain = make_hybrid(**sizes)
+            model = tensor_parallel(with_lora(plain) if adapted else plain, mesh())
+            sent.clear()
+            loss = model(ids, labels=ids).loss
+            assert Counter(sent) == Counter(2 * [(2, 13, 16)] + adapted * 2 * [(2, 13, 2)]), sent
+            sent.clear()
+            loss.backward()
+            # What enters the first layer then needs no gradient: the embedding is frozen.
+            assert Counter(sent) == Counter((2 - adapted) * [(2, 13, 16)] + adapted * 5 * [(2 * 16,)]), sent
 
 
 @check
@@ -583,15 +671,26 @@ def what_parts_cannot_give_is_refused(folder: Path) -> None:
         cache.save(folder / "state", model)
 
 
+NOT_SHARED: dict[str, tuple[dict[str, Any], str]] = {
+    "heads": ({"ssm_num_heads": 5}, r"mixer: num_heads=5 heads .* by 2 processes.*divides 5: 1, 5"),
+    "groups": ({"ssm_n_groups": 3}, r"mixer: n_groups=3 groups .* by 2 processes .* a multiple of it"),
+    "queries": ({"num_attention_heads": 3, "num_key_value_heads": 1}, r"num_attention_heads=3 heads .* by 2 processes"),
+    "keys": ({"num_attention_heads": 6, "num_key_value_heads": 3}, r"num_key_value_heads=3 heads can neither"),
+    "MLPs": ({"intermediate_size": 9}, r"mlp: intermediate_size=9 channels .* by 2 .*divides 9: 1, 3, 9"),
+    "experts": ({"moe_intermediate_size": 7}, r"experts: moe_intermediate_size=7 channels .*divides 7: 1, 7"),
+    "norms": ({"ssm_norm_group_size": 16}, r"norm: 3 groups of 16 channels can neither be shared by 2 processes"),
+}
+
+
 @check
 def what_cannot_be_shared_is_refused(folder: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"num_heads=5 heads .* by 2 processes.*divides 5: 1, 5"):
-        tensor_parallel(make_model(5), mesh())
-    model = make_model(6, n_groups=3)
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ArgumentError, match="n_groups=3 groups"):
-        tensor_parallel(model, mesh())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    """By every process, with value and remedy; the model stays as it was."""
+    for name, (changes, message) in NOT_SHARED.items():
+        model = make_hybrid(**changes)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ArgumentError, match=message):
+            tensor_parallel(model, mesh())
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), name
     with pytest.raises(ArgumentError, match="'tp' is needed"):
         tensor_parallel(make_pure(), init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp")))
     with pytest.raises(ArgumentError, match="holds no layers"):
@@ -600,6 +699,30 @@ def what_cannot_be_shared_is_refused(folder: Path) -> None:
     model.backbone.layers[0].mixer.in_proj = nn.Identity()
     with pytest.raises(ArgumentError, match=r"layers.0.mixer.in_proj is a .*Identity"):
         tensor_parallel(model, mesh())
+
+
+@check
+def a_process_that_fails_is_not_waited_for(folder: Path) -> None:
+    """What one cannot load or cut, none goes on with; the others say what it said."""
+    last = dist.get_rank() == 1
+    model = make_pure()
+    before = copy.deepcopy(model.state_dict())
+    if last:
+        model.backbone.layers[0].mixer.in_proj = nn.Identity()
+    own, others = r"layers.0.mixer.in_proj is a .*Identity", "process 1 of the 2 .* failed: ArgumentError: .*in_proj is"
+    with pytest.raises(ArgumentError if last else ProcessError, match=own if last else others):
+        tensor_parallel(model, mesh())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(
+        ArgumentError, match=r"different models: .* \(62, 32\) in process 0 .* \(64, 32\) in process 1\. Make or load"
+    ):
+        tensor_parallel(make_pure(num_hidden_layers=1, vocab_size=62 + 2 * last), mesh())
+    if dist.get_rank() == 0:
+        make_pure().save_pretrained(folder / "model")
+    dist.barrier()
+    with pytest.raises(OSError if last else ProcessError, match="nowhere"):
+        Mamba2ForCausalLM.from_pretrained(folder / ("nowhere" if last else "model"), tp_plan="auto")
+    assert Mamba2ForCausalLM.from_pretrained(folder / "model", tp_plan="auto").tp_size == 2
 
 
 if __name__ == "__main__":

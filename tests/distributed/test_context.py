@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from slices import in_slices
 from ssd_cases import relative_error
 from torch import Tensor
@@ -121,6 +123,22 @@ def test_any_length(size: int, tokens: int) -> None:
     assert_like_one_process(make_hybrid(), size, ids(1, tokens))
 
 
+@settings(max_examples=8)
+@given(data=st.data())
+def test_any_cut_gives_the_same(data: st.DataObject) -> None:
+    """Documents that end anywhere behind the first one's start, and padding on the right, in slices of any number."""
+    size, tokens, rows = (data.draw(st.integers(*bounds)) for bounds in ((1, 4), (8, 24), (1, 2)))
+    flags = st.lists(st.booleans(), min_size=tokens, max_size=tokens)
+    starts = torch.tensor([data.draw(flags) for _ in range(rows)])
+    lengths = torch.tensor([data.draw(st.integers(7, tokens)), data.draw(st.integers(1, tokens))])[:rows, None]
+    starts[0, :7] = False  # every parameter has a gradient that is more than rounding
+    inputs: dict[str, Tensor] = {"seq_idx": starts.long().cumsum(1)}
+    if bool((lengths < tokens).any()):
+        inputs["attention_mask"] = (torch.arange(tokens) < lengths).long()
+    model = data.draw(st.sampled_from(list(MODELS.values())))
+    assert_like_one_process(model(), size, ids(rows, tokens), **inputs)
+
+
 def test_flat_documents() -> None:
     assert_like_one_process(make_model(), 4, ids(1), cu_seq_lens_q=torch.tensor([0, 3, 3, 9, 17]))
 
@@ -175,13 +193,20 @@ class TestRefusals:
     def test_different_batches(self) -> None:
         """In every process, rather than that some slices are another text's."""
 
-        def run(group: Group) -> str:
+        def run(group: Group, mine: dict[str, Any]) -> str:
             with pytest.raises(ArgumentError) as refusal:
-                context_parallel(make_model(), group)(ids() + (group.rank == 2))
+                context_parallel(make_model(), group)(**mine if group.rank == 2 else {"input_ids": ids()})
             return str(refusal.value)
 
-        for message in in_slices(3, run):
-            assert message.startswith("the 3 processes that share sequences were given different batches")
+        for changed in (
+            {"input_ids": ids() + 1},
+            {"input_ids": ids(), "attention_mask": right_padding()},
+            {"input_ids": ids(), "attention_mask": right_padding().flip(1)},
+            {"input_ids": ids(), "seq_idx": documents()},
+            {"input_ids": ids(), "cu_seq_lens_q": torch.tensor([0, 5, 17])} | {"input_ids": ids(1)},
+        ):
+            for message in in_slices(3, lambda group, mine=changed: run(group, mine)):
+                assert message.startswith("the 3 processes that share sequences were given different batches")
 
     def test_padding_in_front(self) -> None:
         with pytest.raises(ArgumentError, match="padding before a token in row 0: rows that are spread"):

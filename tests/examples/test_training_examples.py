@@ -130,6 +130,14 @@ class TestPretraining:
         assert result.exit_code == 2
         assert "'7b'" in result.output
 
+    @pytest.mark.parametrize("processes", ["1", "4"])
+    def test_layers_are_shared_by_all_processes_or_none(self, processes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        with pytest.raises(typer.BadParameter, match=f"--tensor 2 of {processes} processes, with --shard 1"):
+            pretrain.parallelism(shard=1, context=1, tensor=2)
+        with pytest.raises(typer.BadParameter, match="with --shard 2 and --context 1"):
+            pretrain.parallelism(shard=2, context=1, tensor=int(processes) + 1)
+
 
 class TestFineTuning:
     def run(self, out: Path, *more: object) -> Any:

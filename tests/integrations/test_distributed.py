@@ -22,13 +22,26 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("config", [{"pp_size": 2}, DistributedConfig(pp_size=2)], ids=["dict", "object"])
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "pp": ({"pp_size": 2}, "pp_size=2: {} has no pipeline parallelism.* tp_size or fsdp_size"),
+    "ep": ({"ep_size": 2, "tp_size": 2}, "ep_size=2: {} does not deal out whole experts. Use tp_size alone"),
+    "ep, fsdp": ({"ep_size": 2, "fsdp_size": 2}, "ep_size=2: {} does not deal out whole experts. Use tp_size alone"),
+    "sp": ({"tp_size": 2, "enable_sequence_parallel": True}, "enable_sequence_parallel=True: norms of {} .* Leave it"),
+}
+
+
+@pytest.mark.parametrize("make", [dict, DistributedConfig], ids=["dict", "object"])
+@pytest.mark.parametrize("asked", REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("cls", [Mamba2ForCausalLM, Mamba2HybridForCausalLM, Mamba2Model])
-def test_pipeline_parallelism_is_refused_before_processes_meet(cls: Any, config: Any, tmp_path: Path) -> None:
+def test_what_models_have_not_is_refused_before_processes_meet(
+    cls: Any, asked: tuple[dict[str, Any], str], make: Any, tmp_path: Path
+) -> None:
+    """By every process: it needs no other to say so."""
+    sizes, message = asked
     with torch.device("meta"):
         cls(cls.config_class(num_hidden_layers=1)).config.save_pretrained(tmp_path)
-    with pytest.raises(ArgumentError, match=f"pp_size=2: {cls.__name__} has no pipeline parallelism"):
-        cls.from_pretrained(tmp_path, distributed_config=config)
+    with pytest.raises(ArgumentError, match=message.format(cls.__name__)):
+        cls.from_pretrained(tmp_path, distributed_config=make(**sizes))
     assert not dist.is_initialized()
 
 

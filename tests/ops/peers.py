@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mamba2_hf.distributed.peer_memory import PeerMemory
+from mamba2_hf.ops import Peers
 
 WORDS = 4096
 
@@ -27,6 +30,31 @@ def words_sent(memory: PeerMemory) -> Tensor:
     rank, sums = memory.peers.rank, (int(memory.peers.table[0]) >> 20) - 1
     words = _part(memory.buffers[1 - rank], sums, rank)
     return words[words >> 32 == _number(sums)].to(torch.int32).view(torch.float32)
+
+
+def found_by_two_devices(
+    step: Callable[[int, Callable[[Tensor], Tensor], Peers], Tensor], sends: bool
+) -> tuple[Tensor, ...]:
+    """What each of two devices finds in the step of a layer that they share.
+
+    Args:
+        step: runs it for a device's rank, with what sums over both, and what kernels that send have to know.
+        sends: whether a kernel sends what is summed otherwise, which it is to find the same by.
+    """
+    sent: list[Tensor] = []
+    for rank in range(2):
+        step(rank, lambda part: sent.append(part.clone()) or part, Peers())  # type: ignore[func-returns-value]
+    found = [step(rank, lambda _: sent[0] + sent[1], Peers()) for rank in range(2)]
+
+    def never(part: Tensor) -> Tensor:
+        raise AssertionError("what a kernel sends is sent again")
+
+    for rank in range(2) if sends else ():
+        memory = two_devices(rank, sent[1 - rank])
+        found.append(step(rank, never, memory.peers))
+        assert torch.equal(words_sent(memory), sent[rank].flatten())
+        assert not memory.failed.item()
+    return tuple(found)
 
 
 def _number(sums: int) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peers import found_by_two_devices
 from torch import Tensor
 
 from mamba2_hf import ops
@@ -143,6 +144,54 @@ def test_step_of_a_layer(case: str) -> None:
         for buffer, known in zip(buffers, filled, strict=True):
             assert torch.equal(buffer.isnan().cpu(), known.isnan())
             assert error(buffer.nan_to_num(), known.nan_to_num()) <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "tolerance"),
+    [("torch", "cpu", torch.float64, 1e-12), ("triton", DEVICE, torch.float32, 2e-6)],
+    ids=["torch", "triton"],
+)
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_step_of_a_layer_that_devices_share(
+    rows: int, copied: bool, backend: str, device: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Each with some of the queries and their keys and values, or with the only ones of these."""
+    heads, groups, size, width, places = 4, 1 if copied else 2, 8, 24, 9
+    counts = (heads, groups, groups)
+    weights = [draw(n * size, width, seed=i) / width**0.5 for i, n in enumerate(counts)]
+    biases = [draw(n * size, seed=7) for n in counts]
+    out, out_bias, norm = draw(width, heads * size) / (heads * size) ** 0.5, draw(width, seed=8), 1 + draw(width) / 4
+    stream, residual = draw(rows, 1, width), draw(rows, 1, width, seed=9)
+    lengths, angles = torch.arange(rows) % places + 1, draw(1, 1, size // 2)
+    held = [draw(rows, groups, places, size, seed=seed) for seed in (3, 4)]
+
+    def call(device: str, dtype: torch.dtype, rank: int, devices: int) -> ops.AttentionStep:
+        def cut(t: Tensor, heads: int, dim: int = 0) -> Tensor:
+            pieces = min(heads, devices)
+            return t.chunk(pieces, dim)[rank * pieces // devices].to(device, dtype, copy=True)
+
+        turns = (torch.cat([t, t], -1).to(device, dtype) for t in (angles.cos(), angles.sin()))
+        linears = [ops.Linear(cut(w, n), cut(b, n)) for w, b, n in zip(weights, biases, counts, strict=True)]
+        end = ops.Linear(cut(out, heads, 1), out_bias.to(device, dtype))
+        buffers = [cut(buffer, groups, 1) for buffer in held]
+        given = (stream.to(device, dtype), *buffers, norm.to(device, dtype), *linears, end, lengths.to(device), *turns)
+        return ops.AttentionStep(*given, 0.3, 1e-5, 1.5, 0.7, 0.6, residual.to(device, dtype))
+
+    known = call("cpu", torch.float64, 0, 1)
+    expected = ops.attention_step(known, "torch")
+
+    def step(rank: int, total: Any, peers: ops.Peers) -> Tensor:
+        own = call(device, dtype, rank, 2)
+        found = ops.attention_step(own._replace(peers=peers), backend, total)
+        for name in ("keys", "values"):
+            piece = getattr(known, name).chunk(groups, 1)[rank if groups > 1 else 0]
+            assert error(getattr(own, name), piece) <= tolerance
+        return found
+
+    for found in found_by_two_devices(step, backend == "triton" and rows == 1):
+        assert found.dtype == dtype
+        assert error(found, expected) <= tolerance
 
 
 def test_what_does_not_fit_is_named() -> None:

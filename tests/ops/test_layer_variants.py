@@ -261,10 +261,13 @@ def test_steps_of_a_layer_that_devices_share(
         states = own["conv_state"], own["ssm_state"]
         call = LayerStep(own["stream"], *states, weights_of(own), spec, residual=own.get("residual"))
         call = call if peers is None else call._replace(peers=peers)
-        return ops.shared_layer_step(call, total, backend), *states
+        return ops.layer_step(call, backend, total), *states
 
     def keep(sent: list[Tensor]) -> Any:
         return lambda part: sent.append(part.clone()) or part
+
+    def never(part: Tensor) -> Tensor:
+        raise AssertionError("what a kernel sends is sent again")
 
     for backend, dtype, tolerance in (("torch", torch.float64, 1e-12), ("triton", torch.float32, 1e-5)):
         sent: list[Tensor] = []
@@ -277,7 +280,7 @@ def test_steps_of_a_layer_that_devices_share(
             assert max(errors(found, (expected[0], own["conv_state"], own["ssm_state"]))) <= tolerance
             if backend == "triton" and rows <= limits[1]:
                 memory = two_devices(rank, sent[1 - rank])
-                pushed = run(rank, None, backend, dtype, memory.peers)
+                pushed = run(rank, never, backend, dtype, memory.peers)
                 assert max(errors(pushed, (expected[0], own["conv_state"], own["ssm_state"]))) <= tolerance
                 assert torch.equal(words_sent(memory), sent[rank].flatten())
                 assert not memory.failed.item()

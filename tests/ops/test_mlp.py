@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peers import found_by_two_devices
 from torch import Tensor
 
 from mamba2_hf import ops
@@ -119,6 +120,69 @@ def test_experts_step(gated: bool, top_k: int, rows: int) -> None:
         after, logits = ops.experts_step(call, backend)
         assert error(after, 2 * stream + 0.3 * out[:, None]) <= tolerance
         assert error(logits, normed_rows @ router.T) <= tolerance
+
+
+SHARED = [("torch", "cpu", torch.float64, 1e-12), ("triton", DEVICE, torch.float32, 1e-6)]
+
+
+@pytest.mark.parametrize(("backend", "device", "dtype", "tolerance"), SHARED, ids=["torch", "triton"])
+@pytest.mark.parametrize(("gated", "bias", "residual"), [(True, True, True), (False, False, False)])
+def test_mlp_step_that_devices_share(
+    gated: bool, bias: bool, residual: bool, backend: str, device: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Each with some of the inner channels; bias and residual are added once."""
+    d, width = 20, 38
+    stream, norm, up, down = draw(1, 1, d), draw(d), draw(width, d), draw(d, width)
+    gate = draw(width, d, seed=1) if gated else None
+    gate_bias, up_bias, down_bias = (draw(n, seed=2) if bias else None for n in (width, width, d))
+    to = draw(1, 1, d, seed=5) if residual else None
+
+    def call(device: str, dtype: torch.dtype, own: slice) -> MLPStep:
+        def cast(t: Tensor | None) -> Any:
+            return None if t is None else t.to(device, dtype)
+
+        rows = [cast(None if t is None else t[own]) for t in (gate, gate_bias if gated else None, up, up_bias)]
+        ends = Linear(cast(down[:, own]), cast(down_bias))
+        linears = (*rows[:2], Linear(*rows[2:]), ends)
+        return MLPStep(cast(stream), cast(norm), *linears, "silu", 1e-3, 0.6, 0.3, cast(to))
+
+    expected = ops.mlp_step(call("cpu", torch.float64, slice(None)), "torch")
+
+    def step(rank: int, total: Any, peers: ops.Peers) -> Tensor:
+        own = call(device, dtype, slice(rank * 19, rank * 19 + 19))
+        return ops.mlp_step(own._replace(peers=peers), backend, total)
+
+    for found in found_by_two_devices(step, backend == "triton"):
+        assert found.dtype == dtype
+        assert error(found, expected) <= tolerance
+
+
+@pytest.mark.parametrize(("backend", "device", "dtype", "tolerance"), SHARED, ids=["torch", "triton"])
+@pytest.mark.parametrize(("gated", "rows"), [(True, 1), (False, 1), (True, 5)])
+def test_experts_step_that_devices_share(
+    gated: bool, rows: int, backend: str, device: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Each with some of the inner channels of every expert."""
+    d, width, experts = 20, 10, 6
+    stream, norm, router = draw(rows, 1, d), draw(d), draw(experts, d)
+    inner, down = draw(experts, (1 + gated) * width, d), draw(experts, d, width)
+
+    def call(device: str, dtype: torch.dtype, own: slice) -> ExpertsStep:
+        halves = torch.cat([half[:, own] for half in inner.split(width, 1)], 1)
+        cast = [t.to(device, dtype) for t in (stream, norm, router, halves, down[..., own])]
+        return ExpertsStep(*cast, 2, "silu", gated, 1e-3, 0.3, residual=2 * cast[0])  # type: ignore[arg-type]
+
+    expected, expected_logits = ops.experts_step(call("cpu", torch.float64, slice(None)), "torch")
+
+    def step(rank: int, total: Any, peers: ops.Peers) -> Tensor:
+        own = call(device, dtype, slice(rank * 5, rank * 5 + 5))
+        after, logits = ops.experts_step(own._replace(peers=peers), backend, total)
+        assert error(logits, expected_logits) <= tolerance
+        return after
+
+    for found in found_by_two_devices(step, backend == "triton"):
+        assert found.dtype == dtype
+        assert error(found, expected) <= tolerance
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -156,16 +156,18 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
     from mamba2_hf.ops.mixer import step as mixer_step
     from mamba2_hf.ops.mixer import triton as training
     from mamba2_hf.ops.mixer.advance import new_ring, settle
-    from mamba2_hf.ops.mixer.op import Joined, LayerStep, Step
+    from mamba2_hf.ops.mixer.op import LayerStep, Step
     from mamba2_hf.ops.mlp import triton as mlp
     from mamba2_hf.ops.mlp.op import ACTIVATIONS, ExpertsStep, Gated, MLPStep
     from mamba2_hf.ops.norm import triton as norm
     from mamba2_hf.ops.norm.op import Norm
+    from mamba2_hf.ops.partners import Joined
     from mamba2_hf.ops.runtime import tables
     from mamba2_hf.ops.runtime.peers import Exchange, exchange
     from mamba2_hf.ops.scan import update as scan_update
     from mamba2_hf.ops.scan.op import Update
     from mamba2_hf.ops.spec import LayerWeights, Linear, MixerSpec, MixerWeights, Packing, Peers, RingState
+    from mamba2_hf.ops.triton import sums_over_peers
 
     _set_chip(target)
     H, P, N, K, T = 80, 64, 128, 4, 16
@@ -278,15 +280,16 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
             states = zeros(batch, channels, K - 1), zeros(batch, H, P, N, dtype=torch.float32)
             weights = LayerWeights(zeros(2560), Linear(zeros(entering, 2560)), mixer, Linear(zeros(2560, inner)))
             call = LayerStep(stream, *states, weights, spec)
-            training.joined(Joined(training.mamba2_layer_part(call), stream, zeros(2560), spec))
+            part = training.mamba2_layer_step(call._replace(part=True))
+            training.joined(Joined(part, stream, zeros(2560), 1.0, size, 1e-5))
             for devices in (2, 8):
                 peers = Peers(torch.zeros(4 + devices, dtype=torch.int64), 1, devices, 2**18)
-                if training.sums_over_peers(call._replace(peers=peers)):
+                if sums_over_peers(call._replace(peers=peers)):
                     training.mamba2_layer_step(call._replace(peers=peers))
                 exchange(Exchange(stream, peers, beside=devices == 2))
         many = zeros(1024, 2560)
         for squares in (None, zeros(1024, dtype=torch.float32)):
-            training._join(many, squares, many.float(), many.float(), None, MixerSpec(P, 1, group_size=2 * inner), 1.0)
+            training._join(many, squares, many.float(), many.float(), None, (2 * inner, 1e-5), (1.0, 1.0))
         norm.gate_forward(y, z)
         norm.gate_backward(y, y, z, z, y)
         width = 2048
@@ -297,9 +300,16 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
             up, down = Linear(zeros(8192, width)), Linear(zeros(width, 8192))
             for gate in (None, zeros(8192, width)):
                 mlp.mlp_step(MLPStep(stream, norm_weight, gate, None, up, down, kind))
+        eight = Peers(torch.zeros(12, dtype=torch.int64), 1, 8, 2**18)
+        for shared in ({"peers": eight}, {"part": True}):  # its last kernel is that of attention, too
+            mlp.mlp_step(MLPStep(stream, norm_weight, None, None, up, down, "silu")._replace(**shared))
         inner_weights = (zeros(64, width), zeros(64, 1024, width), zeros(64, width, 512))
-        mlp.experts_step(ExpertsStep(stream.expand(16, 1, width).contiguous(), norm_weight, *inner_weights, 6, "silu"))
-        mlp.experts_step(ExpertsStep(stream, norm_weight, *inner_weights, 6, "silu"))
+        for batch in (1, 16):
+            of_experts = ExpertsStep(
+                stream.expand(batch, 1, width).contiguous(), norm_weight, *inner_weights, 6, "silu"
+            )
+            for shared in ({}, {"peers": eight}, {"part": True}):
+                mlp.experts_step(of_experts._replace(**shared))
         for heads, groups in ((8, 2), (32, 32)):
             q, k = zeros(2, heads, 1, 128), zeros(2, groups, 4096, 128)
             attention.attend_one(OneQuery(q, k, k, torch.zeros(2, dtype=torch.int64), 0.1))

@@ -90,8 +90,9 @@ class Context:
         self.reach = max(*taps, 2) - 1
         """Tokens before a slice that a layer may look at."""
 
-    def check(self, given: Tensor) -> None:
-        """Compares, once, what the processes of the group are given: ids ``(B, T)`` or embeddings ``(B, T, d)``.
+    def check(self, given: Tensor, layout: SequenceLayout) -> None:
+        """Compares, once, what the processes of the group are given: ids ``(B, T)`` or embeddings ``(B, T, d)``, and
+        their documents and padding, which one process alone might refuse.
 
         Raises:
             ArgumentError: in every process, if that is not one batch.
@@ -100,15 +101,15 @@ class Context:
             return
         self._is_checked = True
         batch, tokens = given.shape[:2]
-        sizes = torch.tensor([batch, tokens, 0], device=given.device)
-        if given.dim() == 2:
-            sizes[2] = (given * torch.arange(1, tokens + 1, device=given.device)).sum()
-        everyones = self.group.gather(sizes)
+        read = [given if given.dim() == 2 else None, layout.seq_idx, layout.cu_seqlens, layout.keep]
+        sums = [0 if each is None else _checksum(each.to(given.device)) for each in read]
+        everyones = self.group.gather(torch.tensor([batch, tokens, *sums], device=given.device))
         if bool((everyones != everyones[0]).any()):
             raise ArgumentError(
                 f"the {self.group.size} processes that share sequences were given different batches: each has to pass "
-                "the whole one. accelerate deals out the batches of an iterable dataset from its first process: have "
-                "every process read them, by accelerator_config={'dispatch_batches': False} in TrainingArguments"
+                "the whole one, with the same documents and padding. accelerate deals out the batches of an iterable "
+                "dataset from its first process: have every process read them, by "
+                "accelerator_config={'dispatch_batches': False} in TrainingArguments"
             )
 
     def length(self, tokens: int) -> int:
@@ -254,6 +255,12 @@ class Slice:
             masks={},
             device=device,
         )
+
+
+def _checksum(numbers: Tensor) -> int:
+    """A number that differs where one of these does, or two have changed places."""
+    flat = numbers.flatten().long()
+    return int((flat * torch.arange(1, flat.numel() + 1, device=flat.device)).sum()) + flat.numel()
 
 
 def _documents(layout: SequenceLayout, tokens: int) -> tuple[Tensor | None, Tensor | None]:

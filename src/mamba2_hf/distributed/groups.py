@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ProcessError
 from ..ops import Peers
 
 PEER_MEMORY = "MAMBA2_HF_PEER_MEMORY"
@@ -68,6 +69,33 @@ class Group:
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(gathered, tensor.flatten(), group=self.process_group)
         return gathered.view(self.size, *tensor.shape)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """What all processes have, anything that pickle takes."""
+        import torch.distributed as dist
+
+        found = [None] * self.size
+        dist.all_gather_object(found, value, group=self.process_group)
+        return found
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """For what every process does by itself before all go on: where one fails, all do, and none waits for it.
+
+        Raises:
+            ProcessError: in the others, with the error of the first one that failed.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        said = self.gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        for rank, message in enumerate(said):
+            if message is not None:
+                raise ProcessError(f"process {rank} of the {self.size} that share the model failed: {message}")
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes."""

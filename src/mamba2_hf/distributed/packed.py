@@ -63,6 +63,10 @@ class Cut(NamedTuple):
             start += length
 
 
+NOTHING = Cut(0, ())
+"""No part of a tensor."""
+
+
 def sum_over(tensor: Tensor, group: Group, count: int) -> Tensor:
     """The sum over ``count`` processes that follow each other, this one among them, a divisor of the group's size; of a
     dense tensor that nobody else reads.
@@ -141,10 +145,10 @@ class LayerPartners:
 
     Args:
         group: of the processes.
-        in_proj, conv1d: how the outputs of these are cut.
+        in_proj, conv1d: of a mixer, how the outputs of these are cut.
     """
 
-    def __init__(self, group: Group, in_proj: Cut, conv1d: Cut) -> None:
+    def __init__(self, group: Group, in_proj: Cut = NOTHING, conv1d: Cut = NOTHING) -> None:
         self.group, self.in_proj, self.conv1d = group, in_proj, conv1d
 
     def begin(self, part: Tensor) -> Callable[[], Tensor]:
@@ -230,9 +234,20 @@ class PartLinear(CutModule, nn.Linear):
 class ColumnLinear(PartLinear):
     """Every process computes its own outputs: ``(..., d)``, the same in all of them, to ``(..., d' / size)``."""
 
+    enters: bool = True
+    """Whether gradients of inputs are summed here, and not by a layer that does so for several of these at once."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """The process's outputs; the gradient of ``x`` is that of all."""
-        return F.linear(sum_backward(x, self.group), self.weight, self.bias)
+        """The process's outputs; the gradient of ``x`` is that of all, or this process's part of it."""
+        return F.linear(sum_backward(x, self.group) if self.enters else x, self.weight, self.bias)
+
+
+class CopiedLinear(PartLinear):
+    """A linear layer that is whole in all processes, of whose outputs each has gradients of its own use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs, the same in all processes; the gradient of ``x`` is this process's part."""
+        return F.linear(x, self.weight, self.bias)
 
 
 class RowLinear(PartLinear):
@@ -270,8 +285,6 @@ class CutJointNorm(CutModule, JointGatedRMSNorm):
 
 class CutExperts(CutModule):
     """Experts of which every process computes some of the inner channels; a base beside a class of experts."""
-
-    is_default = False
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """As the experts', with the sum over the processes."""

@@ -26,6 +26,7 @@ from ..layers.weights import is_unhooked
 from .groups import Group
 from .packed import (
     ColumnLinear,
+    CopiedLinear,
     Cut,
     CutConv1d,
     CutExperts,
@@ -74,15 +75,18 @@ def tensor_parallel(model: Model, mesh: DeviceMesh | Group) -> Model:
         ``model``.
 
     Raises:
-        ArgumentError: the mesh has no such dimension, heads or channels cannot be shared by so many processes, or a
-            module is wrapped or holds other than plain weights. The model is as it was.
+        ArgumentError: the mesh has no such dimension, heads or channels cannot be shared by so many processes, a module
+            is wrapped or holds other than plain weights, or processes hold different models. The model is as it was.
+        ProcessError: another process cannot cut its model.
     """
     group = mesh if isinstance(mesh, Group) else Group.of(mesh, "tp")
-    changes = list(_changes(model, group))
-    if not changes and not any(hasattr(module, "cuts") for module in model.modules()):
-        raise ArgumentError(
-            f"{type(model).__name__} holds no layers of mamba2_hf, and no others are known how to be cut"
-        )
+    with group.together():
+        changes = list(_changes(model, group))
+        if not changes and not any(hasattr(module, "cuts") for module in model.modules()):
+            raise ArgumentError(
+                f"{type(model).__name__} holds no layers of mamba2_hf, and no others are known how to be cut"
+            )
+    _refuse_different(model, group)
     _make(changes, group)
     for module in model.modules():
         share: Any = getattr(module, "share", None)
@@ -96,7 +100,8 @@ def cut_adapters(layer: nn.Module) -> None:
     """Cuts what LoRA adds to a linear layer as the layer is cut, if it is. All processes of its group call it."""
     base = _innermost(layer)
     if isinstance(base, CutModule):
-        _make(list(_linear(layer, type(layer).__name__, type(base), base.cuts["weight"])), base.group)
+        enters = getattr(base, "enters", True)
+        _make(list(_linear(layer, type(layer).__name__, type(base), base.cuts["weight"], enters)), base.group)
         _agree(layer, base.group)
 
 
@@ -206,6 +211,20 @@ def _cut_what_is_loaded(module: Any, state_dict: dict[str, Any], prefix: str, *_
             state_dict[prefix + name] = cut.piece(value, group.rank, group.size)
 
 
+def _refuse_different(model: nn.Module, group: Group) -> None:
+    """Raises in all processes where they hold models of different sizes."""
+    everyones = group.gather_objects({name: tuple(p.shape) for name, p in model.named_parameters()})
+    first: dict[str, Any] = everyones[0]
+    for rank, other in enumerate(everyones):
+        for name in first.keys() | other.keys():
+            one, another = first.get(name, "missing"), other.get(name, "missing")
+            if one != another:
+                raise ArgumentError(
+                    f"processes hold different models: {name} is {one} in process 0 of the group, and {another} in "
+                    f"process {rank}. Make or load the same model in all of them"
+                )
+
+
 def _changes(model: nn.Module, group: Group) -> Iterator[_Change]:
     """What is to become of all modules of a model; raises where they cannot be cut, and changes nothing."""
     size = group.size
@@ -214,11 +233,11 @@ def _changes(model: nn.Module, group: Group) -> Iterator[_Change]:
         if isinstance(module, Mamba2Mixer):
             yield from _of_mixer(module, name, group)
         elif isinstance(module, Attention):
-            yield from _of_attention(module, name, size)
+            yield from _of_attention(module, name, group)
         elif isinstance(module, MLP):
-            yield from _of_mlp(module, name, size)
+            yield from _of_mlp(module, name, group)
         elif isinstance(module, Experts):
-            yield from _of_experts(module, name, size)
+            yield from _of_experts(module, name, group)
         elif hasattr(module, "added_projections"):
             # What a layer adds to the outputs of projections, before anything else, is cut as they are.
             for adapter, projections in module.added_projections():
@@ -299,13 +318,14 @@ def _gated_norm(norm: Any, name: str, inner: int, size: int) -> Iterator[_Change
     yield _Change(norm, cuts, CutJointNorm, sizes)
 
 
-def _of_attention(attention: Any, name: str, size: int) -> Iterator[_Change]:
+def _of_attention(attention: Any, name: str, group: Group) -> Iterator[_Change]:
+    size = group.size
     queries, keys = (width // attention.head_dim for width in _whole_sizes(attention)[:2])
     _shared(queries, size, f"{name}: num_attention_heads={queries} heads")
     _shared_or_copied(keys, size, f"{name}: num_key_value_heads={keys} heads")
     parts = _attention_parts(attention, size)
     for projection, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
-        yield from _linear(getattr(attention, projection), f"{name}.{projection}", ColumnLinear, Cut(0, (part,)))
+        yield from _linear(getattr(attention, projection), f"{name}.{projection}", ColumnLinear, Cut(0, (part,)), False)
     yield from _linear(attention.o_proj, f"{name}.o_proj", RowLinear, Cut(1, parts[:1]))
     if hasattr(attention, "cuts"):
         return
@@ -313,7 +333,7 @@ def _of_attention(attention: Any, name: str, size: int) -> Iterator[_Change]:
         yield _convolution(attention.conv1d, f"{name}.conv1d", Cut(0, parts), size)
     held = [part.size // part.pieces for part in parts]
     sizes = {"whole_sizes": attention.sizes, "sizes": held, "num_key_value_groups": held[0] // held[1]}
-    yield _Change(attention, {}, attributes=sizes)
+    yield _Change(attention, {}, attributes={**sizes, "partners": LayerPartners(group)})
 
 
 def _whole_sizes(attention: Any) -> list[int]:
@@ -329,26 +349,30 @@ def _attention_parts(attention: Any, size: int) -> tuple[Part, ...]:
     return tuple(Part(width, count) for width, count in zip(sizes, (size, pieces, pieces), strict=True))
 
 
-def _of_mlp(mlp: Any, name: str, size: int) -> Iterator[_Change]:
+def _of_mlp(mlp: Any, name: str, group: Group) -> Iterator[_Change]:
+    size = group.size
     down = _innermost(mlp.down_proj)
     width = down.in_features
     _shared(width, size, f"{name}: intermediate_size={width} channels")
     for projection in ("gate_proj", "up_proj") if mlp.gated else ("up_proj",):
         rows = Cut(0, (Part(width, size),))
-        yield from _linear(getattr(mlp, projection), f"{name}.{projection}", ColumnLinear, rows)
+        yield from _linear(getattr(mlp, projection), f"{name}.{projection}", ColumnLinear, rows, False)
     yield from _linear(mlp.down_proj, f"{name}.down_proj", RowLinear, Cut(1, (Part(width, size),)))
+    if not hasattr(mlp, "cuts"):
+        yield _Change(mlp, {}, attributes={"partners": LayerPartners(group)})
 
 
-def _of_experts(experts: Any, name: str, size: int) -> Iterator[_Change]:
+def _of_experts(experts: Any, name: str, group: Group) -> Iterator[_Change]:
     if hasattr(experts, "cuts"):
         return
+    size = group.size
     width, up = experts.intermediate_dim, experts.up_name
     _shared(width, size, f"{name}: moe_intermediate_size={width} channels")
     _plain(experts, name, up, "down_proj")
     part = Part(width, size)
     cuts = {up: Cut(1, (part,) * (2 if up == "gate_up_proj" else 1)), "down_proj": Cut(2, (part,))}
     cls = cut_class(CutExperts, type(experts))  # type: ignore[arg-type]
-    yield _Change(experts, cuts, cls, {"intermediate_dim": width // size})
+    yield _Change(experts, cuts, cls, {"intermediate_dim": width // size, "partners": LayerPartners(group)})
 
 
 def _rows_of(model: nn.Module, layer: nn.Module, size: int) -> tuple[Part, ...]:
@@ -366,14 +390,17 @@ def _innermost(module: Any) -> Any:
     return module.get_base_layer() if hasattr(module, "lora_A") else module
 
 
-def _linear(module: Any, name: str, cls: type[nn.Module], cut: Cut) -> Iterator[_Change]:
-    """A linear layer whose outputs (``ColumnLinear``) or inputs (``RowLinear``) are cut, and what LoRA adds to it."""
+def _linear(module: Any, name: str, cls: type[nn.Module], cut: Cut, enters: bool = True) -> Iterator[_Change]:
+    """A linear layer whose outputs (``ColumnLinear``) or inputs (``RowLinear``) are cut, and what LoRA adds to it; see
+    :attr:`ColumnLinear.enters`.
+    """
+    attributes = {} if enters else {"enters": False}
     base = _innermost(module)
     if not hasattr(base, "cuts"):
         if type(base) is not nn.Linear or not is_unhooked(base) or not is_unhooked(module):
             raise _cannot_be_cut(name, module)
         _plain(base, name, "weight", *(("bias",) if base.bias is not None else ()))
-        yield _Change(base, _cuts_of(base, cls, cut), cls)
+        yield _Change(base, _cuts_of(base, cls, cut), cls, attributes)
     if base is module:
         return
     if getattr(module, "lora_variant", None) or getattr(module, "merged", False):
@@ -382,7 +409,10 @@ def _linear(module: Any, name: str, cls: type[nn.Module], cut: Cut) -> Iterator[
     for adapter, factor in factors.items():
         if not hasattr(factor, "cuts"):
             _plain(factor, f"{name}, adapter {adapter!r}", "weight")
-            yield _Change(factor, _cuts_of(factor, cls, cut), cls)
+            yield _Change(factor, _cuts_of(factor, cls, cut), cls, attributes)
+            down = module.lora_A[adapter]
+            if not enters:  # of what enters the other factor each process has its own part of the gradient
+                yield _Change(down, {"weight": Cut(0, (Part(down.out_features, 1),))}, CopiedLinear)
 
 
 def _cuts_of(linear: nn.Linear, cls: type[nn.Module], cut: Cut) -> dict[str, Cut]:

@@ -75,6 +75,8 @@ class Attention(nn.Module):
     """
 
     is_causal = True
+    partners: ops.Partners | None = None
+    """The devices that have the layer's other heads; None if they are all here."""
 
     def __init__(
         self,
@@ -128,7 +130,8 @@ class Attention(nn.Module):
             output_attentions: whether to return the weights too, ``(B, H, T, T)``; only without cached tokens.
         """
         placement = placement.to(hidden_states.device)
-        projected = [linear(module, hidden_states) for module in (self.q_proj, self.k_proj, self.v_proj)]
+        entering = hidden_states if self.partners is None else self.partners.entering(hidden_states)
+        projected = [linear(module, entering) for module in (self.q_proj, self.k_proj, self.v_proj)]
         if adds:
             projected = [add(hidden_states, own)[0] for add, own in zip(adds, projected, strict=True)]
         multiplier = self.key_multiplier
@@ -173,6 +176,9 @@ class Attention(nn.Module):
             multipliers: m and m'.
         """
         call = None if output_attentions else self._step(stream, norm, placement, layout, state, multipliers)
+        if call is not None and self.partners is not None:
+            call = call._replace(peers=self.partners.peers(stream))
+            return ops.attention_step(call, total=self.partners.total), None
         if call is not None:
             return ops.attention_step(call), None
         before, after = multipliers
@@ -200,7 +206,8 @@ class Attention(nn.Module):
         buffers, weight = state.step_buffers(stream.shape[0]), plain_weight(norm)
         if buffers is None or weight is None or not attention_step_serves(stream, buffers[0]):
             return None
-        q, k, v, out = (plain_linear(module) for module in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
+        projections, part = (self.q_proj, self.k_proj, self.v_proj, self.o_proj), self.partners is not None
+        q, k, v, out = (plain_linear(module, part) for module in projections)
         if q is None or k is None or v is None or out is None:
             return None
         linears = (q, k, v, out)

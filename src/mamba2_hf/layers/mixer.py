@@ -198,7 +198,7 @@ class Mamba2Mixer(KeepsFp32):
         call = ops.LayerStep(stream, conv, ssm, weights, spec, ready, residual, ring=ring)
         if self.partners is None:
             return ops.layer_step(call)
-        return ops.shared_layer_step(call._replace(peers=self.partners.peers(stream)), self.partners.total)
+        return ops.layer_step(call._replace(peers=self.partners.peers(stream)), total=self.partners.total)
 
     def _is_summed_as_one(self, weights: ops.LayerWeights) -> bool:
         """Whether :func:`ops.layer` takes the layer if devices share it: not into a compiled graph, nor where products

@@ -49,6 +49,9 @@ class MLP(nn.Module):
         multipliers: of what the activation gets, and of the result.
     """
 
+    partners: ops.Partners | None = None
+    """The devices that have the other inner channels; None if they are all here."""
+
     def __init__(
         self,
         hidden_size: int,
@@ -67,8 +70,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, add: AddTo | None = None) -> Tensor:
         """``(..., d)`` to ``(..., d)``; an adapter may ``add`` to gate and up projection."""
-        up = linear(self.up_proj, x)
-        gate = linear(self.gate_proj, x) if self.gated else up
+        entering = x if self.partners is None else self.partners.entering(x)
+        up = linear(self.up_proj, entering)
+        gate = linear(self.gate_proj, entering) if self.gated else up
         if add is not None:
             gate, up = add(x, gate, up)
         inner = ops.gated_activation(gate, up if self.gated else None, self.activation, self.multipliers[0])
@@ -86,14 +90,17 @@ class MLP(nn.Module):
         """
         if step_serves(stream):
             call = self._step(stream, norm, output_multiplier)
+            if call is not None and self.partners is not None:
+                return ops.mlp_step(call._replace(peers=self.partners.peers(stream)), total=self.partners.total)
             if call is not None:
                 return ops.mlp_step(call)
         return torch.add(stream, self(norm(stream)), alpha=output_multiplier)
 
     def _step(self, stream: Tensor, norm: RMSNorm, output_multiplier: float) -> ops.MLPStep | None:
         """Arguments of the step of the layer; None where a module has to be called."""
-        weight, gate = plain_weight(norm), plain_linear(self.gate_proj) if self.gated else None
-        up, down = plain_linear(self.up_proj), plain_linear(self.down_proj)
+        part = self.partners is not None
+        weight, gate = plain_weight(norm), plain_linear(self.gate_proj, part) if self.gated else None
+        up, down = plain_linear(self.up_proj, part), plain_linear(self.down_proj, part)
         if not is_unhooked(self) or weight is None or up is None or down is None or (gate is None and self.gated):
             return None
         read = [weight, up[0], down[0], *(() if gate is None else gate[:1])]

@@ -104,6 +104,8 @@ class Experts(nn.Module):
 
     is_default = True
     """Whether nobody has asked for a way of running them other than the usual ones."""
+    partners: ops.Partners | None = None
+    """The devices that have the other inner channels of every expert; None if they are all here."""
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, kind: str = "swiglu") -> None:
         super().__init__()
@@ -242,7 +244,11 @@ class MoE(nn.Module):
             return torch.add(stream, out, alpha=output_multiplier), logits
         if self.has_shared:
             call = call._replace(residual=self.shared.layer(stream, norm, output_multiplier))
-        after, logits = ops.experts_step(call)
+        partners: ops.Partners | None = self.experts.partners  # type: ignore[assignment]
+        if partners is None:
+            after, logits = ops.experts_step(call)
+        else:
+            after, logits = ops.experts_step(call._replace(peers=partners.peers(stream)), total=partners.total)
         return after, logits.view(*stream.shape[:-1], -1)
 
     def _step(self, stream: Tensor, norm: RMSNorm, output_multiplier: float) -> ops.ExpertsStep | None:

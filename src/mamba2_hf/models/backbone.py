@@ -98,7 +98,7 @@ class SSDBackbone(SSDPreTrainedModel):
                 self.refuse_in_context("output_attentions=True")
             given = inputs_embeds if input_ids is None else input_ids
             assert given is not None  # one of them is
-            context.check(given)
+            context.check(given, layout)
             layout = context.layout(layout, batch, tokens, given.device)
             input_ids = None if input_ids is None else context.cut(input_ids)
             inputs_embeds = None if inputs_embeds is None else context.cut(inputs_embeds)

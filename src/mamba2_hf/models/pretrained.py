@@ -52,14 +52,28 @@ class SSDPreTrainedModel(PreTrainedModel):
         """As in transformers, except for what these models cannot do, which is refused before processes meet.
 
         Raises:
-            ArgumentError: pipeline parallelism is asked for.
+            ArgumentError: pipeline, expert or sequence parallelism is asked for.
         """
-        given = distributed_config
-        stages = given.get("pp_size") if isinstance(given, dict) else getattr(given, "pp_size", None)
-        if stages is not None and stages > 1:
+
+        def asked(name: str) -> Any:
+            config = distributed_config
+            return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+
+        if (asked("pp_size") or 1) > 1:
             raise ArgumentError(
-                f"pp_size={stages}: {cls.__name__} has no pipeline parallelism. To spread its weights over GPUs use "
-                'tp_size or fsdp_size of the DistributedConfig, or device_map="auto" in one process'
+                f"pp_size={asked('pp_size')}: {cls.__name__} has no pipeline parallelism. To spread its weights over "
+                'GPUs use tp_size or fsdp_size of the DistributedConfig, or device_map="auto" in one process'
+            )
+        if (asked("ep_size") or 1) > 1 or asked("enable_expert_parallel"):
+            given = f"ep_size={asked('ep_size')}" if asked("ep_size") else "enable_expert_parallel=True"
+            raise ArgumentError(
+                f"{given}: {cls.__name__} does not deal out whole experts. Use tp_size alone: every "
+                "process then has some of the inner channels of every expert"
+            )
+        if asked("enable_sequence_parallel"):
+            raise ArgumentError(
+                f"enable_sequence_parallel=True: norms of {cls.__name__} see all tokens in every process. Leave it "
+                "out; to spread long sequences, use mamba2_hf.distributed.context_parallel"
             )
         return super().prepare_distribute_model(distributed_config, device_map)
 
@@ -151,21 +165,23 @@ class SSDPreTrainedModel(PreTrainedModel):
 
         Raises:
             ArgumentError: the layers cannot be shared by so many processes.
+            ProcessError: another process cannot load or share the model.
             CheckpointError: the backbone lacks a weight, a weight has another shape (unless
                 ``ignore_mismatched_sizes=True``, which makes up new values for both), or a decay rate, skip or step
                 bias is not finite.
         """
-        placed = _tensor_parallel_alone(kwargs)
+        placed = _tensor_parallel_alone(cls, kwargs)
         if placed is not None:
-            loaded = cls.from_pretrained(
-                pretrained_model_name_or_path,
-                *args,
-                key_mapping=key_mapping,
-                ignore_mismatched_sizes=ignore_mismatched_sizes,
-                output_loading_info=output_loading_info,
-                **kwargs,
-            )
             config, mesh, device = placed
+            with Group.of(mesh, "tp").together():
+                loaded = cls.from_pretrained(
+                    pretrained_model_name_or_path,
+                    *args,
+                    key_mapping=key_mapping,
+                    ignore_mismatched_sizes=ignore_mismatched_sizes,
+                    output_loading_info=output_loading_info,
+                    **kwargs,
+                )
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             model.config.distributed_config = config
             tensor_parallel(model, mesh).to(device)
@@ -248,8 +264,8 @@ class SSDPreTrainedModel(PreTrainedModel):
         return found
 
 
-def _tensor_parallel_alone(kwargs: dict[str, Any]) -> tuple[Any, Any, Any] | None:
-    """Takes from arguments of ``from_pretrained`` what asks for tensor parallelism and nothing else; returns the
+def _tensor_parallel_alone(cls: type[SSDPreTrainedModel], kwargs: dict[str, Any]) -> tuple[Any, Any, Any] | None:
+    """Takes from arguments of ``cls.from_pretrained`` what asks for tensor parallelism and nothing else; returns the
     ``DistributedConfig``, the mesh's dimension and the device. None if transformers is to spread the model, or nobody.
     """
     from transformers.distributed import DistributedConfig
@@ -272,7 +288,7 @@ def _tensor_parallel_alone(kwargs: dict[str, Any]) -> tuple[Any, Any, Any] | Non
     for name in ("distributed_config", "tp_plan", "tp_size", "device_mesh"):
         kwargs.pop(name, None)
     if mesh is None:
-        config, device, manager = SSDPreTrainedModel.prepare_distribute_model(config, kwargs.pop("device_map", None))
+        config, device, manager = cls.prepare_distribute_model(config, kwargs.pop("device_map", None))
         mesh = manager.get_mesh("tp")
     else:
         device = torch.device(mesh.device_type)

@@ -27,7 +27,6 @@ from .mixer.op import (
     mamba2_step,
     new_ring,
     settle,
-    shared_layer_step,
     step,
 )
 from .mlp.op import ExpertsStep, MLPStep, experts_step, gated_activation, mlp_step
@@ -76,7 +75,6 @@ __all__ = [
     "new_ring",
     "rotary",
     "settle",
-    "shared_layer_step",
     "ssd_attention_matrix",
     "ssd_chunk_scan",
     "ssd_state_update",

@@ -7,7 +7,7 @@ heads from a stream that all have; what out_proj makes of them is a part of a su
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -40,6 +40,29 @@ class Partners(Protocol):
         """A layer's weights to be computed with; differentiable: gradients of what several devices hold (B and C of a
         group, LoRA's factors that are not cut) are summed over these.
         """
+
+
+class Joined(NamedTuple):
+    """Arguments of what ends the step of a layer that several devices share, where no kernel did it on the way."""
+
+    total: Tensor
+    """``(B, 1, d)``, the sum of all devices' parts, or, where a norm is not applied yet, ``(B, 1, d + 1)``: the sum of
+    squares of its group last.
+    """
+    residual: Tensor
+    """``(B, 1, d)``"""
+    bias: Tensor | None
+    """``(d,)`` of the last projection."""
+    output_multiplier: float
+    """Of what the layer gives; the total is multiplied already, the bias is not."""
+    group_size: int = 0
+    """Channels that share the sum of squares."""
+    norm_eps: float = 0.0
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the norm is not applied yet."""
+        return self.total.shape[2] > self.residual.shape[2]
 
 
 class Sharing:

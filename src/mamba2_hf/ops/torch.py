@@ -11,7 +11,6 @@ from .cross_entropy.torch import cross_entropy_rows as cross_entropy_rows
 from .mixer.torch import joined as joined
 from .mixer.torch import mamba2_inner as mamba2_inner
 from .mixer.torch import mamba2_layer as mamba2_layer
-from .mixer.torch import mamba2_layer_part as mamba2_layer_part
 from .mixer.torch import mamba2_layer_step as mamba2_layer_step
 from .mixer.torch import mamba2_step as mamba2_step
 from .mixer.torch import new_ring as new_ring

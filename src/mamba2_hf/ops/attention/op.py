@@ -4,6 +4,7 @@ arguments, contracts, and the choice of a backend.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_devices, check_floating, check_rank, check_same_dtype, check_shape, fail
+from ..partners import Joined
 from ..runtime.modes import needs_grad
-from ..spec import Index, Linear, State
+from ..spec import Index, Linear, Peers, State
 
 MOST_ROWS = 64
 """Sequences up to which a step of a layer is the quickest way, on Triton."""
@@ -74,6 +76,15 @@ class AttentionStep(NamedTuple):
     """m'"""
     residual: Tensor | None = None
     """``(B, 1, d)``; None for the stream."""
+    peers: Peers = Peers()
+    """Devices that have the layer's other heads."""
+    part: bool = False
+    """Whether to find what is summed over devices, and no more: fp32 at least, without residual and bias of out."""
+
+    @property
+    def added_to(self) -> Tensor:
+        """What the layer's result is added to."""
+        return self.stream if self.residual is None else self.residual
 
 
 def rotary(
@@ -151,9 +162,12 @@ def attend_one(
     return y
 
 
-def attention_step(call: AttentionStep, backend: str | None = None) -> Tensor:
+def attention_step(
+    call: AttentionStep, backend: str | None = None, total: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """A layer of attention for one token a sequence: ``(B, 1, d)`` in the dtype of the stream. ``keys`` and ``values``
-    are written in place. On Triton no gradient is known.
+    are written in place. On Triton no gradient is known. ``total`` is as in :func:`layer_step`, of a layer of which
+    every device has some of the heads, and the bias of ``out``.
     """
     stream, keys = call.stream, call.keys
     check_rank("stream", stream, 3, "(B, 1, d)")
@@ -193,7 +207,12 @@ def attention_step(call: AttentionStep, backend: str | None = None) -> Tensor:
     )
     options = {"dtype": keys.dtype, "width": size, "differentiable": differentiable}
     backend = dispatch.choose("attention_step", stream.device, backend, **options).name
-    y: Tensor = dispatch.backend_module(backend).attention_step(call)
+    module = dispatch.backend_module(backend)
+    if total is None or module.sums_over_peers(call):
+        y: Tensor = module.attention_step(call)
+        return y
+    part = module.attention_step(call._replace(part=True))
+    y = module.joined(Joined(total(part), call.added_to, call.out.bias, call.output_multiplier))
     return y
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..mixer.torch import scaled
 from ..norm.op import Norm
 from ..norm.torch import gated_rms_norm
 from ..runtime.linear import linear
+from ..spec import compute_dtype
 from .op import AttentionStep, OneQuery, Rotary
 
 
@@ -41,7 +43,7 @@ def attend_one(call: OneQuery) -> Tensor:
 def attention_step(call: AttentionStep) -> Tensor:
     """See :func:`mamba2_hf.ops.attention_step`."""
     stream, size = call.stream, call.keys.shape[3]
-    weight, residual = call.norm_weight, stream if call.residual is None else call.residual
+    weight = call.norm_weight
     x = gated_rms_norm(Norm(stream, None, weight, call.norm_eps, stream.shape[2], False, weight.dtype))
     x = x if call.multiplier == 1 else x * call.multiplier
     q, k, v = (linear(x, each.weight, each.bias).unflatten(-1, (-1, size)) for each in (call.q, call.k, call.v))
@@ -53,5 +55,7 @@ def attention_step(call: AttentionStep) -> Tensor:
     for buffer, new in ((call.keys, k), (call.values, v)):
         buffer.scatter_(2, place, new.transpose(1, 2))
     y = attend_one(OneQuery(q.transpose(1, 2), call.keys, call.values, call.lengths, call.scale))
-    y = linear(y.transpose(1, 2).flatten(2), call.out.weight, call.out.bias)
-    return torch.add(residual, y, alpha=call.output_multiplier)
+    y = linear(y.transpose(1, 2).flatten(2), call.out.weight, None if call.part else call.out.bias)
+    if call.part:
+        return scaled(y.to(compute_dtype(y.dtype)), call.output_multiplier)
+    return torch.add(call.added_to, y, alpha=call.output_multiplier)

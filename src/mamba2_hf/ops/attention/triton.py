@@ -298,7 +298,11 @@ def _step_flops(call: Any) -> int:
     return sum(flops.product(rows, each.weight) for each in (call.q, call.k, call.v, call.out))
 
 
-@op("attention_step", fake=lambda call: torch.empty_like(call.stream), flops=(_step_flops,))
+def _step_fake(call: AttentionStep) -> Tensor:
+    return torch.empty_like(call.stream, dtype=torch.float32 if call.part else None)
+
+
+@op("attention_step", fake=_step_fake, flops=(_step_flops,))
 def attention_step(call: AttentionStep) -> Tensor:
     """See :func:`mamba2_hf.ops.attention_step`."""
     stream, keys, values, dtype = channels_last(call.stream), call.keys, call.values, call.keys.dtype
@@ -356,8 +360,9 @@ def attention_step(call: AttentionStep) -> Tensor:
         **options,
     )
     y = _attend(OneQuery(queries, keys, values, lengths, call.scale))
-    residual = stream if call.residual is None else call.residual
     if rows == 1:
-        return project_back(y, call.out, residual, call.output_multiplier)
-    projected = F.linear(y.view(rows, 1, of_q), call.out.weight, call.out.bias)
-    return torch.add(residual, projected, alpha=call.output_multiplier)
+        return project_back(y, call.out, None if call.part else call.added_to, call.output_multiplier, call.peers)
+    projected = F.linear(y.view(rows, 1, of_q), call.out.weight, None if call.part else call.out.bias)
+    if call.part:
+        return projected.float() * call.output_multiplier
+    return torch.add(call.added_to, projected, alpha=call.output_multiplier)

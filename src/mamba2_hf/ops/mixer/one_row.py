@@ -271,11 +271,9 @@ def leave_kernel(raw, squares, u, weight, bias, x, y, conv, ready, peers, output
         _shift(pid - programs, u, conv, 1, WIDTH, channels, 0, 0, sc_b, sc_c, sc_l, L, BLOCK)
 
 
-def one_row_step(call: LayerStep, part: bool = False) -> Tensor:
-    """Launches the layer for ``stream (1, 1, d)``; both states are updated in place. A ``part`` is what
-    :func:`mamba2_hf.ops.shared_layer_step` sends.
-    """
-    stream, conv_state, ssm_state, (norm_weight, into, mixer_weights, out), spec, ready, residual, peers, _ = call
+def one_row_step(call: LayerStep) -> Tensor:
+    """Launches the layer for ``stream (1, 1, d)``; both states are updated in place."""
+    stream, conv_state, ssm_state, (norm_weight, into, mixer_weights, out), spec, ready, residual, peers, _, part = call
     in_weight, in_bias, *_ = into
     out_weight, out_bias, *_ = out
     conv_weight, conv_bias, dt_bias, _, _, D, gated_norm_weight = mixer_weights
@@ -383,26 +381,35 @@ def one_row_step(call: LayerStep, part: bool = False) -> Tensor:
 
 
 @triton.jit
-def project_back_kernel(h, weight, bias, x, y, outputs, factor,
-                        WIDTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """``BN`` channels of ``x`` plus ``factor`` times the projection of ``h (WIDTH,)``."""
-    _leave(tl.program_id(0), tl.num_programs(0), h, None, None, weight, bias, x, y, None, None, outputs, 0.0, factor, 0,
-           WIDTH, WIDTH, 1, False, BN, BK, 1, False, 0, 1, 0, False, OVERLAP)  # fmt: skip
+def project_back_kernel(h, weight, bias, x, y, peers, outputs, factor,
+                        WIDTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PLACE: tl.constexpr,
+                        PLACES: tl.constexpr, WORDS: tl.constexpr, CLOCK: tl.constexpr,
+                        OVERLAP: tl.constexpr):  # fmt: skip
+    """``BN`` channels of ``x`` plus ``factor`` times the projection of ``h (WIDTH,)``, as :func:`leave_kernel`."""
+    _leave(tl.program_id(0), tl.num_programs(0), h, None, None, weight, bias, x, y, None, peers, outputs, 0.0, factor,
+           0, WIDTH, WIDTH, 1, False, BN, BK, 1, False, PLACE, PLACES, WORDS, CLOCK, OVERLAP)  # fmt: skip
 
 
-def project_back(h: Tensor, down: Linear, residual: Tensor, factor: float) -> Tensor:
-    """``residual (1, 1, d)`` plus ``factor`` times the projection of a dense ``h (I,)``."""
+def project_back(h: Tensor, down: Linear, residual: Tensor | None, factor: float, peers: Peers) -> Tensor:
+    """``residual (1, 1, d)`` plus ``factor`` times the projection of a dense ``h (I,)``, added up over ``peers``;
+    without a residual that of this device's ``h`` alone, fp32, without the bias.
+    """
     size, width = down.weight.shape
-    y = torch.empty(1, 1, size, dtype=residual.dtype, device=h.device)
+    if residual is None:
+        peers, down = Peers(), down._replace(bias=None)
+    dtype = torch.float32 if residual is None else residual.dtype
+    y = torch.empty(1, 1, size, dtype=dtype, device=h.device)
     outputs, inputs, warps = tables.projection(width)
     launch(
         project_back_kernel,
         (cdiv(size, outputs),),
-        *(h, down.weight.contiguous(), dense(down.bias), channels_last(residual), y, size, factor),
+        *(h, down.weight.contiguous(), dense(down.bias), None if residual is None else channels_last(residual), y),
+        *(peers.table, size, factor),
         WIDTH=width,
         BN=outputs,
         BK=inputs,
         num_warps=warps,
+        **constants(peers),
         **overlap(),
     )
     return y

@@ -28,7 +28,7 @@ from ..checks import (
 from ..conv.op import Conv, ConvUpdate, check_conv, check_conv_update
 from ..neighbors import Neighbors
 from ..norm.op import check_norm
-from ..partners import Partners
+from ..partners import Joined, Partners
 from ..runtime.modes import needs_grad, product_dtype
 from ..spec import (
     INF,
@@ -138,6 +138,10 @@ class LayerStep(NamedTuple):
     """Devices that have the layer's other heads."""
     ring: Ring = NO_RING
     """Of ``ssm_state``, from :func:`new_ring`, if it is not written at every step."""
+    part: bool = False
+    """Whether to find what is summed over devices, and no more: fp32 at least, without residual and bias of out_proj,
+    and where :attr:`is_joint` without the norm's scale, with the sum of squares behind it, ``(B, 1, d + 1)``.
+    """
 
     @property
     def width(self) -> int:
@@ -148,23 +152,6 @@ class LayerStep(NamedTuple):
     def is_joint(self) -> bool:
         """Whether the gated norm's one group goes on in other devices, which have the layer's other heads."""
         return is_joint(self.weights.mixer, self.spec)
-
-
-class Joined(NamedTuple):
-    """Arguments of what ends the step of a layer that several devices share."""
-
-    total: Tensor
-    """``(B, 1, d)`` or, where the norm is not applied yet, ``(B, 1, d + 1)``: the sum of squares of its group last."""
-    residual: Tensor
-    """``(B, 1, d)``"""
-    bias: Tensor | None
-    """``(d,)`` of out_proj."""
-    spec: MixerSpec
-
-    @property
-    def is_joint(self) -> bool:
-        """Whether the norm is not applied yet."""
-        return self.total.shape[2] > self.residual.shape[2]
 
 
 def is_joint(weights: MixerWeights, spec: MixerSpec) -> bool:
@@ -357,7 +344,7 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`mamba2_layer` of records, for prompts too: with the states to start from, and what the result is added to.
 
-    With ``partners`` of a layer of which every device has some of the heads, as in :func:`shared_layer_step`. What
+    With ``partners`` of a layer of which every device has some of the heads, as in :func:`layer_step`. What
     out_proj makes of a device's heads is summed over all in the dtype of its product, and so is the gradient of what
     in_proj reads. Where the gated norm has one group over all heads, its sum of squares, and in the backward that of
     its products with their gradient, are one number a token beside, fp32.
@@ -542,21 +529,47 @@ def mamba2_layer_step(
     return layer_step(call, backend)
 
 
-def layer_step(call: LayerStep, backend: str | None = None) -> Tensor:
-    """:func:`mamba2_layer_step` of a record, with LoRA and under autocast too."""
-    shape = check_layer_step(call)
-    weights, spec = call.weights, call.spec
-    into, out, mixer = weights.in_proj.weight, weights.out_proj.weight, weights.mixer
-    backend = dispatch.choose(
+def layer_step(call: LayerStep, backend: str | None = None, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """:func:`mamba2_layer_step` of a record, with LoRA and under autocast too.
+
+    With ``total`` of a layer of which every device has some of the heads, and the bias of out_proj. A device finds what
+    out_proj makes of its own heads, in fp32 at least, ``(B, 1, d)``. Where the gated norm has one group over all heads,
+    whose size is then ``spec.group_size``, its scale is one number a token that nobody knows yet: the products are sent
+    without it, and behind them the device's sum of squares, ``(B, 1, d + 1)``. Its gate comes before it.
+
+    Args:
+        call: for the heads that are here. Where its ``peers`` can take all of that, and the backend has kernels that
+            send, they do.
+        backend: as in :func:`ssd_chunk_scan`.
+        total: sums a tensor over all devices otherwise; it may do so in place. None if one has all heads.
+
+    Returns:
+        ``(B, 1, d)`` in the dtype of the stream, the same in all devices.
+    """
+    weights, spec, own = call.weights, call.spec, call.spec
+    if total is not None:
+        own = of_own_heads(weights.mixer, spec)
+        if call.is_joint:
+            _check_joint(spec)
+    shape = check_layer_step(call._replace(spec=own))
+    into, out, mixer = weights.in_proj.weight, weights.out_proj, weights.mixer
+    name = dispatch.choose(
         *("mamba2_layer_step", call.stream.device, backend),
         shape=shape,
         dtype=product_dtype(into),
         taps=mixer.conv_weight.shape[1],
-        group_size=spec.group_size,
+        group_size=own.group_size,
         activation=spec.activation,
-        differentiable=needs_grad(call.stream, into, mixer.conv_weight, mixer.A_log, out),
+        differentiable=needs_grad(call.stream, into, mixer.conv_weight, mixer.A_log, out.weight),
     ).name
-    y: Tensor = dispatch.backend_module(backend).mamba2_layer_step(_kept_by(backend, call))
+    module, call = dispatch.backend_module(name), _kept_by(name, call)
+    if total is None or module.sums_over_peers(call):
+        y: Tensor = module.mamba2_layer_step(call)
+        return y
+    part = module.mamba2_layer_step(call._replace(part=True))
+    residual = call.stream if call.residual is None else call.residual
+    joined = Joined(total(part), residual, out.bias, spec.output_multiplier, spec.group_size, spec.gated_norm_eps)
+    y = module.joined(joined)
     return y
 
 
@@ -587,49 +600,6 @@ def _kept_by(backend: str, call: LayerStep) -> LayerStep:
         return call
     settle(call.ssm_state, call.ring)
     return call._replace(ring=NO_RING)
-
-
-def shared_layer_step(call: LayerStep, total: Callable[[Tensor], Tensor], backend: str | None = None) -> Tensor:
-    """:func:`layer_step` of a layer of which every device has some of the heads, and the bias of out_proj.
-
-    A device finds what out_proj makes of its own heads, in fp32 at least, ``(B, 1, d)``. Where the gated norm has one
-    group over all heads, whose size is then ``spec.group_size``, its scale is one number a token that nobody knows yet:
-    the products are sent without it, and behind them the device's sum of squares, ``(B, 1, d + 1)``. Its gate comes
-    before it.
-
-    Args:
-        call: for the heads that are here. Where its ``peers`` can take all of that, and the backend has kernels that
-            send, they do.
-        total: sums a tensor over all devices otherwise; it may do so in place.
-        backend: as in :func:`ssd_chunk_scan`.
-
-    Returns:
-        ``(B, 1, d)`` in the dtype of the stream, the same in all devices.
-    """
-    spec = call.spec
-    own = call._replace(spec=of_own_heads(call.weights.mixer, spec))
-    shape = check_layer_step(own)
-    if call.is_joint:
-        _check_joint(spec)
-    into, out, mixer = call.weights.in_proj.weight, call.weights.out_proj, call.weights.mixer
-    name = dispatch.choose(
-        *("mamba2_layer_step", call.stream.device, backend),
-        shape=shape,
-        dtype=product_dtype(into),
-        taps=mixer.conv_weight.shape[1],
-        group_size=own.spec.group_size,
-        activation=spec.activation,
-        differentiable=needs_grad(call.stream, into, mixer.conv_weight, mixer.A_log, out.weight),
-    ).name
-    module = dispatch.backend_module(name)
-    call = _kept_by(name, call)
-    if module.sums_over_peers(call):
-        shared: Tensor = module.mamba2_layer_step(call)
-        return shared
-    part = module.mamba2_layer_part(call)
-    residual = call.stream if call.residual is None else call.residual
-    y: Tensor = module.joined(Joined(total(part), residual, out.bias, spec))
-    return y
 
 
 def check_inner(call: Inner) -> SSDShape:
@@ -682,7 +652,7 @@ def check_layer(call: Layer) -> SSDShape:
 
 def check_layer_step(call: LayerStep) -> SSDShape:
     """Contract of ``mamba2_layer_step``; returns the sizes, raises :class:`ArgumentError`."""
-    stream, conv_state, ssm_state, weights, spec, ready, residual, _, ring = call
+    stream, conv_state, ssm_state, weights, spec, ready, residual, _, ring, _ = call
     check_rank("stream", stream, 3, "(B, 1, d)")
     if stream.shape[1] != 1:
         fail(f"stream has {stream.shape[1]} tokens, expected one of each sequence")

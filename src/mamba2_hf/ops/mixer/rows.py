@@ -252,11 +252,9 @@ def _leave_rows(sums, program, programs, row, output, squares, bias, x, y, peers
         tl.store(y + m * outputs + n, (value + added).to(y.dtype.element_ty), mask=mask)
 
 
-def rows_step(call: LayerStep, part: bool = False) -> Tensor:
-    """Launches the layer for ``stream (B, 1, d)``; states are updated in place. A ``part`` is what
-    :func:`mamba2_hf.ops.shared_layer_step` sends.
-    """
-    stream, conv_state, ssm_state, weights, spec, _, residual, peers, ring = call
+def rows_step(call: LayerStep) -> Tensor:
+    """Launches the layer for ``stream (B, 1, d)``; states are updated in place."""
+    stream, conv_state, ssm_state, weights, spec, _, residual, peers, ring, part = call
     (in_weight, in_bias, *_), (out_weight, out_bias, *_) = weights.in_proj, weights.out_proj
     group_size = call.width if weights.mixer.gated_norm_weight is None else min(spec.group_size, call.width)
     rows, _, size = stream.shape

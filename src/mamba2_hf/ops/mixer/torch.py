@@ -13,13 +13,13 @@ from ..conv.torch import causal_conv1d, causal_conv1d_update
 from ..neighbors import Neighbors
 from ..norm.op import Norm
 from ..norm.torch import gated_rms_norm
-from ..partners import Partners
+from ..partners import Joined, Partners
 from ..runtime.linear import linear
 from ..runtime.modes import in_steps, product_dtype, recomputed, without_autocast
 from ..scan.op import Scan, Update
 from ..scan.torch import ssd_chunk_scan, ssd_state_update
 from ..spec import CHUNK_SIZE, NO_RING, Linear, MixerWeights, Ring, compute_dtype
-from .op import Inner, Joined, Layer, LayerStep, Step
+from .op import Inner, Layer, LayerStep, Step
 
 SEGMENT_TOKENS = 512  # of all rows, on a CPU: what they need stays in the caches and in the allocator
 
@@ -127,26 +127,21 @@ def _left_by_all(call: Layer, y: Tensor, partners: Partners) -> Tensor:
 def mamba2_layer_step(call: LayerStep) -> Tensor:
     """See :func:`mamba2_hf.ops.mamba2_layer_step`."""
     _, conv_state, ssm_state, weights, spec, *_ = call
-    zxbcdt = _entered(call, product_dtype(weights.in_proj.weight))
-    return _left(call, mamba2_step(Step(zxbcdt, conv_state, ssm_state, weights.mixer, spec)))
-
-
-def mamba2_layer_part(call: LayerStep) -> Tensor:
-    """What a device sends in :func:`mamba2_hf.ops.shared_layer_step`."""
-    _, conv_state, ssm_state, weights, spec, *_ = call
     mixer, scale = weights.mixer, weights.mixer.gated_norm_weight
     zxbcdt = _entered(call, product_dtype(weights.in_proj.weight))
     if call.is_joint:
         mixer = mixer._replace(gated_norm_weight=None)
     y = mamba2_step(Step(zxbcdt, conv_state, ssm_state, mixer, spec))
-    wide = torch.promote_types(y.dtype, torch.float32)
+    if not call.part:
+        return _left(call, y)
+    wide = compute_dtype(y.dtype)
     normed = y if scale is None or not call.is_joint else y * scale
     part = scaled(_project(normed, weights.out_proj._replace(bias=None)).to(wide), spec.output_multiplier)
     return torch.cat([part, y.to(wide).square().sum(-1, keepdim=True)], -1) if call.is_joint else part
 
 
-def sums_over_peers(call: LayerStep) -> bool:
-    """Whether a step adds up over devices by itself: not here."""
+def sums_over_peers(call: Any) -> bool:
+    """Whether the step of a layer adds up over devices by itself: not here."""
     return False
 
 
@@ -156,12 +151,12 @@ def new_ring(conv_state: Tensor, ssm_state: Tensor) -> Ring:
 
 
 def joined(call: Joined) -> Tensor:
-    """What ends :func:`mamba2_hf.ops.shared_layer_step`."""
-    total, residual, bias, spec = call
+    """Ends the step of a layer that devices share."""
+    total, residual, bias, factor, size, eps = call
     if call.is_joint:
-        total = total[..., :-1] * torch.rsqrt(total[..., -1:] / spec.group_size + spec.gated_norm_eps)
+        total = total[..., :-1] * torch.rsqrt(total[..., -1:] / size + eps)
     if bias is not None:
-        total = total + scaled(bias, spec.output_multiplier)
+        total = total + scaled(bias, factor)
     return (residual + total).to(residual.dtype)
 
 

@@ -25,7 +25,7 @@ from ..conv.triton import conv_backward, conv_forward, documents
 from ..neighbors import Entering, Neighbors
 from ..norm.op import Norm
 from ..norm.triton import WholeGroup, gate_backward, gate_forward, norm_backward, norm_forward, norm_products
-from ..partners import Partners, Sharing
+from ..partners import Joined, Partners, Sharing
 from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.modes import product_dtype, without_autocast
@@ -37,7 +37,7 @@ from ..scan.problem import Into
 from ..scan.triton import ScanPasses
 from ..spec import UNPACKED, LayerWeights, Linear, LowRank, MixerSpec, MixerWeights, Packing
 from .one_row import one_row_step
-from .op import Inner, Joined, Layer, LayerStep, Step, of_own_heads
+from .op import Inner, Layer, LayerStep, Step, of_own_heads
 from .rows import rows_step
 from .step import part_multiplier, step
 
@@ -463,8 +463,9 @@ def _shared_layer(call: Layer, sharing: Sharing) -> tuple[Tensor, Tensor, Tensor
         del gated, found
         sharing.squares = None if all_squares is None else all_squares()
         scales = len(totals) * (None,) if sharing.squares is None else sharing.squares.split(size)
+        norm, factors = (spec.group_size, spec.gated_norm_eps), (spec.output_multiplier,) * 2
         for total, scale, before, to in zip(totals, scales, x.split(size), y.split(size), strict=True):
-            _join(total()[0], scale, before, to, out.bias, spec, spec.output_multiplier)
+            _join(total()[0], scale, before, to, out.bias, norm, factors)
     return after, conv_state, ssm_state, zxbcdt, scanned, A
 
 
@@ -581,58 +582,39 @@ def _step_flops(call: Any) -> int:
     return projections + flops.step(call.ssm_state)
 
 
-@op("mamba2_layer_step", fake=lambda call: call.stream.new_empty(call.stream.shape), flops=(_step_flops,))
+def _step_fake(call: LayerStep) -> Tensor:
+    rows, _, size = call.stream.shape
+    if call.part:
+        return call.stream.new_empty(rows, 1, size + call.is_joint, dtype=torch.float32)
+    return call.stream.new_empty(call.stream.shape)
+
+
+@op("mamba2_layer_step", fake=_step_fake, flops=(_step_flops,))
 def mamba2_layer_step(call: LayerStep) -> Tensor:
     """See :func:`mamba2_hf.ops.mamba2_layer_step`."""
-    if _is_whole(call):
+    if is_whole(call):
         return (one_row_step if call.stream.shape[0] == 1 else rows_step)(_with_scaled_bias(call))
-    weights, dtype = call.weights, product_dtype(call.weights.in_proj.weight)
-    layer_call = Layer(call.stream, weights, call.spec, UNPACKED, dtype, False, call.residual)
+    weights, spec, joint = call.weights, call.spec, call.is_joint
+    dtype, mixer, scale = product_dtype(weights.in_proj.weight), weights.mixer, weights.mixer.gated_norm_weight
+    layer_call = Layer(call.stream, weights, spec, UNPACKED, dtype, False, call.residual)
+    out = weights.out_proj._replace(bias=None) if call.part else weights.out_proj
     with without_autocast(call.stream.device):
         zxbcdt = _entering(layer_call).forward(norm_forward(_norm(layer_call)))
-        y = step(Step(zxbcdt, call.conv_state, call.ssm_state, weights.mixer, call.spec), call.ring)
-        mixed = Projection(layer_call, weights.out_proj).forward(y)
-        return _add(call.stream if call.residual is None else call.residual, mixed, call.spec.output_multiplier)
+        if joint:
+            mixer = mixer._replace(gated_norm_weight=None)
+        y = step(Step(zxbcdt, call.conv_state, call.ssm_state, mixer, spec), call.ring)
+        mixed = Projection(layer_call, out).forward(y * scale.to(y.dtype) if joint and scale is not None else y)
+        if not call.part:
+            return _add(call.stream if call.residual is None else call.residual, mixed, spec.output_multiplier)
+        part = mixed.float() * spec.output_multiplier
+        return torch.cat([part, y.float().square().sum(-1, keepdim=True)], -1) if joint else part
 
 
-def _is_whole(call: LayerStep) -> bool:
+def is_whole(call: LayerStep) -> bool:
     """Whether kernels for the step of a whole layer take it."""
     weight, linears = call.weights.in_proj.weight, (call.weights.in_proj, call.weights.out_proj)
     plain = product_dtype(weight) == weight.dtype and not any(linear.lora for linear in linears)
     return plain and call.stream.shape[0] <= tables.step_rows(tables.current_chip())
-
-
-def sums_over_peers(call: LayerStep) -> bool:
-    """Whether :func:`mamba2_layer_step` adds up over devices."""
-    rows, _, size = call.stream.shape
-    return rows * (size + call.is_joint) <= call.peers.words and _is_whole(call)
-
-
-def _part_fake(call: LayerStep) -> Tensor:
-    rows, _, size = call.stream.shape
-    return call.stream.new_empty(rows, 1, size + call.is_joint, dtype=torch.float32)
-
-
-@op("mamba2_layer_part", fake=_part_fake, flops=(_step_flops,))
-def mamba2_layer_part(call: LayerStep) -> Tensor:
-    """What a device sends in :func:`mamba2_hf.ops.shared_layer_step`."""
-    if _is_whole(call):
-        return (one_row_step if call.stream.shape[0] == 1 else rows_step)(_with_scaled_bias(call), part=True)
-    weights, spec = call.weights, call.spec
-    dtype, out = product_dtype(weights.in_proj.weight), weights.out_proj._replace(bias=None)
-    layer_call, mixer, scale = (
-        Layer(call.stream, weights, spec, UNPACKED, dtype, False),
-        weights.mixer,
-        weights.mixer.gated_norm_weight,
-    )
-    with without_autocast(call.stream.device):
-        zxbcdt = _entering(layer_call).forward(norm_forward(_norm(layer_call)))
-        if call.is_joint:
-            mixer = mixer._replace(gated_norm_weight=None)
-        y = step(Step(zxbcdt, call.conv_state, call.ssm_state, mixer, spec), call.ring)
-        normed = y * scale.to(y.dtype) if call.is_joint and scale is not None else y
-        part = Projection(layer_call, out).forward(normed).float() * spec.output_multiplier
-        return torch.cat([part, y.float().square().sum(-1, keepdim=True)], -1) if call.is_joint else part
 
 
 @triton.jit
@@ -654,22 +636,28 @@ def joined_kernel(total, squares, x, bias, y, rows, width, stride, apart, size, 
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
 
 
-@op("mamba2_layer_joined", fake=lambda call: call.residual.new_empty(call.residual.shape))
+@op("layer_joined", fake=lambda call: call.residual.new_empty(call.residual.shape))
 def joined(call: Joined) -> Tensor:
-    """What ends :func:`mamba2_hf.ops.shared_layer_step`."""
-    total, residual, bias, spec = call
-    total, residual = total.contiguous()[:, 0], residual.contiguous()
+    """Ends the step of a layer that devices share."""
+    total, residual, norm = call.total.contiguous()[:, 0], call.residual.contiguous(), (call.group_size, call.norm_eps)
     y = _new(residual)
     squares = total[:, residual.shape[2]] if call.is_joint else None
-    _join(total, squares, residual[:, 0], y[:, 0], bias, spec, 1.0)
+    _join(total, squares, residual[:, 0], y[:, 0], call.bias, norm, (1.0, call.output_multiplier))
     return y
 
 
 def _join(
-    total: Tensor, squares: Tensor | None, x: Tensor, y: Tensor, bias: Tensor | None, spec: MixerSpec, factor: float
+    total: Tensor,
+    squares: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    norm: tuple[int, float],
+    factors: tuple[float, float],
 ) -> None:
-    """Adds what a layer that devices share gives to the stream: ``total (R, d)`` times ``factor`` and, given the sums
-    of its ``squares (R,)``, the scale of the gated norm, to ``x (R, d)``. It goes to ``y``.
+    """Adds what a layer that devices share gives to the stream: ``total (R, d)`` and the bias, times a factor each, to
+    ``x (R, d)``. It goes to ``y``. Given the sums of its ``squares (R,)``, the total is times the scale of a norm of
+    that group size and epsilon.
     """
     (rows, width), block = x.shape, tables.GATE_BLOCK
     per_program = tables.GATE_ROWS if rows * width >= tables.GATE_ROWS * 2**16 else 1
@@ -677,7 +665,7 @@ def _join(
         joined_kernel,
         (cdiv(rows, per_program), cdiv(width, block)),
         *(total, squares, x, dense(bias), y, rows, width, total.stride(0), 0 if squares is None else squares.stride(0)),
-        *(spec.group_size, spec.gated_norm_eps, factor, spec.output_multiplier),
+        *(*norm, *factors),
         ROWS=per_program,
         BLOCK=block,
         num_warps=8,

@@ -6,6 +6,7 @@ one token of one sequence, where reading weights once is all that counts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_devices, check_floating, check_rank, check_same_dtype, check_shape, fail
+from ..partners import Joined
 from ..runtime.modes import needs_grad
-from ..spec import Linear
+from ..spec import Linear, Peers
 
 ACTIVATIONS = ("silu", "gelu", "relu2")
 """By name: SiLU, the exact GELU, and ``max(x, 0) ** 2``."""
@@ -64,6 +66,15 @@ class MLPStep(NamedTuple):
     """m', of the result."""
     residual: Tensor | None = None
     """``(1, 1, d)``; None for the stream."""
+    peers: Peers = Peers()
+    """Devices that have the other inner channels."""
+    part: bool = False
+    """Whether to find what is summed over devices, and no more: fp32 at least, without residual and bias of down."""
+
+    @property
+    def added_to(self) -> Tensor:
+        """What the layer's result is added to."""
+        return self.stream if self.residual is None else self.residual
 
 
 class ExpertsStep(NamedTuple):
@@ -86,6 +97,15 @@ class ExpertsStep(NamedTuple):
     output_multiplier: float = 1.0
     residual: Tensor | None = None
     """``(B, 1, d)``; None for the stream."""
+    peers: Peers = Peers()
+    """Devices that have the other inner channels of every expert."""
+    part: bool = False
+    """Whether to find what is summed over devices, and no more: fp32 at least, without residual."""
+
+    @property
+    def added_to(self) -> Tensor:
+        """What the layer's result is added to."""
+        return self.stream if self.residual is None else self.residual
 
 
 def gated_activation(
@@ -124,8 +144,10 @@ def gated_activation(
     return y
 
 
-def mlp_step(call: MLPStep, backend: str | None = None) -> Tensor:
-    """A feed-forward layer for one token: ``(1, 1, d)`` in the dtype of the stream."""
+def mlp_step(call: MLPStep, backend: str | None = None, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """A feed-forward layer for one token: ``(1, 1, d)`` in the dtype of the stream. ``total`` is as in
+    :func:`layer_step`, of a layer of which every device has some of the inner channels, and the bias of ``down``.
+    """
     stream, down = call.stream, call.down.weight
     check_shape("stream", stream, (1, 1, stream.shape[-1]), "(1, 1, d)")
     check_rank("down", down, 2, "(d, I)")
@@ -140,13 +162,21 @@ def mlp_step(call: MLPStep, backend: str | None = None) -> Tensor:
     _check_activation(call.activation)
     differentiable = needs_grad(stream, call.gate_weight, call.up.weight, down)
     backend = dispatch.choose("mlp_step", stream.device, backend, dtype=down.dtype, differentiable=differentiable).name
-    y: Tensor = dispatch.backend_module(backend).mlp_step(call)
+    module = dispatch.backend_module(backend)
+    if total is None or module.sums_over_peers(call):
+        y: Tensor = module.mlp_step(call)
+        return y
+    part = module.mlp_step(call._replace(part=True))
+    y = module.joined(Joined(total(part), call.added_to, call.down.bias, call.output_multiplier))
     return y
 
 
-def experts_step(call: ExpertsStep, backend: str | None = None) -> tuple[Tensor, Tensor]:
+def experts_step(
+    call: ExpertsStep, backend: str | None = None, total: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """A layer of experts for one token a sequence: ``(B, 1, d)`` in the dtype of the stream, and the router's logits
-    ``(B, E)`` in fp32. The weights of the chosen experts are a softmax over their logits alone.
+    ``(B, E)`` in fp32. The weights of the chosen experts are a softmax over their logits alone. ``total`` is as in
+    :func:`layer_step`, of experts of which every device has some of the inner channels.
     """
     stream, router, inner, down = call.stream, call.router, call.inner, call.down
     check_rank("stream", stream, 3, "(B, 1, d)")
@@ -166,7 +196,12 @@ def experts_step(call: ExpertsStep, backend: str | None = None) -> tuple[Tensor,
     differentiable = needs_grad(stream, router, inner, down)
     options = {"dtype": down.dtype, "differentiable": differentiable}
     backend = dispatch.choose("experts_step", stream.device, backend, **options).name
-    y, logits = dispatch.backend_module(backend).experts_step(call)
+    module = dispatch.backend_module(backend)
+    if total is None or module.sums_over_peers(call):
+        y, logits = module.experts_step(call)
+        return y, logits
+    part, logits = module.experts_step(call._replace(part=True))
+    y = module.joined(Joined(total(part), call.added_to, None, call.output_multiplier))
     return y, logits
 
 

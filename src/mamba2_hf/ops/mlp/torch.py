@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..mixer.torch import scaled
 from ..norm.op import Norm
 from ..norm.torch import gated_rms_norm
 from ..runtime.linear import linear
@@ -36,7 +37,7 @@ def mlp_step(call: MLPStep) -> Tensor:
     gate = None if call.gate_weight is None else linear(x, call.gate_weight, call.gate_bias)
     gate, other = (up, None) if gate is None else (gate, up)
     inner = gated_activation(Gated(gate, other, call.activation, call.multiplier))
-    return _residual(call) + call.output_multiplier * linear(inner, call.down.weight, call.down.bias)
+    return _ended(call, linear(inner, call.down.weight, None if call.part else call.down.bias))
 
 
 def experts_step(call: ExpertsStep) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,7 @@ def experts_step(call: ExpertsStep) -> tuple[Tensor, Tensor]:
     inner = gated_activation(Gated(gate, up, call.activation))
     each = (call.down[index] @ inner[..., None])[..., 0]  # (B, k, d)
     out = (torch.softmax(chosen, -1).to(x.dtype)[..., None] * each).sum(1)
-    return _residual(call) + call.output_multiplier * out[:, None], logits
+    return _ended(call, out[:, None]), logits
 
 
 def _normed(call: MLPStep | ExpertsStep) -> Tensor:
@@ -58,5 +59,8 @@ def _normed(call: MLPStep | ExpertsStep) -> Tensor:
     return gated_rms_norm(Norm(stream, None, weight, call.norm_eps, stream.shape[2], False, weight.dtype))
 
 
-def _residual(call: MLPStep | ExpertsStep) -> Tensor:
-    return call.stream if call.residual is None else call.residual
+def _ended(call: MLPStep | ExpertsStep, y: Tensor) -> Tensor:
+    """What a step gives of the ``(B, 1, d)`` that the layer gives."""
+    if call.part:
+        return scaled(y.to(compute_dtype(y.dtype)), call.output_multiplier)
+    return call.added_to + call.output_multiplier * y

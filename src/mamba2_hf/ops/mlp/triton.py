@@ -20,8 +20,10 @@ from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.op import op
 from ..runtime.overlap import follow, overlap
+from ..runtime.peers import constants, send, sum_number, total
 from ..runtime.rows import channels_last, dense
 from ..runtime.tables import cdiv, power_of_two
+from ..spec import Peers
 from .op import ACTIVATIONS, ExpertsStep, Gated, MLPStep
 
 
@@ -155,17 +157,20 @@ def experts_inner_kernel(x, norm_weight, weight, index, h, outputs, eps, stride,
 
 
 @triton.jit
-def experts_leave_kernel(h, weight, index, shares, x, y, outputs, factor, stride,
+def experts_leave_kernel(h, weight, index, shares, x, y, peers, outputs, factor, stride,
                          TOP_K: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                         PLACE: tl.constexpr, PLACES: tl.constexpr, WORDS: tl.constexpr, CLOCK: tl.constexpr,
                          OVERLAP: tl.constexpr):  # fmt: skip
-    """``BN`` channels of a row of ``x`` plus ``factor`` times what its experts make of ``h (rows, TOP_K, WIDTH)``."""
+    """``BN`` channels of a row of ``x`` plus ``factor`` times what its experts make of ``h (rows, TOP_K, WIDTH)``, with
+    ``peers`` added up over devices. Without ``x`` nothing is added.
+    """
     row, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
     mask = n < outputs
     h += row * (TOP_K * WIDTH)
     index += row * TOP_K
     shares += row * TOP_K
     follow(OVERLAP)
-    total = tl.zeros([BN], tl.float32)
+    found = tl.zeros([BN], tl.float32)
     for slot in tl.static_range(TOP_K):
         own = weight + tl.load(index + slot).to(tl.int64) * (outputs * WIDTH)
         sums = tl.zeros([BN, BK], tl.float32)
@@ -174,9 +179,17 @@ def experts_leave_kernel(h, weight, index, shares, x, y, outputs, factor, stride
             at = own + n.to(tl.int64)[:, None] * WIDTH + k[None, :]
             tile = tl.load(at, mask=mask[:, None] & (k < WIDTH)[None, :], other=0.0).to(tl.float32)
             sums += tile * tl.load(h + slot * WIDTH + k, mask=k < WIDTH, other=0.0).to(tl.float32)[None, :]
-        total += tl.sum(sums, 1) * tl.load(shares + slot)
-    total = total * factor + tl.load(x + row.to(tl.int64) * stride + n, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + row * outputs + n, total.to(y.dtype.element_ty), mask=mask)
+        found += tl.sum(sums, 1) * tl.load(shares + slot)
+    found *= factor
+    if peers is not None:
+        program = row + tl.program_id(1) * tl.num_programs(0)  # in the order in which they start
+        number = sum_number(peers, program, tl.num_programs(0) * tl.num_programs(1))
+        at = row * outputs + n
+        send(peers, number, at, found, mask, PLACE, PLACES, WORDS)
+        found = total(peers, number, at, found, mask, PLACE, PLACES, WORDS, CLOCK)
+    if x is not None:
+        found += tl.load(x + row.to(tl.int64) * stride + n, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + row * outputs + n, found.to(y.dtype.element_ty), mask=mask)
 
 
 def _gated_fake(call: Gated) -> Tensor:
@@ -222,7 +235,11 @@ def _mlp_flops(call: Any) -> int:
     return sum(flops.product(1, weight) for weight in widths)
 
 
-@op("mlp_step", fake=lambda call: torch.empty_like(call.stream), flops=(_mlp_flops,))
+def _like_result(call: MLPStep | ExpertsStep) -> Tensor:
+    return torch.empty_like(call.stream, dtype=torch.float32 if call.part else None)
+
+
+@op("mlp_step", fake=_like_result, flops=(_mlp_flops,))
 def mlp_step(call: MLPStep) -> Tensor:
     """See :func:`mamba2_hf.ops.mlp_step`."""
     up, up_bias, *_ = call.up
@@ -243,13 +260,12 @@ def mlp_step(call: MLPStep) -> Tensor:
         num_warps=warps,
         **options,
     )
-    return project_back(h, call.down, stream if call.residual is None else call.residual, call.output_multiplier)
+    return project_back(h, call.down, None if call.part else call.added_to, call.output_multiplier, call.peers)
 
 
 def _experts_fake(call: ExpertsStep) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(call.stream), call.stream.new_empty(
-        call.stream.shape[0], call.router.shape[0], dtype=torch.float32
-    )
+    logits = call.stream.new_empty(call.stream.shape[0], call.router.shape[0], dtype=torch.float32)
+    return _like_result(call), logits
 
 
 def _experts_flops(call: Any) -> int:
@@ -304,18 +320,20 @@ def experts_step(call: ExpertsStep) -> tuple[Tensor, Tensor]:
         num_warps=warps,
         **options,
     )
-    y = torch.empty(rows, 1, size, dtype=stream.dtype, device=device)
-    residual = stream if call.residual is None else channels_last(call.residual)
+    y = torch.empty(rows, 1, size, dtype=torch.float32 if call.part else stream.dtype, device=device)
+    residual, peers = (None, Peers()) if call.part else (channels_last(call.added_to), call.peers)
     outputs, inputs, warps = tables.projection(width)
     launch(
         experts_leave_kernel,
         (rows, cdiv(size, outputs)),
-        *(h, down.contiguous(), index, shares, residual, y, size, call.output_multiplier, residual.stride(0)),
+        *(h, down.contiguous(), index, shares, residual, y, peers.table, size, call.output_multiplier),
+        0 if residual is None else residual.stride(0),
         TOP_K=top_k,
         WIDTH=width,
         BN=outputs,
         BK=min(inputs, power_of_two(width)),
         num_warps=warps,
+        **constants(peers),
         **options,
     )
     return y, logits
