@@ -211,6 +211,7 @@ class ContinuousBatch:
         captured: whether the step may be captured; the model's generation config may say ``disable_compile``, too.
         prefix_cache: of states that prompts may go on from, such as ``PrefixCache(8 * 2**30)``, so that what they begin
             with in common is read once. It may have served other batches of the model. None keeps none.
+        defer_writes: whether steps may write the SSM states once in 16 tokens; see :class:`Mamba2Cache`.
 
     Attributes:
         prefix_cache: the one that was given, or an empty one; its ``stats`` count what was read and what was not.
@@ -229,6 +230,7 @@ class ContinuousBatch:
         state_dtype: torch.dtype | None = None,
         captured: bool = True,
         prefix_cache: PrefixCache | None = None,
+        defer_writes: bool = True,
     ) -> None:
         if not isinstance(model, SSDForCausalLM):
             raise ArgumentError(f"model is a {type(model).__name__}, expected a language model of this package")
@@ -242,9 +244,10 @@ class ContinuousBatch:
         self.prefix_cache.bind(model, state_dtype)
         if model.tensor_group is not None:  # all go on with the same tokens
             agree_on_random_numbers(model.tensor_group, model.device)
-        self.model, self.max_length, self._state_dtype = model, max_length, state_dtype
+        self.model, self.max_length = model, max_length
+        self._states: dict[str, Any] = {"state_dtype": state_dtype, "defer_writes": defer_writes}
         room = None if max_length is None else max(max_length, 2)
-        self.cache = Mamba2Cache(model.config, static=True, max_length=room, state_dtype=state_dtype)
+        self.cache = Mamba2Cache(model.config, static=True, max_length=room, **self._states)
         self._rows: list[_Running | None] = [None] * slots
         self._waiting: deque[_Running] = deque()
         self._prompts: list[bytes] = []  # of those that have not been read, sorted
@@ -496,7 +499,7 @@ class ContinuousBatch:
 
     def _call(self, texts: Sequence[bytes], behind: Mapping[bytes, CacheRow | None]) -> Mamba2Cache:
         """Reads texts in one call, from the states ``behind`` has for them: a cache with a row for each."""
-        cache = Mamba2Cache(self.model.config, state_dtype=self._state_dtype)
+        cache = Mamba2Cache(self.model.config, **self._states)
         cache.gather([behind[text] for text in texts])
         new = [tokens_of(text)[-_new_tokens(text, behind[text]) :] for text in texts]
         width = max(map(len, new))
@@ -515,7 +518,7 @@ class ContinuousBatch:
         """Puts a request that was read into a row."""
         single = None
         if running.state is not None:
-            single = Mamba2Cache(self.model.config, state_dtype=self._state_dtype)
+            single = Mamba2Cache(self.model.config, **self._states)
             single.gather([running.state])
         self.cache.put(row, single)
         running.state = None
@@ -608,6 +611,7 @@ def generate_batch(
     state_dtype: torch.dtype | None = None,
     captured: bool = True,
     prefix_cache: PrefixCache | None = None,
+    defer_writes: bool = True,
 ) -> list[Completion]:
     """Continues many texts of different lengths, ``slots`` at a time; a text that ends makes room for the next.
 
@@ -615,8 +619,8 @@ def generate_batch(
         model: to generate with.
         requests: the texts. Those of a list are all looked at before the first is read; those of another iterable are
             taken when there is a slot for them.
-        slots, max_length, state_dtype, captured, prefix_cache: of the :class:`ContinuousBatch`. A model with attention
-            that gets no ``max_length`` makes a list of the requests, and room for the longest.
+        slots, max_length, state_dtype, captured, prefix_cache, defer_writes: of the :class:`ContinuousBatch`. A model
+            with attention that gets no ``max_length`` makes a list of the requests, and room for the longest.
 
     Returns:
         how each request ended, in their order.
@@ -636,6 +640,7 @@ def generate_batch(
         state_dtype=state_dtype,
         captured=captured,
         prefix_cache=prefix_cache,
+        defer_writes=defer_writes,
     )
     if isinstance(requests, Sequence):
         for request in requests:
