@@ -35,6 +35,7 @@ from transformers.utils import logging
 from ..distributed.tensor_parallel import agree_on_random_numbers
 from ..errors import ArgumentError
 from ..layers import SSDState
+from ..ops import batch_invariant as invariantly
 from . import prefill
 from .cache import CacheRow, Mamba2Cache
 from .causal_lm import SSDForCausalLM
@@ -212,6 +213,8 @@ class ContinuousBatch:
         prefix_cache: of states that prompts may go on from, such as ``PrefixCache(8 * 2**30)``, so that what they begin
             with in common is read once. It may have served other batches of the model. None keeps none.
         defer_writes: whether steps may write the SSM states once in 16 tokens; see :class:`Mamba2Cache`.
+        batch_invariant: whether all is read and written under :func:`mamba2_hf.batch_invariant`, so that a request gets
+            what it gets alone to the last bit, with and without a prefix cache.
 
     Attributes:
         prefix_cache: the one that was given, or an empty one; its ``stats`` count what was read and what was not.
@@ -231,6 +234,7 @@ class ContinuousBatch:
         captured: bool = True,
         prefix_cache: PrefixCache | None = None,
         defer_writes: bool = True,
+        batch_invariant: bool = False,
     ) -> None:
         if not isinstance(model, SSDForCausalLM):
             raise ArgumentError(f"model is a {type(model).__name__}, expected a language model of this package")
@@ -241,7 +245,7 @@ class ContinuousBatch:
                 f"prefix_cache is {prefix_cache!r:.80}: expected a mamba2_hf.PrefixCache(max_bytes), or None for none"
             )
         self.prefix_cache = PrefixCache(0) if prefix_cache is None else prefix_cache
-        self.prefix_cache.bind(model, state_dtype)
+        self.prefix_cache.bind(model, state_dtype=state_dtype, batch_invariant=batch_invariant)
         if model.tensor_group is not None:  # all go on with the same tokens
             agree_on_random_numbers(model.tensor_group, model.device)
         self.model, self.max_length = model, max_length
@@ -258,7 +262,9 @@ class ContinuousBatch:
         self._captures = -1  # `PrefixCache.captures` of the graph
         self._captured = captured and not model.generation_config.disable_compile
         self._reason: str | None = None if self._captured else "it was asked for"
-        self._allocate()
+        self._numerics = invariantly if batch_invariant else contextlib.nullcontext
+        with self._numerics():
+            self._allocate()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -407,6 +413,15 @@ class ContinuousBatch:
         Returns:
             the requests that have ended since the last step.
         """
+        with self._numerics():
+            callbacks = self._join_and_advance()
+        for callback, token in callbacks:  # at the end, when the batch is ready to go on whatever they do
+            callback(token)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _join_and_advance(self) -> list[tuple[Callable[[int], None], int]]:
+        """What :meth:`step` does; returns whom to tell of which token."""
         free = [row for row, running in enumerate(self._rows) if running is None][: len(self._waiting)]
         if free:
             self.prefix_cache.look_at_model()
@@ -420,11 +435,7 @@ class ContinuousBatch:
             self.prefix_cache.look_at_model()
         if self._captured and self._captures != self.prefix_cache.captures:
             self._renew_graph()
-        callbacks = self._advance() if self.running else []
-        for callback, token in callbacks:  # at the end, when the batch is ready to go on whatever they do
-            callback(token)
-        ended, self._ended = self._ended, []
-        return ended
+        return self._advance() if self.running else []
 
     def _read_waiting(self, joining: int) -> None:
         """Reads the prompts of the first requests that wait, as many as join, and some behind them."""
@@ -612,6 +623,7 @@ def generate_batch(
     captured: bool = True,
     prefix_cache: PrefixCache | None = None,
     defer_writes: bool = True,
+    batch_invariant: bool = False,
 ) -> list[Completion]:
     """Continues many texts of different lengths, ``slots`` at a time; a text that ends makes room for the next.
 
@@ -619,8 +631,9 @@ def generate_batch(
         model: to generate with.
         requests: the texts. Those of a list are all looked at before the first is read; those of another iterable are
             taken when there is a slot for them.
-        slots, max_length, state_dtype, captured, prefix_cache, defer_writes: of the :class:`ContinuousBatch`. A model
-            with attention that gets no ``max_length`` makes a list of the requests, and room for the longest.
+        slots, max_length, state_dtype, captured, prefix_cache, defer_writes, batch_invariant: of the
+            :class:`ContinuousBatch`. A model with attention that gets no ``max_length`` makes a list of the requests,
+            and room for the longest.
 
     Returns:
         how each request ended, in their order.
@@ -641,6 +654,7 @@ def generate_batch(
         captured=captured,
         prefix_cache=prefix_cache,
         defer_writes=defer_writes,
+        batch_invariant=batch_invariant,
     )
     if isinstance(requests, Sequence):
         for request in requests:

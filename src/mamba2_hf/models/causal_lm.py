@@ -19,6 +19,7 @@ from ..distributed.tensor_parallel import agree_on_random_numbers
 from ..errors import ArgumentError, CacheError
 from ..layers import Head, SequenceLayout, linear, plain_weight
 from ..layers.weights import all_hooked, hooked_by_fsdp2, is_part
+from ..ops import batch_invariant as invariantly
 from ..ops import linear_cross_entropy
 from ..ops.runtime.modes import observed
 from . import prefill
@@ -502,13 +503,18 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         return super()._get_candidate_generator(*args, assistant_model=assistant_model, **kwargs)
 
     @functools.wraps(GenerationMixin.generate, assigned=())
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, batch_invariant: bool = False, **kwargs: Any) -> Any:
         """As in transformers.
+
+        Args:
+            args, kwargs: of transformers.
+            batch_invariant: whether to generate under :func:`mamba2_hf.batch_invariant`.
 
         Raises:
             ProcessError: a process that shares the model did not answer in time.
         """
-        found = super().generate(*args, **kwargs)
+        with invariantly() if batch_invariant else contextlib.nullcontext():
+            found = super().generate(*args, **kwargs)
         if self.tensor_group is not None:
             self.tensor_group.check()
         return found

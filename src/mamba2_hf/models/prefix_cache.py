@@ -16,9 +16,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ArgumentError
 from .cache import CacheRow, Mamba2Cache
@@ -98,7 +96,7 @@ class PrefixCache:
         self._texts: list[bytes] = []  # the keys of both, sorted
         self._evicted = 0
         self._counts = {"hits": 0, "misses": 0, "tokens_saved": 0, "tokens_read": 0}
-        self._of: tuple[SSDForCausalLM, torch.dtype | None] | None = None
+        self._of: tuple[SSDForCausalLM, dict[str, Any]] | None = None
 
     @property
     def stats(self) -> PrefixCacheStats:
@@ -112,20 +110,23 @@ class PrefixCache:
             held.clear()
         self.changes += 1
 
-    def bind(self, model: SSDForCausalLM, state_dtype: torch.dtype | None) -> None:
-        """Says whose states these are.
+    def bind(self, model: SSDForCausalLM, **options: Any) -> None:
+        """Says whose states these are, and with which options of a :class:`ContinuousBatch` they are made.
 
         Raises:
-            ArgumentError: they are those of another model, or of another dtype.
+            ArgumentError: they are those of another model, or made with other options.
         """
-        if self._of is not None and (self._of[0] is not model or self._of[1] != state_dtype):
-            what = f"state_dtype={self._of[1]}" if self._of[0] is model else "another model"
+        if self._of is not None and (self._of[0] is not model or self._of[1] != options):
+            same, known = self._of[0] is model, self._of[1]
+            held, wanted = (
+                {name: each[name] for name in each if known[name] != options[name]} for each in (known, options)
+            )
             raise ArgumentError(
-                f"prefix_cache holds states of {what}, and the batch has "
-                f"{f'state_dtype={state_dtype}' if self._of[0] is model else 'this one'}: make a PrefixCache for each"
+                f"prefix_cache holds states of {_said(held) if same else 'another model'}, and the batch has "
+                f"{_said(wanted) if same else 'this one'}: make a PrefixCache for each"
             )
         if self._watch is None:
-            self._of, self._watch = (model, state_dtype), ModelWatch(model)
+            self._of, self._watch = (model, options), ModelWatch(model)
 
     def check_room(self, nbytes: int) -> None:
         """Raises :class:`ArgumentError` where a state of so many bytes, which a text at least has, would not fit."""
@@ -228,6 +229,10 @@ class PrefixCache:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(max_bytes={self.max_bytes}, min_tokens={self.min_tokens}, {self.stats})"
+
+
+def _said(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
 def _nbytes(states: OrderedDict[bytes, _State]) -> int:
