@@ -36,7 +36,7 @@ def attend(call: Queries) -> Tensor:
     if dispatch.usable(call.q.device)[0]:
         from .kernels import attend_each
 
-        y: Tensor = attend_each(call)
+        y: Tensor = attend_each(*call)
         return y
     q, k, v, begin, end, _, scale = call
     batch, heads, tokens, size = q.shape

@@ -15,6 +15,7 @@ from ..mlp.op import Gated
 from ..norm.op import Norm
 from ..spec import compute_dtype
 
+_ROWS = 16  # for whose multiples Triton compiles as for each other
 _LINEAR_FROM = 20.0  # softplus is its argument, to all digits
 
 
@@ -90,3 +91,11 @@ def gated_rms_norm(call: Norm) -> Tensor:
     if gate is not None and norm_before_gate:
         y = y * gate
     return y.to(out)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``(..., d)`` as dense rows in a number, and at an address, for which Triton compiles one and the same kernel."""
+    rows = x.reshape(-1, x.shape[-1])
+    dense = rows.new_zeros(-(-rows.shape[0] // _ROWS) * _ROWS, rows.shape[1])
+    dense[: rows.shape[0]] = rows
+    return dense

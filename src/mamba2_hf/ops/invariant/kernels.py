@@ -15,7 +15,6 @@ from ..runtime.launch import launch
 from ..runtime.op import here
 from ..runtime.rows import dense
 from ..runtime.tables import ATTEND_EACH, RECUR, cdiv, power_of_two
-from .attention import Queries
 
 
 @triton.jit(do_not_specialize=["L"])
@@ -37,33 +36,28 @@ def recur_kernel(x, dt, A, B, C, D, state, lengths, y, L, H,
     rate = tl.load(A + head).to(tl.float32)
     if D_RANK > 0:
         skip = tl.load(D + (head * P + p if D_RANK == 2 else head + p * 0), mask=mask_p, other=0.0).to(tl.float32)
-    groups = H // PER_GROUP
-    line = document * L * H + head
-    maps = (document * L * groups + head // PER_GROUP) * N + n
-    some = count > 0
-    value = tl.load(x + line * P + p, mask=mask_p & some, other=0.0)
-    step = tl.load(dt + line, mask=some, other=0.0)
-    b = tl.load(B + maps, mask=mask_n & some, other=0.0)
-    c = tl.load(C + maps, mask=mask_n & some, other=0.0)
+    groups, group, first = H // PER_GROUP, head // PER_GROUP, document * L
+    value = tl.load(x + (first * H + head) * P + p, mask=mask_p, other=0.0)
+    step = tl.load(dt + first * H + head)
+    b = tl.load(B + (first * groups + group) * N + n, mask=mask_n, other=0.0)
+    c = tl.load(C + (first * groups + group) * N + n, mask=mask_n, other=0.0)
     for t in range(0, count):
-        to = y + line * P + p
-        line += H
-        maps += groups * N
-        more = t + 1 < count
+        ahead = first + tl.minimum(t + 1, L - 1)
         value_now, step_now = value.to(tl.float32), step
         b_now, c_now = b.to(tl.float32), c.to(tl.float32)
-        value = tl.load(x + line * P + p, mask=mask_p & more, other=0.0)
-        step = tl.load(dt + line, mask=more, other=0.0)
-        b = tl.load(B + maps, mask=mask_n & more, other=0.0)
-        c = tl.load(C + maps, mask=mask_n & more, other=0.0)
+        value = tl.load(x + (ahead * H + head) * P + p, mask=mask_p, other=0.0)
+        step = tl.load(dt + ahead * H + head)
+        b = tl.load(B + (ahead * groups + group) * N + n, mask=mask_n, other=0.0)
+        c = tl.load(C + (ahead * groups + group) * N + n, mask=mask_n, other=0.0)
         s = s * tl.exp(step_now * rate) + (value_now * step_now)[:, None] * b_now[None, :]
         out = tl.sum(s * c_now[None, :], 1)
         if D_RANK > 0:
             out += value_now * skip
-        tl.store(to, out.to(y.dtype.element_ty), mask=mask_p)
+        tl.store(y + ((first + t) * H + head) * P + p, out.to(y.dtype.element_ty), mask=mask_p)
     tl.store(at, s, mask=mask)
 
 
+@here
 def recur(
     x: Tensor,
     dt: Tensor,
@@ -82,7 +76,7 @@ def recur(
     if lengths is None:
         lengths = torch.full((documents,), tokens, device=x.device)
     x, B, C = (each.clone(memory_format=torch.contiguous_format) for each in (x, B, C))  # a view may not be aligned
-    here(launch)(
+    launch(
         recur_kernel,
         (heads * cdiv(P, bp), documents),
         *(x, dt.contiguous(), A.contiguous(), B, C, dense(D), state, lengths, y, tokens, heads),
@@ -138,14 +132,14 @@ def attend_kernel(q, k, v, begin, end, origin, y, scale, T, H, sk_b, sk_h, sk_s,
     tl.store(y + at, out.to(y.dtype.element_ty), mask=mask_d)
 
 
-def attend_each(call: Queries) -> Tensor:
-    """Launches :func:`mamba2_hf.ops.invariant.attention.attend`."""
-    q, k, v, begin, end, origin, scale = call
+@here
+def attend_each(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, origin: Tensor, scale: float) -> Tensor:
+    """Launches :func:`mamba2_hf.ops.invariant.attention.attend`; arguments as in ``attention.Queries``."""
     batch, heads, tokens, size = q.shape
     k, v = (each if each.stride(3) == 1 else each.contiguous() for each in (k, v))
     queries = q.transpose(1, 2).contiguous()
     y = torch.empty_like(queries)
-    here(launch)(
+    launch(
         attend_kernel,
         (batch * tokens, heads),
         *(queries, k, v, begin.contiguous(), end.contiguous(), origin.contiguous(), y, scale, tokens, heads),
