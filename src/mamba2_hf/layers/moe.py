@@ -153,7 +153,7 @@ class Experts(nn.Module):
             inner = ops.gated_activation(inner, None, self.activation, packed=self.up_name == "gate_up_proj")
             return product(inner, self.down_proj[expert])
 
-        if x.is_cuda and len(x) <= ROWS["cuda"]:  # without waiting for the router's choice, as graphs want it
+        if x.is_cuda and len(x) <= ROWS["cuda"][0]:  # without waiting for the router's choice, as graphs want it
             for expert in range(self.num_experts):
                 out = torch.where((index == expert)[..., None], run(x, expert)[:, None], out)
         else:
@@ -265,8 +265,7 @@ class MoE(nn.Module):
         experts = self.experts
         if not ops.is_batch_invariant():
             return experts(x, index, weights)  # type: ignore[no-any-return]
-        names = (experts.up_name, "down_proj") if isinstance(experts, Experts) else ()
-        if plain_parameters(experts, Experts, *names) is None:
+        if not isinstance(experts, Experts) or not plain_parameters(experts, Experts, "down_proj", experts.up_name):
             raise BackendError(
                 f"batch_invariant() cannot see the products of a {type(experts).__name__} that is wrapped, hooked, "
                 "quantized or sharded: merge adapters, take hooks off, load weights as they are"

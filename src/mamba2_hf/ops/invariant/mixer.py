@@ -298,8 +298,8 @@ def mamba2_step(call: Step) -> Tensor:
 def mamba2_layer(call: Layer, neighbors: Any = None, partners: Any = None) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mamba2_hf.ops.layer`."""
     _refuse(call, neighbors, partners)
-    y, *states = mamba2_inner(call.mixer(_entered(call, call.dtype), call.weights.mixer.rates))
-    return _left(call, y), *states
+    y, conv_state, ssm_state = mamba2_inner(call.mixer(_entered(call, call.dtype), call.weights.mixer.rates))
+    return _left(call, y), conv_state, ssm_state
 
 
 def mamba2_layer_step(call: LayerStep) -> Tensor:

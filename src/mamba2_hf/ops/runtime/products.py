@@ -2,21 +2,20 @@
 
 A BLAS chooses its kernel, and with it the order of every sum, by the number of rows. So rows are multiplied in blocks
 of one size, the last one filled up by zeros. Within a block most kernels sum all rows alike. Where one does not, which
-is found out once for every shape, rows are multiplied one by one.
+is found out once for every shape, the next smaller size is taken, and in the end one row at a time.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .modes import product_dtype, without_autocast
 
-ROWS = {"cpu": 16, "cuda": 64}
-"""Of a block: as few as cost about what one costs, while a weight has to be read."""
+ROWS = {"cpu": (16, 1), "cuda": (128, 64, 16, 1)}
+"""Of a block, by preference: as many as cost little more than one, while a weight has to be read."""
 
-_alike: dict[tuple[object, ...], bool] = {}
+_sizes: dict[tuple[object, ...], int] = {}
 
 
 def blockwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -25,21 +24,30 @@ def blockwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     with without_autocast(x.device):
         weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
         rows = x.detach().reshape(-1, x.shape[-1])
-        size = ROWS[x.device.type] if _sums_alike(weight, bias) else 1
-        count, padded = rows.shape[0], -(-rows.shape[0] // size) * size
-        filled = torch.zeros(padded, rows.shape[1], dtype=dtype, device=x.device)  # begins where memory is aligned
+        size, count = _block_size(weight, bias), rows.shape[0]
+        filled = torch.zeros(-(-count // size) * size, rows.shape[1], dtype=dtype, device=x.device)  # aligned, too
         filled[:count] = rows
-        y = torch.empty(padded, weight.shape[0], dtype=dtype, device=x.device)
+        y = torch.empty(filled.shape[0], weight.shape[0], dtype=dtype, device=x.device)
         for block, out in zip(filled.split(size), y.split(size), strict=True):
-            out.copy_(F.linear(block, weight, bias))
+            _multiply(block, weight, bias, out)
     return y[:count].view(*x.shape[:-1], -1)
 
 
-def _sums_alike(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a product of a block with a weight of this kind gives equal rows for equal rows."""
-    key = (*weight.shape, weight.dtype, weight.device, weight.stride(), bias is None, torch.get_num_threads())
-    if key not in _alike:
+def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    if bias is None:
+        return torch.mm(rows, weight.T, out=out)
+    return torch.addmm(bias, rows, weight.T, out=out)
+
+
+def _block_size(weight: Tensor, bias: Tensor | None) -> int:
+    """The rows of a block for a weight of this kind: equal ones give equal results wherever they stand."""
+    key = (*weight.shape, *weight.stride(), weight.dtype, weight.device, bias is None, torch.get_num_threads())
+    if key not in _sizes:
         row = torch.cos(1.7 * torch.arange(weight.shape[1], device=weight.device)).to(weight.dtype)
-        y = F.linear(row.expand(ROWS[weight.device.type], -1).contiguous(), weight, bias)
-        _alike[key] = bool(((y == y[0]) | y.isnan()).all())
-    return _alike[key]
+        for size in ROWS[weight.device.type]:
+            y = weight.new_empty(size, weight.shape[0])
+            _multiply(row.expand(size, -1).contiguous(), weight, bias, y)
+            if bool(((y == y[0]) | y.isnan()).all()):
+                break
+        _sizes[key] = size
+    return _sizes[key]
