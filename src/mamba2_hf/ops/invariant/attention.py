@@ -34,10 +34,8 @@ class Queries(NamedTuple):
 def attend(call: Queries) -> Tensor:
     """Softmax attention, ``(B, T, H, D)``; zeros for a query that sees no key."""
     if dispatch.usable(call.q.device)[0]:
-        from .kernels import attend_each
-
-        y: Tensor = attend_each(*call)
-        return y
+        of_triton: Tensor = dispatch.backend_module("triton").attend_each(*call)
+        return of_triton
     q, k, v, begin, end, _, scale = call
     batch, heads, tokens, size = q.shape
     dtype, groups = compute_dtype(q.dtype), k.shape[1]
@@ -48,10 +46,14 @@ def attend(call: Queries) -> Tensor:
         for t in range(tokens):
             own = slice(first[t], last[t])
             if first[t] < last[t]:  # sizes, strides and alignment depend on the number of keys alone
-                scores = queries[:, :, t].contiguous() @ keys[:, own].contiguous().mT  # (H', H / H', S')
-                out = torch.softmax(scores, -1) @ values[:, own].contiguous()
+                query, seen, found = map(_copy, (queries[:, :, t], keys[:, own], values[:, own]))
+                out = torch.softmax(query @ seen.mT, -1) @ found  # (H', H / H', D)
                 y[row, t] = out.flatten(0, 1).to(y.dtype)
     return y
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def rotary(call: Rotary) -> tuple[Tensor, Tensor]:

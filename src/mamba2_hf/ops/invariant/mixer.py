@@ -137,10 +137,8 @@ class _Scan(NamedTuple):
 def _recur(call: _Scan) -> Tensor:
     """``(S, L, H, P)`` in the dtype of x."""
     if dispatch.usable(call.x.device)[0]:
-        from .kernels import recur
-
-        y: Tensor = recur(*call)
-        return y
+        of_triton: Tensor = dispatch.backend_module("triton").recur(*call)
+        return of_triton
     x, dt, A, B, C, D, state, _ = call
     (documents, tokens, heads, width), (groups, size) = x.shape, B.shape[2:]
     dtype, per_group = state.dtype, heads // groups
