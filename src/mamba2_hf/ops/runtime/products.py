@@ -1,8 +1,9 @@
 """Matrix products whose rows do not depend on how many there are, nor on where among them they stand.
 
 A BLAS chooses its kernel, and with it the order of every sum, by the number of rows, and by how they lie in memory. So
-rows are multiplied in blocks of one size, the last one filled up by zeros, each from an aligned address. Within a block most kernels sum all rows alike. Where one does not, which
-is found out once for every shape, the next smaller size is taken, and in the end one row at a time.
+rows are multiplied in blocks of one size, the last one filled up by zeros, each from an aligned address. Within a block
+most kernels sum all rows alike. Where one does not, which is found out once for every shape, the next smaller size is
+taken, and in the end one row at a time.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def blockwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _aligned(blocks: int, rows: int, width: int, like: Tensor) -> Tensor:
-    """Zeros ``(blocks, rows, width)``, of which every block is dense and begins at a multiple of ``ALIGNED`` numbers."""
+    """Zeros ``(blocks, rows, width)``: every block is dense and begins at a multiple of ``ALIGNED`` numbers."""
     held = like.new_zeros(blocks, -(-rows * width // ALIGNED) * ALIGNED)
     return held[:, : rows * width].unflatten(1, (rows, width))
 
