@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from mamba2_hf import ContinuousBatch, Mamba2Cache, PrefixCache, Request, batch_invariant, generate_batch, ops
+from mamba2_hf import (
+    ContinuousBatch,
+    Mamba2Cache,
+    Mamba2HybridForSequenceClassification,
+    PrefixCache,
+    Request,
+    batch_invariant,
+    generate_batch,
+    ops,
+)
 from mamba2_hf.errors import ArgumentError, BackendError
 from mamba2_hf.ops import dispatch, use_backend
 from mamba2_hf.ops.runtime import products
@@ -201,6 +210,23 @@ def test_generate_takes_it(build: Build) -> None:
         )
 
 
+@torch.no_grad()
+def test_classes_of_texts() -> None:
+    model = make_hybrid("plain", Mamba2HybridForSequenceClassification, num_labels=3)
+    rows = texts()
+    ids, mask = padded(rows, "right")
+    with batch_invariant():
+        single = torch.cat([model(text[None]).logits for text in rows])
+        assert torch.equal(model(ids, attention_mask=mask).logits, single)
+
+
+def test_a_static_cache_compiles_nothing(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, options = build("plain"), {**GREEDY, "max_new_tokens": 4, "batch_invariant": True}
+    monkeypatch.setattr(type(model), "get_compiled_call", None)
+    ids = texts((6,))[0][None]
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), model.generate(ids, **options))
+
+
 @each_kind
 @torch.no_grad()
 def test_it_computes_the_same_function(build: Build, kind: str) -> None:
@@ -270,6 +296,12 @@ class TestRefusals:
         args = torch.zeros(1, 2, 4), torch.zeros(1, 2), -torch.ones(2), *torch.zeros(2, 1, 1, 4)
         with batch_invariant(), pytest.raises(ArgumentError, match=r"float16.*needs them in torch\.float32"):
             ops.ssd_state_update(torch.zeros(1, 2, 4, 4).half(), *args)
+
+    @torch.no_grad()
+    def test_dropout(self) -> None:
+        model = make_hybrid("plain", attention_dropout=0.1).train()
+        with batch_invariant(), pytest.raises(ArgumentError, match=r"attention_dropout=0\.1 in training mode"):
+            alone(model, texts()[0])
 
     @torch.no_grad()
     def test_attention_matrices(self, build: Build) -> None:

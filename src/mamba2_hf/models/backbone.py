@@ -177,6 +177,8 @@ class SSDBackbone(SSDPreTrainedModel):
             refused = "torch.compile, which decides on the order of sums: call the model itself"
         elif self.context is not None or self.tensor_group is not None:
             refused = "a model or sequences that several processes share: use one process"
+        elif self.training and getattr(self.config, "attention_dropout", 0):
+            refused = f"attention_dropout={self.config.attention_dropout} in training mode: call model.eval()"
         elif output_attentions:
             refused = "output_attentions=True: leave it out, or ask for them outside of it"
         elif cache is not None and cache.state_dtype in (torch.float16, torch.bfloat16):

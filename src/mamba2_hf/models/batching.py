@@ -195,7 +195,8 @@ def _most(settings: Mapping[str, Any], tokens: int, default: int | None) -> int 
 class ContinuousBatch:
     """A batch that requests join and leave while it runs: :meth:`add` some, and call :meth:`step` until it is idle.
 
-    What a request gets is what ``generate`` gives for it alone, up to the rounding of larger matrix products. Reading
+    What a request gets is what ``generate`` gives for it alone, up to the rounding of larger matrix products, which
+    ``batch_invariant=True`` takes away. Reading
     new prompts holds the others up; up to 16 are read in one call, short ones before there is a slot for them. Of a
     model with attention all rows have the keys of ``max_length`` tokens.
 

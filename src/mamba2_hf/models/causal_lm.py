@@ -20,7 +20,7 @@ from ..errors import ArgumentError, CacheError
 from ..layers import Head, SequenceLayout, linear, plain_weight
 from ..layers.weights import all_hooked, hooked_by_fsdp2, is_part
 from ..ops import batch_invariant as invariantly
-from ..ops import linear_cross_entropy
+from ..ops import is_batch_invariant, linear_cross_entropy
 from ..ops.runtime.modes import observed
 from . import prefill
 from .backbone import SSDBackbone, batch_and_tokens
@@ -518,6 +518,10 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         if self.tensor_group is not None:
             self.tensor_group.check()
         return found
+
+    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+        """As in transformers, but for a compiler that would decide on the order of sums."""
+        return not is_batch_invariant() and super()._valid_auto_compile_criteria(*args, **kwargs)
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         """Refused: transformers keeps what it batches continuously in pages of keys and values.

@@ -69,7 +69,8 @@ class PrefixCache:
     written by way of ``.data``.
 
     A hit gives the tokens of a miss up to rounding: sums are taken in another order where a text is read in other
-    pieces, or was written and not read. A ``state_dtype`` of 16 bits makes that a rounding of the states.
+    pieces, or was written and not read. A ``state_dtype`` of 16 bits makes that a rounding of the states; in a batch
+    with ``batch_invariant=True`` there is no difference.
 
     Args:
         max_bytes: that all states may take; 0 keeps none. One state of a model without attention takes what a slot of
