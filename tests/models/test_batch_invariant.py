@@ -253,6 +253,41 @@ def test_outside_nothing_changes(build: Build, kind: str, monkeypatch: pytest.Mo
         assert torch.equal(alone(model, text), before)
 
 
+@pytest.mark.parametrize("packing", ["rows", "seq_idx", "cu_seqlens"])
+@torch.no_grad()
+def test_ops_keep_their_contracts(packing: str) -> None:
+    """In fp64 they give what those of PyTorch do: with states, gates, limits, padding between documents, and slots."""
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=draw)
+
+    batch, options = (1, {"cu_seqlens": torch.tensor([0, 4, 4, 9])}) if packing == "cu_seqlens" else (2, {})
+    if packing == "seq_idx":
+        options = {"seq_idx": torch.tensor([[3, 3, -1, 0, 0, 0, 0, 1, 1, 1, 1], [5] * 10 + [-1]])}
+    states, tokens = 3 if packing == "cu_seqlens" else batch, 11
+    x, z, maps = normal(batch, tokens, 4, 6), normal(batch, tokens, 4, 6), normal(2, batch, tokens, 2, 5)
+    scan = {"D": normal(4, 6), "z": z, "dt_bias": normal(4), "dt_softplus": True, "dt_limit": (0.3, 1.1)}
+    scan |= {"initial_states": normal(states, 4, 6, 5), "return_final_states": True, **options}
+    dt, A, inputs, weight = normal(batch, tokens, 4), -normal(4).exp(), normal(batch, tokens, 7), normal(7, 4)
+    conv = {"activation": "silu", "initial_states": normal(states, 7, 3), "return_final_states": True, **options}
+    held, slots = (normal(5, 4, 6, 5), normal(5, 7, 4)), torch.tensor([3, -1])
+
+    def run() -> tuple[Tensor, ...]:
+        of_scan, columns = (each.clone() for each in held)
+        one = ops.ssd_state_update(of_scan, normal_x, step, A, *normal_maps, D=scan["D"], dt_softplus=True, slots=slots)
+        moved = ops.causal_conv1d_update(block, columns, weight, normal_bias, activation="silu", slots=slots)
+        scanned = ops.ssd_chunk_scan(x, dt, A, *maps, **scan)
+        return *scanned, *ops.causal_conv1d(inputs, weight, normal_bias, **conv), one, of_scan, moved, columns
+
+    normal_x, step, normal_maps, block = normal(2, 4, 6), normal(2, 4), normal(2, 2, 2, 5), normal(2, 3, 7)
+    normal_bias = normal(7)
+    expected = run()
+    with batch_invariant():
+        for found, wanted in zip(run(), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
 @torch.no_grad()
 def test_lora_is_read() -> None:
     """Plain adapters are products as any; merged, they are other weights."""

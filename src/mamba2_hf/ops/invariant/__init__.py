@@ -4,7 +4,7 @@ are divided among calls, or on whether one was read in a prompt or stepped. Not 
 Every result is a function of its own row, by sums whose order depends on the sizes of the model and on a token's place
 in its sequence alone:
 
-- products (``products.py``) are taken for one fixed number of rows at a time, filled up by zeros;
+- products (``runtime/products.py``) are taken for one fixed number of rows at a time, filled up by zeros;
 - the scan is the recurrence, token by token, and the convolution a sum over taps in their order (``mixer.py``);
 - attention takes each query alone, over its own keys from the first that it sees on (``attention.py``);
 - norms sum over one row, in a way that knows nothing of the others;
