@@ -210,6 +210,19 @@ def test_generate_takes_it(build: Build) -> None:
         )
 
 
+@each_kind
+@torch.no_grad()
+def test_under_autocast(kind: str, build: Build) -> None:
+    model, rows = build(kind), texts((9, 4, 6))
+    ids, mask = padded(rows, "left")
+    with batch_invariant(), torch.autocast("cpu", torch.bfloat16):
+        expected = [alone(model, text) for text in rows]
+        assert torch.equal(logits(model, ids, attention_mask=mask)[mask.bool()], torch.cat(expected))
+        cache = Mamba2Cache(model.config)
+        found = [model(token, past_key_values=cache).logits[0] for token in rows[0][None].split(1, 1)]
+        assert torch.equal(torch.cat(found), expected[0])
+
+
 @torch.no_grad()
 def test_classes_of_texts() -> None:
     model = make_hybrid("plain", Mamba2HybridForSequenceClassification, num_labels=3)

@@ -13,6 +13,7 @@ from ..errors import BackendError
 from ..ops.invariant.elementwise import sigmoid, softmax_few, sum_few
 from ..ops.mlp.op import EXPERTS_ROWS, step_serves
 from ..ops.runtime.linear import product
+from ..ops.runtime.modes import product_dtype
 from ..ops.runtime.products import ROWS
 from .causal_conv1d import PLAIN_TENSORS
 from .fp32 import KeepsFp32
@@ -146,7 +147,8 @@ class Experts(nn.Module):
 
     def invariant(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The same where what a token gets is not to depend on which others go to its experts."""
-        up, out = getattr(self, self.up_name), torch.zeros(*index.shape, x.shape[-1], dtype=x.dtype, device=x.device)
+        up, dtype = getattr(self, self.up_name), product_dtype(self.down_proj)
+        out = torch.zeros(*index.shape, x.shape[-1], dtype=dtype, device=x.device)
 
         def run(tokens: Tensor, expert: int) -> Tensor:
             inner = product(tokens, up[expert])

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import dispatch
 from ..attention.op import Rotary
 from ..attention.torch import rotary as of_pytorch
+from ..runtime.modes import without_autocast
 from ..spec import compute_dtype
 
 
@@ -36,6 +37,11 @@ def attend(call: Queries) -> Tensor:
     if dispatch.usable(call.q.device)[0]:
         of_triton: Tensor = dispatch.backend_module("triton").attend_each(*call)
         return of_triton
+    with without_autocast(call.q.device):
+        return _attend(call)
+
+
+def _attend(call: Queries) -> Tensor:
     q, k, v, begin, end, _, scale = call
     batch, heads, tokens, size = q.shape
     dtype, groups = compute_dtype(q.dtype), k.shape[1]
