@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .. import dispatch
 from ..attention.op import Rotary
-from ..attention.torch import rotary as of_pytorch
 from ..runtime.modes import without_autocast
 from ..spec import compute_dtype
 
@@ -63,5 +62,6 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def rotary(call: Rotary) -> tuple[Tensor, Tensor]:
-    """See :func:`mamba2_hf.ops.rotary`."""
-    return of_pytorch(call)
+    """See :func:`mamba2_hf.ops.rotary`: PyTorch's is single products and sums."""
+    rotated: tuple[Tensor, Tensor] = dispatch.backend_module("torch").rotary(call)
+    return rotated
