@@ -30,6 +30,7 @@ from .models import (
     generate_batch,
     spread_layers,
 )
+from .ops import batch_invariant
 from .registration import register
 from .training import parameter_groups
 
@@ -50,6 +51,7 @@ __all__ = [
     "PrefixCache",
     "PrefixCacheStats",
     "Request",
+    "batch_invariant",
     "compat",
     "errors",
     "export_onnx",

@@ -13,7 +13,7 @@ from hybrids import make_hybrid
 from test_captured_decoding import CHANGES, prompts, pure
 from torch import Tensor
 
-from mamba2_hf import Mamba2Cache, PrefixCache, Request, generate_batch
+from mamba2_hf import ContinuousBatch, Mamba2Cache, PrefixCache, Request, generate_batch
 from mamba2_hf.ops import dispatch, use_backend
 from mamba2_hf.ops.runtime import tables
 
@@ -261,6 +261,19 @@ class TestDeferredWrites:
                 ids = torch.as_tensor(request.input_ids)[None].to(DEVICE)
                 alone = model.generate(ids, **request.settings)[0, ids.shape[1] :].tolist()
                 assert done.tokens == alone
+
+    @pytest.mark.parametrize("deferred", [True, False])
+    def test_batches_may_write_at_every_step(self, deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, rings = pure(**ONE_LAYER, eos_token_id=None).to(DEVICE), []
+        make = dispatch.backend_module("triton").new_ring
+        monkeypatch.setattr(dispatch.backend_module("triton"), "new_ring", lambda *of: rings.append(of) or make(*of))
+        requests = [Request([5, 7, 9], {"max_new_tokens": 2, "do_sample": False}) for _ in range(2)]
+        options = {} if deferred else {"defer_writes": False}
+        first, second = generate_batch(model, requests, slots=2, **options)
+        assert first.tokens == second.tokens
+        assert bool(rings) is deferred
+        state = ContinuousBatch(model, slots=2, **options).cache.layers[0]
+        assert (state.clock is not None) is deferred
 
     def test_beams(self) -> None:
         model = pure(**ONE_LAYER).to(DEVICE)

@@ -36,7 +36,9 @@ HOPPER_SCANS: dict[str, dict[str, Any]] = {
 SLOWEST = "wide"  # compiled for one target
 SCAN_KERNELS = {"walk_kernel", "state_kernel", "inputs_backward_kernel", "maps_backward_kernel"}
 HOPPER_KERNELS = {"walk_kernel", "state_kernel", "chunk_backward_kernel"}
+INVARIANT_KERNELS = ("recur_kernel", "attend_kernel")
 MIXER_KERNELS = {
+    *INVARIANT_KERNELS,
     "conv_forward_kernel",
     "conv_state_kernel",
     "conv_backward_kernel",
@@ -143,6 +145,27 @@ def _set_chip(target: str) -> None:
     tables.current_chip = lambda: tables.Chip("cuda" if capability else "hip", capability, 132)
 
 
+def compile_invariant(H: int, P: int, N: int) -> None:
+    """What does not depend on the batch: for all numbers of sequences, tokens and keys, and wherever these lie."""
+    import torch
+
+    from mamba2_hf.ops.invariant import kernels
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=torch.bfloat16)
+
+    for documents, tokens in ((1, 1), (2, 16), (3, 7)):
+        per_head = torch.zeros(H)
+        maps, dt = zeros(documents, tokens, 1, N), torch.zeros(documents, tokens, H)
+        lengths = torch.full((documents,), tokens) if tokens > 1 else None
+        state = torch.zeros(documents, H, P, N)
+        kernels.recur(zeros(documents, tokens, H, P), dt, per_head, maps, maps, per_head, state, lengths)
+        seen = torch.zeros(documents, tokens, dtype=torch.long)
+        for keys in (1, 33, 64):
+            k = zeros(documents, 2, keys + 1, 64)[:, :, 1:]
+            kernels.attend_each(zeros(documents, 8, tokens, 64), k, k, seen, seen, seen, 0.125)
+
+
 def compile_mixer(target: str) -> list[dict[str, Any]]:
     """The kernels around the scan at the sizes of a 2.7B model's layer, bf16, in every packing; nothing runs."""
     import torch
@@ -189,6 +212,7 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
             conv.conv_forward(call, packing)
             conv.conv_backward(dy, initial, call, packing)
         y, norm_weight = zeros(1, T, inner), zeros(inner)
+        compile_invariant(H, P, N)
         for group_size, norm_before_gate in ((inner, False), (inner // 8, True), (P, False)):
             gated = Norm(y, z, norm_weight, 1e-5, group_size, norm_before_gate, y.dtype)
             norm.norm_forward(gated)
@@ -348,6 +372,8 @@ def test_kernels_compile_everywhere(target: str) -> None:
         if case == "mixer":
             expected = MIXER_KERNELS | (ROWS_KERNELS if target == "sm_90" else {"scale_kernel"})
         assert names == expected if case == "mixer" else names >= expected, (case, names ^ expected)
+        if case == "mixer":  # one kernel has one order of sums
+            assert [kernel["name"] for kernel in kernels if kernel["name"] in INVARIANT_KERNELS] == [*INVARIANT_KERNELS]
         for kernel in kernels:
             assert kernel["shared"] <= SHARED[target] * 1024, (case, kernel)
     if target == "sm_90":

@@ -64,6 +64,16 @@ def backend_module(name: str) -> Any:
     return _TORCH
 
 
+def is_batch_invariant() -> bool:
+    """Whether results do not depend on the batch: not by the PyTorch backend."""
+    return False
+
+
+def batch_invariant() -> Any:
+    """Only the installed package has that backend."""
+    raise BackendError("this file holds the PyTorch backend only; install mamba2-hf for batch_invariant()")
+
+
 def use_backend(name: str | None) -> Any:
     """Only the installed package has a choice."""
     raise BackendError("this file holds the PyTorch backend only; install mamba2-hf to choose another")

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.attention.op import attention_step_serves
+from ..ops.invariant.attention import Queries
+from ..ops.invariant.attention import attend as attend_each
 from .causal_conv1d import CausalConv1d
 from .conv import causal_convolution
 from .kv import KeyValueState
@@ -149,6 +151,10 @@ class Attention(nn.Module):
         weights = None
         if layout.neighbors is not None:
             attended = layout.neighbors.attend(self, queries, keys, values, placement)
+        elif ops.is_batch_invariant():
+            seen = placement.seen_keys(self.window, keys.shape[2])
+            keys, values = (seen.in_order(each) for each in (keys, values))
+            attended = attend_each(Queries(queries, keys, values, seen.begin, seen.end, seen.origin, self.scale))
         else:
             attended, weights = self.attend(self, queries, keys, values, placement, output_attentions)
         if weights is not None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import ops
+from ..errors import BackendError
 from .causal_conv1d import CausalConv1d, LastInputs, convolve, convolve_by
 from .sequence import SequenceLayout
 from .weights import plain_weight
@@ -28,6 +29,11 @@ def causal_convolution(
     weight = plain_weight(conv1d)
     if weight is not None:
         return convolve(x, weight.squeeze(1), conv1d.bias, layout, initial, activation)
+    if ops.is_batch_invariant():
+        raise BackendError(
+            f"batch_invariant() cannot see the sums of a {type(conv1d).__name__} that is wrapped, hooked or sharded: "
+            "merge adapters, take hooks off"
+        )
     if type(conv1d).forward is CausalConv1d.forward and ("forward" not in vars(conv1d) or hasattr(conv1d, "_hf_hook")):
         left = LastInputs()
         y, final = conv1d(x.mT, layout, initial, left).mT, left.value

@@ -9,11 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..errors import BackendError
+from ..ops.invariant.elementwise import sigmoid, softmax_few, sum_few
 from ..ops.mlp.op import EXPERTS_ROWS, step_serves
+from ..ops.runtime.linear import product
+from ..ops.runtime.modes import product_dtype
+from ..ops.runtime.products import ROWS
 from .causal_conv1d import PLAIN_TENSORS
 from .fp32 import KeepsFp32
 from .mlp import MLP, MLP_KINDS
 from .norm import RMSNorm
+from .projection import call as call_linear
 from .weights import is_unhooked, plain_parameters, plain_weight
 
 
@@ -34,10 +40,11 @@ class SoftmaxRouter(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(n, d)`` to logits ``(n, E)`` in fp32, weights ``(n, k)`` and indices ``(n, k)``."""
-        logits = F.linear(x, self.weight)
+        logits = product(x, self.weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         chosen, index = logits.topk(self.top_k, -1)
-        return logits, torch.softmax(chosen, -1).to(x.dtype), index
+        weights = softmax_few(chosen) if ops.is_batch_invariant() else torch.softmax(chosen, -1)
+        return logits, weights.to(x.dtype), index
 
 
 class SigmoidRouter(KeepsFp32):
@@ -77,8 +84,9 @@ class SigmoidRouter(KeepsFp32):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(n, d)`` to logits ``(n, E)``, weights ``(n, k)``, both in fp32, and indices ``(n, k)``."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(dtype), self.weight.to(dtype))
-        scores = logits.sigmoid()
+        logits = product(x.to(dtype), self.weight.to(dtype))
+        invariant = ops.is_batch_invariant()
+        scores = sigmoid(logits) if invariant else logits.sigmoid()
         ranked = scores + self.e_score_correction_bias
         if self.num_groups > 1:
             groups = ranked.unflatten(-1, (self.num_groups, -1))  # (n, groups, E / groups)
@@ -88,7 +96,8 @@ class SigmoidRouter(KeepsFp32):
         index = ranked.topk(self.top_k, -1, sorted=False).indices
         weights = scores.gather(1, index)
         if self.normalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+            total = sum_few(weights) if invariant else weights.sum(-1, keepdim=True)
+            weights = weights / (total + 1e-20)
         return logits, weights * self.scale, index
 
 
@@ -135,6 +144,25 @@ class Experts(nn.Module):
             done.append(F.linear(inner, self.down_proj[expert]))
         results = torch.cat(done)[order.argsort()]
         return (results.unflatten(0, index.shape) * weights[..., None]).sum(1).to(x.dtype)
+
+    def invariant(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The same where what a token gets is not to depend on which others go to its experts."""
+        up, dtype = getattr(self, self.up_name), product_dtype(self.down_proj)
+        out = torch.zeros(*index.shape, x.shape[-1], dtype=dtype, device=x.device)
+
+        def run(tokens: Tensor, expert: int) -> Tensor:
+            inner = product(tokens, up[expert])
+            inner = ops.gated_activation(inner, None, self.activation, packed=self.up_name == "gate_up_proj")
+            return product(inner, self.down_proj[expert])
+
+        if x.is_cuda and len(x) <= ROWS["cuda"][0]:  # without waiting for the router's choice, as graphs want it
+            for expert in range(self.num_experts):
+                out = torch.where((index == expert)[..., None], run(x, expert)[:, None], out)
+        else:
+            for expert in index.unique().tolist():
+                token, choice = (index == expert).nonzero(as_tuple=True)
+                out[token, choice] = run(x[token], expert)
+        return sum_few((out * weights[..., None]).mT)[..., 0].to(x.dtype)
 
     def grouped(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The same with one product of all experts, on a GPU, in bf16 and without waiting for the router's choice.
@@ -227,12 +255,24 @@ class MoE(nn.Module):
         """``(B, T, d)`` to the same and the router's logits ``(B, T, E)``."""
         tokens = x.flatten(0, -2)
         logits, weights, index = self.router(tokens)
-        inner = tokens if self.latent_size is None else self.latent_in(tokens)
-        out = self.experts(inner, index, weights)
-        out = (out if self.latent_size is None else self.latent_out(out)).view_as(x)
+        inner = tokens if self.latent_size is None else call_linear(self.latent_in, tokens)
+        out = self._run(inner, index, weights)
+        out = (out if self.latent_size is None else call_linear(self.latent_out, out)).view_as(x)
         if self.has_shared:
             out = out + self.shared(x)
         return out, logits.view(*x.shape[:-1], -1)
+
+    def _run(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The experts' results; see :class:`Experts`."""
+        experts = self.experts
+        if not ops.is_batch_invariant():
+            return experts(x, index, weights)  # type: ignore[no-any-return]
+        if not isinstance(experts, Experts) or not plain_parameters(experts, Experts, "down_proj", experts.up_name):
+            raise BackendError(
+                f"batch_invariant() cannot see the products of a {type(experts).__name__} that is wrapped, hooked, "
+                "quantized or sharded: merge adapters, take hooks off, load weights as they are"
+            )
+        return experts.invariant(x, index, weights)
 
     def layer(self, stream: Tensor, norm: RMSNorm, output_multiplier: float = 1.0) -> tuple[Tensor, Tensor]:
         """``stream + output_multiplier * self(norm(stream))``, ``(B, T, d)``, and the router's logits; for one token of

@@ -115,5 +115,4 @@ class SiluGate(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """``x (..., d)`` times the SiLU of ``z (..., d)``, in the dtype of ``x``."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return (x.to(dtype) * F.silu(z.to(dtype))).to(x.dtype)
+        return ops.gated_activation(z, x).to(x.dtype)

@@ -50,6 +50,28 @@ class FlatDocuments:
     most_keys: int
 
 
+@dataclass(frozen=True)
+class SeenKeys:
+    """Which keys each query of a call sees: those of one stretch; see :meth:`Placement.seen_keys`.
+
+    Attributes:
+        order: ``(B, S')`` places of the keys in the order of their tokens; None if they lie so.
+        begin, end: ``(B, T)`` the first key in that order that a query sees, and the one behind the last.
+        origin: ``(B, T)`` where the key of the first token of the query's document is in that order, or would be.
+    """
+
+    order: Tensor | None
+    begin: Tensor
+    end: Tensor
+    origin: Tensor
+
+    def in_order(self, keys: Tensor) -> Tensor:
+        """Keys or values ``(B, H, S, D)`` in the order of their tokens."""
+        if self.order is None:
+            return keys
+        return keys.gather(2, self.order[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3]))
+
+
 class OwnKeys:
     """One query a sequence, which sees the first ``lengths (B,)`` keys of its own, all of them if None."""
 
@@ -262,6 +284,20 @@ class Placement:
             return seen
 
         return visible
+
+    def seen_keys(self, window: int | None, keys: int) -> SeenKeys:
+        """As :meth:`visible`, for attention that takes each query alone."""
+        columns = torch.arange(self.tokens, device=self.device)[None].expand(self.rows, -1)  # (B, T)
+        first, order = self.first(), None
+        origin = torch.full_like(columns, -self.stored) if first is None else first
+        begin = origin if window is None else torch.maximum(origin, columns - window + 1)
+        behind: Any = keys - self.tokens  # cached keys, as a place among all
+        if self.past is not None and self.capacity is not None and window is None and behind:
+            behind = self.past[:, None]
+            if keys != self.capacity:  # new keys are behind the whole buffer
+                place = torch.arange(keys, device=self.device)[None]
+                order = torch.where(place < behind, place, place + self.capacity - behind).clamp(max=keys - 1)
+        return SeenKeys(order, begin + behind, columns + 1 + behind, origin + behind)
 
     def flat(self, window: int | None, keys: int) -> FlatDocuments:
         """Queries and keys laid end to end, for kernels that take the bounds of documents."""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .. import ops
+from ..errors import BackendError
 from ..ops.runtime import linear as products
 from .weights import is_unhooked, plain_linear
 
@@ -14,12 +16,32 @@ from .weights import is_unhooked, plain_linear
 def linear(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)`` for a linear layer, ``(..., d)`` to ``(..., d')``: on a CPU by
     :func:`mamba2_hf.ops.runtime.linear.linear`, where its weight may be read.
+
+    Raises:
+        BackendError: under ``batch_invariant()``, for a module whose weights may not be read.
     """
+    if ops.is_batch_invariant():
+        return _invariant(module, x)
     readable = plain_linear(module) if type(module) is nn.Linear and not x.is_cuda else None
     if readable is None:
         return module(x)  # type: ignore[no-any-return]
     weight, bias, *_ = readable
     return products.linear(x, weight, bias)
+
+
+def call(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)`` for a linear layer; under ``batch_invariant()`` as :func:`linear`."""
+    return _invariant(module, x) if ops.is_batch_invariant() else module(x)  # type: ignore[no-any-return]
+
+
+def _invariant(module: nn.Module, x: Tensor) -> Tensor:
+    readable = plain_linear(module)
+    if readable is None:
+        raise BackendError(
+            f"batch_invariant() cannot see the products of a {type(module).__name__} that is quantized, hooked, "
+            "sharded, or adapted by more than plain LoRA: merge adapters, take hooks off, load weights as they are"
+        )
+    return products.project(x, readable)
 
 
 AddTo = Callable[..., list[Tensor]]
@@ -43,6 +65,9 @@ class Adapter(nn.Sequential):
         the product itself where weights may be read.
         """
         sizes, up = [each.shape[-1] for each in projected], plain_linear(self[1])
+        if ops.is_batch_invariant():
+            added = call(self[1], call(self[0], x))
+            return [each + more for each, more in zip(projected, added.split(sizes, -1), strict=True)]
         if up is None or up.lora is not None or not is_unhooked(self):
             return [each + more for each, more in zip(projected, self(x).split(sizes, -1), strict=True)]
         inner, (weight, *_) = self[0](x).flatten(0, -2), up  # (R, r) and (sum of sizes, r)

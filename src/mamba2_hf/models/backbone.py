@@ -13,6 +13,7 @@ from ..errors import ArgumentError, CacheError
 from ..layers import SequenceLayout
 from ..layers.sequence import sequence_layout
 from ..layers.weights import is_unobserved
+from ..ops import is_batch_invariant
 from .cache import Mamba2Cache, as_mamba2_cache
 from .outputs import Mamba2Output
 from .pretrained import SSDPreTrainedModel
@@ -105,6 +106,8 @@ class SSDBackbone(SSDPreTrainedModel):
             position_ids = None if position_ids is None else context.cut(position_ids[:, -tokens:])
             tokens = context.length(tokens)
 
+        if is_batch_invariant():
+            self._refuse_invariant(cache, output_attentions)
         hidden_states = inputs_embeds if input_ids is None else self._embed(input_ids)  # (B, T, d)
         assert hidden_states is not None
         if output_attentions:
@@ -164,6 +167,27 @@ class SSDBackbone(SSDPreTrainedModel):
                 f"{what} cannot be had while sequences are spread over {self.context.group.size} processes: end that "
                 "by mamba2_hf.distributed.context_parallel(model, None)"
             )
+
+    def _refuse_invariant(self, cache: Mamba2Cache | None, output_attentions: bool) -> None:
+        """Raises an :class:`ArgumentError` for what ``batch_invariant()`` cannot keep its promise with."""
+        refused = None
+        if torch.is_grad_enabled():
+            refused = "gradients: use torch.no_grad()"
+        elif torch.compiler.is_compiling():
+            refused = "torch.compile, which decides on the order of sums: call the model itself"
+        elif self.context is not None or self.tensor_group is not None:
+            refused = "a model or sequences that several processes share: use one process"
+        elif self.training and getattr(self.config, "attention_dropout", 0):
+            refused = f"attention_dropout={self.config.attention_dropout} in training mode: call model.eval()"
+        elif output_attentions:
+            refused = "output_attentions=True: leave it out, or ask for them outside of it"
+        elif cache is not None and cache.state_dtype in (torch.float16, torch.bfloat16):
+            refused = (
+                f"state_dtype={cache.state_dtype}, as states that are rounded where a call ends depend on where that "
+                "is: leave it out"
+            )
+        if refused is not None:
+            raise ArgumentError(f"batch_invariant does not go with {refused}")
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         try:

@@ -35,6 +35,7 @@ from transformers.utils import logging
 from ..distributed.tensor_parallel import agree_on_random_numbers
 from ..errors import ArgumentError
 from ..layers import SSDState
+from ..ops import batch_invariant as invariantly
 from . import prefill
 from .cache import CacheRow, Mamba2Cache
 from .causal_lm import SSDForCausalLM
@@ -194,7 +195,8 @@ def _most(settings: Mapping[str, Any], tokens: int, default: int | None) -> int 
 class ContinuousBatch:
     """A batch that requests join and leave while it runs: :meth:`add` some, and call :meth:`step` until it is idle.
 
-    What a request gets is what ``generate`` gives for it alone, up to the rounding of larger matrix products. Reading
+    What a request gets is what ``generate`` gives for it alone, up to the rounding of larger matrix products, which
+    ``batch_invariant=True`` takes away. Reading
     new prompts holds the others up; up to 16 are read in one call, short ones before there is a slot for them. Of a
     model with attention all rows have the keys of ``max_length`` tokens.
 
@@ -211,6 +213,9 @@ class ContinuousBatch:
         captured: whether the step may be captured; the model's generation config may say ``disable_compile``, too.
         prefix_cache: of states that prompts may go on from, such as ``PrefixCache(8 * 2**30)``, so that what they begin
             with in common is read once. It may have served other batches of the model. None keeps none.
+        defer_writes: whether steps may write the SSM states once in 16 tokens; see :class:`Mamba2Cache`.
+        batch_invariant: whether all is read and written under :func:`mamba2_hf.batch_invariant`, so that a request gets
+            what it gets alone to the last bit, with and without a prefix cache.
 
     Attributes:
         prefix_cache: the one that was given, or an empty one; its ``stats`` count what was read and what was not.
@@ -229,6 +234,8 @@ class ContinuousBatch:
         state_dtype: torch.dtype | None = None,
         captured: bool = True,
         prefix_cache: PrefixCache | None = None,
+        defer_writes: bool = True,
+        batch_invariant: bool = False,
     ) -> None:
         if not isinstance(model, SSDForCausalLM):
             raise ArgumentError(f"model is a {type(model).__name__}, expected a language model of this package")
@@ -239,12 +246,13 @@ class ContinuousBatch:
                 f"prefix_cache is {prefix_cache!r:.80}: expected a mamba2_hf.PrefixCache(max_bytes), or None for none"
             )
         self.prefix_cache = PrefixCache(0) if prefix_cache is None else prefix_cache
-        self.prefix_cache.bind(model, state_dtype)
+        self.prefix_cache.bind(model, state_dtype=state_dtype, batch_invariant=batch_invariant)
         if model.tensor_group is not None:  # all go on with the same tokens
             agree_on_random_numbers(model.tensor_group, model.device)
-        self.model, self.max_length, self._state_dtype = model, max_length, state_dtype
+        self.model, self.max_length = model, max_length
+        self._states: dict[str, Any] = {"state_dtype": state_dtype, "defer_writes": defer_writes}
         room = None if max_length is None else max(max_length, 2)
-        self.cache = Mamba2Cache(model.config, static=True, max_length=room, state_dtype=state_dtype)
+        self.cache = Mamba2Cache(model.config, static=True, max_length=room, **self._states)
         self._rows: list[_Running | None] = [None] * slots
         self._waiting: deque[_Running] = deque()
         self._prompts: list[bytes] = []  # of those that have not been read, sorted
@@ -255,7 +263,9 @@ class ContinuousBatch:
         self._captures = -1  # `PrefixCache.captures` of the graph
         self._captured = captured and not model.generation_config.disable_compile
         self._reason: str | None = None if self._captured else "it was asked for"
-        self._allocate()
+        self._numerics = invariantly if batch_invariant else contextlib.nullcontext
+        with self._numerics():
+            self._allocate()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -404,6 +414,15 @@ class ContinuousBatch:
         Returns:
             the requests that have ended since the last step.
         """
+        with self._numerics():
+            callbacks = self._join_and_advance()
+        for callback, token in callbacks:  # at the end, when the batch is ready to go on whatever they do
+            callback(token)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _join_and_advance(self) -> list[tuple[Callable[[int], None], int]]:
+        """What :meth:`step` does; returns whom to tell of which token."""
         free = [row for row, running in enumerate(self._rows) if running is None][: len(self._waiting)]
         if free:
             self.prefix_cache.look_at_model()
@@ -417,11 +436,7 @@ class ContinuousBatch:
             self.prefix_cache.look_at_model()
         if self._captured and self._captures != self.prefix_cache.captures:
             self._renew_graph()
-        callbacks = self._advance() if self.running else []
-        for callback, token in callbacks:  # at the end, when the batch is ready to go on whatever they do
-            callback(token)
-        ended, self._ended = self._ended, []
-        return ended
+        return self._advance() if self.running else []
 
     def _read_waiting(self, joining: int) -> None:
         """Reads the prompts of the first requests that wait, as many as join, and some behind them."""
@@ -496,7 +511,7 @@ class ContinuousBatch:
 
     def _call(self, texts: Sequence[bytes], behind: Mapping[bytes, CacheRow | None]) -> Mamba2Cache:
         """Reads texts in one call, from the states ``behind`` has for them: a cache with a row for each."""
-        cache = Mamba2Cache(self.model.config, state_dtype=self._state_dtype)
+        cache = Mamba2Cache(self.model.config, **self._states)
         cache.gather([behind[text] for text in texts])
         new = [tokens_of(text)[-_new_tokens(text, behind[text]) :] for text in texts]
         width = max(map(len, new))
@@ -515,7 +530,7 @@ class ContinuousBatch:
         """Puts a request that was read into a row."""
         single = None
         if running.state is not None:
-            single = Mamba2Cache(self.model.config, state_dtype=self._state_dtype)
+            single = Mamba2Cache(self.model.config, **self._states)
             single.gather([running.state])
         self.cache.put(row, single)
         running.state = None
@@ -608,6 +623,8 @@ def generate_batch(
     state_dtype: torch.dtype | None = None,
     captured: bool = True,
     prefix_cache: PrefixCache | None = None,
+    defer_writes: bool = True,
+    batch_invariant: bool = False,
 ) -> list[Completion]:
     """Continues many texts of different lengths, ``slots`` at a time; a text that ends makes room for the next.
 
@@ -615,8 +632,9 @@ def generate_batch(
         model: to generate with.
         requests: the texts. Those of a list are all looked at before the first is read; those of another iterable are
             taken when there is a slot for them.
-        slots, max_length, state_dtype, captured, prefix_cache: of the :class:`ContinuousBatch`. A model with attention
-            that gets no ``max_length`` makes a list of the requests, and room for the longest.
+        slots, max_length, state_dtype, captured, prefix_cache, defer_writes, batch_invariant: of the
+            :class:`ContinuousBatch`. A model with attention that gets no ``max_length`` makes a list of the requests,
+            and room for the longest.
 
     Returns:
         how each request ended, in their order.
@@ -636,6 +654,8 @@ def generate_batch(
         state_dtype=state_dtype,
         captured=captured,
         prefix_cache=prefix_cache,
+        defer_writes=defer_writes,
+        batch_invariant=batch_invariant,
     )
     if isinstance(requests, Sequence):
         for request in requests:

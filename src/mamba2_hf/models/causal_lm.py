@@ -19,7 +19,8 @@ from ..distributed.tensor_parallel import agree_on_random_numbers
 from ..errors import ArgumentError, CacheError
 from ..layers import Head, SequenceLayout, linear, plain_weight
 from ..layers.weights import all_hooked, hooked_by_fsdp2, is_part
-from ..ops import linear_cross_entropy
+from ..ops import batch_invariant as invariantly
+from ..ops import is_batch_invariant, linear_cross_entropy
 from ..ops.runtime.modes import observed
 from . import prefill
 from .backbone import SSDBackbone, batch_and_tokens
@@ -502,16 +503,25 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         return super()._get_candidate_generator(*args, assistant_model=assistant_model, **kwargs)
 
     @functools.wraps(GenerationMixin.generate, assigned=())
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, batch_invariant: bool = False, **kwargs: Any) -> Any:
         """As in transformers.
+
+        Args:
+            args, kwargs: of transformers.
+            batch_invariant: whether to generate under :func:`mamba2_hf.batch_invariant`.
 
         Raises:
             ProcessError: a process that shares the model did not answer in time.
         """
-        found = super().generate(*args, **kwargs)
+        with invariantly() if batch_invariant else contextlib.nullcontext():
+            found = super().generate(*args, **kwargs)
         if self.tensor_group is not None:
             self.tensor_group.check()
         return found
+
+    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+        """As in transformers, but for a compiler that would decide on the order of sums."""
+        return not is_batch_invariant() and super()._valid_auto_compile_criteria(*args, **kwargs)
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         """Refused: transformers keeps what it batches continuously in pages of keys and values.

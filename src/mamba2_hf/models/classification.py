@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.projection import call as call_linear
 from .backbone import SSDBackbone
 from .cache import Mamba2Cache, one_cache
 from .outputs import CACHE, Mamba2SequenceClassifierOutput
@@ -81,7 +82,7 @@ class SSDForSequenceClassification(SSDPreTrainedModel):
             counts = input_ids != self.config.pad_token_id
         if counts is not None:
             last = (counts * torch.arange(tokens, device=counts.device)).argmax(1).to(rows)
-        logits = self.score(hidden_states[rows, last])
+        logits = call_linear(self.score, hidden_states[rows, last])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)

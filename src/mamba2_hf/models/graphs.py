@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..layers.weights import all_hooked, is_unhooked
+from ..ops import is_batch_invariant
 
 if TYPE_CHECKING:
     from .cache import Mamba2Cache
@@ -32,6 +33,7 @@ class DecodeGraph:
         self._graph: Any = None
         self._ids: Tensor | None = None
         self._logits: Tensor | None = None
+        self._invariant = False  # whether what was captured is batch-invariant
 
     @property
     def is_captured(self) -> bool:
@@ -49,7 +51,7 @@ class DecodeGraph:
 
     def step(self, run: Callable[[Tensor], Tensor], input_ids: Tensor, cache: Mamba2Cache) -> Tensor:
         """``run(input_ids)``: tokens ``(B, 1)`` to logits ``(B, 1, vocab)``, which the next step overwrites."""
-        if self._ids is not None and self._ids.shape != input_ids.shape:
+        if self._ids is not None and (self._ids.shape != input_ids.shape or self._invariant != is_batch_invariant()):
             self.drop()
         if self._graph is None:
             if not self._warm or self.reason is not None:
@@ -77,7 +79,7 @@ class DecodeGraph:
             self.reason = f"its step cannot be captured: {str(error).splitlines()[0]}"
             logger.warning_once(f"decoding goes on without a CUDA graph: {self.reason}")
         else:
-            self._graph, self._ids, self._logits = graph, ids, logits
+            self._graph, self._ids, self._logits, self._invariant = graph, ids, logits, is_batch_invariant()
         cache.advance(counted - cache.seen_tokens)  # a capture counts, but runs nothing
 
     def __deepcopy__(self, memo: Any) -> DecodeGraph:

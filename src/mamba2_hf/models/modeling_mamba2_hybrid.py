@@ -30,6 +30,7 @@ from ..layers import (
 )
 from ..layers.mixer import FP32_PARAMETERS
 from ..layers.projection import Adapter
+from ..layers.projection import call as call_linear
 from ..layers.sequence import PLAIN
 from ..ops.mixer.torch import scaled
 from .arguments import check_ignored
@@ -224,7 +225,7 @@ class SharedMixerBlock(MixerBlock):
         )
         if weights is not None:
             call.attentions.append(weights)
-        return self._mix(stream + self.linear(found.to(stream.device)), stream, call)
+        return self._mix(stream + call_linear(self.linear, found.to(stream.device)), stream, call)
 
 
 class FeedForwardBlock(nn.Module):
@@ -465,7 +466,7 @@ class MTPHead(nn.Module):
         """
         batch, tokens, _ = hidden_states.shape
         fused = torch.cat([self.enorm(embeddings), self.hnorm(hidden_states)], -1)  # (B, T, 2 d)
-        stream, counted = layout.blank(self.eh_proj(fused)), {}
+        stream, counted = layout.blank(call_linear(self.eh_proj, fused)), {}
         if self.windows:
             rotary = self.rotary if self.has_rotary else None
             counted = _place(self.config, self.windows, rotary, stream, layout, batch, tokens, None, cache)

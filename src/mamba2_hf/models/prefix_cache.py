@@ -16,9 +16,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ArgumentError
 from .cache import CacheRow, Mamba2Cache
@@ -71,7 +69,8 @@ class PrefixCache:
     written by way of ``.data``.
 
     A hit gives the tokens of a miss up to rounding: sums are taken in another order where a text is read in other
-    pieces, or was written and not read. A ``state_dtype`` of 16 bits makes that a rounding of the states.
+    pieces, or was written and not read. A ``state_dtype`` of 16 bits makes that a rounding of the states; in a batch
+    with ``batch_invariant=True`` there is no difference.
 
     Args:
         max_bytes: that all states may take; 0 keeps none. One state of a model without attention takes what a slot of
@@ -98,7 +97,7 @@ class PrefixCache:
         self._texts: list[bytes] = []  # the keys of both, sorted
         self._evicted = 0
         self._counts = {"hits": 0, "misses": 0, "tokens_saved": 0, "tokens_read": 0}
-        self._of: tuple[SSDForCausalLM, torch.dtype | None] | None = None
+        self._of: tuple[SSDForCausalLM, dict[str, Any]] | None = None
 
     @property
     def stats(self) -> PrefixCacheStats:
@@ -112,20 +111,23 @@ class PrefixCache:
             held.clear()
         self.changes += 1
 
-    def bind(self, model: SSDForCausalLM, state_dtype: torch.dtype | None) -> None:
-        """Says whose states these are.
+    def bind(self, model: SSDForCausalLM, **options: Any) -> None:
+        """Says whose states these are, and with which options of a :class:`ContinuousBatch` they are made.
 
         Raises:
-            ArgumentError: they are those of another model, or of another dtype.
+            ArgumentError: they are those of another model, or made with other options.
         """
-        if self._of is not None and (self._of[0] is not model or self._of[1] != state_dtype):
-            what = f"state_dtype={self._of[1]}" if self._of[0] is model else "another model"
+        if self._of is not None and (self._of[0] is not model or self._of[1] != options):
+            same, known = self._of[0] is model, self._of[1]
+            held, wanted = (
+                {name: each[name] for name in each if known[name] != options[name]} for each in (known, options)
+            )
             raise ArgumentError(
-                f"prefix_cache holds states of {what}, and the batch has "
-                f"{f'state_dtype={state_dtype}' if self._of[0] is model else 'this one'}: make a PrefixCache for each"
+                f"prefix_cache holds states of {_said(held) if same else 'another model'}, and the batch has "
+                f"{_said(wanted) if same else 'this one'}: make a PrefixCache for each"
             )
         if self._watch is None:
-            self._of, self._watch = (model, state_dtype), ModelWatch(model)
+            self._of, self._watch = (model, options), ModelWatch(model)
 
     def check_room(self, nbytes: int) -> None:
         """Raises :class:`ArgumentError` where a state of so many bytes, which a text at least has, would not fit."""
@@ -190,7 +192,7 @@ class PrefixCache:
             return
         if text not in self._new and text not in self._used:
             assert self._of is not None
-            cache = Mamba2Cache(self._of[0].config, state_dtype=self._of[1])
+            cache = Mamba2Cache(self._of[0].config, state_dtype=self._of[1]["state_dtype"])
             cache.gather([row])
             state = _State(cache, cache.nbytes)
             if state.nbytes > self.max_bytes:
@@ -228,6 +230,10 @@ class PrefixCache:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(max_bytes={self.max_bytes}, min_tokens={self.min_tokens}, {self.stats})"
+
+
+def _said(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
 def _nbytes(states: OrderedDict[bytes, _State]) -> int:

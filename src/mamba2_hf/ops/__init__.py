@@ -1,9 +1,10 @@
 """Functions on tensors: the SSD scan, its single step, the convolution and norm around it.
 
 Each op has a folder: its arguments and contract (``op.py``), its PyTorch (``torch.py``) and Triton (``triton.py``), and
-kernels; ``dispatch.py`` chooses between the two. Names and equations are in ``NOTATION.md``, the oracles in
-``scan/reference.py``. Every function takes ``backend=None`` (automatic), ``"torch"`` or ``"triton"``; a backend that is
-asked for and cannot serve raises :class:`mamba2_hf.errors.BackendError` and says why.
+kernels; ``dispatch.py`` chooses between the two, or takes ``invariant/`` where results are not to depend on the batch.
+Names and equations are in ``NOTATION.md``, the oracles in ``scan/reference.py``. Every function takes ``backend=None``
+(automatic), ``"torch"`` or ``"triton"``; a backend that is asked for and cannot serve raises
+:class:`mamba2_hf.errors.BackendError` and says why.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from . import torch as torch
 from .attention.op import AttentionStep, attend_one, attention_step, rotary
 from .conv.op import activate, causal_conv1d, causal_conv1d_update
 from .cross_entropy.op import linear_cross_entropy
-from .dispatch import use_backend
+from .dispatch import batch_invariant, is_batch_invariant, use_backend
 from .mixer.op import (
     Inner,
     LayerStep,
@@ -58,12 +59,14 @@ __all__ = [
     "activate",
     "attend_one",
     "attention_step",
+    "batch_invariant",
     "causal_conv1d",
     "causal_conv1d_update",
     "experts_step",
     "gated_activation",
     "gated_rms_norm",
     "inner",
+    "is_batch_invariant",
     "layer",
     "layer_step",
     "linear_cross_entropy",

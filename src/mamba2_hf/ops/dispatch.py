@@ -1,8 +1,8 @@
 """Which backend serves a call, and why.
 
-In order: the call's ``backend=``, an enclosing :func:`use_backend`, the environment variable ``MAMBA2_HF_BACKEND``,
-else the fastest backend that can serve the call. A backend that was asked for by name and cannot serve raises its
-reason; one that was merely preferred steps aside for the next.
+In order: the call's ``backend=``, an enclosing :func:`use_backend` or :func:`batch_invariant`, the environment variable
+``MAMBA2_HF_BACKEND``, else the fastest backend that can serve the call. A backend that was asked for by name and cannot
+serve raises its reason; one that was merely preferred steps aside for the next.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ OPS = (
     "rotary",
 )
 
+INVARIANT = "invariant"  # a backend that is used where it was asked for, by batch_invariant()
+NOT_INVARIANT = ("attend_one", "attention_step", "experts_step", "linear_cross_entropy", "mlp_step")
+"""Ops that it does not have: shortcuts of what it does by other ones, and a sum over tokens of all sequences."""
+
 LOWEST_CAPABILITY = (8, 0)  # of an NVIDIA GPU, for Triton: the first whose matrix products take bfloat16
 
 _override: str | None = None
@@ -78,6 +82,28 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _override = previous
+
+
+@contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Has every op and every layer of a model called inside give a sequence the same bits, whatever else is in the
+    batch, however its tokens are divided among calls, and whether a token is read in a prompt or stepped.
+
+    That holds for one machine, its number of threads and one choice of dtypes, for models that this process has whole,
+    and without gradients. Results differ from those of other backends by rounding. See :mod:`mamba2_hf.ops.invariant`
+    for how, and :func:`use_backend` for whom the setting is.
+    """
+    global _override
+    previous, _override = _override, INVARIANT
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def is_batch_invariant() -> bool:
+    """Whether :func:`batch_invariant` is in force."""
+    return _override == INVARIANT
 
 
 def choose(op: str, device: torch.device, requested: str | None = None, **call: Any) -> Choice:
@@ -129,7 +155,7 @@ def _forced(requested: str | None) -> tuple[str | None, str]:
     if requested is not None:
         return _known(requested, "backend="), "backend="
     if _override is not None:
-        return _override, "use_backend(...)"
+        return _override, "batch_invariant()" if _override == INVARIANT else "use_backend(...)"
     return _known(os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE
 
 
@@ -179,4 +205,11 @@ def _supports(name: str, op: str, device: torch.device, call: dict[str, Any]) ->
     if transformed():
         return False, "torch.func and forward differentiation see PyTorch's own operations only"
     ok, reason = _usable(device)
-    return backend_module(name).supports(op, **call) if ok else (False, reason)
+    if name == INVARIANT:
+        if op in NOT_INVARIANT:
+            return False, "it is made of others, which can be called, or is a sum over several sequences"
+        if torch.compiler.is_compiling():
+            return False, "a compiler decides on the order of sums: call what is not compiled"
+        if device.type == "cpu" and not ok:
+            return True, "PyTorch serves it"
+    return backend_module("triton").supports(op, **call) if ok else (False, reason)

@@ -13,6 +13,8 @@ from .conv import op as conv
 from .conv.triton import causal_conv1d as causal_conv1d
 from .conv.triton import causal_conv1d_update as causal_conv1d_update
 from .cross_entropy.triton import cross_entropy_rows as cross_entropy_rows
+from .invariant.kernels import attend_each as attend_each
+from .invariant.kernels import recur as recur
 from .mixer.advance import new_ring as new_ring
 from .mixer.advance import settle as settle
 from .mixer.op import LayerStep

@@ -211,6 +211,8 @@ def step_serves(stream: Tensor, rows: int = 1) -> bool:
     """
     if stream.shape[0] > rows or stream.shape[1] != 1 or not stream.is_cuda or torch.is_grad_enabled():
         return False
+    if dispatch.is_batch_invariant():
+        return False
     return dispatch.usable(stream.device)[0] and not torch.is_autocast_enabled("cuda")
 
 

@@ -1,4 +1,4 @@
-"""Matrix products of few rows, where PyTorch's own are slow."""
+"""Matrix products of few rows, where PyTorch's own are slow, and those that do not depend on their number."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import dispatch
+from ..spec import Linear
 from .modes import observed, transformed
+from .products import blockwise
 
 SKINNY_ROWS = 4
 ALIGNED = 8  # elements: rows of results of other lengths keep a GPU's BLAS from its quick kernels
@@ -23,6 +26,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     columns, two at least, and more, up to ``ONEDNN_OUTPUTS``, by oneDNN. On a GPU up to ``ALIGNED_ROWS`` are taken as
     columns where the outputs of a row are no multiple of ``ALIGNED``, as an odd vocabulary is.
     """
+    if dispatch.is_batch_invariant():
+        return blockwise(x, weight, bias)
     if x.is_cuda and weight.shape[0] % ALIGNED and _is_plain(x, weight):
         rows = x.reshape(-1, x.shape[-1])
         count = rows.shape[0]
@@ -39,6 +44,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if 0 < count * weight.shape[0] <= ONEDNN_OUTPUTS and torch.backends.mkldnn.is_available():
             return F.linear(x.to_mkldnn(), weight, bias).to_dense()
     return F.linear(x, weight, bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` as PyTorch computes it, unless it has to be batch-invariant."""
+    return blockwise(x, weight, bias) if dispatch.is_batch_invariant() else F.linear(x, weight, bias)
+
+
+def project(x: Tensor, weights: Linear) -> Tensor:
+    """A projection and what LoRA adds to it, batch-invariant, ``(..., d)`` to ``(..., d')``."""
+    y, lora = blockwise(x, weights.weight, weights.bias), weights.lora
+    if lora is None:
+        return y
+    lowered = blockwise(x, lora.down.to(y.dtype), None)
+    return y + lora.scale * blockwise(lowered, lora.up.to(y.dtype), None)
 
 
 def _on_plain_cpu(*tensors: Tensor) -> bool:

@@ -432,6 +432,12 @@ def attention_enter(chip: Chip, dtype: torch.dtype, rows: int, outputs: int) -> 
     return Projection(tile(rows, 64), bn, bk, split=1, warps=4, stages=_stages(chip, 4))
 
 
+# Where results are not to depend on the batch, tiles do not either.
+
+RECUR = 16, 4  # channels of a head and warps of a program that walks all tokens
+ATTEND_EACH = 64, 4  # keys of a sequence that a program looks at together, and warps
+
+
 # What kernels serve at all.
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
