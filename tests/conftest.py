@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -24,6 +25,10 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Without a GPU, Triton kernels run in its interpreter; Triton reads this when the kernels are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ModuleNotFoundError):  # of Triton, where there is none
+        from interpreting import patch_once_a_launch
+
+        patch_once_a_launch()
 
 # A shell that starts the suite in the background has it ignore Ctrl-C; tests of what that does send it on purpose.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
