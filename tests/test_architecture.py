@@ -176,7 +176,7 @@ class TestImports:
 
 @cache
 def imported() -> tuple[set[str], list[str]]:
-    """What a fresh interpreter has loaded after importing the package, and what it prints, also when this is repeated."""
+    """What a fresh interpreter has loaded after importing the package, and all that it prints, then and again."""
     *lines, loaded = python(
         "import sys\nimport mamba2_hf\nloaded = [*sys.modules]\nmamba2_hf.register()\nimport mamba2_hf\nprint(*loaded)"
     ).splitlines()

@@ -1,7 +1,7 @@
 """Has Triton's interpreter patch its language once a launch for each module whose functions take part.
 
-By itself it does so at every call of one function by another, which takes as long as all else that kernels do. What is set
-stays set until the launch ends, so doing it again changes nothing.
+By itself it does so at every call of one function by another, which takes as long as all else that kernels do. What is
+set stays set until the launch ends, so doing it again changes nothing.
 """
 
 from __future__ import annotations
