@@ -14,7 +14,9 @@ JOBS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 2, 8))")
 
 GPU := $(shell nvidia-smi --list-gpus 2>/dev/null | head -n 1)
 CONSTRAINTS := constraints/$(if $(GPU),tested,cpu).txt
-INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS)
+INSTALL := $(VENV)/bin/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS)
+# On all cores, where pip takes one. Some packages hold files that no Python compiles.
+COMPILE := $(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 SETUP := pyproject.toml $(wildcard constraints/*.txt)
 
 .DEFAULT_GOAL := help
@@ -70,8 +72,10 @@ $(VENV)/.torch: $(SETUP)
 
 $(VENV)/.installed: $(VENV)/.torch
 	@$(INSTALL) --editable .
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.torch
 	@$(INSTALL) --editable '.[dev]'
+	@$(COMPILE)
 	@touch $@ $(VENV)/.installed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import signal
 import threading
@@ -10,6 +12,8 @@ import threading
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The compiler's cache of what operations do to shapes costs a fifth of a graph's time where hardly one is like another.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 
 from pathlib import Path
 
@@ -24,6 +28,10 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Without a GPU, Triton kernels run in its interpreter; Triton reads this when the kernels are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ModuleNotFoundError):  # of Triton, where there is none
+        from interpreting import patch_once_a_launch
+
+        patch_once_a_launch()
 
 # A shell that starts the suite in the background has it ignore Ctrl-C; tests of what that does send it on purpose.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
@@ -46,6 +54,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
+
+
+def pytest_collection_finish() -> None:
+    """Has the garbage collector leave out all that the imports have made, which it takes long to look through: the
+    compiler has it do so before and after each of its tests.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries that count their objects at the end would miss some
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,8 @@ def _run(worker: Path, arguments: list[str], environment: dict[str, str], output
     os.environ.update(environment)
     tests = Path(__file__).parents[1]
     repository = tests.parent
-    paths = [worker.parent, repository / "src", repository / "examples", tests / "distributed", tests / "integrations"]
+    paths = [worker.parent, repository / "src", repository / "examples"]
+    paths += [tests / folder for folder in ("distributed", "integrations", "ops")]
     sys.path[:0] = map(str, paths)
     sys.argv = [str(worker), *arguments]
     runpy.run_path(str(worker), run_name="__main__")

@@ -14,8 +14,8 @@ from mamba2_hf import ops
 from mamba2_hf.ops import LowRank, dispatch, flops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-B, T, H, P, G, N, K, d, V = 2, 130, 2, 16, 1, 16, 4, 8, 12
-Q, CHUNKS = 64, 3  # tokens of a chunk, and chunks of a row
+B, T, H, P, G, N, K, d, V = 2, 66, 2, 16, 1, 16, 4, 8, 12
+Q, CHUNKS = 64, 2  # tokens of a chunk, and chunks of a row
 INNER, C = H * P, H * P + 2 * G * N
 WIDE = INNER + C + H  # what in_proj gives
 SCORES, OWN, STATE = 2 * Q * Q * G * N, 2 * Q * Q * H * P, 2 * Q * H * P * N
@@ -130,7 +130,7 @@ def test_forward_and_backward(op: str, backend: str) -> None:
 @pytest.mark.parametrize("op", FORWARD)
 def test_backward_of_what_nobody_counted(op: str, backend: str) -> None:
     run, forward = FORWARD[op]
-    total = count(lambda: run(backend).sum().backward())
+    total = TRAINING[op][1] if op in TRAINING else count(lambda: run(backend).sum().backward())
     assert count(run(backend).sum().backward) == total - forward
 
 

@@ -198,7 +198,8 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
     channels = inner + 2 * N
 
     def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.zeros(*shape, dtype=dtype)
+        """Of floats without their values, which nobody reads: writing hundreds of megabytes takes seconds."""
+        return (torch.empty if dtype.is_floating_point else torch.zeros)(*shape, dtype=dtype)
 
     rows, weight, bias = zeros(1, T, 2 * inner + 2 * N + H), zeros(channels, K), zeros(channels)
     z, xbc = rows[..., :inner], rows[..., inner : inner + channels]
