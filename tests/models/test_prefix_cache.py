@@ -360,6 +360,7 @@ def many(count: int, seed: int) -> list[Request]:
     [
         ("pure", 200),
         ("sliding", 100),
+        pytest.param("pure", 1000, marks=pytest.mark.slow),
         pytest.param("rotary", 1000, marks=pytest.mark.slow),
     ],
 )
