@@ -116,9 +116,11 @@ class KeyCounts(Buffers):
             self.leave_inference_mode()
             self.lengths.zero_()
 
-    def crop(self, tokens: int) -> None:
-        """Forgets the last ``tokens`` of every row."""
-        self.width -= tokens
+    def crop(self, tokens: int | Tensor) -> None:
+        """Forgets the last ``tokens`` of every row, of each its own where they are ``(B,)``."""
+        if isinstance(tokens, Tensor) and self.lengths is None:
+            self.replace(lengths=torch.full_like(tokens, self.width))
+        self.width -= tokens if isinstance(tokens, int) else int(tokens.min())
         if self.lengths is not None and self.capacity is not None:
             self.leave_inference_mode()
             self.lengths.sub_(tokens)

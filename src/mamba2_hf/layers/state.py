@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import CacheError
+from ..ops.scan.reference import step_size
 
 _RING = ("ring_x", "ring_decays", "ring_B", "clock")
 NOT_RECORDED = (
@@ -33,6 +34,18 @@ def pick(buffer: Tensor, indices: Tensor) -> Tensor:
     """The rows of ``buffer`` at ``indices``, in its own memory where they are as many as before."""
     picked = buffer.index_select(0, indices.to(buffer.device))
     return buffer.copy_(picked) if picked.shape == buffer.shape else picked
+
+
+def last_before(columns: Tensor, width: int, removed: int | Tensor) -> Tensor:
+    """The last ``width`` of ``columns (B, ., S)`` or ``(B, ., S, .)`` before as many as are removed at the end, of each
+    row its own if that is ``(B,)``; what would be before the first is the first.
+    """
+    end = columns.shape[2]
+    if isinstance(removed, int):
+        return columns[:, :, end - removed - width : end - removed]
+    index = torch.arange(end - width, end, device=columns.device) - removed.to(columns.device)[:, None]  # (B, width)
+    index = index.clamp(min=0)[:, None].view(len(columns), 1, width, *[1] * (columns.dim() - 3))
+    return columns.gather(2, index.expand(-1, columns.shape[1], -1, *columns.shape[3:]))
 
 
 class Recorded(NamedTuple):
@@ -191,10 +204,14 @@ class SSDState(Recorder):
         return sum(block.x.shape[1] for block in self.recorded)
 
     @torch.no_grad()
-    def crop(self, tokens: int) -> None:
-        """Forgets the last ``tokens`` of those recorded, and settles the others: they cannot be removed later."""
+    def crop(self, tokens: int | Tensor) -> None:
+        """Forgets the last ``tokens`` of those recorded, of each row its own where they are ``(B,)``, and settles the
+        others: they cannot be removed later.
+        """
         kept = self.recorded_tokens - tokens
-        if tokens and kept:
+        if isinstance(kept, Tensor):
+            self._scan_again(kept)
+        elif tokens and kept:
             self._scan_again(kept)
         elif tokens and self._before is not None:
             self.update(*self._before)
@@ -202,19 +219,24 @@ class SSDState(Recorder):
             self.started = False
         self._forget()
 
-    def _scan_again(self, kept: int) -> None:
-        """Brings the states to where they are after the first ``kept`` of the recorded tokens."""
+    def _scan_again(self, kept: int | Tensor) -> None:
+        """Brings the states to where they are after the first ``kept`` of the recorded tokens, ``(B,)`` for rows of
+        their own.
+        """
         assert self.conv is not None  # the recorded tokens have made it
         assert self._decay is not None
-        inputs, x, dt, B = (torch.cat(parts, 1)[:, :kept] for parts in zip(*self.recorded, strict=True))
+        most = kept if isinstance(kept, int) else self.recorded_tokens
+        inputs, x, dt, B = (torch.cat(parts, 1)[:, :most] for parts in zip(*self.recorded, strict=True))
         conv, ssm = (torch.zeros_like(self.conv), None) if self._before is None else self._before
         A, dt_limit = self._decay
+        dt = step_size(dt, None, True, dt_limit, A.dtype)
+        if isinstance(kept, Tensor):  # a step of size zero leaves a state as it is
+            kept = kept.to(dt.device)
+            dt = torch.where(torch.arange(most, device=dt.device)[:, None] < kept[:, None, None], dt, 0)
         # C is of the output alone, which is not used.
-        _, ssm = ops.ssd_chunk_scan(
-            *(x, dt, A, B, B), dt_softplus=True, dt_limit=dt_limit, initial_states=ssm, return_final_states=True
-        )
-        inputs = inputs.transpose(1, 2)  # (B, C, T)
-        self.update(torch.cat([conv.to(inputs.dtype), inputs], 2)[:, :, kept:], ssm)
+        _, ssm = ops.ssd_chunk_scan(x, dt, A, B, B, initial_states=ssm, return_final_states=True)
+        columns = torch.cat([conv.to(inputs.dtype), inputs.transpose(1, 2)], 2)  # (B, C, K - 1 + T)
+        self.update(last_before(columns, conv.shape[2], most - kept), ssm)
 
     def _forget(self) -> None:
         self.recorded, self._before, self._decay = [], None, None

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..errors import ArgumentError, CacheError
 from ..layers import Buffers, KeyCounts, KeyValueState, Placement, SSDState
+from ..layers.state import check_rows
 from . import prompt_state
 from .graphs import DecodeGraph
 from .prompt_state import TokenHashes
@@ -400,30 +401,41 @@ class Mamba2Cache(Cache):
             self.key_counts.reset()
         self.seen_tokens, self.soft_tokens, self.padding, self.token_hashes = 0, 0, None, None
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Removes the last tokens, of those since :meth:`activate_past_recording` or the last ``crop``; the others stay
         for good. The states are put back and run over the tokens that stay, without reading a weight matrix.
 
         Args:
-            tokens_to_remove: a negative number, as in transformers; 0 removes none.
+            tokens_to_remove: a negative number, as in transformers, or ``(B,)`` of them for rows that each take back
+                their own; 0 removes none. A row that took back more than another has seen fewer tokens, as one with
+                more padding has.
 
         Raises:
             CacheError: they were not recorded.
         """
         recorded = min((layer.recorded_tokens for layer in self.layers), default=0)
-        if tokens_to_remove > 0 or -tokens_to_remove > recorded:
+        least, most = tokens_to_remove, tokens_to_remove
+        if isinstance(tokens_to_remove, Tensor):
+            check_rows(self.batch_size, len(tokens_to_remove))
+            most, least = (int(number) for number in tokens_to_remove.aminmax())
+        if least > 0 or -most > recorded:
             raise CacheError(
-                f"crop({tokens_to_remove}): {recorded} tokens were recorded, and a state cannot forget others; give a "
-                "negative number of at most those, and call activate_past_recording() before the tokens that may have "
-                "to go, or continue from a copy (copy.deepcopy)"
+                f"crop({most if -most > recorded else least}): {recorded} tokens were recorded, and a state cannot "
+                "forget others; give a negative number of at most those, and call activate_past_recording() before the "
+                "tokens that may have to go, or continue from a copy (copy.deepcopy)"
             )
+        if most == least:
+            tokens_to_remove = int(most)
         for layer in self.layers:
             layer.crop(-tokens_to_remove)
-        if not tokens_to_remove:
+        if isinstance(tokens_to_remove, int) and not tokens_to_remove:
             return
         if self.key_counts is not None:
             self.key_counts.crop(-tokens_to_remove)
-        self.seen_tokens += tokens_to_remove
+        self.seen_tokens += int(least)
+        if isinstance(tokens_to_remove, Tensor):
+            behind = least - tokens_to_remove
+            self.padding = behind if self.padding is None else self.padding + behind.to(self.padding)
         if self.token_hashes is not None and self.token_hashes.tokens > self.seen_tokens:
             self.token_hashes = None
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
@@ -22,7 +23,7 @@ from ..layers.weights import all_hooked, hooked_by_fsdp2, is_part
 from ..ops import batch_invariant as invariantly
 from ..ops import is_batch_invariant, linear_cross_entropy
 from ..ops.runtime.modes import observed
-from . import prefill
+from . import prefill, speculation
 from .backbone import SSDBackbone, batch_and_tokens
 from .cache import Mamba2Cache, as_mamba2_cache, check_implementation, one_cache
 from .graphs import DecodeGraph, why_not
@@ -449,16 +450,18 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         """As in transformers: the prompt up to its last token is read first, so that only blocks of candidates have to
         be recorded for taking them back. With ``use_mtp=True`` the candidates are the model's own heads'.
         """
+        if generation_config.assistant_early_exit is not None:
+            raise ArgumentError("assistant_early_exit: a state belongs to all layers; pass an assistant_model instead")
+        if generation_config.use_mtp:
+            check_heads(self, len(input_ids), generation_config, kwargs.get("assistant_model"))
+        if len(input_ids) > 1:
+            return self._speculate(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         if mask is None:  # an assistant that gets none takes pad tokens for padding
             mask = torch.ones_like(input_ids)
             kwargs["attention_mask"] = mask
-        if generation_config.assistant_early_exit is not None:
-            raise ArgumentError("assistant_early_exit: a state belongs to all layers; pass an assistant_model instead")
         watching: Any = contextlib.nullcontext()
-        if generation_config.use_mtp:
-            check_heads(self, len(input_ids), generation_config, kwargs.get("assistant_model"))
-        if cache is not None and len(input_ids) == 1:
+        if cache is not None:
             past, tokens = cache.seen_tokens, input_ids.shape[1]
             if kwargs.get("inputs_embeds") is not None or not 0 <= past < tokens:
                 raise ArgumentError(
@@ -495,6 +498,82 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         finally:
             if cache is not None:
                 cache.stop_recording()
+
+    def _speculate(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        assistant_model: Any = None,
+        assistant_tokenizer: Any = None,
+        tokenizer: Any = None,
+        inputs_tensor: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """:meth:`_assisted_decoding` of several sequences."""
+        cache: Mamba2Cache | None = kwargs.get(CACHE)
+        if cache is None or generation_config.cache_implementation is not None:
+            raise ArgumentError(
+                "assisted decoding takes tokens back from a cache that it makes: it requires use_cache=True, and no "
+                f"cache_implementation (it is {generation_config.cache_implementation!r})"
+            )
+        speculation.check(generation_config, assistant_model, streamer)
+        mask, tokens = kwargs.get("attention_mask"), input_ids.shape[1]
+        counts = torch.ones_like(input_ids) if mask is None else mask
+        most = generation_config.prompt_lookup_num_tokens
+        if assistant_model is not None:
+            most = speculation.assistant_setting(assistant_model, "num_assistant_tokens")
+            if counts.shape != input_ids.shape:
+                raise ArgumentError(
+                    f"attention_mask has shape {tuple(counts.shape)} for {tokens} tokens: an assistant needs the ids "
+                    "of the whole text, those that the cache has seen, too"
+                )
+        choices = speculation.Choices(
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config.do_sample,
+            generation_config.max_length,
+            most,
+        )
+        pad = generation_config.pad_token_id
+        if choices.criteria and pad is None:
+            raise ArgumentError(
+                f"{type(choices.criteria[0]).__name__} may end rows apart: pass pad_token_id, to fill them up with"
+            )
+        kwargs.pop("position_ids", None)
+        logits = self._prefill(input_ids, generation_config, kwargs).logits[:, -1:]
+        drafts: speculation.Drafts
+        if assistant_model is None:
+            own = counts[:, -tokens:] != 0
+            texts = [ids[keep].tolist() for ids, keep in zip(input_ids, own, strict=True)]
+            drafts = speculation.LookupDrafts(texts, generation_config.max_matching_ngram_size or 2)
+        else:
+            device = assistant_model.device
+            threshold = speculation.assistant_setting(assistant_model, "assistant_confidence_threshold")
+            read = assistant_model.read(input_ids.to(device), counts.to(device))
+            drafts = speculation.AssistantDrafts(assistant_model, read, threshold)
+        kwargs["attention_mask"] = None
+
+        def forward(block: Tensor) -> Tensor:
+            inputs = self.prepare_inputs_for_generation(block, next_sequence_length=block.shape[1], **kwargs)
+            return self(**{**inputs, "logits_to_keep": 0, "return_dict": True}).logits  # type: ignore[no-any-return]
+
+        try:
+            new = speculation.decode(
+                self, forward, logits, input_ids[:, -1:], cache, drafts, choices, most, synced_gpus
+            )
+        finally:
+            cache.stop_recording()
+        width = max(map(len, new))
+        filled = [text + [0 if pad is None else pad] * (width - len(text)) for text in new]
+        sequences = torch.cat([input_ids, torch.tensor(filled, device=input_ids.device)], 1)
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
 
     def _get_candidate_generator(self, *args: Any, assistant_model: Any = None, **kwargs: Any) -> Any:
         """As in transformers, which has a generator of its own for models that keep their heads as it does."""
