@@ -56,6 +56,10 @@ class KeyValueState(Recorder):
                     self._past[name] = [held.clone()] if self.started and held is not None else []
                 self._past[name].append(new.detach())
 
+    def count_block(self, tokens: int) -> None:
+        """See :meth:`Recorder.count_block`."""
+        self.recorded_tokens = tokens
+
     def crop(self, tokens: int | Tensor) -> None:
         """Forgets the last ``tokens`` of those recorded, of each row its own where they are ``(B,)``, and settles the
         others: they cannot be removed later.

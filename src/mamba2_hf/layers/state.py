@@ -13,6 +13,7 @@ from ..errors import CacheError
 from ..ops.scan.reference import step_size
 
 _RING = ("ring_x", "ring_decays", "ring_B", "clock")
+_BLOCK = ("block_inputs", "block_convolved", "block_steps", "kept")
 NOT_RECORDED = (
     "the cache is recorded, to take tokens back, and padding or packed documents came: read those before "
     "activate_past_recording(). A compiled forward takes every attention_mask for padding: leave it out where all "
@@ -104,16 +105,22 @@ class Recorder(Buffers):
     """A state that can take back the tokens since it was told to record."""
 
     record_past = False
+    block_size: int | None = None
+    """Tokens of a call at most, where each call is one block and :meth:`crop` comes before the next."""
 
-    def activate_past_recording(self) -> None:
-        """Records from here on, for :meth:`crop`."""
-        self.record_past = True
+    def activate_past_recording(self, block_size: int | None = None) -> None:
+        """Records from here on, for :meth:`crop`; see :attr:`block_size`."""
+        self.record_past, self.block_size = True, block_size
         self._forget()
 
     def stop_recording(self) -> None:
         """Records no more, and forgets what was recorded."""
-        self.record_past = False
+        self.record_past, self.block_size = False, None
         self._forget()
+
+    def count_block(self, tokens: int) -> None:
+        """Notes that a captured call has fed a block of so many tokens."""
+        raise NotImplementedError
 
     def _forget(self) -> None:
         raise NotImplementedError
@@ -131,12 +138,15 @@ class SSDState(Recorder):
     token what it depends on; :meth:`crop` scans the tokens that stay again, from that copy. It calls no module and
     reads no parameter, as their weights need not be there outside of a forward: offloaded and sharded ones are not.
 
+    Where each call is known to be one block that :meth:`crop` follows, there is neither copy nor scan: the states stay
+    as they were before the block, which the next one, or whoever reads them, folds in as far as it was kept.
+
     Args:
         ssm_dtype: of the SSM state; None for what the scan computes in, fp32 (fp64 in an fp64 model).
         defer_writes: whether steps may write the SSM state once in 16 tokens, where that is faster.
     """
 
-    names = ("conv", "held", "ready", *_RING)
+    names = ("conv", "held", "ready", *_RING, *_BLOCK)
 
     def __init__(self, ssm_dtype: torch.dtype | None = None, defer_writes: bool = True) -> None:
         self.ssm_dtype, self.defer_writes = ssm_dtype, defer_writes
@@ -147,6 +157,11 @@ class SSDState(Recorder):
         self.ring_decays: Tensor | None = None
         self.ring_B: Tensor | None = None
         self.clock: Tensor | None = None
+        self.block_inputs: Tensor | None = None  # these four are an ops.Block
+        self.block_convolved: Tensor | None = None
+        self.block_steps: Tensor | None = None
+        self.kept: Tensor | None = None
+        self._block_tokens = 0  # of the block that can be taken back
         self._in_use = False  # whether a step has ever got the ring; those of a captured graph tell nobody
         self.started = False
         self.recorded: list[Recorded] = []
@@ -162,13 +177,18 @@ class SSDState(Recorder):
         return self.held
 
     def settle(self, row: int | None = None) -> None:
-        """Brings the SSM state up to the last token: of all sequences, or of one, and the others keep their bits."""
-        if not self._in_use:
-            return
-        self.leave_inference_mode()
-        assert self.held is not None
+        """Brings the states up to the last token: of all sequences, or of one, and the others keep their bits."""
         rows = slice(None) if row is None else slice(row, row + 1)
-        ops.settle(self.held[rows], ops.Ring(*(part[rows] for part in self._ring if part is not None)))
+        if self._in_use or self.kept is not None:
+            self.leave_inference_mode()
+        if self._in_use:
+            assert self.held is not None
+            ops.settle(self.held[rows], ops.Ring(*(part[rows] for part in self._ring if part is not None)))
+        if self.kept is not None:
+            assert self.conv is not None
+            assert self.held is not None
+            block: list[Tensor] = [getattr(self, name)[rows] for name in _BLOCK]
+            ops.fold(self.conv[rows], self.held[rows], ops.Block(*block))
 
     @property
     def _ring(self) -> ops.Ring:
@@ -181,6 +201,34 @@ class SSDState(Recorder):
             ring = ops.new_ring(self.conv, self.held)
         self.replace(**dict(zip(_RING, ring, strict=True)))
         self._in_use = False
+
+    def for_block(self, rows: int, tokens: int, groups: int) -> tuple[Tensor, Tensor, ops.Block] | None:
+        """What ``ops.block_step`` updates in place: both states and the last block. None where the call is to be
+        recorded in the other way.
+
+        Args:
+            rows, tokens: of the call.
+            groups: G of the mixer.
+
+        Raises:
+            CacheError: the state belongs to another batch size.
+        """
+        size = self.block_size
+        if size is None or tokens > size or not self.started or self.recorded or torch.compiler.is_compiling():
+            return None
+        assert self.conv is not None
+        assert self.held is not None
+        check_rows(self.conv.shape[0], rows)
+        self.leave_inference_mode()
+        if self.kept is None:
+            self.settle()
+            self.replace(**dict(zip(_BLOCK, ops.new_block(self.conv, self.held, groups, size), strict=True)))
+        self._block_tokens = tokens
+        return self.conv, self.held, ops.Block(*(getattr(self, name) for name in _BLOCK))
+
+    def count_block(self, tokens: int) -> None:
+        """See :meth:`Recorder.count_block`."""
+        self._block_tokens = tokens
 
     def record(
         self, inputs: Tensor, x: Tensor, dt: Tensor, B: Tensor, A: Tensor, dt_limit: tuple[float, float]
@@ -201,7 +249,7 @@ class SSDState(Recorder):
     @property
     def recorded_tokens(self) -> int:
         """How many tokens :meth:`crop` can remove."""
-        return sum(block.x.shape[1] for block in self.recorded)
+        return self._block_tokens + sum(block.x.shape[1] for block in self.recorded)
 
     @torch.no_grad()
     def crop(self, tokens: int | Tensor) -> None:
@@ -209,7 +257,11 @@ class SSDState(Recorder):
         others: they cannot be removed later.
         """
         kept = self.recorded_tokens - tokens
-        if isinstance(kept, Tensor):
+        if self._block_tokens:
+            assert self.kept is not None
+            self.leave_inference_mode()
+            self.kept.sub_(tokens if isinstance(tokens, int) else tokens.to(self.kept))
+        elif isinstance(kept, Tensor):
             self._scan_again(kept)
         elif tokens and kept:
             self._scan_again(kept)
@@ -238,8 +290,18 @@ class SSDState(Recorder):
         columns = torch.cat([conv.to(inputs.dtype), inputs.transpose(1, 2)], 2)  # (B, C, K - 1 + T)
         self.update(last_before(columns, conv.shape[2], most - kept), ssm)
 
+    def stop_recording(self) -> None:
+        """See :meth:`Recorder.stop_recording`."""
+        self._drop_block()
+        super().stop_recording()
+
+    def _drop_block(self) -> None:
+        if self.kept is not None:
+            self.settle()
+            self.replace(**dict.fromkeys(_BLOCK))
+
     def _forget(self) -> None:
-        self.recorded, self._before, self._decay = [], None, None
+        self.recorded, self._before, self._decay, self._block_tokens = [], None, None, 0
 
     def update(self, conv: Tensor, ssm: Tensor) -> None:
         """Stores the states after a block of tokens."""
@@ -250,8 +312,9 @@ class SSDState(Recorder):
             self.leave_inference_mode()
             self.conv.copy_(conv)
             self.held.copy_(ssm)
-            if self.clock is not None:
-                self.clock.zero_()
+            for counts in (self.clock, self.kept):
+                if counts is not None:
+                    counts.zero_()
         self.started = True
 
     def allocate(self, conv: Tensor, ssm: Tensor) -> None:
@@ -261,6 +324,7 @@ class SSDState(Recorder):
             held=ssm.to(self.ssm_dtype or ssm.dtype, copy=True, memory_format=torch.contiguous_format),
             ready=torch.zeros(1, dtype=torch.int32, device=conv.device),
         )
+        self.replace(**dict.fromkeys(_BLOCK))
         self._make_ring()
 
     def initial(self, batch: int) -> tuple[Tensor | None, Tensor | None]:
@@ -323,8 +387,9 @@ class SSDState(Recorder):
                 buffer.zero_()
             else:
                 buffer.copy_(getattr(other, name)[0])
-        if self.clock is not None:
-            self.clock[row] = 0
+        for counts in (self.clock, self.kept):
+            if counts is not None:
+                counts[row] = 0
 
     def gather(self, rows: Sequence[tuple[SSDState, int] | None]) -> None:
         """Holds copies of single sequences of other states from now on, zeros for None; not all are None."""
@@ -340,7 +405,7 @@ class SSDState(Recorder):
                     place.copy_(getattr(row[0], name)[row[1]])
             self.replace(**{name: buffer})
         assert self.conv is not None
-        self.replace(ready=torch.zeros(1, dtype=torch.int32, device=self.conv.device))
+        self.replace(ready=torch.zeros(1, dtype=torch.int32, device=self.conv.device), **dict.fromkeys(_BLOCK))
         self._make_ring()
         self.started = True
 
@@ -352,6 +417,7 @@ class SSDState(Recorder):
             return
         names = ["conv", "held"]  # `ready` is not by sequence
         as_many = len(indices) == len(self.conv)
+        self._drop_block()
         if not as_many:
             self.settle()
         elif self.clock is not None:
@@ -368,6 +434,7 @@ class SSDState(Recorder):
         if self._decay is not None:
             self._decay = self._decay[0].to(device), self._decay[1]
         before = self.held
+        self._drop_block()
         self.settle()
         super().to(device)
         if self.held is not before:

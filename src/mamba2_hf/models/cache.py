@@ -130,6 +130,9 @@ class Mamba2Cache(Cache):
         if self.key_counts is not None:
             self.key_counts.width += tokens
         self.seen_tokens += tokens
+        if self.recording:
+            for layer in self.layers:
+                layer.count_block(max(tokens, 0))
 
     def reserve(self, tokens: int) -> None:
         """Makes room for that many tokens in a cache that is captured; any other has it already, or none to give."""
@@ -201,6 +204,9 @@ class Mamba2Cache(Cache):
             CacheError: the cache is empty, ``input_ids`` is not what it has seen, the file is something else, or the
                 model's weights cannot be read.
         """
+        for layer in self.layers:
+            if isinstance(layer, SSDState):
+                layer.settle()
         if input_ids is not None:
             before = self.token_hashes
             past = self.seen_tokens - input_ids.shape[1]
@@ -379,18 +385,27 @@ class Mamba2Cache(Cache):
         """As ``recording``: a state cannot forget what it did not expect to."""
         return self.recording
 
-    def activate_past_recording(self) -> None:
+    def activate_past_recording(self, block_size: int | None = None) -> None:
         """Makes the tokens that come now removable by :meth:`crop`: assisted decoding verifies several at once, and
         keeps those up to the first that is wrong.
 
         It costs one copy of the states, and what the mixers projected of the tokens until the next :meth:`crop`: record
         short blocks, not prompts. Padding and packed documents cannot be recorded.
+
+        Args:
+            block_size: of a forward at most, where every forward is a block and ``crop`` comes before the next. The
+                states are then neither copied nor run again. A block that nothing is removed of before the next one
+                stays for good.
         """
+        if self.graph is not None:
+            self.graph.drop()  # its steps write states in another way
         for layer in self.layers:
-            layer.activate_past_recording()
+            layer.activate_past_recording(block_size)
 
     def stop_recording(self) -> None:
         """Ends :meth:`activate_past_recording`."""
+        if self.graph is not None and self.recording:
+            self.graph.drop()
         for layer in self.layers:
             layer.stop_recording()
 

@@ -339,7 +339,7 @@ def decode(
     texts: list[list[int]] = [[] for _ in logits]
     guesses: list[list[int]] = [[] for _ in texts]
     block, unread = last, [True] * len(texts)  # which rows' last tokens have not been fed
-    cache.activate_past_recording()
+    cache.activate_past_recording(most + 1)
     while True:
         ran = list(choices.running)
         new = choices.choose(block, logits, guesses)
