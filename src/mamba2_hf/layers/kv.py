@@ -56,6 +56,11 @@ class KeyValueState(Recorder):
                     self._past[name] = [held.clone()] if self.started and held is not None else []
                 self._past[name].append(new.detach())
 
+    @property
+    def takes_back_in_place(self) -> bool:
+        """Whether :meth:`crop` needs nothing that was recorded."""
+        return self.capacity is not None and self.window is None and self.conv is None
+
     def count_block(self, tokens: int) -> None:
         """See :meth:`Recorder.count_block`."""
         self.recorded_tokens = tokens

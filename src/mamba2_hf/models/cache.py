@@ -381,6 +381,17 @@ class Mamba2Cache(Cache):
         return bool(self.layers) and self.layers[0].record_past  # all of them, or none
 
     @property
+    def captured_tokens(self) -> int:
+        """Of each row, that a call has at most which is captured: a step's one, or those of a block that is recorded
+        where buffers alone have to be written for that.
+        """
+        if not self.recording:
+            return 1
+        in_place = (isinstance(layer, SSDState) or layer.takes_back_in_place for layer in self.layers)
+        size: int | None = self.layers[0].block_size
+        return size if size is not None and all(in_place) else 0
+
+    @property
     def is_croppable(self) -> bool:
         """As ``recording``: a state cannot forget what it did not expect to."""
         return self.recording

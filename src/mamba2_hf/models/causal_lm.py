@@ -174,11 +174,13 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
     def _captured_cache(self, inputs: dict[str, Any], layout: SequenceLayout) -> Mamba2Cache | None:
-        """The cache whose graph gives this forward, if it is a plain step of one token per sequence."""
+        """The cache whose graph gives this forward, if it is a plain step of one token per sequence, or a block that
+        may be taken back.
+        """
         cache, ids = inputs["past_key_values"], inputs["input_ids"]
-        if not isinstance(cache, Mamba2Cache) or cache.graph is None or not cache.seen_tokens or cache.recording:
+        if not isinstance(cache, Mamba2Cache) or cache.graph is None or not cache.seen_tokens:
             return None
-        if ids is None or ids.shape[1] != 1 or not layout.is_plain or inputs.get("position_ids") is not None:
+        if ids is None or ids.shape[1] > cache.captured_tokens or not layout.is_plain or inputs.get("position_ids") is not None:
             return None
         wanted = [name for name in _WHOLE_FORWARD if name in inputs]
         if inputs["use_cache"] is False or any(inputs[name] or getattr(self.config, name) for name in wanted):
@@ -188,8 +190,8 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         return None if refused or watched or torch.is_autocast_enabled(ids.device.type) else cache
 
     def _captured_step(self, input_ids: Tensor, cache: Mamba2Cache, layout: SequenceLayout) -> Tensor:
-        """Logits ``(B, 1, vocab)``."""
-        cache.reserve(cache.seen_tokens + 1)
+        """Logits ``(B, T, vocab)``."""
+        cache.reserve(cache.seen_tokens + input_ids.shape[1])
 
         def run(ids: Tensor) -> Tensor:
             outputs = self.backbone(
@@ -634,6 +636,10 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         self.backbone.refuse_in_context("generate")
         given = as_mamba2_cache(one_cache(model_kwargs.get(CACHE), model_kwargs.pop("cache_params", None)), self.config)
         kind, use_cache = generation_config.cache_implementation, generation_config.use_cache is not False
+        may_capture = generation_mode in _ONE_BY_ONE
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and batch_size > 1:  # one graph for all blocks
+            may_capture = True
+            max_cache_length += generation_config.prompt_lookup_num_tokens or 0
         if use_cache and generation_config.output_attentions:
             raise ArgumentError(
                 "output_attentions=True: the matrix of earlier tokens cannot be known from a cached state; call "
@@ -647,7 +653,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             if given.captured or (given.key_counts is None and not given.static):  # SSD states have fixed places anyway
                 given.captured = True
                 # Anew, as the model may have changed since.
-                given.graph = DecodeGraph() if self._may_capture(generation_config, generation_mode) else None
+                given.graph = DecodeGraph() if may_capture and self._may_capture(generation_config) else None
                 given.reserve(max_cache_length)
             model_kwargs[CACHE] = given
         elif use_cache:
@@ -657,12 +663,12 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                 self.config,
                 static=kind == "static",
                 max_length=length,
-                captured=kind != "static" and self._may_capture(generation_config, generation_mode),
+                captured=kind != "static" and may_capture and self._may_capture(generation_config),
             )
 
-    def _may_capture(self, generation_config: Any, generation_mode: Any) -> bool:
+    def _may_capture(self, generation_config: Any) -> bool:
         """Whether ``generate`` is to decode through a CUDA graph."""
-        if generation_config.disable_compile or generation_mode not in _ONE_BY_ONE or self.device.type != "cuda":
+        if generation_config.disable_compile or self.device.type != "cuda":
             return False
         reason = why_not(self)
         if reason is not None:

@@ -354,6 +354,8 @@ def decode(
             return texts
         guesses = drafts.propose(min(most, choices.room - 1, _free(cache)))
         width = max(map(len, guesses))
+        if width and cache.graph is not None:
+            width = most  # what is captured has one shape
         ends = [text[-1:] for text in texts]
         rows = [end + guess + [0] * (width - len(guess)) for end, guess in zip(ends, guesses, strict=True)]
         block = torch.tensor(rows, device=last.device)
