@@ -54,7 +54,7 @@ class DecodeGraph:
         """``run(input_ids)``: tokens ``(B, T)`` to logits ``(B, T, vocab)``, which the next step overwrites."""
         if input_ids.shape[1] > 1:
             if self._blocks is None:
-                self._blocks = DecodeGraph()
+                self._blocks = type(self)()
             return self._blocks.replay(run, input_ids, cache)
         return self.replay(run, input_ids, cache)
 

@@ -353,13 +353,20 @@ def decode(
         if not model._has_unfinished_sequences(not any(choices.running), synced, device=last.device):
             return texts
         guesses = drafts.propose(min(most, choices.room - 1, _free(cache)))
-        width = max(map(len, guesses))
-        if width and cache.graph is not None:
-            width = most  # what is captured has one shape
-        ends = [text[-1:] for text in texts]
-        rows = [end + guess + [0] * (width - len(guess)) for end, guess in zip(ends, guesses, strict=True)]
-        block = torch.tensor(rows, device=last.device)
+        block = next_block([text[-1] for text in texts], guesses, most, cache).to(last.device)
         logits = forward(block)
+
+
+def next_block(last: Sequence[int], drafts: Sequence[Sequence[int]], most: int, cache: Mamba2Cache) -> Tensor:
+    """``(B, T)`` on the CPU: the last token of each row and its draft, filled up with zeros. What is captured is as wide
+    as the longest draft that may come, or has none.
+    """
+    width = max(map(len, drafts))
+    if width and cache.graph is not None:
+        width = most
+    return torch.tensor(
+        [[token, *draft, *[0] * (width - len(draft))] for token, draft in zip(last, drafts, strict=True)]
+    )
 
 
 def _free(cache: Mamba2Cache) -> int:
