@@ -65,15 +65,13 @@ class KeyValueState(Recorder):
         """See :meth:`Recorder.count_block`."""
         self.recorded_tokens = tokens
 
-    def crop(self, tokens: int | Tensor) -> None:
+    def crop(self, tokens: int | Tensor, width: int) -> None:
         """Forgets the last ``tokens`` of those recorded, of each row its own where they are ``(B,)``, and settles the
-        others: they cannot be removed later.
+        others: they cannot be removed later. ``width`` is how many keys the longest row has of all tokens that stay.
         """
-        fewest = tokens if isinstance(tokens, int) else int(tokens.min())
-        if self.keys is not None and (fewest or isinstance(tokens, Tensor)):
-            self.started = self._was_started or fewest < self.recorded_tokens
+        if self.keys is not None and (isinstance(tokens, Tensor) or tokens):
+            self.started = self._was_started or width > 0
             if self.window is None and self.capacity is None:
-                width = self.pair[0].shape[2] - fewest
                 self._replace(*(last_before(held, width, tokens) for held in self.pair))
             for name, parts in self._past.items():
                 held = torch.cat(parts, 2)
@@ -81,7 +79,7 @@ class KeyValueState(Recorder):
                     self.update_conv(last_before(held, parts[0].shape[2], tokens))
                     continue
                 assert self.limit is not None
-                held = last_before(held, min(held.shape[2] - fewest, self.limit), tokens)
+                held = last_before(held, min(width, self.limit), tokens)
                 if self.capacity is None:
                     self.replace(**{name: held.clone()})
                 elif held.shape[2]:

@@ -261,9 +261,7 @@ class SSDState(Recorder):
             assert self.kept is not None
             self.leave_inference_mode()
             self.kept.sub_(tokens if isinstance(tokens, int) else tokens.to(self.kept))
-        elif isinstance(kept, Tensor):
-            self._scan_again(kept)
-        elif tokens and kept:
+        elif isinstance(kept, Tensor) or (tokens and kept):
             self._scan_again(kept)
         elif tokens and self._before is not None:
             self.update(*self._before)

@@ -101,6 +101,7 @@ class Mamba2Cache(Cache):
         self.seen_tokens = 0
         self.soft_tokens = 0  # of those seen, no token's: a soft prompt's, which no ids and no mask of a text hold
         self.padding: Tensor | None = None  # (B,) how many of them did not count
+        self._behind: Tensor | None = None  # (B,) of these, because more was taken back than of the foremost row
         self.token_hashes: TokenHashes | None = None  # of the first of them, once saved or loaded
 
     @property
@@ -288,7 +289,7 @@ class Mamba2Cache(Cache):
                 layer.put(row, other, lengths)
         if self.key_counts is not None:
             self.key_counts.put(row, lengths)
-        self.padding = self.token_hashes = None
+        self.padding = self._behind = self.token_hashes = None
 
     def gather(self, rows: Sequence[CacheRow | None]) -> None:
         """Fills an empty cache, whose buffers grow, with copies of single sequences of other caches: to read several
@@ -346,6 +347,8 @@ class Mamba2Cache(Cache):
             buffers.select(indices)
         if self.padding is not None:
             self.padding = self.padding[indices.to(self.padding.device)]
+        if self._behind is not None:
+            self._behind = self._behind[indices.cpu()]
         if self.token_hashes is not None:
             self.token_hashes = self.token_hashes.select(indices)
 
@@ -425,7 +428,8 @@ class Mamba2Cache(Cache):
         super().reset()
         if self.key_counts is not None:
             self.key_counts.reset()
-        self.seen_tokens, self.soft_tokens, self.padding, self.token_hashes = 0, 0, None, None
+        self.seen_tokens, self.soft_tokens = 0, 0
+        self.padding = self._behind = self.token_hashes = None
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Removes the last tokens, of those since :meth:`activate_past_recording` or the last ``crop``; the others stay
@@ -440,28 +444,35 @@ class Mamba2Cache(Cache):
             CacheError: they were not recorded.
         """
         recorded = min((layer.recorded_tokens for layer in self.layers), default=0)
-        least, most = tokens_to_remove, tokens_to_remove
-        if isinstance(tokens_to_remove, Tensor):
-            check_rows(self.batch_size, len(tokens_to_remove))
-            most, least = (int(number) for number in tokens_to_remove.aminmax())
-        if least > 0 or -most > recorded:
+        removed: int | Tensor = -tokens_to_remove
+        least, most = removed, removed
+        if isinstance(removed, Tensor):
+            check_rows(self.batch_size, len(removed))
+            removed = removed.cpu()
+            least, most = (int(number) for number in removed.aminmax())
+            removed = least if least == most else removed
+        if least < 0 or most > recorded:
             raise CacheError(
-                f"crop({most if -most > recorded else least}): {recorded} tokens were recorded, and a state cannot "
+                f"crop({-most if most > recorded else -least}): {recorded} tokens were recorded, and a state cannot "
                 "forget others; give a negative number of at most those, and call activate_past_recording() before the "
                 "tokens that may have to go, or continue from a copy (copy.deepcopy)"
             )
-        if most == least:
-            tokens_to_remove = int(most)
-        for layer in self.layers:
-            layer.crop(-tokens_to_remove)
-        if isinstance(tokens_to_remove, int) and not tokens_to_remove:
-            return
+        if isinstance(removed, Tensor):
+            before = torch.zeros_like(removed) if self._behind is None else self._behind
+            behind = before + removed
+            least = int(behind.min())
+            self._behind = behind - least
+            more = self._behind - before
+            self.padding = more if self.padding is None else self.padding + more.to(self.padding.device)
         if self.key_counts is not None:
-            self.key_counts.crop(-tokens_to_remove)
-        self.seen_tokens += int(least)
-        if isinstance(tokens_to_remove, Tensor):
-            behind = least - tokens_to_remove
-            self.padding = behind if self.padding is None else self.padding + behind.to(self.padding)
+            self.key_counts.crop(removed, int(least))
+        for layer in self.layers:
+            if isinstance(layer, SSDState):
+                layer.crop(removed)
+            else:
+                assert self.key_counts is not None
+                layer.crop(removed, self.key_counts.width)
+        self.seen_tokens -= int(least)
         if self.token_hashes is not None and self.token_hashes.tokens > self.seen_tokens:
             self.token_hashes = None
 

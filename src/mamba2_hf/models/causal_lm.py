@@ -180,7 +180,12 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         cache, ids = inputs["past_key_values"], inputs["input_ids"]
         if not isinstance(cache, Mamba2Cache) or cache.graph is None or not cache.seen_tokens:
             return None
-        if ids is None or ids.shape[1] > cache.captured_tokens or not layout.is_plain or inputs.get("position_ids") is not None:
+        if (
+            ids is None
+            or ids.shape[1] > cache.captured_tokens
+            or not layout.is_plain
+            or inputs.get("position_ids") is not None
+        ):
             return None
         wanted = [name for name in _WHOLE_FORWARD if name in inputs]
         if inputs["use_cache"] is False or any(inputs[name] or getattr(self.config, name) for name in wanted):
@@ -524,6 +529,8 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             )
         speculation.check(generation_config, assistant_model, streamer)
         mask, tokens = kwargs.get("attention_mask"), input_ids.shape[1]
+        if kwargs.get("inputs_embeds") is not None:
+            raise ArgumentError("assisted decoding looks at the ids of a text: pass input_ids, and no inputs_embeds")
         counts = torch.ones_like(input_ids) if mask is None else mask
         most = generation_config.prompt_lookup_num_tokens
         if assistant_model is not None:
@@ -564,9 +571,10 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             inputs = self.prepare_inputs_for_generation(block, next_sequence_length=block.shape[1], **kwargs)
             return self(**{**inputs, "logits_to_keep": 0, "return_dict": True}).logits  # type: ignore[no-any-return]
 
+        goes_on = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
         try:
             new = speculation.decode(
-                self, forward, logits, input_ids[:, -1:], cache, drafts, choices, most, synced_gpus
+                *(self, forward, logits, input_ids[:, -1:], cache, drafts, choices, most, synced_gpus, goes_on)
             )
         finally:
             cache.stop_recording()

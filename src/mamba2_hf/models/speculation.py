@@ -240,7 +240,9 @@ class Choices:
     @property
     def room(self) -> int:
         """Tokens that the shortest row that goes on has room for."""
-        return max((self._max_length - n for n, runs in zip(self.lengths, self.running, strict=True) if runs), default=1)
+        return max(
+            (self._max_length - n for n, runs in zip(self.lengths, self.running, strict=True) if runs), default=1
+        )
 
     def choose(self, block: Tensor, logits: Tensor, drafts: Sequence[Sequence[int]]) -> list[list[int]]:
         """The tokens that each row goes on with; none for one that has ended.
@@ -322,6 +324,7 @@ def decode(
     choices: Choices,
     most: int,
     synced: bool,
+    goes_on: bool,
 ) -> list[list[int]]:
     """Continues texts until all have ended, and returns the new tokens of each.
 
@@ -330,36 +333,47 @@ def decode(
         forward: of a block ``(B, T)`` behind the cache, to logits ``(B, T, V)``.
         logits: ``(B, 1, V)`` behind the prompts, which the cache has seen.
         last: ``(B, 1)`` their last tokens.
-        cache: to go on from. Afterwards it has seen all but the last token of the rows that ended last.
+        cache: to go on from.
         drafts: to be verified.
         choices: of tokens.
         most: tokens in a draft.
         synced: whether to go on until other processes, which share the weights, have ended too.
+        goes_on: whether somebody may go on from the cache: it has seen all but the last token of the longest rows
+            afterwards, and all tokens of the others.
     """
     texts: list[list[int]] = [[] for _ in logits]
     guesses: list[list[int]] = [[] for _ in texts]
-    block, unread = last, [True] * len(texts)  # which rows' last tokens have not been fed
+    block, unread, late = last, [True] * len(texts), [False] * len(texts)  # which rows' last tokens have not been fed
     cache.activate_past_recording(most + 1)
     while True:
-        ran = list(choices.running)
         new = choices.choose(block, logits, guesses)
-        kept = torch.tensor([len(tokens) or int(waits) for tokens, waits in zip(new, unread, strict=True)])
+        kept = torch.tensor([len(tokens) or int(ends) for tokens, ends in zip(new, late, strict=True)])
         if block is not last:
             cache.crop(kept - block.shape[1])
-            unread = ran
+            unread = [bool(tokens) or (is_unread and not ends) for tokens, is_unread, ends in zip(new, unread, late)]
         drafts.accept(new, kept)
         for text, tokens in zip(texts, new, strict=True):
             text += tokens
-        if not model._has_unfinished_sequences(not any(choices.running), synced, device=last.device):
-            return texts
+        # Rows that have ended, and are not the longest, whose last token is to be fed.
+        running, longest = choices.running, max(choices.lengths)
+        late = [
+            is_unread and not runs and length < longest
+            for is_unread, runs, length in zip(unread, running, choices.lengths)
+        ]
+        if not model._has_unfinished_sequences(not any(running), synced, device=last.device):
+            break
         guesses = drafts.propose(min(most, choices.room - 1, _free(cache)))
         block = next_block([text[-1] for text in texts], guesses, most, cache).to(last.device)
         logits = forward(block)
+    if goes_on and any(late):
+        forward(torch.tensor([text[-1:] for text in texts], device=last.device))
+        cache.crop(torch.tensor(late).long() - 1)
+    return texts
 
 
 def next_block(last: Sequence[int], drafts: Sequence[Sequence[int]], most: int, cache: Mamba2Cache) -> Tensor:
-    """``(B, T)`` on the CPU: the last token of each row and its draft, filled up with zeros. What is captured is as wide
-    as the longest draft that may come, or has none.
+    """``(B, T)`` on the CPU: the last token of each row and its draft, filled up with zeros. What is captured is as
+    wide as the longest draft that may come, or has none.
     """
     width = max(map(len, drafts))
     if width and cache.graph is not None:

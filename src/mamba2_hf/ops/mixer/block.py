@@ -1,9 +1,9 @@
 """A block of tokens of which each sequence may take some back, on Triton: one pass over the states.
 
-The states lie as of before the last block. A program folds in the tokens of that block that its row has kept, stores the
-state, and runs the new tokens through it without storing: should some of them go, nothing has to be undone. What the
-states depend on of the new tokens (x, B, step sizes, inputs of the convolution) is a few percent of a state. The second
-launch writes it to where the last block's was, when all programs have read that.
+The states lie as of before the last block. A program folds in the tokens of that block that its row has kept, stores
+the state, and runs the new tokens through it without storing: should some of them go, nothing has to be undone. What
+the states depend on of the new tokens (x, B, step sizes, inputs of the convolution) is a few percent of a state. The
+second launch writes it to where the last block's was, when all programs have read that.
 """
 
 from __future__ import annotations
@@ -158,7 +158,9 @@ def finish_block_kernel(raw, squares, u, weight, y, conv, inputs, convolved, ste
         for i in tl.static_range(L):
             tl.store(conv + channel * sc_c + i * sc_l, columns[i], mask=mask)
         for t in range(0, T):
-            tl.store(inputs + t * C + channel, tl.load(u + row * su_b + t * su_t + inner + channel, mask=mask), mask=mask)
+            tl.store(
+                inputs + t * C + channel, tl.load(u + row * su_b + t * su_t + inner + channel, mask=mask), mask=mask
+            )
             now, then = row * T + t, row * R + t
             found = tl.load(new_convolved + now * width + channel, mask=channel < width)
             tl.store(convolved + then * width + channel, found, mask=channel < width)

@@ -480,8 +480,7 @@ def block_step(call: BlockStep, backend: str | None = None) -> Tensor:
     """:func:`mamba2_step` for a block of which each row may take tokens back: ``y (B, T, H P)``.
 
     Both states are as of the first ``block.kept (B,)`` tokens of the last block afterwards, and ``block`` holds this
-    one: set ``kept``, which is T then, to how many of its tokens a row keeps. A state is read once and written once, and
-    no token is run twice.
+    one: set ``kept``, which is T then, to how many of its tokens a row keeps. A state is read once and written once.
     """
     shape = check_step(call.step)
     size = call.block.inputs.shape[1]

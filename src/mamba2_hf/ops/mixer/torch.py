@@ -101,7 +101,7 @@ def mamba2_step(call: Step) -> Tensor:
 
 def fold(conv_state: Tensor, ssm_state: Tensor, block: Block) -> None:
     """See :func:`mamba2_hf.ops.fold`. A row's kept tokens are added up in one product."""
-    (rows, heads, P, N), size = ssm_state.shape, block.inputs.shape[1]
+    (_, heads, P, N), size = ssm_state.shape, block.inputs.shape[1]
     there = (torch.arange(size, device=block.kept.device) < block.kept[:, None])[..., None]  # (B, R, 1)
     decays, steps = torch.where(there[..., None], block.steps, 0).unbind(2)  # (B, R, H)
     since = decays.cumsum(1)
@@ -126,9 +126,7 @@ def mamba2_block_step(call: BlockStep) -> Tensor:
     tokens, inner, bc = shape.tokens, shape.heads * shape.head_dim, shape.groups * shape.state
     z, inputs, dt = call.zxbcdt.split([inner, inner + 2 * bc, shape.heads], -1)
     before = conv_state[:, :, conv_state.shape[2] + 1 - weights.conv_weight.shape[1] :].to(inputs.dtype)
-    xbc, _ = causal_conv1d(
-        Conv(inputs, weights.conv_weight, weights.conv_bias, before, UNPACKED, spec.activation)
-    )
+    xbc, _ = causal_conv1d(Conv(inputs, weights.conv_weight, weights.conv_bias, before, UNPACKED, spec.activation))
     x, B, C = xbc.split([inner, bc, bc], -1)
     steps = step_size(dt, weights.dt_bias, True, spec.dt_limit, compute_dtype(dt.dtype))
     heads, groups = (shape.heads, shape.head_dim), (shape.groups, shape.state)
