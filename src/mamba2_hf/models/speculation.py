@@ -259,22 +259,22 @@ class Choices:
             self._text.scatter_(1, at[:, :-1], block[:, 1:])
         scores = self._scores(logits, drafts)
         if self._samples:
-            tokens = scores.flatten(0, 1).softmax(-1).multinomial(1).view(block.shape)
+            found = scores.flatten(0, 1).softmax(-1).multinomial(1).view(block.shape)
         else:
-            tokens = scores.argmax(-1)
+            found = scores.argmax(-1)
         if self._text is not None:
-            self._text.scatter_(1, at, tokens)
-        chosen: list[list[int]] = tokens.tolist()  # the one time that a block waits for what it computes
+            self._text.scatter_(1, at, found)
+        chosen: list[list[int]] = found.tolist()  # the one time that a block waits for what it computes
         new = [
-            accepted(*each, self._ends, self._max_length - length) if runs else []
-            for *each, length, runs in zip(chosen, drafts, self.lengths, self.running, strict=True)
+            accepted(tokens, draft, self._ends, self._max_length - length) if runs else []
+            for tokens, draft, length, runs in zip(chosen, drafts, self.lengths, self.running, strict=True)
         ]
         stopped = self._stop(new)
-        for row, tokens_of_row in enumerate(new):
-            self.lengths[row] += len(tokens_of_row)
+        for row, added in enumerate(new):
+            self.lengths[row] += len(added)
             if self.running[row]:
                 full = self.lengths[row] >= self._max_length
-                self.running[row] = not (full or stopped[row] or tokens_of_row[-1] in self._ends)
+                self.running[row] = not (full or stopped[row] or added[-1] in self._ends)
         return new
 
     def _scores(self, logits: Tensor, drafts: Sequence[Sequence[int]]) -> Tensor:
@@ -343,31 +343,28 @@ def decode(
     """
     texts: list[list[int]] = [[] for _ in logits]
     guesses: list[list[int]] = [[] for _ in texts]
-    block, unread, late = last, [True] * len(texts), [False] * len(texts)  # which rows' last tokens have not been fed
+    block, read, late = last, set[int](), set[int]()
     cache.activate_past_recording(most + 1)
     while True:
         new = choices.choose(block, logits, guesses)
-        kept = torch.tensor([len(tokens) or int(ends) for tokens, ends in zip(new, late, strict=True)])
+        kept = torch.tensor([len(tokens) or int(row in late) for row, tokens in enumerate(new)])
         if block is not last:
             cache.crop(kept - block.shape[1])
-            unread = [bool(tokens) or (is_unread and not ends) for tokens, is_unread, ends in zip(new, unread, late)]
+            read |= late
         drafts.accept(new, kept)
         for text, tokens in zip(texts, new, strict=True):
             text += tokens
-        # Rows that have ended, and are not the longest, whose last token is to be fed.
-        running, longest = choices.running, max(choices.lengths)
-        late = [
-            is_unread and not runs and length < longest
-            for is_unread, runs, length in zip(unread, running, choices.lengths)
-        ]
+        # Rows that have ended before the longest one, and whose last token has not been fed.
+        longest, running = max(choices.lengths), choices.running
+        late = {row for row, n in enumerate(choices.lengths) if n < longest and not running[row]} - read
         if not model._has_unfinished_sequences(not any(running), synced, device=last.device):
             break
         guesses = drafts.propose(min(most, choices.room - 1, _free(cache)))
         block = next_block([text[-1] for text in texts], guesses, most, cache).to(last.device)
         logits = forward(block)
-    if goes_on and any(late):
+    if goes_on and late:
         forward(torch.tensor([text[-1:] for text in texts], device=last.device))
-        cache.crop(torch.tensor(late).long() - 1)
+        cache.crop(torch.tensor([int(row in late) - 1 for row in range(len(texts))]))
     return texts
 
 
