@@ -230,6 +230,16 @@ class SSDState(Recorder):
         """See :meth:`Recorder.count_block`."""
         self._block_tokens = tokens
 
+    def end_block(self) -> Tensor | None:
+        """Settles which block may lose tokens, and returns how many of it each row keeps, ``(B,)``, all until now, to
+        be written; None where :meth:`crop` is to be called.
+        """
+        if not self._block_tokens:
+            return None
+        self.leave_inference_mode()
+        self._forget()
+        return self.kept
+
     def record(
         self, inputs: Tensor, x: Tensor, dt: Tensor, B: Tensor, A: Tensor, dt_limit: tuple[float, float]
     ) -> None:

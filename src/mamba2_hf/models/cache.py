@@ -466,12 +466,20 @@ class Mamba2Cache(Cache):
             self.padding = more if self.padding is None else self.padding + more.to(self.padding.device)
         if self.key_counts is not None:
             self.key_counts.crop(removed, int(least))
+        blocks: dict[torch.device, list[Tensor]] = {}
         for layer in self.layers:
-            if isinstance(layer, SSDState):
-                layer.crop(removed)
-            else:
+            if not isinstance(layer, SSDState):
                 assert self.key_counts is not None
                 layer.crop(removed, self.key_counts.width)
+            elif (kept := layer.end_block()) is not None:
+                blocks.setdefault(kept.device, []).append(kept)
+            else:
+                layer.crop(removed)
+        for device, counts in blocks.items():  # few launches for all layers
+            if isinstance(removed, int):
+                torch._foreach_sub_(counts, removed)
+            else:
+                torch._foreach_sub_(counts, [removed.to(device, torch.int32)] * len(counts))
         self.seen_tokens -= int(least)
         if self.token_hashes is not None and self.token_hashes.tokens > self.seen_tokens:
             self.token_hashes = None

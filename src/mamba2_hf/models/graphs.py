@@ -48,7 +48,9 @@ class DecodeGraph:
 
     def drop(self) -> None:
         """Forgets what was captured, as the cache's buffers are no longer where they were; the next step captures."""
-        self._graph = self._ids = self._logits = self._blocks = None
+        self._graph = self._ids = self._logits = None
+        if self._blocks is not None:
+            self._blocks.drop()
 
     def step(self, run: Callable[[Tensor], Tensor], input_ids: Tensor, cache: Mamba2Cache) -> Tensor:
         """``run(input_ids)``: tokens ``(B, T)`` to logits ``(B, T, vocab)``, which the next step overwrites."""
