@@ -568,7 +568,9 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         kwargs["attention_mask"] = None
 
         def forward(block: Tensor) -> Tensor:
-            inputs = self.prepare_inputs_for_generation(block, next_sequence_length=block.shape[1], **kwargs)
+            # The class's own: what wraps an instance puts soft tokens in front of a prompt, and takes one token a step.
+            prepare = type(self).prepare_inputs_for_generation
+            inputs = prepare(self, block, next_sequence_length=block.shape[1], **kwargs)
             return self(**{**inputs, "logits_to_keep": 0, "return_dict": True}).logits  # type: ignore[no-any-return]
 
         goes_on = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
