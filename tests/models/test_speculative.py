@@ -724,6 +724,10 @@ def test_refuses_what_a_batch_cannot_guess(tiny_model: Callable[..., Any]) -> No
         ({**base, "assistant_model": tiny_model(seed=1)}, "prompt_lookup_num_tokens=2 both guess ahead"),
         ({**helped, "assistant_model": llama()}, "assistant_model is a LlamaForCausalLM"),
         ({**helped, "assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
+        (
+            {**helped, "assistant_model": tiny_model(vocab_size=9), "tokenizer": 0, "assistant_tokenizer": 0},
+            "assistant_tokenizer: an assistant of several sequences",
+        ),
         ({**base, "pad_token_id": None, "max_time": 9.0}, "MaxTimeCriteria may end rows apart: pass pad_token_id"),
     ):
         with pytest.raises(ArgumentError, match=message):

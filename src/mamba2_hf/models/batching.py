@@ -107,7 +107,8 @@ class _Running:
     sampler: Any  # see `_sampler`
     generator: torch.Generator
     on_token: Callable[[int], None] | None
-    lookup: TextLookup | None  # of its text, where it is to guess ahead
+    longest: int  # of the ends of its text that are looked up, where it is to guess ahead
+    lookup: TextLookup | None = None  # of its text, in that case, as soon as it has a slot
     tokens: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)  # of what the next step chooses
     noise: deque[Tensor] = field(default_factory=deque)  # (V,) each, of its next tokens, drawn and not used yet
@@ -388,7 +389,7 @@ class ContinuousBatch:
                 sampler=_sampler(config, processors),
                 generator=torch.Generator(device).manual_seed(seed),
                 on_token=request.on_token,
-                lookup=TextLookup(tokens, config.max_matching_ngram_size or 2) if self._ahead else None,
+                longest=config.max_matching_ngram_size or 2,
             )
         )
         self._count += 1
@@ -562,6 +563,8 @@ class ContinuousBatch:
             single.gather([running.state])
         self.cache.put(row, single)
         running.state = None
+        if self._ahead:
+            running.lookup = TextLookup(running.ids, running.longest)
         if running.processors and running.sampler is None:
             running.text = torch.tensor([running.ids], device=self.model.device)  # (1, T)
         self._set_row(row, running)

@@ -527,7 +527,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                 "assisted decoding takes tokens back from a cache that it makes: it requires use_cache=True, and no "
                 f"cache_implementation (it is {generation_config.cache_implementation!r})"
             )
-        speculation.check(generation_config, assistant_model, streamer)
+        speculation.check(generation_config, assistant_model, assistant_tokenizer, streamer)
         mask, tokens = kwargs.get("attention_mask"), input_ids.shape[1]
         if kwargs.get("inputs_embeds") is not None:
             raise ArgumentError("assisted decoding looks at the ids of a text: pass input_ids, and no inputs_embeds")

@@ -55,8 +55,9 @@ def assistant_setting(assistant: Any, name: str) -> Any:
     return config._get_default_generation_params()[name] if value is None else value
 
 
-def check(generation_config: Any, assistant: Any, streamer: Any) -> None:
-    """Checks what ``generate`` asks for with several sequences and drafts.
+def check(generation_config: Any, assistant: Any, tokenizer: Any, streamer: Any) -> None:
+    """Checks what ``generate`` asks for with several sequences and drafts; ``tokenizer`` is the assistant's, if that is
+    another one.
 
     Raises:
         ArgumentError: it cannot be had.
@@ -82,6 +83,8 @@ def check(generation_config: Any, assistant: Any, streamer: Any) -> None:
             f"assistant_model is a {type(assistant).__name__}: of several sequences each takes back tokens of its own, "
             "which a model of this package can; pass one, or generate the sequences one by one"
         )
+    if tokenizer is not None:
+        raise ArgumentError("assistant_tokenizer: an assistant of several sequences has to know the same tokens")
     if look is not None:
         raise ArgumentError(f"assistant_model and prompt_lookup_num_tokens={look} both guess ahead: pass one of them")
 
