@@ -508,9 +508,9 @@ def test_a_batch_that_looks_up_writes_the_greedy_text(
     monkeypatch.setattr(Mamba2Cache, "crop", counted)
     ids, mask, _ = (each if isinstance(each, list) else each.to(device) for each in uneven(1))
     for ends in (None, [7, 11, 13, 17, 19, 23, 29]):
-        options = {**GREEDY, "eos_token_id": ends, "max_new_tokens": 24}
+        options = {**GREEDY, "eos_token_id": ends, "max_new_tokens": 40}
         expected = model.generate(ids, attention_mask=mask, **options)
-        for most in (1, 4):
+        for most in (1, 6):
             out = model.generate(ids, attention_mask=mask, prompt_lookup_num_tokens=most, **options)
             assert torch.equal(out, expected)
     assert any(len(set(each.tolist())) > 1 for each in kept)
@@ -665,13 +665,23 @@ def test_batches_sample_by_the_models_own_distribution(own: bool, tiny_model: Ca
 def test_a_text_is_looked_up_from_its_beginning() -> None:
     lookup = TextLookup([5, 6, 7, 8, 5, 6], 2)
     assert lookup.draft(3) == [7, 8, 5]
-    lookup.extend([9, 8])
-    assert lookup.draft(9) == [5, 6, 9, 8]  # the last token alone
+    lookup.extend([7, 8, 5, 6, 9, 8])
+    assert lookup.draft(9) == [5, 6, 7, 8, 5, 6, 9, 8]  # the last token alone
     lookup.extend([4])
     assert lookup.draft(3) == []
     assert TextLookup([3], 2).draft(3) == []
     assert TextLookup([3, 3], 2).draft(3) == [3]
     assert lookup.draft(-1) == []
+
+
+def test_guesses_are_short_while_they_are_wrong() -> None:
+    lookup = TextLookup([3, 4, 5, 6, 7, 8, 9, 3], 1)
+    lengths = []
+    for right in (0, 0, 1, 2, 4, 3, 3):
+        draft = lookup.draft(6)
+        lengths.append(len(draft))
+        lookup.extend([*draft[:right], 50 + len(lengths), 3])  # and 3 again
+    assert lengths == [6, 1, 1, 2, 4, 6, 3]
 
 
 def test_a_captured_batch_writes_the_greedy_text(

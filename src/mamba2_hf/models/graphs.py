@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 
 class DecodeGraph:
     """A forward of one token per sequence over one cache: run as it is the first time, which compiles kernels, then
-    captured, and replayed from then on. Blocks of one other width, which are recorded, are captured beside.
+    captured, and replayed from then on. Blocks of other widths, which are recorded, are captured beside.
 
     ``generate`` makes one for every call, so that nothing of the model can change behind it; who keeps one for longer
     needs a :class:`ModelWatch`. A capture runs nothing and takes about as long as a step. Where it fails, steps go on
@@ -34,7 +34,7 @@ class DecodeGraph:
         self._ids: Tensor | None = None
         self._logits: Tensor | None = None
         self._invariant = False  # whether what was captured is batch-invariant
-        self._blocks: DecodeGraph | None = None
+        self._blocks: dict[int, DecodeGraph] = {}  # by their width
 
     @property
     def is_captured(self) -> bool:
@@ -49,16 +49,14 @@ class DecodeGraph:
     def drop(self) -> None:
         """Forgets what was captured, as the cache's buffers are no longer where they were; the next step captures."""
         self._graph = self._ids = self._logits = None
-        if self._blocks is not None:
-            self._blocks.drop()
+        for block in self._blocks.values():
+            block.drop()
 
     def step(self, run: Callable[[Tensor], Tensor], input_ids: Tensor, cache: Mamba2Cache) -> Tensor:
         """``run(input_ids)``: tokens ``(B, T)`` to logits ``(B, T, vocab)``, which the next step overwrites."""
-        if input_ids.shape[1] > 1:
-            if self._blocks is None:
-                self._blocks = type(self)()
-            return self._blocks.replay(run, input_ids, cache)
-        return self.replay(run, input_ids, cache)
+        width = input_ids.shape[1]
+        graph = self if width == 1 else self._blocks.setdefault(width, type(self)())
+        return graph.replay(run, input_ids, cache)
 
     def replay(self, run: Callable[[Tensor], Tensor], input_ids: Tensor, cache: Mamba2Cache) -> Tensor:
         """The same where all calls have one shape."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -92,6 +93,8 @@ def check(generation_config: Any, assistant: Any, tokenizer: Any, streamer: Any)
 class TextLookup:
     """A text, and what came in it behind the tokens that it ends in now.
 
+    Behind a guess that was wrong the next ones are short: as many tokens as were right, and twice as many when all are.
+
     Args:
         tokens: the text so far.
         longest: how many of its last tokens are looked up at most; where they were not there before, fewer are.
@@ -100,10 +103,17 @@ class TextLookup:
     def __init__(self, tokens: Sequence[int], longest: int) -> None:
         self._tokens: list[int] = []
         self._behind: list[dict[tuple[int, ...], int]] = [{} for _ in range(longest)]  # where each first went on
+        self._draft: list[int] = []
+        self._reach = sys.maxsize  # tokens of the next draft at most
         self.extend(tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Adds tokens to the text."""
+        """Adds tokens to the text, those that the last draft was about."""
+        if self._draft:
+            right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._draft, tokens, strict=False)))
+            all_right = right == len(self._draft)
+            self._reach = max(self._reach, 2 * right) if all_right else max(right, 1)
+            self._draft = []
         for token in tokens:
             here = len(self._tokens)
             for size, behind in enumerate(self._behind[:here], 1):
@@ -112,11 +122,13 @@ class TextLookup:
 
     def draft(self, most: int) -> list[int]:
         """At most so many tokens that may come next; none where no end of the text was there before."""
+        self._draft = []
         for size in range(min(len(self._behind), len(self._tokens)), 0, -1):
             start = self._behind[size - 1].get(tuple(self._tokens[-size:]))
             if start is not None:
-                return self._tokens[start : start + max(most, 0)]
-        return []
+                self._draft = self._tokens[start : start + max(min(most, self._reach), 0)]
+                break
+        return list(self._draft)
 
 
 class Drafts(Protocol):
@@ -372,12 +384,12 @@ def decode(
 
 
 def next_block(last: Sequence[int], drafts: Sequence[Sequence[int]], most: int, cache: Mamba2Cache) -> Tensor:
-    """``(B, T)`` on the CPU: the last token of each row and its draft, filled up with zeros. What is captured is as
-    wide as the longest draft that may come, or has none.
+    """``(B, T)`` on the CPU: the last token of each row and its draft, filled up with zeros. Drafts of what is captured
+    are filled up to a power of two, or the most that may come, so that few widths are.
     """
     width = max(map(len, drafts))
     if width and cache.graph is not None:
-        width = most
+        width = min(most, 1 << (width - 1).bit_length())
     return torch.tensor(
         [[token, *draft, *[0] * (width - len(draft))] for token, draft in zip(last, drafts, strict=True)]
     )
