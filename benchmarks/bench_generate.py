@@ -243,7 +243,8 @@ def speculate(shape: str, rows: int) -> Iterator[dict[str, Any]]:
         yield row | {"what": "generate", "ms": per_token(generate), "memory_gib": peak()}
         torch.cuda.reset_peak_memory_stats()
         a_block = LONG / blocks(lambda run=generate: run(LONG, **look))
-        ms = per_token(lambda tokens, run=generate: run(tokens, **look), 2 * LONG, 4 * LONG)
+        lengths = (4 * LONG, 12 * LONG) if repeats else (LONG, 3 * LONG)  # captures take as long as many right blocks
+        ms = per_token(lambda tokens, run=generate: run(tokens, **look), *lengths)
         yield row | {"what": f"lookup, {a_block:.1f} a block", "ms": ms, "memory_gib": peak()}
         del model, generate
         torch.cuda.empty_cache()

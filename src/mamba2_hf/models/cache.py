@@ -411,15 +411,13 @@ class Mamba2Cache(Cache):
                 states are then neither copied nor run again. A block that nothing is removed of before the next one
                 stays for good.
         """
-        if self.graph is not None:
+        if self.graph is not None and block_size is not None:
             self.graph.drop()  # its steps write states in another way
         for layer in self.layers:
             layer.activate_past_recording(block_size)
 
     def stop_recording(self) -> None:
         """Ends :meth:`activate_past_recording`."""
-        if self.graph is not None and self.recording:
-            self.graph.drop()
         for layer in self.layers:
             layer.stop_recording()
 
