@@ -606,6 +606,8 @@ def test_refuses_batches_and_rows_that_do_not_fit(tiny_model: Callable[..., Any]
     model, hybrid = tiny_model(), make_hybrid()
     with pytest.raises(ArgumentError, match="prompt_lookup_num_tokens is 0"):
         ContinuousBatch(tiny_model(), prompt_lookup_num_tokens=0)
+    with pytest.raises(ArgumentError, match="prompt_lookup_num_tokens=2 and batch_invariant=True"):
+        ContinuousBatch(tiny_model(), prompt_lookup_num_tokens=2, batch_invariant=True)
     with pytest.raises(ArgumentError, match="give prompt_lookup_num_tokens to the batch"):
         ContinuousBatch(tiny_model()).add(Request([5], {**BASE, "prompt_lookup_num_tokens": 2}))
     with pytest.raises(ArgumentError, match="slots is 0"):

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from mamba2_hf import Mamba2Cache, Mamba2ForCausalLM
+from mamba2_hf import Mamba2Cache, Mamba2ForCausalLM, batch_invariant
 from mamba2_hf.errors import ArgumentError, CacheError
 from mamba2_hf.models import mtp
 from mamba2_hf.models.speculation import TextLookup
@@ -742,6 +742,8 @@ def test_refuses_what_a_batch_cannot_guess(tiny_model: Callable[..., Any]) -> No
     ):
         with pytest.raises(ArgumentError, match=message):
             model.generate(ids, **options)
+    with batch_invariant(), pytest.raises(ArgumentError, match="does not go with drafts for several sequences"):
+        model.generate(ids, **base)
     with pytest.raises(ArgumentError, match="no inputs_embeds"):
         model.generate(inputs_embeds=model.get_input_embeddings()(ids), **base)
     cache = model.read(ids[:, :9], mask[:, :9])

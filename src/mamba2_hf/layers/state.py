@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -214,7 +214,9 @@ class SSDState(Recorder):
             CacheError: the state belongs to another batch size.
         """
         size = self.block_size
-        if size is None or tokens > size or not self.started or self.recorded or torch.compiler.is_compiling():
+        if size is None or tokens > size or not self.started or self.recorded:
+            return None
+        if torch.compiler.is_compiling() or ops.is_batch_invariant():
             return None
         assert self.conv is not None
         assert self.held is not None
@@ -289,12 +291,13 @@ class SSDState(Recorder):
         inputs, x, dt, B = (torch.cat(parts, 1)[:, :most] for parts in zip(*self.recorded, strict=True))
         conv, ssm = (torch.zeros_like(self.conv), None) if self._before is None else self._before
         A, dt_limit = self._decay
-        dt = step_size(dt, None, True, dt_limit, A.dtype)
-        if isinstance(kept, Tensor):  # a step of size zero leaves a state as it is
-            kept = kept.to(dt.device)
-            dt = torch.where(torch.arange(most, device=dt.device)[:, None] < kept[:, None, None], dt, 0)
         # C is of the output alone, which is not used.
-        _, ssm = ops.ssd_chunk_scan(x, dt, A, B, B, initial_states=ssm, return_final_states=True)
+        options: dict[str, Any] = {"dt_softplus": True, "dt_limit": dt_limit}
+        if isinstance(kept, Tensor):  # a step of size zero leaves a state as it is
+            kept, options = kept.to(dt.device), {}
+            there = torch.arange(most, device=dt.device)[:, None] < kept[:, None, None]  # (B, T, 1)
+            dt = torch.where(there, step_size(dt, None, True, dt_limit, A.dtype), 0)
+        _, ssm = ops.ssd_chunk_scan(x, dt, A, B, B, initial_states=ssm, return_final_states=True, **options)
         columns = torch.cat([conv.to(inputs.dtype), inputs.transpose(1, 2)], 2)  # (B, C, K - 1 + T)
         self.update(last_before(columns, conv.shape[2], most - kept), ssm)
 

@@ -264,6 +264,11 @@ class ContinuousBatch:
             raise ArgumentError(
                 f"prompt_lookup_num_tokens is {prompt_lookup_num_tokens}: at least 1 token, or None to guess none"
             )
+        if prompt_lookup_num_tokens is not None and batch_invariant:
+            raise ArgumentError(
+                f"prompt_lookup_num_tokens={prompt_lookup_num_tokens} and batch_invariant=True: blocks of several "
+                "sequences add up in another order than steps; leave one of them out"
+            )
         if not isinstance(prefix_cache, PrefixCache | None):
             raise ArgumentError(
                 f"prefix_cache is {prefix_cache!r:.80}: expected a mamba2_hf.PrefixCache(max_bytes), or None for none"
@@ -690,9 +695,9 @@ def generate_batch(
         model: to generate with.
         requests: the texts. Those of a list are all looked at before the first is read; those of another iterable are
             taken when there is a slot for them.
-        slots, max_length, state_dtype, captured, prefix_cache, defer_writes, batch_invariant, prompt_lookup_num_tokens: of
-            the :class:`ContinuousBatch`. A model with attention that gets no ``max_length`` makes a list of the requests,
-            and room for the longest.
+        slots, max_length, state_dtype, captured, prefix_cache, defer_writes, batch_invariant,
+            prompt_lookup_num_tokens: of the :class:`ContinuousBatch`. A model with attention that gets no
+            ``max_length`` makes a list of the requests, and room for the longest.
 
     Returns:
         how each request ended, in their order.

@@ -28,6 +28,7 @@ from transformers.generation import (
 )
 
 from ..errors import ArgumentError
+from ..ops import is_batch_invariant
 from .cache import Mamba2Cache
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ def check(generation_config: Any, assistant: Any, tokenizer: Any, streamer: Any)
     Raises:
         ArgumentError: it cannot be had.
     """
+    if is_batch_invariant():
+        raise ArgumentError(
+            "batch_invariant does not go with drafts for several sequences, whose blocks add up in another order than "
+            "steps: leave out prompt_lookup_num_tokens and assistant_model"
+        )
     if streamer is not None:
         raise ArgumentError("streamer: several sequences that guess ahead get their tokens apart; stream one")
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
