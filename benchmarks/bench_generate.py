@@ -7,7 +7,11 @@ mamba_ssm and causal_conv1d are importable: then the last column names them. Bef
 timed path have to agree with one forward of the whole sequence. Columns: ``replay`` is the captured step alone,
 ``replay, writing`` the same with states written at every step where otherwise they are not, ``generate`` a token of
 ``model.generate`` (from two lengths, so that the prompt does not count), ``loop`` the same with steps that do nothing,
-``prefill`` a forward of the prompt.
+``prefill`` a forward of the prompt. ``speculate`` cases: 16 sequences by steps, and with drafts of ``DRAFT`` tokens
+that are looked up in the text (``lookup``), which repeats itself, or goes on otherwise so that drafts are wrong.
+``error`` is then the share of tokens in bf16 that are others than by steps; in fp32 none may be.
+
+    python benchmarks/bench_generate.py --cases speculate --no-peer
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ FIELDS = ["case", "impl", "what", "ms", "floor_ms", "over_floor", "memory_gib", 
 TOLERANCE = 0.03  # of logits in bf16 against another order of the same sums
 SHAPES = {"130m": (768, 24, 24), "780m": (1536, 48, 48), "2.7b": (2560, 64, 80)}  # width, layers, heads
 SHORT, LONG = 16, 112  # tokens generated
+DRAFT, PERIOD = 8, 40  # tokens of a draft, and of a text that repeats
 
 
 class Case(NamedTuple):
@@ -50,11 +55,11 @@ CASES += [Case("2.7b", 64, torch.bfloat16), Case("780m", 1), Case("2.7b", 8), Ca
 CASES += [Case("2.7b", 256), Case("2.7b", 256, torch.bfloat16)]
 
 
-def new_model(shape: str, dtype: torch.dtype = torch.bfloat16) -> Mamba2ForCausalLM:
+def new_model(shape: str, dtype: torch.dtype = torch.bfloat16, tied: bool = True) -> Mamba2ForCausalLM:
     width, layers, heads = SHAPES[shape]
     config = Mamba2Config(
         hidden_size=width, num_hidden_layers=layers, num_heads=heads, n_groups=1, vocab_size=50288,
-        tie_word_embeddings=True, eos_token_id=None, pad_token_id=0,
+        tie_word_embeddings=tied, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -188,6 +193,80 @@ def prefill(shape: str, tokens: int, impls: list[str]) -> Iterator[dict[str, Any
         yield row | {"ms": ms, "memory_gib": peak(), "error": error}
 
 
+def repeat(model: Mamba2ForCausalLM) -> None:
+    """Makes a model write texts that repeat every ``PERIOD`` tokens: each token has another as its successor, whose
+    output row is its embedding, and embeddings weigh half as much in the last hidden state as what the layers add.
+    """
+    embeddings, vocabulary = model.backbone.embeddings.weight, model.config.vocab_size
+    ids = torch.randint(1, vocabulary, (1, 64), device="cuda")
+    streams = model.backbone(ids, use_cache=False, output_hidden_states=True).hidden_states
+    last = model.backbone.layers[-1](streams[-1])
+    added = (last - streams[0]).float().norm() / streams[0].float().norm()
+    cycles = torch.randperm(vocabulary, device="cuda")[: vocabulary // PERIOD * PERIOD].view(-1, PERIOD)
+    head = torch.empty_like(embeddings).normal_(std=float(embeddings.float().std()))
+    head[cycles.roll(-1, 1)] = embeddings[cycles]
+    embeddings.mul_(added / 2)
+    model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
+
+
+@torch.no_grad()
+def prompts(model: Mamba2ForCausalLM, rows: int, repeats: bool) -> torch.Tensor:
+    """Texts ``(rows, T)`` of the same tokens twice, with which the model goes on, or does not."""
+    torch.manual_seed(1)
+    ids = torch.randint(1, model.config.vocab_size, (rows, PERIOD), device="cuda")
+    if repeats:
+        repeat(model)
+        ids = model.generate(ids[:, :1], do_sample=False, max_new_tokens=PERIOD - 1)
+    return torch.cat([ids, ids], 1)
+
+
+@torch.no_grad()
+def speculate(shape: str, rows: int) -> Iterator[dict[str, Any]]:
+    """Rows of one batch by steps and with drafts."""
+    look = {"prompt_lookup_num_tokens": DRAFT}
+    for repeats in (True, False):
+        model = new_model(shape, torch.float32, tied=False)
+        others = share_of_others(model, prompts(model, rows, repeats), look)
+        if others:
+            raise ArithmeticError(f"{others:.3f} of the tokens are others with drafts, in fp32")
+        del model
+        torch.cuda.empty_cache()
+        model = new_model(shape, tied=False)
+        ids = prompts(model, rows, repeats)
+
+        def generate(tokens: int, model: Any = model, ids: torch.Tensor = ids, **options: Any) -> Any:
+            return model.generate(ids, do_sample=False, max_new_tokens=tokens, **options)
+
+        name = f"speculate_{shape}_b{rows}" + ("" if repeats else ", drafts wrong")
+        row = {"case": name, "impl": OURS, "floor_ms": None, "error": share_of_others(model, ids, look)}
+        torch.cuda.reset_peak_memory_stats()
+        yield row | {"what": "generate", "ms": per_token(generate), "memory_gib": peak()}
+        torch.cuda.reset_peak_memory_stats()
+        a_block = LONG / blocks(lambda run=generate: run(LONG, **look))
+        lengths = (4 * LONG, 12 * LONG) if repeats else (LONG, 3 * LONG)  # captures take as long as many right blocks
+        ms = per_token(lambda tokens, run=generate: run(tokens, **look), *lengths)
+        yield row | {"what": f"lookup, {a_block:.1f} a block", "ms": ms, "memory_gib": peak()}
+        del model, generate
+        torch.cuda.empty_cache()
+
+
+def share_of_others(model: Mamba2ForCausalLM, ids: torch.Tensor, options: dict[str, Any], tokens: int = 48) -> float:
+    """How many of the tokens are others with these options."""
+    plain, other = (model.generate(ids, do_sample=False, max_new_tokens=tokens, **more) for more in ({}, options))
+    return float((plain != other).sum() / (len(ids) * tokens))
+
+
+def blocks(run: Callable[[], Any]) -> int:
+    """How many blocks it verifies."""
+    crop, counted = Mamba2Cache.crop, []
+    Mamba2Cache.crop = lambda self, tokens: counted.append(1) or crop(self, tokens)
+    try:
+        run()
+    finally:
+        Mamba2Cache.crop = crop
+    return len(counted)
+
+
 def peak() -> float:
     return torch.cuda.max_memory_allocated() / 2**30
 
@@ -206,6 +285,7 @@ def main() -> None:
     }
     print(f"copy {bandwidth / 1e12:.2f} TB/s; {about}", flush=True)
     jobs = [(case.name, lambda case=case: decode(case, bandwidth, impls)) for case in CASES]
+    jobs.append(("speculate_2.7b_b16", lambda: speculate("2.7b", 16)))
     jobs.append(("prefill_130m_1x131072", lambda: prefill("130m", 131072, impls)))
     rows = []
     for name, job in jobs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from mamba2_hf import Completion, ContinuousBatch, Mamba2Cache, Request, generate_batch
+from mamba2_hf import Completion, ContinuousBatch, Mamba2Cache, PrefixCache, Request, generate_batch
 from mamba2_hf.errors import ArgumentError, CacheError
 from mamba2_hf.models.graphs import ModelWatch
 
@@ -69,6 +70,63 @@ def test_each_gets_what_it_gets_alone(kind: str, device: str, tiny_model: Callab
 
 
 @on_each_device
+@pytest.mark.parametrize(
+    ("kind", "kept"), [*((kind, 0) for kind in ("pure", *ARCHITECTURES)), ("pure", 2**24), ("sliding", 2**24)]
+)
+def test_rows_that_guess_ahead_write_what_they_write_alone(
+    kind: str, kept: int, device: str, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They join and leave while others do; what is sampled is the same too, as random numbers belong to places."""
+    model, requests, widths = build(kind, tiny_model).to(device), [], []
+    for number, length in enumerate(LENGTHS):
+        own: dict[str, Any] = {"max_new_tokens": 6 + 3 * number, "max_matching_ngram_size": 1 + number % 3}
+        if number % 2:
+            own |= {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+        if number == 4:
+            own |= {"do_sample": True, "repetition_penalty": 1.1, "top_k": 7}
+        if number == 5:
+            own |= {"eos_token_id": [7, 11, 13, 17]}
+        requests.append(Request(prompt(length).repeat(2), {**BASE, **own}, seed=number))
+    tokens = ContinuousBatch._tokens
+
+    def counted(self: Any, logits: Tensor) -> Any:
+        widths.append(logits.shape[1])
+        return tokens(self, logits)
+
+    monkeypatch.setattr(ContinuousBatch, "_tokens", counted)
+    heard: list[int] = []
+    requests[2] = dataclasses.replace(requests[2], on_token=heard.append)
+    prefix_cache = PrefixCache(kept, min_tokens=1)
+    ended = generate_batch(model, requests, slots=3, prompt_lookup_num_tokens=4, prefix_cache=prefix_cache)
+    assert [each.tokens for each in ended] == [alone(model, request) for request in requests]
+    assert heard == ended[2].tokens
+    assert max(widths) == 5
+    if kept:  # states behind what was written are those behind kept tokens
+        again = [
+            Request([*map(int, request.input_ids), *done.tokens, 5], BASE)
+            for request, done in zip(requests, ended, strict=True)
+        ]
+        found = generate_batch(model, again, slots=3, prompt_lookup_num_tokens=4, prefix_cache=prefix_cache)
+        assert found == generate_batch(model, again, slots=1)
+        assert prefix_cache.stats.hits >= len(again)
+
+
+def test_guesses_that_are_right_save_steps(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model()
+    ids = model.generate(prompt(9)[None], **{**BASE, "max_new_tokens": 80})[0]
+    steps = []
+    for most in (None, 6):
+        batch = ContinuousBatch(model, slots=2, prompt_lookup_num_tokens=most)
+        batch.add(Request(ids, {**BASE, "max_new_tokens": 40}))
+        steps.append(0)
+        while not batch.idle:
+            batch.step()
+            steps[-1] += 1
+    assert steps[0] >= 40
+    assert steps[1] < 20
+
+
+@on_each_device
 def test_those_who_choose_alike_choose_together(device: str, tiny_model: Callable[..., Any]) -> None:
     """By one call for all of them, and with the random numbers of each."""
     model = tiny_model().to(device)
@@ -115,22 +173,28 @@ def test_rows_that_choose_alike_run_no_python_of_their_own(own: Any, tiny_model:
 
 
 @on_each_device
-def test_a_row_without_numbers_ends_and_the_others_go_on(device: str, tiny_model: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("ahead", [None, 3])
+def test_a_row_without_numbers_ends_and_the_others_go_on(
+    ahead: int | None, device: str, tiny_model: Callable[..., Any]
+) -> None:
     model = tiny_model(tie_word_embeddings=False).to(device)
     with torch.no_grad():
         model.backbone.embeddings.weight[60] = float("nan")
     sampled = {**BASE, "do_sample": True}
     fine = Request(prompt(5), sampled, seed=3)
-    ended = generate_batch(model, [Request([5, 60, 7], sampled), fine, Request([60], sampled)], slots=2)
-    assert [(each.reason, len(each.tokens)) for each in ended] == [("nan", 0), ("length", 8), ("nan", 0)]
-    assert ended[1].tokens == alone(model, fine)
+    requests = [Request([5, 60, 7], sampled), fine, Request([60], sampled), fine]
+    ended = generate_batch(model, requests, slots=2, prompt_lookup_num_tokens=ahead)
+    found = [(each.reason, len(each.tokens)) for each in ended]
+    assert found == [("nan", 0), ("length", 8), ("nan", 0), ("length", 8)]
+    assert ended[1].tokens == ended[3].tokens == alone(model, fine)
 
 
 @settings(max_examples=15)
 @given(data=st.data())
 def test_whenever_they_join_and_leave(data: st.DataObject, tiny_model: Callable[..., Any]) -> None:
     model = build(data.draw(st.sampled_from(["pure", "sliding", "rotary"])), tiny_model)
-    batch = ContinuousBatch(model, slots=data.draw(st.integers(1, 3)), max_length=32)
+    ahead = data.draw(st.sampled_from([None, 2]))
+    batch = ContinuousBatch(model, slots=data.draw(st.integers(1, 3)), max_length=32, prompt_lookup_num_tokens=ahead)
     requests: dict[int, Request] = {}
     ended: dict[int, Completion] = {}
     for _ in range(data.draw(st.integers(1, 12))):
@@ -540,6 +604,12 @@ def test_refuses_requests_by_name(tiny_model: Callable[..., Any]) -> None:
 
 def test_refuses_batches_and_rows_that_do_not_fit(tiny_model: Callable[..., Any]) -> None:
     model, hybrid = tiny_model(), make_hybrid()
+    with pytest.raises(ArgumentError, match="prompt_lookup_num_tokens is 0"):
+        ContinuousBatch(tiny_model(), prompt_lookup_num_tokens=0)
+    with pytest.raises(ArgumentError, match="prompt_lookup_num_tokens=2 and batch_invariant=True"):
+        ContinuousBatch(tiny_model(), prompt_lookup_num_tokens=2, batch_invariant=True)
+    with pytest.raises(ArgumentError, match="give prompt_lookup_num_tokens to the batch"):
+        ContinuousBatch(tiny_model()).add(Request([5], {**BASE, "prompt_lookup_num_tokens": 2}))
     with pytest.raises(ArgumentError, match="slots is 0"):
         ContinuousBatch(model, slots=0)
     with pytest.raises(ArgumentError, match="expected a language model"):

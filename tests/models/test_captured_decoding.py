@@ -86,7 +86,7 @@ class AddressCheck(DecodeGraph):
         with torch.inference_mode(inference), torch.no_grad():  # kernels write wherever they are told to
             logits = run(self._ids)
         self._logits.copy_(logits)
-        cache.advance(-1)  # a replay does not count
+        cache.advance(-self._ids.shape[1])  # a replay does not count
 
 
 def addresses(cache: Mamba2Cache) -> list[int | None]:

@@ -14,13 +14,17 @@ from devices import on_each_device
 from hybrids import ARCHITECTURES, make_hybrid
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_captured_decoding import AddressCheck
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
-from mamba2_hf import Mamba2Cache, Mamba2ForCausalLM
+from mamba2_hf import Mamba2Cache, Mamba2ForCausalLM, batch_invariant
 from mamba2_hf.errors import ArgumentError, CacheError
 from mamba2_hf.models import mtp
+from mamba2_hf.models.speculation import TextLookup
 from mamba2_hf.pretrained import shipped_model_path
 
 NEW = 16
@@ -471,6 +475,287 @@ def test_an_assistant_with_another_tokenizer_reads_the_prompt_as_it_is(
         assert torch.equal(torch.cat(read, 1)[:, : expected.shape[1]], expected)
 
 
+# Several sequences
+
+
+LENGTHS = (1, 5, 9, 3)
+
+
+def uneven(seed: int, side: str = "left") -> tuple[Tensor, Tensor, list[Tensor]]:
+    """A batch of texts that repeat themselves, one of them a single token; its mask; and the texts."""
+    texts = [prompt(seed + number, length)[0] for number, length in enumerate(LENGTHS)]
+    width = max(map(len, texts))
+    ids = torch.zeros(len(texts), width, dtype=torch.long)
+    for row, text in zip(ids, texts, strict=True):
+        row[width - len(text) if side == "left" else 0 :][: len(text)] = text
+    return ids, (ids != 0).long(), texts
+
+
+@on_each_device
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_that_looks_up_writes_the_greedy_text(
+    kind: str, device: str, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows accept different numbers of tokens, and end apart."""
+    model = build(kind, tiny_model).to(device)
+    kept: list[Tensor] = []
+    crop = Mamba2Cache.crop
+
+    def counted(self: Any, tokens: Tensor) -> None:
+        kept.append(tokens)
+        crop(self, tokens)
+
+    monkeypatch.setattr(Mamba2Cache, "crop", counted)
+    ids, mask, _ = (each if isinstance(each, list) else each.to(device) for each in uneven(1))
+    for ends in (None, [7, 11, 13, 17, 19, 23, 29]):
+        options = {**GREEDY, "eos_token_id": ends, "max_new_tokens": 40}
+        expected = model.generate(ids, attention_mask=mask, **options)
+        for most in (1, 6):
+            out = model.generate(ids, attention_mask=mask, prompt_lookup_num_tokens=most, **options)
+            assert torch.equal(out, expected)
+    assert any(len(set(each.tolist())) > 1 for each in kept)
+
+
+@pytest.mark.parametrize("kind", ["pure", "sliding", "rotary"])
+def test_a_batch_with_an_assistant_writes_the_greedy_text(kind: str, tiny_model: Callable[..., Any]) -> None:
+    model = build(kind, tiny_model)
+    close = copy.deepcopy(model)  # right most of the time, so that part of a block stays
+    torch.manual_seed(0)
+    with torch.no_grad():
+        close.lm_head.weight.add_(torch.randn_like(close.lm_head.weight), alpha=0.05)
+    ids, mask, _ = uneven(2)
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    for assistant, threshold in ((model, 0.0), (close, 0.0), (close, 0.4), (make_hybrid("parallel", seed=5), 0.0)):
+        assistant.generation_config.assistant_confidence_threshold = threshold
+        assert torch.equal(model.generate(ids, attention_mask=mask, assistant_model=assistant, **GREEDY), expected)
+
+
+def test_a_right_padded_batch(tiny_model: Callable[..., Any]) -> None:
+    model = build("rotary", tiny_model)
+    ids, mask, texts = uneven(3, "right")
+    for options in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": model}):
+        out = model.generate(ids, attention_mask=mask, **options, **GREEDY)
+        for row, text in zip(out, texts, strict=True):
+            assert torch.equal(row[ids.shape[1] :], model.generate(text[None], **GREEDY)[0, len(text) :])
+
+
+def test_a_batch_with_processors_and_criteria(tiny_model: Callable[..., Any]) -> None:
+    """What looks at a text sees the same as without drafts: as many tokens, its own row, and those before only."""
+    model = tiny_model()
+    ids, mask, _ = uneven(4)
+
+    class Odd(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            last = input_ids[:, -1:]
+            row = torch.arange(len(input_ids), device=input_ids.device)[:, None]
+            return scores.scatter_add(1, (last + row + input_ids.shape[1]) % 61, torch.full_like(scores[:, :1], 3.0))
+
+    class Lucky(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            return (input_ids[:, -2:].sum(1) % 11 == 0) & (input_ids.shape[1] > ids.shape[1] + 4)
+
+    base = {**GREEDY, "attention_mask": mask}
+    for options in (
+        {"repetition_penalty": 1.05, "no_repeat_ngram_size": 5},
+        {"min_new_tokens": 6, "eos_token_id": list(range(3, 40))},
+        {"logits_processor": LogitsProcessorList([Odd()])},
+        {"max_new_tokens": 1},
+    ):
+        expected = model.generate(ids, **{**base, **options})
+        assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=4, **{**base, **options}), expected)
+    ends = {"stopping_criteria": StoppingCriteriaList([Lucky()]), "eos_token_id": 2, "max_new_tokens": 40}
+    expected = model.generate(ids, **{**base, **ends})
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=4, **{**base, **ends}), expected)
+
+
+@pytest.mark.parametrize("kind", ["pure", "sliding", "rotary"])
+def test_the_cache_of_a_batch_goes_on(kind: str, tiny_model: Callable[..., Any]) -> None:
+    model = build(kind, tiny_model)
+    ids, mask, _ = uneven(5)
+    look = {"prompt_lookup_num_tokens": 4, **GREEDY}
+    cache = model.read(ids[:, :9], mask[:, :9])
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, **look, return_dict_in_generate=True)
+    assert out.past_key_values is cache
+    assert not cache.recording
+    assert cache.seen_tokens == out.sequences.shape[1] - 1
+    assert torch.equal(out.sequences, model.generate(ids, attention_mask=mask, **GREEDY))
+    longer = torch.cat([out.sequences, ids[:, -3:].clamp(min=3)], 1)
+    every = torch.cat([mask, torch.ones(len(ids), longer.shape[1] - ids.shape[1], dtype=torch.long)], 1)
+    expected = model.generate(longer, attention_mask=every, **GREEDY)
+    for options in (GREEDY, look):
+        held = copy.deepcopy(cache)
+        assert torch.equal(model.generate(longer, attention_mask=every, past_key_values=held, **options), expected)
+
+
+def test_rows_that_ended_before_go_on_too(tiny_model: Callable[..., Any]) -> None:
+    """Their states have seen their own tokens and no padding, which plain decoding feeds them."""
+    model = tiny_model()
+    ids, mask, _ = uneven(1)
+    for end in model.generate(ids, attention_mask=mask, **GREEDY)[:, ids.shape[1] + 3].tolist():
+        look = {**GREEDY, "prompt_lookup_num_tokens": 2, "eos_token_id": [end, end + 1, end + 2, end + 3]}
+        out = model.generate(ids, attention_mask=mask, **look, return_dict_in_generate=True)
+        new = out.sequences[:, ids.shape[1] :]
+        ends = torch.isin(new, torch.tensor(look["eos_token_id"]))
+        counts = (ends.cumsum(1) - ends.long() == 0).long()  # up to the first of them
+        assert len(set(counts.sum(1).tolist())) > 1
+        every = torch.cat([mask, counts, torch.ones(len(ids), 2, dtype=torch.long)], 1)
+        longer = torch.cat([out.sequences, ids[:, -2:].clamp(min=3)], 1)
+        expected = model.generate(longer, attention_mask=every, **GREEDY)
+        again = model.generate(longer, attention_mask=every, past_key_values=out.past_key_values, **GREEDY)
+        assert torch.equal(again, expected)
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_rows_remove_tokens_of_their_own(data: st.DataObject, tiny_model: Callable[..., Any]) -> None:
+    """In blocks and in any other way: each row goes on as if alone."""
+    model = build(data.draw(st.sampled_from(KINDS)), tiny_model)
+    static, rows = data.draw(st.booleans()), 3
+    ids = torch.randint(3, 61, (rows, 40), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
+    cache = Mamba2Cache(model.config, static=static, max_length=40 if static else None)
+    twins = [Mamba2Cache(model.config) for _ in range(rows)]
+    past = data.draw(st.integers(0, 5))
+    with torch.no_grad():
+        if past:
+            for own, each in ((ids, cache), *zip(ids[:, None], twins, strict=True)):
+                model(own[:, :past], past_key_values=each)
+        in_blocks = data.draw(st.booleans())
+        cache.activate_past_recording(5 if in_blocks else None)
+        place, texts = past, [row[:past].tolist() for row in ids]
+        for _ in range(data.draw(st.integers(1, 3))):
+            sizes = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=1 if in_blocks else 2))
+            total = sum(sizes)
+            for size in sizes:
+                model(ids[:, place : place + size], past_key_values=cache)
+                place += size
+            kept = data.draw(st.lists(st.integers(0, total), min_size=rows, max_size=rows))
+            cache.crop(torch.tensor(kept) - total)
+            for text, row, count in zip(texts, ids, kept, strict=True):
+                text += row[place - total :][:count].tolist()
+        assert cache.seen_tokens == max(map(len, texts))
+        cache.stop_recording()
+        following = ids[:, 36:40]
+        logits = model(following, past_key_values=cache).logits
+        for row, (text, twin) in enumerate(zip(texts, twins, strict=True)):
+            rest = torch.tensor([text[past:] + following[row].tolist()])
+            expected = model(rest, past_key_values=twin).logits[0, -4:]
+            torch.testing.assert_close(logits[row], expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["lookup", "assistant"])
+def test_batches_sample_by_the_models_own_distribution(own: bool, tiny_model: Callable[..., Any]) -> None:
+    """The first two tokens of many rows against their exact probabilities."""
+    model = tiny_model(seed=3, vocab_size=5, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    ids, rows = torch.tensor([[3, 4, 1, 3, 4, 1, 3, 4]]), 1000
+    guess: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
+    if own:
+        guess = {"assistant_model": tiny_model(seed=4, vocab_size=5)}
+    options = {**GREEDY, "do_sample": True, "max_new_tokens": 2, "top_k": 0, "temperature": 3.0}
+    torch.manual_seed(0)
+    out = model.generate(ids.expand(rows, -1), **guess, **options)[:, ids.shape[1] :]
+    counts = torch.zeros(5, 5)
+    counts.index_put_((out[:, 0], out[:, 1]), torch.ones(rows), accumulate=True)
+    with torch.no_grad():
+        first = (model(ids).logits[0, -1] / 3).softmax(-1)
+        texts = torch.cat([ids.expand(5, -1), torch.arange(5)[:, None]], 1)
+        expected = first[:, None] * (model(texts).logits[:, -1] / 3).softmax(-1) * rows
+    assert float(((counts - expected) ** 2 / expected).sum()) < 52  # 24 degrees of freedom: one run in a thousand
+
+
+def test_a_text_is_looked_up_from_its_beginning() -> None:
+    lookup = TextLookup([5, 6, 7, 8, 5, 6], 2)
+    assert lookup.draft(3) == [7, 8, 5]
+    lookup.extend([7, 8, 5, 6, 9, 8])
+    assert lookup.draft(9) == [5, 6, 7, 8, 5, 6, 9, 8]  # the last token alone
+    lookup.extend([4])
+    assert lookup.draft(3) == []
+    assert TextLookup([3], 2).draft(3) == []
+    assert TextLookup([3, 3], 2).draft(3) == [3]
+    assert lookup.draft(-1) == []
+
+
+def test_guesses_are_short_while_they_are_wrong() -> None:
+    lookup = TextLookup([3, 4, 5, 6, 7, 8, 9, 3], 1)
+    lengths = []
+    for right in (0, 0, 1, 2, 4, 3, 3):
+        draft = lookup.draft(6)
+        lengths.append(len(draft))
+        lookup.extend([*draft[:right], 50 + len(lengths), 3])  # and 3 again
+    assert lengths == [6, 1, 1, 2, 4, 6, 3]
+
+
+def test_a_captured_batch_writes_the_greedy_text(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of one width and single steps are replayed, with all buffers where they were when they were captured."""
+    widths: list[int] = []
+
+    class Replays(AddressCheck):
+        def _replay(self, *args: Any) -> None:
+            widths.append(self._ids.shape[1])
+            super()._replay(*args)
+
+    monkeypatch.setattr("mamba2_hf.models.cache.DecodeGraph", Replays)
+    monkeypatch.setattr("test_captured_decoding.SIZES", {"vocab_size": 61})
+    for kind in ("pure", "plain", "sliding"):
+        model = build(kind, tiny_model)
+        ids, mask, _ = uneven(6)
+        options = {**GREEDY, "attention_mask": mask, "max_new_tokens": 30}
+        expected = model.generate(ids, **options)
+        monkeypatch.setattr(type(model), "_may_capture", lambda *_: True)
+        assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **options), expected)
+        monkeypatch.undo()
+        monkeypatch.setattr("mamba2_hf.models.cache.DecodeGraph", Replays)
+        monkeypatch.setattr("test_captured_decoding.SIZES", {"vocab_size": 61})
+        assert (4 in widths) == (kind != "sliding")
+        del widths[:]
+
+
+def test_refuses_what_a_batch_cannot_guess(tiny_model: Callable[..., Any]) -> None:
+    model, (ids, mask, _) = tiny_model(), uneven(0)
+    read: list[Any] = []
+    model.backbone.register_forward_hook(lambda *_: read.append(1))
+    base = {**GREEDY, "attention_mask": mask, "prompt_lookup_num_tokens": 2}
+    helped = {**base, "prompt_lookup_num_tokens": None, "assistant_model": tiny_model(seed=1)}
+
+    class Streamer(BaseStreamer):
+        def put(self, value: Tensor) -> None:
+            """Takes anything."""
+
+        def end(self) -> None:
+            """Does nothing."""
+
+    for options, message in (
+        ({**base, "streamer": Streamer()}, "streamer: several sequences"),
+        ({**base, "use_cache": False}, "requires use_cache=True"),
+        ({**base, "cache_implementation": "static"}, "cache_implementation"),
+        ({**base, "max_matching_ngram_size": 0}, "max_matching_ngram_size is 0"),
+        ({**base, "return_dict_in_generate": True, "output_logits": True}, "output_logits=True: several sequences"),
+        ({**base, "assistant_model": tiny_model(seed=1)}, "prompt_lookup_num_tokens=2 both guess ahead"),
+        ({**helped, "assistant_model": llama()}, "assistant_model is a LlamaForCausalLM"),
+        ({**helped, "assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
+        (
+            {**helped, "assistant_model": tiny_model(vocab_size=9), "tokenizer": 0, "assistant_tokenizer": 0},
+            "assistant_tokenizer: an assistant of several sequences",
+        ),
+        ({**base, "pad_token_id": None, "max_time": 9.0}, "MaxTimeCriteria may end rows apart: pass pad_token_id"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            model.generate(ids, **options)
+    with batch_invariant(), pytest.raises(ArgumentError, match="does not go with drafts for several sequences"):
+        model.generate(ids, **base)
+    with pytest.raises(ArgumentError, match="no inputs_embeds"):
+        model.generate(inputs_embeds=model.get_input_embeddings()(ids), **base)
+    cache = model.read(ids[:, :9], mask[:, :9])
+    del read[:]
+    with pytest.raises(ArgumentError, match="an assistant needs the ids of the whole text"):
+        model.generate(ids[:, 9:], past_key_values=cache, **helped)
+    assert not read
+    cache.activate_past_recording()
+    with pytest.raises(CacheError, match="holds 4 sequences and the input has 2"):
+        cache.crop(torch.tensor([0, 0]))
+
+
 # What is refused
 
 
@@ -488,7 +773,5 @@ def test_refuses_what_cannot_be_taken_back(tiny_model: Callable[..., Any]) -> No
         model.generate(ids, attention_mask=mask, **look)
     with pytest.raises(ArgumentError, match="assistant_early_exit"):
         model.generate(ids, assistant_early_exit=1, **GREEDY)
-    with pytest.raises(ValueError, match="batch_size = 1"):
-        model.generate(ids.expand(2, -1), **look)
     with pytest.raises((ValueError, RuntimeError), match=r"use_cache=True|requires a cache"):
         model.generate(ids, use_cache=False, **look)

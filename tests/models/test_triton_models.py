@@ -97,6 +97,22 @@ def test_generation_steps_through_the_cache(tiny_model: Callable[..., Any], toke
     assert set(served) == {"gated_rms_norm", "mamba2_layer", "mamba2_layer_step"}
 
 
+def test_sequences_that_guess_ahead(tiny_model: Callable[..., Any], tokens: Tensor, served: list[str]) -> None:
+    model = tiny_model(**SIZES).to(DEVICE)
+    ids = torch.cat([tokens, tokens], 1)
+
+    def run() -> tuple[Any, ...]:
+        out = model.generate(
+            ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, prompt_lookup_num_tokens=2
+        )
+        states = [(layer.conv, layer.ssm) for layer in out.past_key_values.layers]
+        return out.sequences, *(state for pair in states for state in pair)
+
+    for expected, actual in zip(*on_both(run), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert set(served) == {"gated_rms_norm", "mamba2_layer", "mamba2_layer_step", "mamba2_step"}
+
+
 @pytest.mark.parametrize("name", ["plain", "parallel", "sigmoid"])
 def test_hybrids(name: str, tokens: Tensor, served: list[str]) -> None:
     """Padded and packed, then a step through the cache; the mixers' variants of gate, norm and multipliers included."""

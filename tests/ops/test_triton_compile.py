@@ -50,6 +50,8 @@ MIXER_KERNELS = {
     "state_update_kernel",
     "step_kernel",
     "finish_kernel",
+    "block_kernel",
+    "finish_block_kernel",
     "convolve_rows_kernel",
     "advance_rows_kernel",
     "enter_kernel",
@@ -176,10 +178,11 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
     from mamba2_hf.ops.conv import triton as conv
     from mamba2_hf.ops.conv.op import Conv, ConvUpdate
     from mamba2_hf.ops.cross_entropy import triton as loss
+    from mamba2_hf.ops.mixer import block as mixer_block
     from mamba2_hf.ops.mixer import step as mixer_step
     from mamba2_hf.ops.mixer import triton as training
     from mamba2_hf.ops.mixer.advance import new_ring, settle
-    from mamba2_hf.ops.mixer.op import LayerStep, Step
+    from mamba2_hf.ops.mixer.op import BlockStep, LayerStep, Step, new_block
     from mamba2_hf.ops.mlp import triton as mlp
     from mamba2_hf.ops.mlp.op import ACTIVATIONS, ExpertsStep, Gated, MLPStep
     from mamba2_hf.ops.norm import triton as norm
@@ -242,6 +245,10 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
             rows_of_step = zeros(batch, 1 + batch % 2, rows.shape[-1])
             spec = MixerSpec(P, 1, group_size=inner)
             mixer_step.mamba2_step(Step(rows_of_step, zeros(batch, channels, K - 1), ssm_state, mixer, spec))
+            conv_state = zeros(batch, channels, K - 1)
+            held = new_block(conv_state, ssm_state, 1, 9)
+            block_step = BlockStep(zeros(batch, 9, rows.shape[-1]), conv_state, ssm_state, held, mixer, spec)
+            mixer_block.mamba2_block_step(block_step)
         many = tables.MANY_ROWS + 1
         states = zeros(many, channels, K - 1), zeros(many, H, P, N, dtype=torch.float32)
         mixer_step.mamba2_step(Step(zeros(many, 1, rows.shape[-1]), *states, mixer, spec))

@@ -12,22 +12,28 @@ from torch import Tensor
 from mamba2_hf.errors import ArgumentError
 from mamba2_hf.ops import (
     NO_RING,
+    BlockStep,
     LayerStep,
     LayerWeights,
     Linear,
     MixerSpec,
     MixerWeights,
     Ring,
+    Step,
+    block_step,
     causal_conv1d_update,
+    fold,
     layer_step,
     mamba2_inner,
     mamba2_layer_step,
     mamba2_step,
+    new_block,
     new_ring,
     settle,
     ssd_state_update,
     use_backend,
 )
+from mamba2_hf.ops import step as ops_step
 from mamba2_hf.ops.dispatch import backend_module
 from mamba2_hf.ops.runtime import tables
 from mamba2_hf.ops.spec import SSDShape
@@ -172,6 +178,57 @@ def test_step(sizes: tuple[int, ...], T: int, L: int, options: dict[str, object]
         results.append((y, given[1], given[2]))
     for expected, actual in zip(*results, strict=True):
         close(actual, expected)
+
+
+BLOCKS: list[tuple[tuple[int, ...], int, dict[str, object]]] = [  # sizes, L, options
+    (SIZES[0], 3, {}),
+    (SIZES[1], 4, {"norm_before_gate": True, "dt_limit": (0.1, 0.5)}),
+    (SIZES[2], 3, {"norm": False}),
+    ((2, 9, 1, 1, 2), 3, {}),  # more step sizes than channels
+]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("sizes", "L", "options"), BLOCKS)
+def test_blocks_whose_tokens_may_go(sizes: tuple[int, ...], L: int, options: dict[str, object], backend: str) -> None:
+    """Rows that keep different numbers of tokens of blocks of several widths: outputs and states are those of stepping
+    through what they keep, and nothing that went leaves a trace, not even numbers that are none.
+    """
+    (B, H, P, G, N), room = sizes, 5
+    options = dict(options)
+    *tensors, norm_weight = step_inputs(B, room, H, P, G, N, 4, L)
+    weight = MixerWeights(
+        *tensors[3:6], None, tensors[6], tensors[7], norm_weight if options.pop("norm", True) else None
+    )
+    spec = MixerSpec(P, G, group_size=H * P // G, **options)  # type: ignore[arg-type]
+    device, kind = (DEVICE, torch.float32) if backend == "triton" else ("cpu", torch.float64)
+
+    def here(*given: Tensor | None) -> list[Tensor | None]:
+        return [None if each is None else each.to(device, kind, copy=True) for each in given]
+
+    conv, ssm = here(*tensors[1:3])
+    assert conv is not None
+    assert ssm is not None
+    block, weights = new_block(conv, ssm, G, room), MixerWeights(*here(*weight))
+    source = generator()
+    for tokens in (room, 1, room - 1, room):
+        u = torch.randn(B, tokens, tensors[0].shape[2], generator=source, dtype=torch.float64)
+        y = block_step(BlockStep(u.to(device, kind), conv, ssm, block, weights, spec), backend)
+        assert block.kept.tolist() == [tokens] * B
+        kept = torch.randint(0, tokens + 1, (B,), generator=source)
+        block.kept.copy_(kept)
+        for part in (block.inputs, block.convolved, block.steps):
+            part[kept[:, None].to(device) <= torch.arange(room, device=device)] = torch.nan
+        for row in range(B):
+            one = slice(row, row + 1)
+            states = [tensor[one].clone() for tensor in tensors[1:3]]
+            close(y[one], ops_step(Step(u[one], *states, weight, spec), "torch"))
+            if kept[row]:
+                ops_step(Step(u[one, : kept[row]], tensors[1][one], tensors[2][one], weight, spec), "torch")
+    fold(conv, ssm, block)
+    assert not block.kept.any()
+    close(conv, tensors[1])
+    close(ssm, tensors[2])
 
 
 def test_states_may_be_views() -> None:

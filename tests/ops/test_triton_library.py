@@ -12,7 +12,8 @@ from mamba2_hf.errors import BackendError
 from mamba2_hf.ops import causal_conv1d, gated_rms_norm, mamba2_inner, mamba2_step
 from mamba2_hf.ops.conv import triton as conv
 from mamba2_hf.ops.conv.op import Conv, ConvUpdate
-from mamba2_hf.ops.mixer.op import Layer
+from mamba2_hf.ops.mixer.block import mamba2_block_step
+from mamba2_hf.ops.mixer.op import BlockStep, Layer, new_block
 from mamba2_hf.ops.mixer.triton import layer
 from mamba2_hf.ops.norm.op import Norm
 from mamba2_hf.ops.norm.triton import gated_rms_norm as norm
@@ -153,7 +154,7 @@ def test_a_second_derivative_is_refused() -> None:
 def test_registrations_hold() -> None:
     """PyTorch's own checks: schema, fake kernels, autograd registration."""
     given = {k: v[:, :5] if k == "zxbcdt" else v for k, v in inputs().items()}
-    u, weight, bias, *_, norm_weight, conv_state, _ = (v.to(DEVICE, torch.float32) for v in given.values())
+    u, weight, bias, *_, norm_weight, conv_state, ssm_state = (v.to(DEVICE, torch.float32) for v in given.values())
     x = u[..., :C].contiguous().requires_grad_()
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     weights = LayerWeights(
@@ -171,6 +172,13 @@ def test_registrations_hold() -> None:
         norm: Norm(x[..., : H * P], u[..., : H * P], norm_weight, 1e-5, P, False, torch.float16),
         conv.update: ConvUpdate(x.detach(), conv_state, weight, bias, "silu"),
         layer: Layer(stream, weights, spec, UNPACKED, torch.float32, True),
+        mamba2_block_step: BlockStep(
+            *(u, conv_state, ssm_state, new_block(conv_state, ssm_state, G, 6)),
+            *(
+                MixerWeights(*(None if each is None else each.detach() for each in weights.mixer)),
+                spec._replace(n_groups=G),
+            ),
+        ),
     }
     for op, call in calls.items():
         assert op.build(op.flatten(call)) == call

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import CacheError
 from .placement import Placement
-from .state import NOT_RECORDED, Recorder, check_rows
+from .state import NOT_RECORDED, Recorder, check_rows, last_before
 
 
 class KeyValueState(Recorder):
@@ -56,21 +56,30 @@ class KeyValueState(Recorder):
                     self._past[name] = [held.clone()] if self.started and held is not None else []
                 self._past[name].append(new.detach())
 
-    def crop(self, tokens: int) -> None:
-        """Forgets the last ``tokens`` of those recorded, and settles the others: they cannot be removed later."""
-        if tokens and self.keys is not None:
-            assert tokens <= self.recorded_tokens
-            self.started = self._was_started or tokens < self.recorded_tokens
+    @property
+    def takes_back_in_place(self) -> bool:
+        """Whether :meth:`crop` needs nothing that was recorded."""
+        return self.capacity is not None and self.window is None and self.conv is None
+
+    def count_block(self, tokens: int) -> None:
+        """See :meth:`Recorder.count_block`."""
+        self.recorded_tokens = tokens
+
+    def crop(self, tokens: int | Tensor, width: int) -> None:
+        """Forgets the last ``tokens`` of those recorded, of each row its own where they are ``(B,)``, and settles the
+        others: they cannot be removed later. ``width`` is how many keys the longest row has of all tokens that stay.
+        """
+        if self.keys is not None and (isinstance(tokens, Tensor) or tokens):
+            self.started = self._was_started or width > 0
             if self.window is None and self.capacity is None:
-                self._replace(*(held[:, :, :-tokens] for held in self.pair))
+                self._replace(*(last_before(held, width, tokens) for held in self.pair))
             for name, parts in self._past.items():
                 held = torch.cat(parts, 2)
-                held = held[:, :, : held.shape[2] - tokens]
                 if name == "conv":
-                    self.update_conv(held[:, :, -parts[0].shape[2] :])
+                    self.update_conv(last_before(held, parts[0].shape[2], tokens))
                     continue
                 assert self.limit is not None
-                held = held[:, :, max(held.shape[2] - self.limit, 0) :]
+                held = last_before(held, min(width, self.limit), tokens)
                 if self.capacity is None:
                     self.replace(**{name: held.clone()})
                 elif held.shape[2]:

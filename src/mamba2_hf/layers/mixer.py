@@ -258,6 +258,11 @@ class Mamba2Mixer(KeepsFp32):
         records = state is not None and state.record_past
         if records and not layout.is_plain:
             raise CacheError(NOT_RECORDED)
+        if records and state is not None and not torch.is_grad_enabled():
+            weights = self._weights()
+            held = None if weights is None else state.for_block(zxbcdt.shape[0], zxbcdt.shape[1], self.n_groups)
+            if weights is not None and held is not None:
+                return self._normed(ops.block_step(ops.BlockStep(zxbcdt, *held, weights, self._spec())))
         one_token = zxbcdt.shape[1] == 1 and layout.is_plain and not torch.is_grad_enabled()
         if state is not None and state.started and one_token:
             return self._step(zxbcdt, state)

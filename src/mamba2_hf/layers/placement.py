@@ -116,9 +116,16 @@ class KeyCounts(Buffers):
             self.leave_inference_mode()
             self.lengths.zero_()
 
-    def crop(self, tokens: int) -> None:
-        """Forgets the last ``tokens`` of every row."""
-        self.width -= tokens
+    def crop(self, tokens: int | Tensor, fewest: int) -> None:
+        """Forgets the last ``tokens`` of every row, of each its own where they are ``(B,)``; the longest row has
+        ``fewest`` less than before then.
+        """
+        if isinstance(tokens, Tensor):
+            if self.lengths is None:
+                self.replace(lengths=torch.full_like(tokens, self.width))
+            assert self.lengths is not None
+            tokens = tokens.to(self.lengths.device)
+        self.width -= fewest
         if self.lengths is not None and self.capacity is not None:
             self.leave_inference_mode()
             self.lengths.sub_(tokens)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..errors import CacheError
+from ..ops.scan.reference import step_size
 
 _RING = ("ring_x", "ring_decays", "ring_B", "clock")
+_BLOCK = ("block_inputs", "block_convolved", "block_steps", "kept")
 NOT_RECORDED = (
     "the cache is recorded, to take tokens back, and padding or packed documents came: read those before "
     "activate_past_recording(). A compiled forward takes every attention_mask for padding: leave it out where all "
@@ -33,6 +35,18 @@ def pick(buffer: Tensor, indices: Tensor) -> Tensor:
     """The rows of ``buffer`` at ``indices``, in its own memory where they are as many as before."""
     picked = buffer.index_select(0, indices.to(buffer.device))
     return buffer.copy_(picked) if picked.shape == buffer.shape else picked
+
+
+def last_before(columns: Tensor, width: int, removed: int | Tensor) -> Tensor:
+    """The last ``width`` of ``columns (B, ., S)`` or ``(B, ., S, .)`` before as many as are removed at the end, of each
+    row its own if that is ``(B,)``; what would be before the first is the first.
+    """
+    end = columns.shape[2]
+    if isinstance(removed, int):
+        return columns[:, :, end - removed - width : end - removed]
+    index = torch.arange(end - width, end, device=columns.device) - removed.to(columns.device)[:, None]  # (B, width)
+    index = index.clamp(min=0)[:, None].view(len(columns), 1, width, *[1] * (columns.dim() - 3))
+    return columns.gather(2, index.expand(-1, columns.shape[1], -1, *columns.shape[3:]))
 
 
 class Recorded(NamedTuple):
@@ -91,16 +105,22 @@ class Recorder(Buffers):
     """A state that can take back the tokens since it was told to record."""
 
     record_past = False
+    block_size: int | None = None
+    """Tokens of a call at most, where each call is one block and :meth:`crop` comes before the next."""
 
-    def activate_past_recording(self) -> None:
-        """Records from here on, for :meth:`crop`."""
-        self.record_past = True
+    def activate_past_recording(self, block_size: int | None = None) -> None:
+        """Records from here on, for :meth:`crop`; see :attr:`block_size`."""
+        self.record_past, self.block_size = True, block_size
         self._forget()
 
     def stop_recording(self) -> None:
         """Records no more, and forgets what was recorded."""
-        self.record_past = False
+        self.record_past, self.block_size = False, None
         self._forget()
+
+    def count_block(self, tokens: int) -> None:
+        """Notes that a captured call has fed a block of so many tokens."""
+        raise NotImplementedError
 
     def _forget(self) -> None:
         raise NotImplementedError
@@ -118,12 +138,15 @@ class SSDState(Recorder):
     token what it depends on; :meth:`crop` scans the tokens that stay again, from that copy. It calls no module and
     reads no parameter, as their weights need not be there outside of a forward: offloaded and sharded ones are not.
 
+    Where each call is known to be one block that :meth:`crop` follows, there is neither copy nor scan: the states stay
+    as they were before the block, which the next one, or whoever reads them, folds in as far as it was kept.
+
     Args:
         ssm_dtype: of the SSM state; None for what the scan computes in, fp32 (fp64 in an fp64 model).
         defer_writes: whether steps may write the SSM state once in 16 tokens, where that is faster.
     """
 
-    names = ("conv", "held", "ready", *_RING)
+    names = ("conv", "held", "ready", *_RING, *_BLOCK)
 
     def __init__(self, ssm_dtype: torch.dtype | None = None, defer_writes: bool = True) -> None:
         self.ssm_dtype, self.defer_writes = ssm_dtype, defer_writes
@@ -134,6 +157,11 @@ class SSDState(Recorder):
         self.ring_decays: Tensor | None = None
         self.ring_B: Tensor | None = None
         self.clock: Tensor | None = None
+        self.block_inputs: Tensor | None = None  # these four are an ops.Block
+        self.block_convolved: Tensor | None = None
+        self.block_steps: Tensor | None = None
+        self.kept: Tensor | None = None
+        self._block_tokens = 0  # of the block that can be taken back
         self._in_use = False  # whether a step has ever got the ring; those of a captured graph tell nobody
         self.started = False
         self.recorded: list[Recorded] = []
@@ -149,13 +177,18 @@ class SSDState(Recorder):
         return self.held
 
     def settle(self, row: int | None = None) -> None:
-        """Brings the SSM state up to the last token: of all sequences, or of one, and the others keep their bits."""
-        if not self._in_use:
-            return
-        self.leave_inference_mode()
-        assert self.held is not None
+        """Brings the states up to the last token: of all sequences, or of one, and the others keep their bits."""
         rows = slice(None) if row is None else slice(row, row + 1)
-        ops.settle(self.held[rows], ops.Ring(*(part[rows] for part in self._ring if part is not None)))
+        if self._in_use or self.kept is not None:
+            self.leave_inference_mode()
+        if self._in_use:
+            assert self.held is not None
+            ops.settle(self.held[rows], ops.Ring(*(part[rows] for part in self._ring if part is not None)))
+        if self.kept is not None:
+            assert self.conv is not None
+            assert self.held is not None
+            block: list[Tensor] = [getattr(self, name)[rows] for name in _BLOCK]
+            ops.fold(self.conv[rows], self.held[rows], ops.Block(*block))
 
     @property
     def _ring(self) -> ops.Ring:
@@ -168,6 +201,46 @@ class SSDState(Recorder):
             ring = ops.new_ring(self.conv, self.held)
         self.replace(**dict(zip(_RING, ring, strict=True)))
         self._in_use = False
+
+    def for_block(self, rows: int, tokens: int, groups: int) -> tuple[Tensor, Tensor, ops.Block] | None:
+        """What ``ops.block_step`` updates in place: both states and the last block. None where the call is to be
+        recorded in the other way.
+
+        Args:
+            rows, tokens: of the call.
+            groups: G of the mixer.
+
+        Raises:
+            CacheError: the state belongs to another batch size.
+        """
+        size = self.block_size
+        if size is None or tokens > size or not self.started or self.recorded:
+            return None
+        if torch.compiler.is_compiling() or ops.is_batch_invariant():
+            return None
+        assert self.conv is not None
+        assert self.held is not None
+        check_rows(self.conv.shape[0], rows)
+        self.leave_inference_mode()
+        if self.kept is None:
+            self.settle()
+            self.replace(**dict(zip(_BLOCK, ops.new_block(self.conv, self.held, groups, size), strict=True)))
+        self._block_tokens = tokens
+        return self.conv, self.held, ops.Block(*(getattr(self, name) for name in _BLOCK))
+
+    def count_block(self, tokens: int) -> None:
+        """See :meth:`Recorder.count_block`."""
+        self._block_tokens = tokens
+
+    def end_block(self) -> Tensor | None:
+        """Settles which block may lose tokens, and returns how many of it each row keeps, ``(B,)``, all until now, to
+        be written; None where :meth:`crop` is to be called.
+        """
+        if not self._block_tokens:
+            return None
+        self.leave_inference_mode()
+        self._forget()
+        return self.kept
 
     def record(
         self, inputs: Tensor, x: Tensor, dt: Tensor, B: Tensor, A: Tensor, dt_limit: tuple[float, float]
@@ -188,13 +261,19 @@ class SSDState(Recorder):
     @property
     def recorded_tokens(self) -> int:
         """How many tokens :meth:`crop` can remove."""
-        return sum(block.x.shape[1] for block in self.recorded)
+        return self._block_tokens + sum(block.x.shape[1] for block in self.recorded)
 
     @torch.no_grad()
-    def crop(self, tokens: int) -> None:
-        """Forgets the last ``tokens`` of those recorded, and settles the others: they cannot be removed later."""
+    def crop(self, tokens: int | Tensor) -> None:
+        """Forgets the last ``tokens`` of those recorded, of each row its own where they are ``(B,)``, and settles the
+        others: they cannot be removed later.
+        """
         kept = self.recorded_tokens - tokens
-        if tokens and kept:
+        if self._block_tokens:
+            assert self.kept is not None
+            self.leave_inference_mode()
+            self.kept.sub_(tokens if isinstance(tokens, int) else tokens.to(self.kept))
+        elif isinstance(kept, Tensor) or (tokens and kept):
             self._scan_again(kept)
         elif tokens and self._before is not None:
             self.update(*self._before)
@@ -202,22 +281,38 @@ class SSDState(Recorder):
             self.started = False
         self._forget()
 
-    def _scan_again(self, kept: int) -> None:
-        """Brings the states to where they are after the first ``kept`` of the recorded tokens."""
+    def _scan_again(self, kept: int | Tensor) -> None:
+        """Brings the states to where they are after the first ``kept`` of the recorded tokens, ``(B,)`` for rows of
+        their own.
+        """
         assert self.conv is not None  # the recorded tokens have made it
         assert self._decay is not None
-        inputs, x, dt, B = (torch.cat(parts, 1)[:, :kept] for parts in zip(*self.recorded, strict=True))
+        most = kept if isinstance(kept, int) else self.recorded_tokens
+        inputs, x, dt, B = (torch.cat(parts, 1)[:, :most] for parts in zip(*self.recorded, strict=True))
         conv, ssm = (torch.zeros_like(self.conv), None) if self._before is None else self._before
         A, dt_limit = self._decay
         # C is of the output alone, which is not used.
-        _, ssm = ops.ssd_chunk_scan(
-            *(x, dt, A, B, B), dt_softplus=True, dt_limit=dt_limit, initial_states=ssm, return_final_states=True
-        )
-        inputs = inputs.transpose(1, 2)  # (B, C, T)
-        self.update(torch.cat([conv.to(inputs.dtype), inputs], 2)[:, :, kept:], ssm)
+        options: dict[str, Any] = {"dt_softplus": True, "dt_limit": dt_limit}
+        if isinstance(kept, Tensor):  # a step of size zero leaves a state as it is
+            kept, options = kept.to(dt.device), {}
+            there = torch.arange(most, device=dt.device)[:, None] < kept[:, None, None]  # (B, T, 1)
+            dt = torch.where(there, step_size(dt, None, True, dt_limit, A.dtype), 0)
+        _, ssm = ops.ssd_chunk_scan(x, dt, A, B, B, initial_states=ssm, return_final_states=True, **options)
+        columns = torch.cat([conv.to(inputs.dtype), inputs.transpose(1, 2)], 2)  # (B, C, K - 1 + T)
+        self.update(last_before(columns, conv.shape[2], most - kept), ssm)
+
+    def stop_recording(self) -> None:
+        """See :meth:`Recorder.stop_recording`."""
+        self._drop_block()
+        super().stop_recording()
+
+    def _drop_block(self) -> None:
+        if self.kept is not None:
+            self.settle()
+            self.replace(**dict.fromkeys(_BLOCK))
 
     def _forget(self) -> None:
-        self.recorded, self._before, self._decay = [], None, None
+        self.recorded, self._before, self._decay, self._block_tokens = [], None, None, 0
 
     def update(self, conv: Tensor, ssm: Tensor) -> None:
         """Stores the states after a block of tokens."""
@@ -228,8 +323,9 @@ class SSDState(Recorder):
             self.leave_inference_mode()
             self.conv.copy_(conv)
             self.held.copy_(ssm)
-            if self.clock is not None:
-                self.clock.zero_()
+            for counts in (self.clock, self.kept):
+                if counts is not None:
+                    counts.zero_()
         self.started = True
 
     def allocate(self, conv: Tensor, ssm: Tensor) -> None:
@@ -239,6 +335,7 @@ class SSDState(Recorder):
             held=ssm.to(self.ssm_dtype or ssm.dtype, copy=True, memory_format=torch.contiguous_format),
             ready=torch.zeros(1, dtype=torch.int32, device=conv.device),
         )
+        self.replace(**dict.fromkeys(_BLOCK))
         self._make_ring()
 
     def initial(self, batch: int) -> tuple[Tensor | None, Tensor | None]:
@@ -301,8 +398,9 @@ class SSDState(Recorder):
                 buffer.zero_()
             else:
                 buffer.copy_(getattr(other, name)[0])
-        if self.clock is not None:
-            self.clock[row] = 0
+        for counts in (self.clock, self.kept):
+            if counts is not None:
+                counts[row] = 0
 
     def gather(self, rows: Sequence[tuple[SSDState, int] | None]) -> None:
         """Holds copies of single sequences of other states from now on, zeros for None; not all are None."""
@@ -318,7 +416,7 @@ class SSDState(Recorder):
                     place.copy_(getattr(row[0], name)[row[1]])
             self.replace(**{name: buffer})
         assert self.conv is not None
-        self.replace(ready=torch.zeros(1, dtype=torch.int32, device=self.conv.device))
+        self.replace(ready=torch.zeros(1, dtype=torch.int32, device=self.conv.device), **dict.fromkeys(_BLOCK))
         self._make_ring()
         self.started = True
 
@@ -330,6 +428,7 @@ class SSDState(Recorder):
             return
         names = ["conv", "held"]  # `ready` is not by sequence
         as_many = len(indices) == len(self.conv)
+        self._drop_block()
         if not as_many:
             self.settle()
         elif self.clock is not None:
@@ -346,6 +445,7 @@ class SSDState(Recorder):
         if self._decay is not None:
             self._decay = self._decay[0].to(device), self._decay[1]
         before = self.held
+        self._drop_block()
         self.settle()
         super().to(device)
         if self.held is not before:

@@ -21,15 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import (
-    GenerationMode,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers.generation import GenerationMode, LogitsProcessorList
 from transformers.utils import logging
 
 from ..distributed.tensor_parallel import agree_on_random_numbers
@@ -42,6 +34,7 @@ from .causal_lm import SSDForCausalLM
 from .graphs import DecodeGraph, why_not
 from .outputs import CACHE
 from .prefix_cache import PrefixCache, beginning, text_key, text_tokens, tokens_of
+from .speculation import TextLookup, accepted, by_scores_alone, next_block
 
 logger = logging.get_logger(__name__)
 
@@ -50,15 +43,6 @@ _ROWS_AT_ONCE = 16
 _TOKENS_AHEAD = 2048
 """Prompts that do not join yet are read with those that do while all have at most as many tokens, which take a GPU
 about as long as a few: so that not every row that is free for the next costs a call."""
-
-_BY_SCORES = {
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-}
-"""Processors that look at the scores of a row and at nothing else, so that rows with equal ones go through together."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_return_sequences": (None, 1),
@@ -123,7 +107,11 @@ class _Running:
     sampler: Any  # see `_sampler`
     generator: torch.Generator
     on_token: Callable[[int], None] | None
+    longest: int  # of the ends of its text that are looked up, where it is to guess ahead
+    lookup: TextLookup | None = None  # of its text, in that case, as soon as it has a slot
     tokens: list[int] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)  # of what the next step chooses
+    noise: deque[Tensor] = field(default_factory=deque)  # (V,) each, of its next tokens, drawn and not used yet
     text: Tensor | None = None  # (1, T) on the device, where processors may look at it
     prompt: bytes = b""  # the key of what is read, all but the last token
     is_read: bool = False
@@ -143,7 +131,7 @@ class _Running:
 
 def _sampler(config: GenerationConfig, processors: LogitsProcessorList) -> Any:
     """The settings that requests share whose tokens are chosen together; None for one that has to choose alone."""
-    if not config.do_sample or any(type(each) not in _BY_SCORES for each in processors):
+    if not config.do_sample or not by_scores_alone(processors):
         return None
     return tuple((type(each), *sorted(vars(each).items())) for each in processors)
 
@@ -154,34 +142,60 @@ class _Alike:
     Args:
         rows: theirs.
         requests: in that order.
-        logits: ``(slots, V)``, such as they will be.
+        logits: ``(slots, T, V)``, such as they will be; T is 1 where nobody guesses ahead.
     """
 
     def __init__(self, rows: list[int], requests: list[_Running], logits: Tensor) -> None:
         self._rows = torch.tensor(rows, device=logits.device)
-        self._first = requests[0]
-        self._noise = logits.new_empty(len(rows), logits.shape[1]) if self._first.samples else None
-        self._draws = (
-            [] if self._noise is None else list(zip(self._noise, (r.generator for r in requests), strict=True))
-        )
+        self._requests, self._first = requests, requests[0]
+        self._noise: Tensor | None = None
+        self._draws: list[tuple[Tensor, torch.Generator]] = []
+        if self._first.samples and self._first.lookup is None:
+            self._noise = logits.new_empty(len(rows), *logits.shape[1:])
+            self._draws = [(row[0], request.generator) for row, request in zip(self._noise, requests, strict=True)]
 
     def choose(self, logits: Tensor, tokens: Tensor) -> None:
-        """Writes to ``tokens (slots,)`` what ``generate`` would choose by ``logits (slots, V)``; -1 where those are no
-        numbers.
+        """Writes to ``tokens (slots, T)`` what ``generate`` would choose by ``logits (slots, T, V)``, behind the last
+        token and behind each of a draft; -1 where those are no numbers.
         """
-        first = self._first
-        scores = first.processors(first.text, logits[self._rows])
-        if self._noise is None:
+        scores = self._scores(logits[self._rows])
+        if not self._first.samples:
             chosen = scores.argmax(-1)
         else:
             # As torch.multinomial, which takes one generator for all rows, and a dozen launches for one.
             probabilities = scores.softmax(-1)
+            noise = self._drawn(scores)
+            chosen = torch.where(probabilities.sum(-1) > 0, (probabilities / noise).argmax(-1), -1)
+        tokens[self._rows, : chosen.shape[1]] = chosen
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """What the processors make of the rows' ``logits (rows, T, V)``; of one that looks at its text, as far as its
+        draft goes.
+        """
+        first = self._first
+        if first.text is None:
+            return first.processors(None, logits.flatten(0, 1)).view(logits.shape)  # type: ignore[arg-type,no-any-return]
+        texts = [first.text]
+        if first.draft:
+            text = torch.cat([first.text, torch.tensor([first.draft], device=first.text.device)], 1)
+            texts = [text[:, : first.text.shape[1] + place] for place in range(len(first.draft) + 1)]
+        return torch.stack([first.processors(text, logits[:, place]) for place, text in enumerate(texts)], 1)
+
+    def _drawn(self, scores: Tensor) -> Tensor:
+        """Random numbers for ``scores (rows, T, V)``, of each row its own. Those of a token that was guessed wrongly
+        serve what comes there in its place, so that a text does not depend on what was guessed.
+        """
+        if self._noise is not None:
             for row, generator in self._draws:
                 row.exponential_(1, generator=generator)
-            chosen = torch.where(probabilities.sum(-1) > 0, (probabilities / self._noise).argmax(-1), -1)
-        if first.text is not None:
-            first.text = torch.cat([first.text, chosen[:, None]], 1)
-        tokens[self._rows] = chosen
+            return self._noise
+        rows = []
+        for request in self._requests:
+            held = request.noise
+            while len(held) <= len(request.draft):
+                held.append(torch.empty_like(scores[0, 0]).exponential_(1, generator=request.generator))
+            rows += [held[min(place, len(held) - 1)] for place in range(scores.shape[1])]
+        return torch.stack(rows).view(scores.shape)
 
 
 def _most(settings: Mapping[str, Any], tokens: int, default: int | None) -> int | None:
@@ -216,6 +230,10 @@ class ContinuousBatch:
         defer_writes: whether steps may write the SSM states once in 16 tokens; see :class:`Mamba2Cache`.
         batch_invariant: whether all is read and written under :func:`mamba2_hf.batch_invariant`, so that a request gets
             what it gets alone to the last bit, with and without a prefix cache.
+        prompt_lookup_num_tokens: how many tokens to guess at most for each request from its own text, where its last
+            tokens (``max_matching_ngram_size`` of the request, 2) were there before. A step verifies the guesses of all
+            rows in one call, and each writes as many tokens as were right and one more. Texts are the same as without,
+            sampled ones too, up to the rounding of larger matrix products. None guesses none.
 
     Attributes:
         prefix_cache: the one that was given, or an empty one; its ``stats`` count what was read and what was not.
@@ -236,11 +254,21 @@ class ContinuousBatch:
         prefix_cache: PrefixCache | None = None,
         defer_writes: bool = True,
         batch_invariant: bool = False,
+        prompt_lookup_num_tokens: int | None = None,
     ) -> None:
         if not isinstance(model, SSDForCausalLM):
             raise ArgumentError(f"model is a {type(model).__name__}, expected a language model of this package")
         if slots < 1:
             raise ArgumentError(f"slots is {slots}: at least 1 request has to run at once")
+        if prompt_lookup_num_tokens is not None and prompt_lookup_num_tokens < 1:
+            raise ArgumentError(
+                f"prompt_lookup_num_tokens is {prompt_lookup_num_tokens}: at least 1 token, or None to guess none"
+            )
+        if prompt_lookup_num_tokens is not None and batch_invariant:
+            raise ArgumentError(
+                f"prompt_lookup_num_tokens={prompt_lookup_num_tokens} and batch_invariant=True: blocks of several "
+                "sequences add up in another order than steps; leave one of them out"
+            )
         if not isinstance(prefix_cache, PrefixCache | None):
             raise ArgumentError(
                 f"prefix_cache is {prefix_cache!r:.80}: expected a mamba2_hf.PrefixCache(max_bytes), or None for none"
@@ -251,14 +279,16 @@ class ContinuousBatch:
             agree_on_random_numbers(model.tensor_group, model.device)
         self.model, self.max_length = model, max_length
         self._states: dict[str, Any] = {"state_dtype": state_dtype, "defer_writes": defer_writes}
-        room = None if max_length is None else max(max_length, 2)
+        self._ahead = prompt_lookup_num_tokens or 0
+        room = None if max_length is None else max(max_length, 2) + self._ahead
         self.cache = Mamba2Cache(model.config, static=True, max_length=room, **self._states)
         self._rows: list[_Running | None] = [None] * slots
         self._waiting: deque[_Running] = deque()
         self._prompts: list[bytes] = []  # of those that have not been read, sorted
         self._ended: list[Completion] = []
         self._alike: list[_Alike] | None = None  # of the rows as they are
-        self._fed: Tensor | None = None  # (slots, 1) what the next step feeds, where it is known on the device
+        self._fed: Tensor | None = None  # (slots, T) what the next step feeds, where it is known on the device
+        self._chosen: Tensor | None = None  # (slots, T) of the last step
         self._count = 0
         self._captures = -1  # `PrefixCache.captures` of the graph
         self._captured = captured and not model.generation_config.disable_compile
@@ -281,17 +311,19 @@ class ContinuousBatch:
         self.model(**inputs)
         for row in range(len(self._rows)):
             self.cache.put(row, None)
+        if self._ahead:
+            self.cache.activate_past_recording(self._ahead + 1)
         states = [layer for layer in self.cache.layers if isinstance(layer, SSDState)]
         self.prefix_cache.check_room(sum(layer.nbytes_of_row for layer in states))
 
     def _inputs(self, ids: Tensor, *, is_first_iteration: bool = False) -> dict[str, Any]:
-        """What the forward gets for the next token of every row, ``(slots, 1)``."""
+        """What the forward gets for the next tokens of every row, ``(slots, T)``."""
         inputs: dict[str, Any] = self.model.prepare_inputs_for_generation(
             ids,
-            next_sequence_length=1,
+            next_sequence_length=ids.shape[1],
             is_first_iteration=is_first_iteration,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=ids.shape[1],
             **{CACHE: self.cache},
         )
         return inputs
@@ -362,6 +394,7 @@ class ContinuousBatch:
                 sampler=_sampler(config, processors),
                 generator=torch.Generator(device).manual_seed(seed),
                 on_token=request.on_token,
+                longest=config.max_matching_ngram_size or 2,
             )
         )
         self._count += 1
@@ -376,7 +409,8 @@ class ContinuousBatch:
         mode = config.get_generation_mode()
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise ArgumentError(
-                f"the settings ask for {mode.value}: a row of a batch is greedy or sampled; call generate"
+                f"the settings ask for {mode.value}: a row of a batch is greedy or sampled; call generate, or give "
+                "prompt_lookup_num_tokens to the batch"
             )
         for name, neutral in _NEUTRAL.items():
             if (value := getattr(config, name, None)) not in neutral:
@@ -534,6 +568,8 @@ class ContinuousBatch:
             single.gather([running.state])
         self.cache.put(row, single)
         running.state = None
+        if self._ahead:
+            running.lookup = TextLookup(running.ids, running.longest)
         if running.processors and running.sampler is None:
             running.text = torch.tensor([running.ids], device=self.model.device)  # (1, T)
         self._set_row(row, running)
@@ -553,19 +589,25 @@ class ContinuousBatch:
             self._fed = None
 
     def _logits(self) -> Tensor:
-        """Feeds every row its last token: logits ``(slots, V)`` in fp32, to be read before the next step."""
+        """Feeds every row its last token and its draft: logits ``(slots, T, V)`` in fp32, to be read before the next
+        step.
+        """
         self.cache.set_lengths([0 if running is None else running.seen for running in self._rows])
         if self._fed is None:
-            last = [[0] if running is None else [running.last] for running in self._rows]
-            self._fed = torch.tensor(last, device=self.model.device)
+            last = [0 if running is None else running.last for running in self._rows]
+            drafts = [[] if running is None else running.draft for running in self._rows]
+            self._fed = next_block(last, drafts, self._ahead, self.cache).to(self.model.device)
         graph = self.cache.graph
         replays = graph is not None and graph.fits(self._fed)
         # generate runs experts in another way in steps than in prompts, on a GPU.
         with contextlib.nullcontext() if replays else self.model._optimize_model_for_decode():
-            return self.model(**self._inputs(self._fed)).logits[:, -1].float()
+            logits: Tensor = self.model(**self._inputs(self._fed)).logits
+            return logits[:, -self._fed.shape[1] :].float()
 
-    def _tokens(self, logits: Tensor) -> list[int]:
-        """The next token of every row, by logits ``(slots, V)``; those of rows that are free mean nothing."""
+    def _tokens(self, logits: Tensor) -> list[list[int]]:
+        """The next token of every row, and those behind its draft, by logits ``(slots, T, V)``; those of rows that are
+        free mean nothing.
+        """
         if self._alike is None:
             together: dict[Any, list[int]] = {}
             for row, running in enumerate(self._rows):
@@ -579,34 +621,54 @@ class ContinuousBatch:
         chosen = logits.argmax(-1)
         for alike in self._alike:
             alike.choose(logits, chosen)
-        self._fed = chosen.clamp(min=0)[:, None].to(self.model.device)
-        tokens: list[int] = chosen.tolist()  # the one time that a step waits for what it computes
+        self._chosen = chosen
+        self._fed = None if self._ahead else chosen.clamp(min=0).to(self.model.device)
+        tokens: list[list[int]] = chosen.tolist()  # the one time that a step waits for what it computes
         return tokens
 
     def _advance(self) -> list[tuple[Callable[[int], None], int]]:
-        """Lets every running request write a token. Returns whom to tell of which."""
-        callbacks, written = [], []
-        for row, token in enumerate(self._tokens(self._logits())):
+        """Lets every running request write its next tokens. Returns whom to tell of which."""
+        for running in self._rows if self._ahead else ():
+            if running is not None and running.lookup is not None:
+                running.draft = running.lookup.draft(min(self._ahead, running.most - len(running.tokens) - 1))
+        logits = self._logits()
+        callbacks, written, kept = [], [], [0] * len(self._rows)
+        for row, chosen in enumerate(self._tokens(logits)):
             running = self._rows[row]
             if running is None:
                 continue
-            reason = "nan" if token < 0 else "eos" if token in running.ends else None
-            if token >= 0:
-                running.tokens.append(token)
-                if running.on_token is not None:
-                    callbacks.append((running.on_token, token))
-            if reason is None and len(running.tokens) == running.most:
-                reason = "length"
+            tokens = accepted(chosen, running.draft, running.ends, running.most - len(running.tokens))
+            kept[row] = len(tokens)
+            reason = self._write(row, running, tokens)
+            if running.on_token is not None:
+                callbacks += [(running.on_token, token) for token in tokens if token >= 0]
             if reason is not None:
                 self._set_row(row, None)
                 if reason != "nan" and self.prefix_cache.max_bytes:
                     written.append((row, running))
                 self._ended.append(Completion(running.number, running.tokens, reason))
+        if self._ahead:
+            self.cache.crop(torch.tensor(kept) - logits.shape[1])
         for row, running in written:
             if running.of_model == self.prefix_cache.changes:
                 text = text_key([*running.ids, *running.tokens[:-1]])
                 self.prefix_cache.store(text, CacheRow(self.cache, row, running.seen))
         return callbacks
+
+    def _write(self, row: int, running: _Running, tokens: list[int]) -> str | None:
+        """Adds tokens to a text. Returns why it has ended, if so."""
+        token = tokens[-1]
+        reason = "nan" if token < 0 else "eos" if token in running.ends else None
+        new = tokens if token >= 0 else tokens[:-1]
+        running.tokens += new
+        if running.text is not None:
+            assert self._chosen is not None
+            running.text = torch.cat([running.text, self._chosen[row : row + 1, : len(new)]], 1)
+        if running.lookup is not None:
+            running.lookup.extend(new)
+            for _ in range(min(len(new), len(running.noise))):
+                running.noise.popleft()
+        return "length" if reason is None and len(running.tokens) == running.most else reason
 
 
 def _new_tokens(text: bytes, state: CacheRow | None) -> int:
@@ -625,6 +687,7 @@ def generate_batch(
     prefix_cache: PrefixCache | None = None,
     defer_writes: bool = True,
     batch_invariant: bool = False,
+    prompt_lookup_num_tokens: int | None = None,
 ) -> list[Completion]:
     """Continues many texts of different lengths, ``slots`` at a time; a text that ends makes room for the next.
 
@@ -632,9 +695,9 @@ def generate_batch(
         model: to generate with.
         requests: the texts. Those of a list are all looked at before the first is read; those of another iterable are
             taken when there is a slot for them.
-        slots, max_length, state_dtype, captured, prefix_cache, defer_writes, batch_invariant: of the
-            :class:`ContinuousBatch`. A model with attention that gets no ``max_length`` makes a list of the requests,
-            and room for the longest.
+        slots, max_length, state_dtype, captured, prefix_cache, defer_writes, batch_invariant,
+            prompt_lookup_num_tokens: of the :class:`ContinuousBatch`. A model with attention that gets no
+            ``max_length`` makes a list of the requests, and room for the longest.
 
     Returns:
         how each request ended, in their order.
@@ -656,6 +719,7 @@ def generate_batch(
         prefix_cache=prefix_cache,
         defer_writes=defer_writes,
         batch_invariant=batch_invariant,
+        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
     )
     if isinstance(requests, Sequence):
         for request in requests:

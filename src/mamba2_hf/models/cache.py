@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..errors import ArgumentError, CacheError
 from ..layers import Buffers, KeyCounts, KeyValueState, Placement, SSDState
+from ..layers.state import check_rows
 from . import prompt_state
 from .graphs import DecodeGraph
 from .prompt_state import TokenHashes
@@ -100,6 +101,7 @@ class Mamba2Cache(Cache):
         self.seen_tokens = 0
         self.soft_tokens = 0  # of those seen, no token's: a soft prompt's, which no ids and no mask of a text hold
         self.padding: Tensor | None = None  # (B,) how many of them did not count
+        self._behind: Tensor | None = None  # (B,) of these, because more was taken back than of the foremost row
         self.token_hashes: TokenHashes | None = None  # of the first of them, once saved or loaded
 
     @property
@@ -129,6 +131,9 @@ class Mamba2Cache(Cache):
         if self.key_counts is not None:
             self.key_counts.width += tokens
         self.seen_tokens += tokens
+        if self.recording:
+            for layer in self.layers:
+                layer.count_block(max(tokens, 0))
 
     def reserve(self, tokens: int) -> None:
         """Makes room for that many tokens in a cache that is captured; any other has it already, or none to give."""
@@ -200,6 +205,9 @@ class Mamba2Cache(Cache):
             CacheError: the cache is empty, ``input_ids`` is not what it has seen, the file is something else, or the
                 model's weights cannot be read.
         """
+        for layer in self.layers:
+            if isinstance(layer, SSDState):
+                layer.settle()
         if input_ids is not None:
             before = self.token_hashes
             past = self.seen_tokens - input_ids.shape[1]
@@ -281,7 +289,7 @@ class Mamba2Cache(Cache):
                 layer.put(row, other, lengths)
         if self.key_counts is not None:
             self.key_counts.put(row, lengths)
-        self.padding = self.token_hashes = None
+        self.padding = self._behind = self.token_hashes = None
 
     def gather(self, rows: Sequence[CacheRow | None]) -> None:
         """Fills an empty cache, whose buffers grow, with copies of single sequences of other caches: to read several
@@ -339,6 +347,8 @@ class Mamba2Cache(Cache):
             buffers.select(indices)
         if self.padding is not None:
             self.padding = self.padding[indices.to(self.padding.device)]
+        if self._behind is not None:
+            self._behind = self._behind[indices.cpu()]
         if self.token_hashes is not None:
             self.token_hashes = self.token_hashes.select(indices)
 
@@ -374,19 +384,37 @@ class Mamba2Cache(Cache):
         return bool(self.layers) and self.layers[0].record_past  # all of them, or none
 
     @property
+    def captured_tokens(self) -> int:
+        """Of each row, that a call has at most which is captured: a step's one, or those of a block that is recorded
+        where buffers alone have to be written for that.
+        """
+        if not self.recording:
+            return 1
+        in_place = (isinstance(layer, SSDState) or layer.takes_back_in_place for layer in self.layers)
+        size: int | None = self.layers[0].block_size
+        return size if size is not None and all(in_place) else 0
+
+    @property
     def is_croppable(self) -> bool:
         """As ``recording``: a state cannot forget what it did not expect to."""
         return self.recording
 
-    def activate_past_recording(self) -> None:
+    def activate_past_recording(self, block_size: int | None = None) -> None:
         """Makes the tokens that come now removable by :meth:`crop`: assisted decoding verifies several at once, and
         keeps those up to the first that is wrong.
 
         It costs one copy of the states, and what the mixers projected of the tokens until the next :meth:`crop`: record
         short blocks, not prompts. Padding and packed documents cannot be recorded.
+
+        Args:
+            block_size: of a forward at most, where every forward is a block and ``crop`` comes before the next. The
+                states are then neither copied nor run again. A block that nothing is removed of before the next one
+                stays for good.
         """
+        if self.graph is not None and block_size is not None:
+            self.graph.drop()  # its steps write states in another way
         for layer in self.layers:
-            layer.activate_past_recording()
+            layer.activate_past_recording(block_size)
 
     def stop_recording(self) -> None:
         """Ends :meth:`activate_past_recording`."""
@@ -398,32 +426,59 @@ class Mamba2Cache(Cache):
         super().reset()
         if self.key_counts is not None:
             self.key_counts.reset()
-        self.seen_tokens, self.soft_tokens, self.padding, self.token_hashes = 0, 0, None, None
+        self.seen_tokens, self.soft_tokens = 0, 0
+        self.padding = self._behind = self.token_hashes = None
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Removes the last tokens, of those since :meth:`activate_past_recording` or the last ``crop``; the others stay
         for good. The states are put back and run over the tokens that stay, without reading a weight matrix.
 
         Args:
-            tokens_to_remove: a negative number, as in transformers; 0 removes none.
+            tokens_to_remove: a negative number, as in transformers, or ``(B,)`` of them for rows that each take back
+                their own; 0 removes none. A row that took back more than another has seen fewer tokens, as one with
+                more padding has.
 
         Raises:
             CacheError: they were not recorded.
         """
         recorded = min((layer.recorded_tokens for layer in self.layers), default=0)
-        if tokens_to_remove > 0 or -tokens_to_remove > recorded:
+        removed: int | Tensor = -tokens_to_remove
+        least, most = removed, removed
+        if isinstance(removed, Tensor):
+            check_rows(self.batch_size, len(removed))
+            removed = removed.cpu()
+            least, most = (int(number) for number in removed.aminmax())
+            removed = least if least == most else removed
+        if least < 0 or most > recorded:
             raise CacheError(
-                f"crop({tokens_to_remove}): {recorded} tokens were recorded, and a state cannot forget others; give a "
-                "negative number of at most those, and call activate_past_recording() before the tokens that may have "
-                "to go, or continue from a copy (copy.deepcopy)"
+                f"crop({-most if most > recorded else -least}): {recorded} tokens were recorded, and a state cannot "
+                "forget others; give a negative number of at most those, and call activate_past_recording() before the "
+                "tokens that may have to go, or continue from a copy (copy.deepcopy)"
             )
-        for layer in self.layers:
-            layer.crop(-tokens_to_remove)
-        if not tokens_to_remove:
-            return
+        if isinstance(removed, Tensor):
+            before = torch.zeros_like(removed) if self._behind is None else self._behind
+            behind = before + removed
+            least = int(behind.min())
+            self._behind = behind - least
+            more = self._behind - before
+            self.padding = more if self.padding is None else self.padding + more.to(self.padding.device)
         if self.key_counts is not None:
-            self.key_counts.crop(-tokens_to_remove)
-        self.seen_tokens += tokens_to_remove
+            self.key_counts.crop(removed, int(least))
+        blocks: dict[torch.device, list[Tensor]] = {}
+        for layer in self.layers:
+            if not isinstance(layer, SSDState):
+                assert self.key_counts is not None
+                layer.crop(removed, self.key_counts.width)
+            elif (kept := layer.end_block()) is not None:
+                blocks.setdefault(kept.device, []).append(kept)
+            else:
+                layer.crop(removed)
+        for device, counts in blocks.items():  # few launches for all layers
+            if isinstance(removed, int):
+                torch._foreach_sub_(counts, removed)
+            else:
+                torch._foreach_sub_(counts, [removed.to(device, torch.int32)] * len(counts))
+        self.seen_tokens -= int(least)
         if self.token_hashes is not None and self.token_hashes.tokens > self.seen_tokens:
             self.token_hashes = None
 

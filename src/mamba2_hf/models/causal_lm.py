@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
@@ -22,7 +23,7 @@ from ..layers.weights import all_hooked, hooked_by_fsdp2, is_part
 from ..ops import batch_invariant as invariantly
 from ..ops import is_batch_invariant, linear_cross_entropy
 from ..ops.runtime.modes import observed
-from . import prefill
+from . import prefill, speculation
 from .backbone import SSDBackbone, batch_and_tokens
 from .cache import Mamba2Cache, as_mamba2_cache, check_implementation, one_cache
 from .graphs import DecodeGraph, why_not
@@ -173,11 +174,18 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
     def _captured_cache(self, inputs: dict[str, Any], layout: SequenceLayout) -> Mamba2Cache | None:
-        """The cache whose graph gives this forward, if it is a plain step of one token per sequence."""
+        """The cache whose graph gives this forward, if it is a plain step of one token per sequence, or a block that
+        may be taken back.
+        """
         cache, ids = inputs["past_key_values"], inputs["input_ids"]
-        if not isinstance(cache, Mamba2Cache) or cache.graph is None or not cache.seen_tokens or cache.recording:
+        if not isinstance(cache, Mamba2Cache) or cache.graph is None or not cache.seen_tokens:
             return None
-        if ids is None or ids.shape[1] != 1 or not layout.is_plain or inputs.get("position_ids") is not None:
+        if (
+            ids is None
+            or ids.shape[1] > cache.captured_tokens
+            or not layout.is_plain
+            or inputs.get("position_ids") is not None
+        ):
             return None
         wanted = [name for name in _WHOLE_FORWARD if name in inputs]
         if inputs["use_cache"] is False or any(inputs[name] or getattr(self.config, name) for name in wanted):
@@ -187,8 +195,8 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         return None if refused or watched or torch.is_autocast_enabled(ids.device.type) else cache
 
     def _captured_step(self, input_ids: Tensor, cache: Mamba2Cache, layout: SequenceLayout) -> Tensor:
-        """Logits ``(B, 1, vocab)``."""
-        cache.reserve(cache.seen_tokens + 1)
+        """Logits ``(B, T, vocab)``."""
+        cache.reserve(cache.seen_tokens + input_ids.shape[1])
 
         def run(ids: Tensor) -> Tensor:
             outputs = self.backbone(
@@ -449,16 +457,18 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         """As in transformers: the prompt up to its last token is read first, so that only blocks of candidates have to
         be recorded for taking them back. With ``use_mtp=True`` the candidates are the model's own heads'.
         """
+        if generation_config.assistant_early_exit is not None:
+            raise ArgumentError("assistant_early_exit: a state belongs to all layers; pass an assistant_model instead")
+        if generation_config.use_mtp:
+            check_heads(self, len(input_ids), generation_config, kwargs.get("assistant_model"))
+        if len(input_ids) > 1:
+            return self._speculate(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         if mask is None:  # an assistant that gets none takes pad tokens for padding
             mask = torch.ones_like(input_ids)
             kwargs["attention_mask"] = mask
-        if generation_config.assistant_early_exit is not None:
-            raise ArgumentError("assistant_early_exit: a state belongs to all layers; pass an assistant_model instead")
         watching: Any = contextlib.nullcontext()
-        if generation_config.use_mtp:
-            check_heads(self, len(input_ids), generation_config, kwargs.get("assistant_model"))
-        if cache is not None and len(input_ids) == 1:
+        if cache is not None:
             past, tokens = cache.seen_tokens, input_ids.shape[1]
             if kwargs.get("inputs_embeds") is not None or not 0 <= past < tokens:
                 raise ArgumentError(
@@ -495,6 +505,87 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         finally:
             if cache is not None:
                 cache.stop_recording()
+
+    def _speculate(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        assistant_model: Any = None,
+        assistant_tokenizer: Any = None,
+        tokenizer: Any = None,
+        inputs_tensor: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """:meth:`_assisted_decoding` of several sequences."""
+        cache: Mamba2Cache | None = kwargs.get(CACHE)
+        if cache is None or generation_config.cache_implementation is not None:
+            raise ArgumentError(
+                "assisted decoding takes tokens back from a cache that it makes: it requires use_cache=True, and no "
+                f"cache_implementation (it is {generation_config.cache_implementation!r})"
+            )
+        speculation.check(generation_config, assistant_model, assistant_tokenizer, streamer)
+        mask, tokens = kwargs.get("attention_mask"), input_ids.shape[1]
+        if kwargs.get("inputs_embeds") is not None:
+            raise ArgumentError("assisted decoding looks at the ids of a text: pass input_ids, and no inputs_embeds")
+        counts = torch.ones_like(input_ids) if mask is None else mask
+        most = generation_config.prompt_lookup_num_tokens
+        if assistant_model is not None:
+            most = speculation.assistant_setting(assistant_model, "num_assistant_tokens")
+            if counts.shape != input_ids.shape:
+                raise ArgumentError(
+                    f"attention_mask has shape {tuple(counts.shape)} for {tokens} tokens: an assistant needs the ids "
+                    "of the whole text, those that the cache has seen, too"
+                )
+        choices = speculation.Choices(
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config.do_sample,
+            generation_config.max_length,
+            most,
+        )
+        pad = generation_config.pad_token_id
+        if choices.criteria and pad is None:
+            raise ArgumentError(
+                f"{type(choices.criteria[0]).__name__} may end rows apart: pass pad_token_id, to fill them up with"
+            )
+        kwargs.pop("position_ids", None)
+        logits = self._prefill(input_ids, generation_config, kwargs).logits[:, -1:]
+        drafts: speculation.Drafts
+        if assistant_model is None:
+            own = counts[:, -tokens:] != 0
+            texts = [ids[keep].tolist() for ids, keep in zip(input_ids, own, strict=True)]
+            drafts = speculation.LookupDrafts(texts, generation_config.max_matching_ngram_size or 2)
+        else:
+            device = assistant_model.device
+            threshold = speculation.assistant_setting(assistant_model, "assistant_confidence_threshold")
+            read = assistant_model.read(input_ids.to(device), counts.to(device))
+            drafts = speculation.AssistantDrafts(assistant_model, read, threshold)
+        kwargs["attention_mask"] = None
+
+        def forward(block: Tensor) -> Tensor:
+            # The class's own: what wraps an instance puts soft tokens in front of a prompt, and takes one token a step.
+            prepare = type(self).prepare_inputs_for_generation
+            inputs = prepare(self, block, next_sequence_length=block.shape[1], **kwargs)
+            return self(**{**inputs, "logits_to_keep": 0, "return_dict": True}).logits  # type: ignore[no-any-return]
+
+        goes_on = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+        try:
+            new = speculation.decode(
+                *(self, forward, logits, input_ids[:, -1:], cache, drafts, choices, most, synced_gpus, goes_on)
+            )
+        finally:
+            cache.stop_recording()
+        width = max(map(len, new))
+        filled = [text + [0 if pad is None else pad] * (width - len(text)) for text in new]
+        sequences = torch.cat([input_ids, torch.tensor(filled, device=input_ids.device)], 1)
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
 
     def _get_candidate_generator(self, *args: Any, assistant_model: Any = None, **kwargs: Any) -> Any:
         """As in transformers, which has a generator of its own for models that keep their heads as it does."""
@@ -555,6 +646,10 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         self.backbone.refuse_in_context("generate")
         given = as_mamba2_cache(one_cache(model_kwargs.get(CACHE), model_kwargs.pop("cache_params", None)), self.config)
         kind, use_cache = generation_config.cache_implementation, generation_config.use_cache is not False
+        may_capture = generation_mode in _ONE_BY_ONE
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and batch_size > 1:  # one graph for all blocks
+            may_capture = True
+            max_cache_length += generation_config.prompt_lookup_num_tokens or 0
         if use_cache and generation_config.output_attentions:
             raise ArgumentError(
                 "output_attentions=True: the matrix of earlier tokens cannot be known from a cached state; call "
@@ -568,7 +663,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
             if given.captured or (given.key_counts is None and not given.static):  # SSD states have fixed places anyway
                 given.captured = True
                 # Anew, as the model may have changed since.
-                given.graph = DecodeGraph() if self._may_capture(generation_config, generation_mode) else None
+                given.graph = DecodeGraph() if may_capture and self._may_capture(generation_config) else None
                 given.reserve(max_cache_length)
             model_kwargs[CACHE] = given
         elif use_cache:
@@ -578,12 +673,12 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                 self.config,
                 static=kind == "static",
                 max_length=length,
-                captured=kind != "static" and self._may_capture(generation_config, generation_mode),
+                captured=kind != "static" and may_capture and self._may_capture(generation_config),
             )
 
-    def _may_capture(self, generation_config: Any, generation_mode: Any) -> bool:
+    def _may_capture(self, generation_config: Any) -> bool:
         """Whether ``generate`` is to decode through a CUDA graph."""
-        if generation_config.disable_compile or generation_mode not in _ONE_BY_ONE or self.device.type != "cuda":
+        if generation_config.disable_compile or self.device.type != "cuda":
             return False
         reason = why_not(self)
         if reason is not None:

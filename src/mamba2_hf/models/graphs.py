@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 
 class DecodeGraph:
     """A forward of one token per sequence over one cache: run as it is the first time, which compiles kernels, then
-    captured, and replayed from then on.
+    captured, and replayed from then on. Blocks of other widths, which are recorded, are captured beside.
 
     ``generate`` makes one for every call, so that nothing of the model can change behind it; who keeps one for longer
     needs a :class:`ModelWatch`. A capture runs nothing and takes about as long as a step. Where it fails, steps go on
@@ -34,6 +34,7 @@ class DecodeGraph:
         self._ids: Tensor | None = None
         self._logits: Tensor | None = None
         self._invariant = False  # whether what was captured is batch-invariant
+        self._blocks: dict[int, DecodeGraph] = {}  # by their width
 
     @property
     def is_captured(self) -> bool:
@@ -48,9 +49,17 @@ class DecodeGraph:
     def drop(self) -> None:
         """Forgets what was captured, as the cache's buffers are no longer where they were; the next step captures."""
         self._graph = self._ids = self._logits = None
+        for block in self._blocks.values():
+            block.drop()
 
     def step(self, run: Callable[[Tensor], Tensor], input_ids: Tensor, cache: Mamba2Cache) -> Tensor:
-        """``run(input_ids)``: tokens ``(B, 1)`` to logits ``(B, 1, vocab)``, which the next step overwrites."""
+        """``run(input_ids)``: tokens ``(B, T)`` to logits ``(B, T, vocab)``, which the next step overwrites."""
+        width = input_ids.shape[1]
+        graph = self if width == 1 else self._blocks.setdefault(width, type(self)())
+        return graph.replay(run, input_ids, cache)
+
+    def replay(self, run: Callable[[Tensor], Tensor], input_ids: Tensor, cache: Mamba2Cache) -> Tensor:
+        """The same where all calls have one shape."""
         if self._ids is not None and (self._ids.shape != input_ids.shape or self._invariant != is_batch_invariant()):
             self.drop()
         if self._graph is None:
@@ -64,7 +73,7 @@ class DecodeGraph:
         assert self._logits is not None
         self._ids.copy_(input_ids)
         self._graph.replay()
-        cache.advance(1)
+        cache.advance(input_ids.shape[1])
         return self._logits
 
     def _capture(self, run: Callable[[Tensor], Tensor], input_ids: Tensor, cache: Mamba2Cache) -> None:

@@ -16,9 +16,12 @@ from .conv.op import activate, causal_conv1d, causal_conv1d_update
 from .cross_entropy.op import linear_cross_entropy
 from .dispatch import batch_invariant, is_batch_invariant, use_backend
 from .mixer.op import (
+    BlockStep,
     Inner,
     LayerStep,
     Step,
+    block_step,
+    fold,
     inner,
     layer,
     layer_step,
@@ -26,6 +29,7 @@ from .mixer.op import (
     mamba2_layer,
     mamba2_layer_step,
     mamba2_step,
+    new_block,
     new_ring,
     settle,
     step,
@@ -36,11 +40,13 @@ from .norm.op import gated_rms_norm
 from .partners import Partners
 from .scan.op import ssd_chunk_scan, ssd_state_update
 from .scan.reference import ssd_attention_matrix
-from .spec import NO_RING, LayerWeights, Linear, LowRank, MixerSpec, MixerWeights, Packing, Peers, Ring
+from .spec import NO_RING, Block, LayerWeights, Linear, LowRank, MixerSpec, MixerWeights, Packing, Peers, Ring
 
 __all__ = [
     "NO_RING",
     "AttentionStep",
+    "Block",
+    "BlockStep",
     "ExpertsStep",
     "Inner",
     "LayerStep",
@@ -60,9 +66,11 @@ __all__ = [
     "attend_one",
     "attention_step",
     "batch_invariant",
+    "block_step",
     "causal_conv1d",
     "causal_conv1d_update",
     "experts_step",
+    "fold",
     "gated_activation",
     "gated_rms_norm",
     "inner",
@@ -75,6 +83,7 @@ __all__ = [
     "mamba2_layer_step",
     "mamba2_step",
     "mlp_step",
+    "new_block",
     "new_ring",
     "rotary",
     "settle",

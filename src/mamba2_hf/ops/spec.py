@@ -195,6 +195,21 @@ class Ring(NamedTuple):
 NO_RING = Ring()
 
 
+class Block(NamedTuple):
+    """The last block of tokens of a mixer, as far as its states depend on them, for states that are as of before it. In
+    the end ``kept`` of a row's tokens belong to it, and the others never were: see ``mixer/block.py``.
+    """
+
+    inputs: State
+    """``(B, R, H P + 2 G N)`` of the convolution."""
+    convolved: State
+    """``(B, R, H P + G N)``: x and B."""
+    steps: State
+    """``(B, R, 2, H)``: log decays and step sizes, in fp32 at least."""
+    kept: State
+    """``(B,)``, int32: how many of the R tokens, from the first one on, come before the next block."""
+
+
 class RingState(NamedTuple):
     """A state and its ring: the arguments of :func:`mamba2_hf.ops.settle`."""
 

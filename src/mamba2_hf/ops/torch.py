@@ -8,7 +8,9 @@ from .attention.torch import rotary as rotary
 from .conv.torch import causal_conv1d as causal_conv1d
 from .conv.torch import causal_conv1d_update as causal_conv1d_update
 from .cross_entropy.torch import cross_entropy_rows as cross_entropy_rows
+from .mixer.torch import fold as fold
 from .mixer.torch import joined as joined
+from .mixer.torch import mamba2_block_step as mamba2_block_step
 from .mixer.torch import mamba2_inner as mamba2_inner
 from .mixer.torch import mamba2_layer as mamba2_layer
 from .mixer.torch import mamba2_layer_step as mamba2_layer_step

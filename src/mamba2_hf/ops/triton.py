@@ -17,6 +17,7 @@ from .invariant.kernels import attend_each as attend_each
 from .invariant.kernels import recur as recur
 from .mixer.advance import new_ring as new_ring
 from .mixer.advance import settle as settle
+from .mixer.block import mamba2_block_step as mamba2_block_step
 from .mixer.op import LayerStep
 from .mixer.step import mamba2_step as mamba2_step
 from .mixer.triton import is_whole

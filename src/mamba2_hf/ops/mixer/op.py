@@ -34,6 +34,7 @@ from ..spec import (
     INF,
     NO_RING,
     UNPACKED,
+    Block,
     LayerWeights,
     Linear,
     LowRank,
@@ -45,6 +46,7 @@ from ..spec import (
     RingState,
     SSDShape,
     State,
+    compute_dtype,
 )
 
 
@@ -83,6 +85,22 @@ class Step(NamedTuple):
         """Sizes, of arguments that keep the contract."""
         batch, heads, head_dim, state = self.ssm_state.shape
         return SSDShape(batch, self.zxbcdt.shape[1], heads, head_dim, self.spec.n_groups, state, batch)
+
+
+class BlockStep(NamedTuple):
+    """Arguments of :func:`block_step`: the same for a block whose tokens may be taken back."""
+
+    zxbcdt: Tensor
+    conv_state: State
+    ssm_state: State
+    block: Block
+    weights: MixerWeights
+    spec: MixerSpec
+
+    @property
+    def step(self) -> Step:
+        """The same as if all tokens stayed."""
+        return Step(self.zxbcdt, self.conv_state, self.ssm_state, self.weights, self.spec)
 
 
 class Layer(NamedTuple):
@@ -456,6 +474,53 @@ def step(call: Step, backend: str | None = None) -> Tensor:
     ).name
     y: Tensor = dispatch.backend_module(backend).mamba2_step(call)
     return y
+
+
+def block_step(call: BlockStep, backend: str | None = None) -> Tensor:
+    """:func:`mamba2_step` for a block of which each row may take tokens back: ``y (B, T, H P)``.
+
+    Both states are as of the first ``block.kept (B,)`` tokens of the last block afterwards, and ``block`` holds this
+    one: set ``kept``, which is T then, to how many of its tokens a row keeps. A state is read once and written once.
+    """
+    shape = check_step(call.step)
+    size = call.block.inputs.shape[1]
+    if shape.tokens > size:
+        fail(f"zxbcdt has {shape.tokens} tokens, and the block has room for {size}")
+    check_shape("block.kept", call.block.kept, (shape.batch,), "(B,)")
+    name = dispatch.choose(
+        *("mamba2_step", call.zxbcdt.device, backend),
+        shape=shape,
+        dtype=call.zxbcdt.dtype,
+        taps=call.weights.conv_weight.shape[1],
+        group_size=call.spec.group_size,
+        activation=call.spec.activation,
+        differentiable=needs_grad(call.zxbcdt, *call.weights),
+    ).name
+    y: Tensor = dispatch.backend_module(name).mamba2_block_step(call)
+    return y
+
+
+def new_block(conv_state: Tensor, ssm_state: Tensor, groups: int, tokens: int) -> Block:
+    """A block for up to ``tokens``, of which there are none yet.
+
+    Args:
+        conv_state: ``(B, H P + 2 G N, L)``. ssm_state: ``(B, H, P, N)``. Those of :func:`block_step`.
+        groups: G.
+        tokens: R.
+    """
+    (rows, heads, P, N), channels = ssm_state.shape, conv_state.shape[1]
+    wide = compute_dtype(conv_state.dtype)
+    return Block(
+        conv_state.new_zeros(rows, tokens, channels),
+        conv_state.new_zeros(rows, tokens, heads * P + groups * N),
+        conv_state.new_zeros(rows, tokens, 2, heads, dtype=wide),
+        conv_state.new_zeros(rows, dtype=torch.int32),
+    )
+
+
+def fold(conv_state: Tensor, ssm_state: Tensor, block: Block) -> None:
+    """Brings both states up to the tokens of ``block`` that are kept, and leaves none of them in it; in place."""
+    dispatch.backend_module("torch").fold(conv_state, ssm_state, block)
 
 
 def mamba2_layer_step(

@@ -17,9 +17,10 @@ from ..partners import Joined, Partners
 from ..runtime.linear import linear
 from ..runtime.modes import in_steps, product_dtype, recomputed, without_autocast
 from ..scan.op import Scan, Update
+from ..scan.reference import step_size
 from ..scan.torch import ssd_chunk_scan, ssd_state_update
-from ..spec import CHUNK_SIZE, NO_RING, Linear, MixerWeights, Ring, compute_dtype
-from .op import Inner, Layer, LayerStep, Step
+from ..spec import CHUNK_SIZE, NO_RING, UNPACKED, Block, Linear, MixerWeights, Ring, compute_dtype
+from .op import BlockStep, Inner, Layer, LayerStep, Step
 
 SEGMENT_TOKENS = 512  # of all rows, on a CPU: what they need stays in the caches and in the allocator
 
@@ -96,6 +97,51 @@ def mamba2_step(call: Step) -> Tensor:
         for t in range(shape.tokens)
     ]
     return _normed(call, torch.stack(ys, 1).flatten(-2), z)
+
+
+def fold(conv_state: Tensor, ssm_state: Tensor, block: Block) -> None:
+    """See :func:`mamba2_hf.ops.fold`. A row's kept tokens are added up in one product."""
+    (_, heads, P, N), size = ssm_state.shape, block.inputs.shape[1]
+    there = (torch.arange(size, device=block.kept.device) < block.kept[:, None])[..., None]  # (B, R, 1)
+    decays, steps = torch.where(there[..., None], block.steps, 0).unbind(2)  # (B, R, H)
+    since = decays.cumsum(1)
+    total = since[:, -1:]
+    convolved = torch.where(there, block.convolved, 0).to(steps.dtype)
+    x, B = convolved[..., : heads * P].unflatten(-1, (heads, P)), convolved[..., heads * P :].unflatten(-1, (-1, N))
+    weighed = x * (steps * torch.exp(total - since))[..., None]  # (B, R, H, P)
+    maps = B.repeat_interleave(heads // B.shape[2], 2)  # (B, R, H, N)
+    change = weighed.permute(0, 2, 3, 1) @ maps.transpose(1, 2)
+    ssm_state.copy_(ssm_state * torch.exp(total[:, 0])[..., None, None] + change)
+    columns = torch.cat([conv_state, block.inputs.to(conv_state.dtype).mT], 2)
+    last = torch.arange(conv_state.shape[2], device=columns.device) + block.kept[:, None]  # (B, L)
+    conv_state.copy_(columns.gather(2, last[:, None].expand(-1, columns.shape[1], -1)))
+    block.kept.zero_()
+
+
+def mamba2_block_step(call: BlockStep) -> Tensor:
+    """See :func:`mamba2_hf.ops.block_step`."""
+    _, conv_state, ssm_state, block, weights, spec = call
+    fold(conv_state, ssm_state, block)
+    shape, A = call.step.shape, weights.rates
+    tokens, inner, bc = shape.tokens, shape.heads * shape.head_dim, shape.groups * shape.state
+    z, inputs, dt = call.zxbcdt.split([inner, inner + 2 * bc, shape.heads], -1)
+    before = conv_state[:, :, conv_state.shape[2] + 1 - weights.conv_weight.shape[1] :].to(inputs.dtype)
+    xbc, _ = causal_conv1d(Conv(inputs, weights.conv_weight, weights.conv_bias, before, UNPACKED, spec.activation))
+    x, B, C = xbc.split([inner, bc, bc], -1)
+    steps = step_size(dt, weights.dt_bias, True, spec.dt_limit, compute_dtype(dt.dtype))
+    heads, groups = (shape.heads, shape.head_dim), (shape.groups, shape.state)
+    gated = weights.gated_norm_weight is None
+    y, _ = ssd_chunk_scan(
+        Scan(
+            *(x.unflatten(-1, heads), steps, A, B.unflatten(-1, groups), C.unflatten(-1, groups), weights.D),
+            *(z.unflatten(-1, heads) if gated else None, None, ssm_state, UNPACKED, False),
+        )
+    )
+    block.inputs[:, :tokens] = inputs
+    block.convolved[:, :tokens] = xbc[..., : inner + bc]
+    block.steps[:, :tokens] = torch.stack([steps * A, steps], 2)
+    block.kept.fill_(tokens)
+    return _normed(call.step, y.flatten(-2), z)
 
 
 def mamba2_layer(
