@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from mamba2_hf import (
     ContinuousBatch,
@@ -27,6 +28,8 @@ from mamba2_hf import (
 )
 from mamba2_hf.errors import ArgumentError, BackendError
 from mamba2_hf.ops import dispatch, use_backend
+from mamba2_hf.ops.attention.op import attend_one_serves, attention_step_serves
+from mamba2_hf.ops.mlp.op import step_serves
 from mamba2_hf.ops.runtime import products
 
 KINDS = ("pure", *ARCHITECTURES)
@@ -134,14 +137,26 @@ def test_read_or_stepped(build: Build, kind: str, dtype: torch.dtype, device: st
     model.cpu()
 
 
+@torch.no_grad()
+def test_shortcuts_of_a_gpu_step_aside() -> None:
+    """Kernels that take one token of each row do not serve what has to be as in a prompt, and are not asked to."""
+    with FakeTensorMode():
+        sizes = ((1, 256), (4, 1, 64), (4, 32, 64))
+        stream, queries, keys = (torch.empty(2, *size, device="cuda") for size in sizes)
+        with batch_invariant():
+            assert not attention_step_serves(stream, keys)
+            assert not attend_one_serves(queries, keys)
+            assert not step_serves(stream)
+
+
 def written(batch: ContinuousBatch, requests: Sequence[Request]) -> dict[int, list[Tensor]]:
     """The logits that each request's tokens are chosen by; they say which these are."""
     found: dict[int, list[Tensor]] = {}
     compute = batch._logits
 
     def watched() -> Tensor:
-        scores = compute()
-        for running, row in zip(batch._rows, scores.clone(), strict=True):
+        scores = compute()  # (slots, 1, V) without drafts
+        for running, row in zip(batch._rows, scores[:, -1].clone(), strict=True):
             if running is not None:
                 found.setdefault(running.number, []).append(row)
         return scores

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
@@ -29,6 +30,8 @@ WARMUP, WARMUP_OF_DDP = 2, 11
 """Eager steps before a capture: kernels are compiled, and DistributedDataParallel has settled on its buckets, and no
 longer takes the time of its reductions.
 """
+PARTS = 32
+"""Of each gradient, whose norms are compared: so many differ by as much from one eager step to the next."""
 NOISE = 8
 """Where two eager steps differ, a replay may be so many times as far from the first as the second is."""
 LEARNING_STEPS = 32
@@ -251,8 +254,9 @@ class CapturedStep:
         if not self._agree(_equal_bits(replayed, expected)):
             go_back()
             loss = self._aside(run, static)
-            noise = _difference(self._digest(loss), expected)
-            if not self._agree(bool((_difference(replayed, expected) <= NOISE * noise).all())):
+            loss_noise, noise = _difference(self._digest(loss), expected)
+            off_loss, off = _difference(replayed, expected)
+            if not self._agree(off_loss <= NOISE * loss_noise and off <= NOISE * noise):
                 self._refuse("loss or gradients of a replay are not those of the eager step")
                 return loss
         self._graphs[key] = captured
@@ -291,21 +295,24 @@ class CapturedStep:
         self._gradients.write(captured.after)
         return captured.loss.clone()
 
-    def _digest(self, loss: Tensor) -> Tensor:
-        """Loss and norms of all gradients, fp32."""
+    def _digest(self, loss: Tensor) -> list[Tensor]:
+        """The loss and, for each gradient, norms of parts of it, in fp32."""
         assert self._gradients is not None
-        found = [local(gradient) for gradient in self._gradients.read() if gradient is not None]
-        return torch.stack([loss.float(), *(norm.float() for norm in torch._foreach_norm(found))])
+        found = [local(gradient).reshape(-1) for gradient in self._gradients.read() if gradient is not None]
+        parts = [part for gradient in found for part in gradient.tensor_split(PARTS)]
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(parts)])
+        return [loss.float(), *norms.split(PARTS)]
 
 
-def _equal_bits(found: Tensor, expected: Tensor) -> bool:
-    return bool((found.view(torch.int32) == expected.view(torch.int32)).all())
+def _equal_bits(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(found, expected, strict=True))
 
 
-def _difference(found: Tensor, expected: Tensor) -> Tensor:
-    """Relative differences ``(2,)`` of losses, and the largest of norms of gradients, from what ``_digest`` gives."""
-    relative = (found - expected).abs() / expected.abs().clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.stack([relative[0], relative[1:].max()])
+def _difference(found: list[Tensor], expected: list[Tensor]) -> tuple[float, float]:
+    """Relative differences of losses, and the largest of gradients, by what ``_digest`` gives."""
+    tiny = torch.finfo(torch.float32).tiny
+    errors = [float((a - b).norm() / b.norm().clamp(min=tiny)) for a, b in zip(found, expected, strict=True)]
+    return errors[0], math.nan if any(map(math.isnan, errors)) else max(errors[1:])
 
 
 class Graph:

@@ -226,9 +226,11 @@ def attention_step_serves(stream: Tensor, keys: Tensor) -> bool:
 
 def attend_one_serves(queries: Tensor, keys: Tensor) -> bool:
     """Whether :func:`attend_one` is the quickest way for one query a sequence: on a GPU that Triton serves, with no
-    gradient and no graph in the making, and heads that fit.
+    gradient and no graph in the making, heads that fit, and not under :func:`batch_invariant`.
     """
     if not queries.is_cuda or torch.is_grad_enabled() or queries.dtype != keys.dtype or torch.compiler.is_compiling():
+        return False
+    if dispatch.is_batch_invariant():
         return False
     options = {"dtype": queries.dtype, "width": queries.shape[-1]}
     return dispatch.choose("attend_one", queries.device, None, **options).name == "triton"
