@@ -74,9 +74,8 @@ def gated_activation(call: Gated) -> Tensor:
 def gated_rms_norm(call: Norm) -> Tensor:
     """See :func:`mamba2_hf.ops.gated_rms_norm`."""
     x, z, weight, eps, group_size, norm_before_gate, out = call
-    if dispatch.usable(x.device)[
-        0
-    ]:  # its tiles are those of the group's size; dense rows leave it one way to load them
+    if dispatch.usable(x.device)[0]:
+        # Tiles are those of the group's size, and dense rows leave one way to load them.
         dense = call._replace(x=x.contiguous(), z=None if z is None else z.contiguous())
         normed: Tensor = dispatch.backend_module("triton").gated_rms_norm(dense)
         return normed
