@@ -462,8 +462,13 @@ def mamba2_step(
 
 def step(call: Step, backend: str | None = None) -> Tensor:
     """:func:`mamba2_step` of a record."""
-    shape = check_step(call)
-    backend = dispatch.choose(
+    y: Tensor = _step_backend(call, check_step(call), backend).mamba2_step(call)
+    return y
+
+
+def _step_backend(call: Step, shape: SSDShape, backend: str | None) -> Any:
+    """The module of the backend that serves a step, or a block of tokens."""
+    name = dispatch.choose(
         *("mamba2_step", call.zxbcdt.device, backend),
         shape=shape,
         dtype=call.zxbcdt.dtype,
@@ -472,8 +477,7 @@ def step(call: Step, backend: str | None = None) -> Tensor:
         activation=call.spec.activation,
         differentiable=needs_grad(call.zxbcdt, *call.weights),
     ).name
-    y: Tensor = dispatch.backend_module(backend).mamba2_step(call)
-    return y
+    return dispatch.backend_module(name)
 
 
 def block_step(call: BlockStep, backend: str | None = None) -> Tensor:
@@ -487,16 +491,7 @@ def block_step(call: BlockStep, backend: str | None = None) -> Tensor:
     if shape.tokens > size:
         fail(f"zxbcdt has {shape.tokens} tokens, and the block has room for {size}")
     check_shape("block.kept", call.block.kept, (shape.batch,), "(B,)")
-    name = dispatch.choose(
-        *("mamba2_step", call.zxbcdt.device, backend),
-        shape=shape,
-        dtype=call.zxbcdt.dtype,
-        taps=call.weights.conv_weight.shape[1],
-        group_size=call.spec.group_size,
-        activation=call.spec.activation,
-        differentiable=needs_grad(call.zxbcdt, *call.weights),
-    ).name
-    y: Tensor = dispatch.backend_module(name).mamba2_block_step(call)
+    y: Tensor = _step_backend(call.step, shape, backend).mamba2_block_step(call)
     return y
 
 
