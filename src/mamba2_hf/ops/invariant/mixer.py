@@ -323,5 +323,4 @@ def _entered(call: Layer | LayerStep, dtype: torch.dtype) -> Tensor:
 
 def _left(call: Layer | LayerStep, y: Tensor) -> Tensor:
     """What out_proj gives, times its multiplier, added to the residual."""
-    residual = call.stream if call.residual is None else call.residual
-    return residual + scaled(project(y, call.weights.out_proj), call.spec.output_multiplier)
+    return call.added_to + scaled(project(y, call.weights.out_proj), call.spec.output_multiplier)

@@ -128,6 +128,11 @@ class Layer(NamedTuple):
         return Inner(zxbcdt, weights, self.spec, self.packing, *initial, states=self.states)
 
     @property
+    def added_to(self) -> Tensor:
+        """What the layer's result is added to."""
+        return self.stream if self.residual is None else self.residual
+
+    @property
     def is_joint(self) -> bool:
         """As :attr:`LayerStep.is_joint`."""
         return is_joint(self.weights.mixer, self.spec)
@@ -160,6 +165,11 @@ class LayerStep(NamedTuple):
     """Whether to find what is summed over devices, and no more: fp32 at least, without residual and bias of out_proj,
     and where :attr:`is_joint` without the norm's scale, with the sum of squares behind it, ``(B, 1, d + 1)``.
     """
+
+    @property
+    def added_to(self) -> Tensor:
+        """What the layer's result is added to."""
+        return self.stream if self.residual is None else self.residual
 
     @property
     def width(self) -> int:
@@ -627,8 +637,7 @@ def layer_step(call: LayerStep, backend: str | None = None, total: Callable[[Ten
         y: Tensor = module.mamba2_layer_step(call)
         return y
     part = module.mamba2_layer_step(call._replace(part=True))
-    residual = call.stream if call.residual is None else call.residual
-    joined = Joined(total(part), residual, out.bias, spec.output_multiplier, spec.group_size, spec.gated_norm_eps)
+    joined = Joined(total(part), call.added_to, out.bias, spec.output_multiplier, spec.group_size, spec.gated_norm_eps)
     y = module.joined(joined)
     return y
 

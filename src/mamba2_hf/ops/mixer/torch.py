@@ -166,7 +166,7 @@ def _left_by_all(call: Layer, y: Tensor, partners: Partners) -> Tensor:
     total = partners.total(_project(y, out._replace(bias=None)))
     mixed = total if scale is None else total * scale
     mixed = mixed if out.bias is None else mixed + out.bias
-    residual = call.stream if call.residual is None else call.residual
+    residual = call.added_to
     return (residual + scaled(mixed, spec.output_multiplier)).to(residual.dtype)
 
 
@@ -217,8 +217,7 @@ def _entered(call: Layer | LayerStep, dtype: torch.dtype, partners: Partners | N
 
 def _left(call: Layer | LayerStep, y: Tensor) -> Tensor:
     """What out_proj gives, times its multiplier, added to the residual."""
-    residual = call.stream if call.residual is None else call.residual
-    return residual + scaled(_project(y, call.weights.out_proj), call.spec.output_multiplier)
+    return call.added_to + scaled(_project(y, call.weights.out_proj), call.spec.output_multiplier)
 
 
 def times_parts(zxbcdt: Tensor, multipliers: tuple[float, ...], inner: int, heads: int) -> Tensor:

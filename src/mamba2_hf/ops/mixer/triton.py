@@ -353,7 +353,7 @@ def _layer(call: Layer, incoming: Entering | None = None) -> tuple[Tensor, Tenso
         gated, _, conv_state, ssm_state, zxbcdt, y, A = _gated(call, incoming)
         mixed = Projection(call, call.weights.out_proj).forward(gated)
         del gated
-        after = _add(call.stream if call.residual is None else call.residual, mixed, call.spec.output_multiplier)
+        after = _add(call.added_to, mixed, call.spec.output_multiplier)
         return after, conv_state, ssm_state, zxbcdt, y, A
 
 
@@ -455,7 +455,7 @@ def _shared_layer(call: Layer, sharing: Sharing) -> tuple[Tensor, Tensor, Tensor
     all_squares = None if squares is None else partners.begin(squares)
     with without_autocast(gated.device):
         leaving = Projection(call, out._replace(bias=None))
-        residual = (call.stream if call.residual is None else call.residual).contiguous()
+        residual = call.added_to.contiguous()
         after = _new(residual)
         x, y = residual.flatten(0, 1), after.flatten(0, 1)
         size = tables.rows_at_once(*x.shape)
@@ -605,7 +605,7 @@ def mamba2_layer_step(call: LayerStep) -> Tensor:
         y = step(Step(zxbcdt, call.conv_state, call.ssm_state, mixer, spec), call.ring)
         mixed = Projection(layer_call, out).forward(y * scale.to(y.dtype) if joint and scale is not None else y)
         if not call.part:
-            return _add(call.stream if call.residual is None else call.residual, mixed, spec.output_multiplier)
+            return _add(call.added_to, mixed, spec.output_multiplier)
         part = mixed.float() * spec.output_multiplier
         return torch.cat([part, y.float().square().sum(-1, keepdim=True)], -1) if joint else part
 
