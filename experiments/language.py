@@ -210,7 +210,7 @@ def share(data: str) -> list[Run]:
     }
     shapes["transformer"] = Shape("attention", 256, 6, mlp=864)
     return [
-        Run(f"share-{name}-s{seed}", data, shape, 0.75 * BEST[shape.kind], tokens=20_000_000, seed=seed)
+        Run(f"share-{name}-s{seed}", data, shape, 0.75 * BEST[shape.kind], seed=seed)
         for seed in (0, 1)
         for name, shape in shapes.items()
     ]
@@ -247,11 +247,16 @@ def _two_seeds(name: str, data: str, shapes: dict[str, Shape]) -> list[Run]:
 
 
 def scaling(data: str) -> list[Run]:
-    """Widths 128, 192 and 256 with ten tokens for each parameter; a Transformer has an MLP in place of a layer. Narrow
-    models get up to half as high a rate again.
+    """Widths 128, 192, 256 and 384, the first three with ten tokens for each parameter and the last with five; a
+    Transformer has an MLP in place of a layer. Narrow models get up to half as high a rate again.
     """
     runs = []
-    sizes = ((128, 6, 528, 13_000_000, 1.5), (192, 6, 704, 24_000_000, 1.25), (256, 8, 864, 48_000_000, 1.0))
+    sizes = (
+        (128, 6, 528, 13_000_000, 1.5),
+        (192, 6, 704, 24_000_000, 1.25),
+        (256, 8, 864, 48_000_000, 1.0),
+        (384, 10, 1312, 56_000_000, 0.75),
+    )
     for width, layers, mlp, tokens, factor in sizes:
         shapes = {
             "mamba2": Shape("mamba2", width, layers),
@@ -273,7 +278,6 @@ def length(data: str) -> list[Run]:
             data,
             dataclasses.replace(MAMBA2, state=state),
             BEST["mamba2"],
-            tokens=20_000_000,
             batch=16_384 // window,
             window=window,
             far=65_536,

@@ -151,17 +151,17 @@ def run(setting: Run, checkpoint: Path, device: str) -> dict[str, Any]:
 MQAR_STEPS = 5000
 
 
-def mqar_grid(widths: tuple[int, ...] = (64,), length: int = 256) -> list[Run]:
+def mqar_grid(widths: tuple[int, ...] = (64, 32), length: int = 256) -> list[Run]:
     """Two layers: Mamba-2 of several state sizes, and attention; the best of the learning rates counts."""
     runs = []
-    for rate in (1e-2, 3e-3, 2e-2):
-        for width in widths:
-            shapes = {f"N{n}": Shape("mamba2", width, 2, state=n, head_dim=16) for n in (256, 16, 64)}
-            shapes["attention"] = Shape("attention", width, 2, mlp=2 * width)
+    for width in widths:
+        shapes = {f"N{n}": Shape("mamba2", width, 2, state=n, head_dim=16) for n in (256, 16, 64)}
+        shapes["attention"] = Shape("attention", width, 2, mlp=2 * width)
+        sizes = {"length": length, "asked": length // 4, "vocab_size": 8192, "batch": 65_536 // length}
+        for rate, seed in ((1e-2, 0), (2e-2, 0), (1e-2, 1), (5e-3, 0)):
             for name, shape in shapes.items():
-                title = f"mqar-{length}-{width}-{name}-{rate:g}"
-                sizes = {"length": length, "asked": length // 4, "vocab_size": 8192, "batch": 65_536 // length}
-                runs.append(Run(title, "mqar", shape, rate, **sizes, steps=MQAR_STEPS, stages=4))
+                title = f"mqar-{length}-{width}-{name}-{rate:g}" + f"-s{seed}" * (seed > 0)
+                runs.append(Run(title, "mqar", shape, rate, **sizes, steps=MQAR_STEPS, seed=seed, stages=4))
     return runs
 
 
@@ -169,11 +169,14 @@ def far_runs(task: str, asked: int) -> list[Run]:
     """Trained on 256 tokens, ``asked`` of which are asked for, and measured on up to 64 times as many."""
     beyond = tuple(256 * 4**k for k in range(1, 4))
     sizes = {"length": 256, "asked": asked, "vocab_size": 16, "steps": 3000, "batch": 128, "beyond": beyond}
-    shapes = {"mamba2": Shape("mamba2", 64, 2, state=64), "attention": Shape("attention", 64, 2, mlp=128)}
+    shapes = {
+        "mamba2": (Shape("mamba2", 64, 2, state=64, head_dim=16), 1e-2),
+        "attention": (Shape("attention", 64, 2, mlp=128), 3e-3),
+    }
     return [
-        Run(f"{task}-{name}-s{seed}", task, shape, 3e-3, **sizes, seed=seed)
+        Run(f"{task}-{name}-s{seed}", task, shape, rate, **sizes, seed=seed)
         for seed in (0, 1)
-        for name, shape in shapes.items()
+        for name, (shape, rate) in shapes.items()
     ]
 
 
