@@ -103,8 +103,8 @@ def judge(claim: Claim, found: dict[str, list[float]]) -> dict[str, Any]:
 
 def as_markdown(lines: list[dict[str, Any]]) -> str:
     """Lines of :func:`judge` as a table."""
-    columns = {"source": "", "claim": "claim: loss of", "published": "published", "here": "here", "spread": "spread"}
-    columns |= {"seeds": "seeds", "verdict": "verdict"}
+    columns = {"source": "", "claim": "loss of", "published": "published", "runs": "here", "here": "difference"}
+    columns |= {"spread": "spread", "verdict": "verdict"}
     body = [[_cell(line[name]) for name in columns] for line in lines]
     return "".join(f"| {' | '.join(row)} |\n" for row in [list(columns.values()), ["---"] * len(columns), *body])
 

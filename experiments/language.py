@@ -232,7 +232,7 @@ def heads(data: str) -> list[Run]:
 
 def block(data: str) -> list[Run]:
     """Projections one after the other or at once, without and with the norm before the last; MLPs in place of some SSD.
-    As published, all of the first four have as many layers.
+    The first four have as many layers: the weights that make B, C and steps are twice as many where they are of x.
     """
     shapes = {
         f"{projections}{' with norm' * (norm != 'none')}": dataclasses.replace(
@@ -341,11 +341,14 @@ def as_row(result: dict[str, Any]) -> dict[str, Any]:
 def plot(name: str, results: list[dict[str, Any]], path: Path) -> None:
     """The plot of an experiment; where the paper has a table of it, that stands beside it."""
     if name in ("share", "heads", "block"):
-        ours: dict[str, list[float]] = {}
+        table = compare.TABLES[name]
+        rows = compare.published(table)
+        theirs = {title: [row.nats] for title, row in rows.items() if row.nats is not None}
+        found: dict[str, list[float]] = {row.run: [] for row in rows.values() if row.run}  # in the order of the table
         for each in results:
-            ours.setdefault(compare.without_seed(each["name"]).removeprefix(f"{name}-"), []).append(each["test"])
-        rows = {row: [nats] for row, (nats, _) in compare.published(compare.TABLES[name]).items() if nats is not None}
-        panels = {"here, each seed": ours, f"{compare.TABLES[name]}, as published": rows}
+            found.setdefault(compare.without_seed(each["name"]), []).append(each["test"])
+        ours = {run.removeprefix(f"{name}-"): losses for run, losses in found.items() if losses}
+        panels = {"here, each seed": ours, f"{table}, as published": theirs}
         trainer.draw_points(path, panels, x="nats per token")
         return
     lines: dict[str, list[tuple[float, float]]] = {}

@@ -372,7 +372,10 @@ def test_signs_of_differences_beside_those_as_published(tmp_path: Path) -> None:
                 for seed, test in enumerate(tests)
             ],
         )
-    assert "| table 5 | multi-value < multi-query | -0.079 |" in invoke(compare.main, "--results", tmp_path).output
+    assert (
+        "| table 5 | multi-value < multi-query | -0.079 | heads-multi-value - heads-multi-query | -0.400 |"
+        in invoke(compare.main, "--results", tmp_path).output
+    )
     with (tmp_path / "signs.csv").open() as file:
         lines = {row["claim"]: row for row in csv.DictReader(file)}
     verdicts = {name: row["verdict"] for name, row in lines.items()}
