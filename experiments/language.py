@@ -5,8 +5,8 @@
 
 answer    learning rates of a Mamba-2, a Transformer and a hybrid of the same size, fresh tokens against repeated ones
 share     how many layers have attention (table 2)
-heads     how many heads share B and C, and how many states they have (the part of table 5 that is a setting of a layer)
-block     the norm before the output projection, and MLPs (the part of table 4 that is a setting of a layer)
+heads     which of x, B and C heads share (table 5), how many share them, and how many states and channels they have
+block     projections at once or one after the other, with and without a norm before the last (table 4), and MLPs
 scaling   three sizes of each, tokens in proportion to parameters (figure 9)
 length    loss by position far past the training length, for two state sizes
 speed     tokens a second in training, at 2K and at 16K tokens a row
@@ -24,6 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
+import compare
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ from trainer import Batch, Recipe, Shape, console
 
 TOKENS_EVALUATED = 2**20
 MAMBA2 = Shape("mamba2", 256, 6)
+ABLATED = dataclasses.replace(MAMBA2, state=64)  # N = P, as in tables 4 and 5
 HYBRID = Shape("hybrid", 256, 5, mlp=192, key_value_heads=2, attention_layers=1)
 ATTENTION = Shape("attention", 256, 4, mlp=568)
 SHAPES = {"mamba2": MAMBA2, "attention": ATTENTION, "hybrid": HYBRID}
@@ -217,24 +219,29 @@ def share(data: str) -> list[Run]:
 
 
 def heads(data: str) -> list[Run]:
-    """One group of B and C for all heads (multi-value), one for each (multi-head), and states in between."""
-    shapes = {
-        "multi-value": MAMBA2,
-        "two groups": dataclasses.replace(MAMBA2, groups=2, state=64),
-        "multi-head": dataclasses.replace(MAMBA2, groups=8, state=16),
-        "small state": dataclasses.replace(MAMBA2, state=16),
-        "small heads": dataclasses.replace(MAMBA2, head_dim=32),
+    """The four head patterns, with as many parameters; then settings between them and beside them."""
+    layers = {"multi-value": 6, "multi-query": 6, "multi-key": 6, "multi-head": 4}
+    shapes = {each: dataclasses.replace(ABLATED, pattern=each, layers=count) for each, count in layers.items()}
+    shapes |= {
+        "two groups": dataclasses.replace(ABLATED, groups=2),
+        "small state": dataclasses.replace(ABLATED, state=16),
+        "small heads": dataclasses.replace(ABLATED, head_dim=32),
     }
     return _two_seeds("heads", data, shapes)
 
 
 def block(data: str) -> list[Run]:
-    """With and without the norm before the output projection; MLPs in place of some SSD."""
+    """Projections one after the other or at once, without and with the norm before the last; MLPs in place of some SSD.
+    The first four have as many layers: the weights that make B, C and steps are twice as many where they are of x.
+    """
     shapes = {
-        "norm": MAMBA2,
-        "no norm": dataclasses.replace(MAMBA2, norm="none"),
-        "mlp": dataclasses.replace(MAMBA2, layers=4, mlp=300),
+        f"{projections}{' with norm' * (norm != 'none')}": dataclasses.replace(
+            ABLATED, projections=projections, norm=norm
+        )
+        for projections in ("sequential", "parallel")
+        for norm in ("none", ABLATED.norm)
     }
+    shapes["mlp"] = dataclasses.replace(ABLATED, layers=4, mlp=300)
     return _two_seeds("block", data, shapes)
 
 
@@ -332,18 +339,24 @@ def as_row(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def plot(name: str, results: list[dict[str, Any]], path: Path) -> None:
-    """The plot of an experiment."""
+    """The plot of an experiment; where the paper has a table of it, that stands beside it."""
+    if name in ("share", "heads", "block"):
+        table = compare.TABLES[name]
+        rows = compare.published(table)
+        theirs = {title: [row.nats] for title, row in rows.items() if row.nats is not None}
+        found: dict[str, list[float]] = {row.run: [] for row in rows.values() if row.run}  # in the order of the table
+        for each in results:
+            found.setdefault(compare.without_seed(each["name"]), []).append(each["test"])
+        ours = {run.removeprefix(f"{name}-"): losses for run, losses in found.items() if losses}
+        panels = {"here, each seed": ours, f"{table}, as published": theirs}
+        trainer.draw_points(path, panels, x="nats per token")
+        return
     lines: dict[str, list[tuple[float, float]]] = {}
     labels = {"x": "learning rate", "log": "x"}
     for each in results:
         shape = Shape(**each["shape"])
         if name == "answer":
             lines.setdefault(shape.kind, []).append((each["learning_rate"], each["test"]))
-        elif name == "share":
-            count = shape.layers if shape.kind == "attention" else shape.attention_layers or 0
-            label = "Transformer" if shape.kind == "attention" else f"hybrid, seed {each['seed']}"
-            lines.setdefault(label, []).append((count, each["test"]))
-            labels = {"x": "layers with attention"}
         elif name == "scaling":
             flops = flops_a_token(shape, each["parameters"], each["window"]) * each["tokens"]
             lines.setdefault(shape.kind, []).append((flops, each["test"]))

@@ -22,11 +22,13 @@ from typing import Any
 
 import torch
 import typer
+from mixers import SequentialMixer, share_rows
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from mamba2_hf import Mamba2HybridConfig, Mamba2HybridForCausalLM, spread_layers
+from mamba2_hf.layers import Mamba2Mixer
 from mamba2_hf.training import CapturedStep, parameter_groups
 
 console = Console(stderr=True)
@@ -50,23 +52,31 @@ class Shape:
     key_value_heads: int | None = None
     attention_layers: int | None = None
     norm: str = "gate_first"
+    pattern: str = "multi-value"
+    projections: str = "parallel"
+
+
+AS_BEFORE = {"pattern": "multi-value", "projections": "parallel"}
+"""Settings of a shape that came after results were there, and what they were until then: files keep their names."""
 
 
 def new_model(shape: Shape, vocab_size: int, seed: int, rescale: bool = True) -> Mamba2HybridForCausalLM:
     """A model with new weights, drawn by the seed; tied embeddings, rotary positions where attention is alone."""
     count = {"mamba2": 0, "attention": shape.layers, "hybrid": shape.attention_layers}[shape.kind]
-    heads = max(1, shape.width // shape.head_dim)
+    heads, inner = max(1, shape.width // shape.head_dim), 2 * shape.width
+    patterned = shape.pattern != "multi-value"
     torch.manual_seed(seed)
     config = Mamba2HybridConfig(
         vocab_size=vocab_size,
         hidden_size=shape.width,
         num_hidden_layers=shape.layers,
         layer_blocks=spread_layers(shape.layers, count, then="mlp" if shape.mlp else None),
-        ssm_num_heads=2 * shape.width // shape.head_dim,
+        ssm_num_heads=inner // shape.head_dim,
         ssm_head_dim=shape.head_dim,
         ssm_state_size=shape.state,
-        ssm_n_groups=shape.groups,
+        ssm_n_groups=inner // shape.head_dim if patterned else shape.groups,
         ssm_norm=shape.norm,
+        ssm_norm_group_size=inner if patterned else None,
         num_attention_heads=heads,
         num_key_value_heads=shape.key_value_heads or heads,
         head_dim=min(shape.head_dim, shape.width),
@@ -78,7 +88,16 @@ def new_model(shape: Shape, vocab_size: int, seed: int, rescale: bool = True) ->
         bos_token_id=0,
         eos_token_id=0,
     )
-    return Mamba2HybridForCausalLM(config)
+    model = Mamba2HybridForCausalLM(config)
+    for block in [each for each in model.modules() if isinstance(getattr(each, "mixer", None), Mamba2Mixer)]:
+        if shape.projections == "sequential":
+            sizes = {"num_heads": config.ssm_num_heads, "head_dim": shape.head_dim}
+            sizes |= {"n_groups": config.ssm_n_groups, "state_size": shape.state}
+            block.mixer = SequentialMixer(shape.width, **sizes, norm=shape.norm)
+            block.mixer.apply(model._init_weights)
+        if patterned:
+            share_rows(block.mixer, shape.pattern)
+    return model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +227,7 @@ def choose(wanted: Sequence[str], experiments: dict[str, list[Any]]) -> list[tup
 def stem(setting: Any) -> str:
     """Name of a run's files: its name, and eight digits of the hash of all that decides what comes out."""
     decides = {name: value for name, value in dataclasses.asdict(setting).items() if name != "data"}
+    decides["shape"] = dict(decides["shape"].items() - AS_BEFORE.items())
     return f"{setting.name}-{hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
@@ -338,11 +358,7 @@ def draw(
     title: str = "",
 ) -> None:
     """One plot of several lines; ``log`` names the axes, "x", "y" or both, that are logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=name)
@@ -353,6 +369,32 @@ def draw(
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def draw_points(path: Path, panels: dict[str, dict[str, Sequence[float]]], *, x: str) -> None:
+    """Panels side by side, each with the values of some names, from above to below."""
+    height = 1.2 + 0.3 * max(map(len, panels.values()))
+    figure, axes = _pyplot().subplots(1, len(panels), figsize=(9, height), layout="constrained", squeeze=False)
+    for place, (title, points) in zip(axes[0], panels.items(), strict=True):
+        for name, values in points.items():
+            place.plot(values, [name] * len(values), marker="o", color="C0", alpha=0.7)
+        place.set(xlabel=x, title=title)
+        place.invert_yaxis()
+        place.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _pyplot().close(figure)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import functools
 import json
 import math
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import compare
 import corpus
 import language
 import numpy as np
 import pytest
 import recall
 import torch
+import torch.nn.functional as F
 import trainer
 import typer
 import where
@@ -23,8 +27,12 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from mamba2_hf.pretrained import shipped_model_path
+from mamba2_hf.theory.heads import OWN
+from mamba2_hf.training import no_decay_parameter_names
 
 TOY = Shape("mamba2", 32, 1, state=16, head_dim=16)
+MULTI_QUERY = dataclasses.replace(TOY, pattern="multi-query")
+SEQUENTIAL = dataclasses.replace(TOY, projections="sequential")
 PYTHON = """def a_function_named_{0}(value_of_{0}):
     return value_of_{0} * 12 + some_other_name_{0}
 
@@ -167,13 +175,14 @@ def test_copying_and_induction_ask_for_what_is_there() -> None:
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_was_stopped_gives_what_it_would_have_given(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [TOY, MULTI_QUERY, SEQUENTIAL], ids=["plain", "shared rows", "sequential"])
+def test_a_run_that_was_stopped_gives_what_it_would_have_given(shape: Shape, data: Path, tmp_path: Path) -> None:
     tokens = language.stream(str(data), "train", "cpu")
     batches = language.Batches(tokens, window=32, batch=4, seed=0)
     recipe = Recipe(6, 1e-2)
 
     def run(checkpoint: Path | None, stop: int | None = None) -> tuple[torch.nn.Module, list[dict[str, float]]]:
-        model = trainer.new_model(TOY, 48, 0)
+        model = trainer.new_model(shape, 48, 0)
 
         def batch_at(step: int) -> trainer.Batch:
             if step == stop:
@@ -210,6 +219,12 @@ def test_shapes_that_are_compared_have_as_many_parameters() -> None:
     for width in (128, 192, 256):
         runs = [run for run in language.scaling("data") if run.shape.width == width]
         assert max(sizes(runs, ("mamba2", "attention"))) < 1.02 * min(sizes(runs, ("mamba2", "attention")))
+    patterns = sizes([run for run in language.heads("data") if "multi" in run.name], ("mamba2",))
+    assert len(patterns) == 4
+    assert max(patterns) < 1.03 * min(patterns)
+    blocks = sizes([run for run in language.block("data") if "mlp" not in run.name], ("mamba2",))
+    assert len(blocks) == 4
+    assert max(blocks) < 1.08 * min(blocks)
 
 
 def test_language_from_the_command_line(data: Path, tmp_path: Path) -> None:
@@ -231,9 +246,168 @@ def test_language_from_the_command_line(data: Path, tmp_path: Path) -> None:
         assert invoke(language.main, wrong, *options).exit_code == 2
 
 
+def test_ablations_from_the_command_line(data: Path, tmp_path: Path) -> None:
+    options = ("--tiny", "--data", data, "--out", tmp_path / "out", "--results", tmp_path, "--device", "cpu")
+    assert invoke(language.main, "heads:multi-key-s", "block:sequential-s0", *options).exit_code == 0
+    with (tmp_path / "heads.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["name"], row["pattern"]) for row in rows] == [
+        ("heads-multi-key-s0", "multi-key"),
+        ("heads-multi-key-s1", "multi-key"),
+    ]
+    with (tmp_path / "block.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["projections"], row["norm"]) == ("sequential", "none")
+    for name in ("heads", "block"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+
+
+def test_files_of_results_keep_their_names_when_shapes_get_further_settings() -> None:
+    found = [trainer.stem(each) for each in language.answer("anywhere")[:3]]
+    assert found == [
+        "answer-mamba2-0.004-s0-730c9713",
+        "answer-attention-0.001-s0-6b0f1eed",
+        "answer-hybrid-0.004-s0-2c5e64a2",
+    ]
+    run = recall.Run("r", "mqar", TOY, 1e-3, length=64, asked=16, vocab_size=128, steps=1, batch=8)
+    others = [dataclasses.replace(run, shape=shape) for shape in (MULTI_QUERY, SEQUENTIAL)]
+    assert len({trainer.stem(each) for each in (run, *others)}) == 3
+
+
+# --- mixers of the ablations ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["multi-query", "multi-key"])
+def test_heads_that_share_are_multi_head_with_equal_rows(pattern: str) -> None:
+    ids = torch.randint(1, 48, (2, 24), generator=torch.Generator().manual_seed(0))
+    shared, full = (
+        trainer.new_model(dataclasses.replace(TOY, pattern=each), 48, 0).double() for each in (pattern, "multi-head")
+    )
+    with torch.no_grad():
+        for name, parameter in full.named_parameters():
+            parameter.copy_(functools.reduce(getattr, name.split("."), shared))
+    outputs = [model(input_ids=ids, labels=ids, return_logits=True) for model in (shared, full)]
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits)
+    for output in outputs:
+        output.loss.backward()
+    expected, heads = dict(full.named_parameters()), 4
+    for name, parameter in shared.named_parameters():
+        gradient = expected[name.replace("parametrizations.", "").removesuffix(".original")].grad
+        if "parametrizations" in name:
+            names = ("z", *"xBC", "dt") if "in_proj" in name else tuple("xBC")  # 64 rows each, of dt one for each head
+            summed = [
+                part if each in ("z", "dt", *OWN[pattern]) else part.unflatten(0, (heads, -1)).sum(0)
+                for each, part in zip(names, gradient.split(64), strict=True)
+            ]
+            gradient = torch.cat(summed)
+        torch.testing.assert_close(parameter.grad, gradient, msg=name)
+    inputs = shared.backbone.layers[0].blocks[0].mixer.scan_inputs(torch.randn(1, 8, 32, dtype=torch.float64))
+    alike = {name for name in "xBC" if getattr(inputs, name).var(2).max() < 1e-20}  # over heads
+    assert alike == set("xBC") - set(OWN[pattern])
+
+
+def test_sequential_projections_make_B_C_and_steps_of_the_convolved_x() -> None:
+    model = trainer.new_model(SEQUENTIAL, 48, 0).double()
+    mixer = model.backbone.layers[0].blocks[0].mixer
+    u = torch.randn(1, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z, x = mixer.in_proj(u).chunk(2, -1)
+    x = F.silu(mixer.conv1d(x.mT)[..., :9].mT)
+    B, C, dt = mixer.x_proj(x).split([16, 16, 4], -1)
+    dt, x = F.softplus(dt + mixer.dt_bias), x.unflatten(-1, (4, 16))
+    state, rows = torch.zeros(1, 4, 16, 16, dtype=torch.float64), []
+    for t in range(9):
+        step = dt[:, t, :, None, None]
+        state = torch.exp(step * mixer.A[:, None, None]) * state + step * x[:, t, :, :, None] * B[:, t, None, None]
+        rows.append((state @ C[:, t, None, :, None])[..., 0] + mixer.D[:, None] * x[:, t])
+    gated = torch.stack(rows, 1).flatten(-2) * F.silu(z)
+    normed = F.rms_norm(gated, (64,), mixer.norm.weight, mixer.norm.eps)
+    torch.testing.assert_close(mixer(u), mixer.out_proj(normed))
+    norm = model.backbone.layers[0].blocks[0].norm
+    torch.testing.assert_close(mixer.layer(u, norm), u + mixer(norm(u)))
+    with pytest.raises(NotImplementedError, match="use_cache=False"):
+        model.eval()(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=True)
+
+
+@pytest.mark.parametrize("shape", [MULTI_QUERY, SEQUENTIAL], ids=["shared rows", "sequential"])
+def test_mixers_of_the_ablations_start_and_train_as_the_package_s(shape: Shape) -> None:
+    model = trainer.new_model(shape, 48, 0)
+    (mixer,) = (module for module in model.modules() if hasattr(module, "A_log"))
+    assert ((mixer.A >= -16) & (mixer.A <= -1)).all()
+    steps = F.softplus(mixer.dt_bias)
+    assert ((steps >= 0.99e-3) & (steps <= 0.101)).all()
+    bound = mixer.out_proj.in_features**-0.5
+    assert 0.9 * bound < mixer.out_proj.weight.abs().max() <= bound  # one layer
+    kept = {name.partition("mixer.")[2] for name in no_decay_parameter_names(model)}
+    bias = "conv1d.parametrizations.bias.original" if shape is MULTI_QUERY else "conv1d.bias"
+    assert kept >= {"A_log", "D", "dt_bias", "norm.weight", bias}
+    ids = torch.randint(1, 48, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+# --- what was published ---------------------------------------------------------------------------------------------
+
+
+def test_signs_of_differences_beside_those_as_published(tmp_path: Path) -> None:
+    runs = {
+        "heads": {
+            "multi-value": (2.0, 2.1),
+            "multi-query": (2.5, 2.4),
+            "multi-key": (2.1, 2.0),
+            "multi-head": (1.5, 1.4),
+        },
+        "scaling": {"mamba2-128": (2.0,), "attention-128": (2.5,)},
+    }
+    for experiment, losses in runs.items():
+        trainer.write_csv(
+            tmp_path / f"{experiment}.csv",
+            [
+                {"name": f"{experiment}-{name}" + f"-s{seed}" * (len(tests) > 1), "test": test}
+                for name, tests in losses.items()
+                for seed, test in enumerate(tests)
+            ],
+        )
+    assert (
+        "| table 5 | multi-value < multi-query | -0.079 | heads-multi-value - heads-multi-query | -0.400 |"
+        in invoke(compare.main, "--results", tmp_path).output
+    )
+    with (tmp_path / "signs.csv").open() as file:
+        lines = {row["claim"]: row for row in csv.DictReader(file)}
+    verdicts = {name: row["verdict"] for name, row in lines.items()}
+    assert verdicts["multi-value < multi-query"] == "agreed"
+    assert verdicts["multi-value < multi-key"] == "within the seeds' spread"
+    assert verdicts["multi-value < multi-head"] == "not agreed"
+    assert verdicts["Mamba-2, width 128 ≤ Transformer++, width 128"] == "agreed, one seed"
+    assert verdicts["6 of 48 < 0 of 48"] == "not run"
+    line = lines["multi-value < multi-query"]
+    assert float(line["published"]) == pytest.approx(math.log(11.66 / 12.62), abs=1e-4)
+    assert float(line["here"]) == pytest.approx(-0.4)
+    assert float(line["spread"]) == pytest.approx(0.1)
+    assert (tmp_path / "signs.md").read_text().count("\n") == len(compare.CLAIMS) + 2
+
+
+def test_every_published_row_that_has_a_run_here_names_one() -> None:
+    names = {compare.without_seed(run.name) for make in language.EXPERIMENTS.values() for run in make("data")}
+    for table in compare.TABLES.values():
+        rows = compare.published(table)
+        assert rows
+        assert {row.run for row in rows.values() if row.run} <= names
+    for claim in compare.CLAIMS:
+        better, worse = (compare.published(claim.table)[row] for row in (claim.better, claim.worse))
+        assert better.run
+        assert worse.run
+        if better.nats is not None and worse.nats is not None:
+            assert better.nats < worse.nats
+
+
 def test_recall_from_the_command_line(tmp_path: Path) -> None:
     options = ("--tiny", "--out", tmp_path / "out", "--results", tmp_path, "--device", "cpu")
-    assert invoke(recall.main, "mqar:N16-0.003", *options).exit_code == 0
+    assert invoke(recall.main, "mqar:64-N16-0.005", *options).exit_code == 0
     assert invoke(recall.main, "copying:mamba2-s0", "induction:mamba2-s0", *options).exit_code == 0
     for name in ("mqar", "copying", "induction"):
         with (tmp_path / f"{name}.csv").open() as file:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.utils import parametrize
 
 import mamba2_hf
 from mamba2_hf.layers import GatedRMSNorm, Mamba2Mixer, RMSNorm
@@ -91,6 +92,13 @@ def test_feed_an_optimizer(model: nn.Module) -> None:
         assert torch.equal(parameter, before[name] if name in kept else before[name] * 0.95), name
 
 
+def parametrized_mixer() -> Mamba2Mixer:
+    mixer = Mamba2Mixer(8, num_heads=2, head_dim=8, n_groups=1, state_size=4)
+    for name in ("weight", "bias"):
+        parametrize.register_parametrization(mixer.conv1d, name, nn.Identity())
+    return mixer
+
+
 @pytest.mark.parametrize(
     ("module", "names"),
     [
@@ -102,8 +110,16 @@ def test_feed_an_optimizer(model: nn.Module) -> None:
             Mamba2Mixer(8, num_heads=2, head_dim=8, n_groups=1, state_size=4),
             {"A_log", "D", "dt_bias", "conv1d.bias", "norm.weight"},
         ),
+        (
+            parametrize.register_parametrization(RMSNorm(4), "weight", nn.Identity()),
+            {"parametrizations.weight.original"},
+        ),
+        (
+            parametrized_mixer(),
+            {"A_log", "D", "dt_bias", "conv1d.parametrizations.bias.original", "norm.weight"},
+        ),
     ],
-    ids=["norm", "gated norm", "inside a container", "foreign", "mixer"],
+    ids=["norm", "gated norm", "inside a container", "foreign", "mixer", "parametrized norm", "parametrized mixer"],
 )
 def test_names_of_single_modules(module: nn.Module, names: set[str]) -> None:
     assert no_decay_parameter_names(module) == names

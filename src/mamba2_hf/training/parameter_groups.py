@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -20,16 +21,23 @@ def no_decay_parameter_names(model: nn.Module) -> set[str]:
     names: set[str] = set()
     for prefix, module in model.named_modules():
         if isinstance(module, Mamba2Mixer):
-            # The last part of the name only: what wraps a projection (LoRA) puts its bias further down.
-            kept = [name for name, _ in module.named_parameters() if name.rpartition(".")[2] in _KEPT]
+            kept = _KEPT
         elif isinstance(module, (RMSNorm, GatedRMSNorm)):
-            kept = ["weight"]
+            kept = {"weight"}
         elif isinstance(module, (Attention, MLP, MoE)):
-            kept = [name for name, _ in module.named_parameters() if name.rpartition(".")[2] == "bias"]
+            kept = {"bias"}
         else:
             continue
-        names.update(f"{prefix}.{name}" if prefix else name for name in kept)
+        found = [name for name, _ in module.named_parameters() if _own_name(name) in kept]
+        names.update(f"{prefix}.{name}" if prefix else name for name in found)
     return names
+
+
+def _own_name(name: str) -> str:
+    """What the module that has a parameter calls it: what wraps a projection (LoRA) puts it further down, and
+    ``torch.nn.utils.parametrize`` elsewhere.
+    """
+    return re.sub(r"parametrizations\.(\w+)\.original\d*$", r"\1", name).rpartition(".")[2]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
