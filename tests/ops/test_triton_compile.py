@@ -51,6 +51,7 @@ MIXER_KERNELS = {
     "step_kernel",
     "finish_kernel",
     "block_kernel",
+    "convolve_block_kernel",
     "finish_block_kernel",
     "convolve_rows_kernel",
     "advance_rows_kernel",

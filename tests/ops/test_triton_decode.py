@@ -180,21 +180,24 @@ def test_step(sizes: tuple[int, ...], T: int, L: int, options: dict[str, object]
         close(actual, expected)
 
 
-BLOCKS: list[tuple[tuple[int, ...], int, dict[str, object]]] = [  # sizes, L, options
-    (SIZES[0], 3, {}),
-    (SIZES[1], 4, {"norm_before_gate": True, "dt_limit": (0.1, 0.5)}),
-    (SIZES[2], 3, {"norm": False}),
-    ((2, 9, 1, 1, 2), 3, {}),  # more step sizes than channels
+BLOCKS: list[tuple[tuple[int, ...], int, int, dict[str, object]]] = [  # sizes, L, most tokens, options
+    (SIZES[0], 3, 5, {}),
+    (SIZES[1], 4, 5, {"norm_before_gate": True, "dt_limit": (0.1, 0.5)}),
+    (SIZES[2], 3, 5, {"norm": False}),
+    ((2, 9, 1, 1, 2), 3, 5, {}),  # more step sizes than channels
+    ((2, 4, 24, 2, 40), 3, 35, {}),  # more tokens and columns of a state than a program has at a time
 ]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize(("sizes", "L", "options"), BLOCKS)
-def test_blocks_whose_tokens_may_go(sizes: tuple[int, ...], L: int, options: dict[str, object], backend: str) -> None:
+@pytest.mark.parametrize(("sizes", "L", "room", "options"), BLOCKS)
+def test_blocks_whose_tokens_may_go(
+    sizes: tuple[int, ...], L: int, room: int, options: dict[str, object], backend: str
+) -> None:
     """Rows that keep different numbers of tokens of blocks of several widths: outputs and states are those of stepping
     through what they keep, and nothing that went leaves a trace, not even numbers that are none.
     """
-    (B, H, P, G, N), room = sizes, 5
+    B, H, P, G, N = sizes
     options = dict(options)
     *tensors, norm_weight = step_inputs(B, room, H, P, G, N, 4, L)
     weight = MixerWeights(

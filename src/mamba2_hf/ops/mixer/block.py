@@ -1,9 +1,10 @@
 """A block of tokens of which each sequence may take some back, on Triton: one pass over the states.
 
-The states lie as of before the last block. A program folds in the tokens of that block that its row has kept, stores
-the state, and runs the new tokens through it without storing: should some of them go, nothing has to be undone. What
-the states depend on of the new tokens (x, B, step sizes, inputs of the convolution) is a few percent of a state. The
-second launch writes it to where the last block's was, when all programs have read that.
+The states lie as of before the last block. The first launch convolves, and moves the convolution's state on by the
+tokens of that block that its row has kept. In the second a program folds these tokens into its head's state, stores it,
+and has the new tokens read it, by the products of a chunk (paper, Section 6), without storing: should some of them go,
+nothing has to be undone. What the states depend on of the new tokens (x, B, step sizes, inputs of the convolution) is a
+few percent of a state. The third launch norms, and writes it to where the last block's was.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import flops
-from ..conv.kernels import _advance, _when, load_taps
+from ..conv.kernels import activate, load_taps
 from ..conv.op import ACTIVATIONS
 from ..runtime import tables
 from ..runtime.launch import launch
@@ -28,145 +29,188 @@ from .step import _scale
 
 
 @triton.jit
-def _column(conv, inputs, i, channel, mask, sc_c, sc_l, L, C, dtype):
-    """Column ``i`` of the convolution's state ``conv (C, L)`` and the inputs ``(R, C)`` behind it, in ``dtype``."""
-    before = tl.load(conv + channel * sc_c + i * sc_l, mask=_when(i < L, mask), other=0.0).to(dtype)
-    behind = tl.load(inputs + (i - L) * C + channel, mask=_when(i >= L, mask), other=0.0).to(dtype)
-    return tl.where(i < L, before, behind)
+def _input(conv, inputs, u, at, channel, mask, sc_c, sc_l, su_t, L, C, old, T):
+    """Inputs ``at (n, 1)`` tokens behind the first new one: of the new tokens ``u``, of the ``old`` ones in ``inputs
+    (R, C)`` before them, or of the convolution's state ``conv (C, L)`` before those. Zeros behind the ``T`` new ones.
+    """
+    new = tl.load(u + at * su_t + channel, mask=mask & (at >= 0) & (at < T), other=0.0)
+    behind = tl.load(inputs + (at + old) * C + channel, mask=mask & (at < 0) & (at + old >= 0), other=0.0)
+    before = tl.load(conv + channel * sc_c + (at + old + L) * sc_l, mask=mask & (at + old < 0), other=0.0)
+    return tl.where(at >= 0, new, tl.where(at + old >= 0, behind.to(new.dtype), before.to(new.dtype)))
 
 
 @triton.jit
-def _window(conv, inputs, kept, channel, mask, sc_c, sc_l, L, C, dtype, K: tl.constexpr):
-    """The K - 1 inputs before the new tokens, oldest first, rounded to the dtype of those."""
-    window = ()
-    for i in tl.static_range(K - 1):
-        value = _column(conv, inputs, kept + L - (K - 1) + i, channel, mask, sc_c, sc_l, L, C, dtype)
-        window = window + (value.to(tl.float32),)
-    return window
+def convolve_block_kernel(u, conv, inputs, kept, weight, bias, dt_bias, A, fresh, fresh_steps, low, high, H, T, R, C,
+                          inner, blocks, su_b, su_t, sc_b, sc_c, sc_l,
+                          LOG_RATES: tl.constexpr, ACTIVATION: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+                          BT: tl.constexpr, BH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """A block of channels of one row, convolved to ``fresh (rows, T, C)``, fp32; moves the state ``conv (rows, C, L)``
+    on by the old tokens that were kept, and puts the new inputs in their place. One more program for each row finds
+    decays and step sizes, ``fresh_steps (rows, T, 2, H)``.
+    """
+    row, part = (tl.program_id(0) // (blocks + 1)).to(tl.int64), tl.program_id(0) % (blocks + 1)
+    token = tl.arange(0, BT)[:, None]
+    u += row * su_b
+    if part == blocks:
+        head = tl.arange(0, BH)
+        there = head < H
+        rate = tl.load(A + head, mask=there, other=0.0).to(tl.float32)
+        if LOG_RATES:
+            rate = -tl.exp(rate)
+        shift = tl.zeros([BH], tl.float32)
+        if dt_bias is not None:
+            shift = tl.load(dt_bias + head, mask=there, other=0.0).to(tl.float32)
+        for first in range(0, T, BT):
+            here = (first + token < T) & there[None, :]
+            dt = tl.load(u + (first + token) * su_t + inner + C + head[None, :], mask=here, other=0.0)
+            step = _step_size(dt, shift[None, :], low, high, True)
+            to = fresh_steps + (row * T + first + token) * 2 * H + head[None, :]
+            tl.store(to, step * rate[None, :], mask=here)
+            tl.store(to + H, step, mask=here)
+    else:
+        channel = part * BLOCK + tl.arange(0, BLOCK)
+        mask, wide = channel < C, channel[None, :]
+        old = tl.load(kept + row)
+        conv += row * sc_b
+        inputs += row * R * C
+        u += inner
+        taps, offset = load_taps(weight, bias, channel, mask, K)
+        for first in range(0, T, BT):
+            t = first + token
+            total = tl.zeros([BT, BLOCK], tl.float32) + offset[None, :]
+            for i in tl.static_range(K):
+                value = _input(conv, inputs, u, t + i - (K - 1), wide, mask[None, :], sc_c, sc_l, su_t, L, C, old, T)
+                total += taps[i][None, :] * value.to(tl.float32)
+            tl.store(fresh + (row * T + t) * C + wide, activate(total, ACTIVATION), mask=(t < T) & mask[None, :])
+        columns = ()
+        for i in tl.static_range(L):
+            at = old + i - L
+            behind = tl.load(inputs + at * C + channel, mask=mask & (at + channel * 0 >= 0), other=0.0)
+            before = tl.load(conv + channel * sc_c + (old + i) * sc_l, mask=mask & (at + channel * 0 < 0), other=0.0)
+            columns = columns + (tl.where(at >= 0, behind.to(conv.dtype.element_ty), before),)
+        tl.debug_barrier()  # threads store to what others have loaded
+        for i in tl.static_range(L):
+            tl.store(conv + channel * sc_c + i * sc_l, columns[i], mask=mask)
+        for first in range(0, T, BT):
+            t = first + token
+            inside = (t < T) & mask[None, :]
+            tl.store(inputs + t * C + wide, tl.load(u + t * su_t + wide, mask=inside), mask=inside)
 
 
 @triton.jit
-def block_kernel(u, conv, state, inputs, convolved, steps, kept, weight, bias, dt_bias, A, D, y, squares,
-                 new_convolved, new_steps, were_kept, low, high, H, T, R, L,
-                 su_b, su_t, sc_b, sc_c, sc_l, ss_b, ss_h, ss_p, ss_n,
-                 LOG_RATES: tl.constexpr, ACTIVATION: tl.constexpr, D_RANK: tl.constexpr, GATE: tl.constexpr,
-                 PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                 BP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """One block of a head's channels of one row: folds the tokens that are ``kept (rows,)`` of ``R`` old ones, and runs
-    ``T`` new ones, from the in_proj output ``u`` to ``y``; arguments as in ``step_kernel``.
+def _steps(steps, line, first, count, head, H, BT: tl.constexpr):
+    """Log decays and step sizes of a head for ``BT`` tokens from ``first`` on; zeros from ``count`` on."""
+    t = first + tl.arange(0, BT)
+    at = steps + (line + t) * 2 * H + head
+    return tl.load(at, mask=t < count, other=0.0), tl.load(at + H, mask=t < count, other=0.0)
 
-    ``convolved (rows, R, H P + G N)``, ``steps (rows, R, 2, H)`` and ``inputs (rows, R, C)`` are of the old tokens.
-    ``new_convolved (rows, T, .)`` and ``new_steps (rows, T, ..)`` receive those of the new ones, and ``were_kept
-    (rows,)`` what ``kept`` says.
+
+@triton.jit
+def _rows(convolved, line, first, count, width, channel, mask, BT: tl.constexpr):
+    """Channels of ``BT`` tokens from ``first`` on, fp32; zeros from ``count`` on."""
+    t = first + tl.arange(0, BT)
+    at = convolved + (line + t)[:, None] * width + channel[None, :]
+    return tl.load(at, mask=(t < count)[:, None] & mask[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def block_kernel(z, state, convolved, steps, kept, fresh, fresh_steps, D, y, squares, H, T, R, su_b, su_t,
+                 ss_b, ss_h, ss_p, ss_n,
+                 D_RANK: tl.constexpr, GATE: tl.constexpr, PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+                 BT: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One block of a head's channels of one row: folds the tokens that are ``kept (rows,)`` of ``R`` old ones, and has
+    ``T`` new ones read the state, to ``y`` and to ``squares (rows T, H, blocks)`` for the norm.
+
+    ``convolved (rows, R, H P + G N)`` and ``steps (rows, R, 2, H)`` are of the old tokens, ``fresh (rows, T, H P + 2 G
+    N)`` and ``fresh_steps (rows, T, 2, H)`` of the new ones. Tokens go ``BT`` at a time, states ``BN`` columns.
     """
     pid = tl.program_id(0)
     blocks: tl.constexpr = (P + BP - 1) // BP
     row, head, block = (pid // blocks // H).to(tl.int64), pid // blocks % H, pid % blocks
-    p, n = block * BP + tl.arange(0, BP), tl.arange(0, BN)
-    mask_p, mask_n = p < P, n < N
-    at = state + row * ss_b + head.to(tl.int64) * ss_h + p[:, None] * ss_p + n[None, :] * ss_n
-    mask = mask_p[:, None] & mask_n[None, :]
+    p, piece, token = block * BP + tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, BT)
+    mask_p = p < P
+    state += row * ss_b + head.to(tl.int64) * ss_h
     old = tl.load(kept + row)
-    s = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    inner = H * P
-    group, groups = head // PER_GROUP, H // PER_GROUP
-    channels, width = inner + 2 * groups * N, inner + groups * N
-    of_x, of_b = head * P + p, inner + group * N + n
-    of_c = of_b + groups * N
-    u += row * su_b
-    conv += row * sc_b
-    inputs += row * R * channels
-    for t in range(0, old):
-        line = row * R + t
-        decay = tl.load(steps + line * 2 * H + head)
-        step = tl.load(steps + line * 2 * H + H + head)
-        x = tl.load(convolved + line * width + of_x, mask=mask_p, other=0.0).to(tl.float32)
-        b = tl.load(convolved + line * width + of_b, mask=mask_n, other=0.0).to(tl.float32)
-        s = s * tl.exp(decay) + (x * step)[:, None] * b[None, :]
-    s = s.to(state.dtype.element_ty)
-    tl.store(at, s, mask=mask)
-    s = s.to(tl.float32)
-    dtype: tl.constexpr = u.dtype.element_ty
-    taps_x, bias_x = load_taps(weight, bias, of_x, mask_p, K)
-    taps_b, bias_b = load_taps(weight, bias, of_b, mask_n, K)
-    taps_c, bias_c = load_taps(weight, bias, of_c, mask_n, K)
-    window_x = _window(conv, inputs, old, of_x, mask_p, sc_c, sc_l, L, channels, dtype, K)
-    window_b = _window(conv, inputs, old, of_b, mask_n, sc_c, sc_l, L, channels, dtype, K)
-    window_c = _window(conv, inputs, old, of_c, mask_n, sc_c, sc_l, L, channels, dtype, K)
-    rate = tl.load(A + head).to(tl.float32)
-    if LOG_RATES:
-        rate = -tl.exp(rate)
-    offset = 0.0 if dt_bias is None else tl.load(dt_bias + head).to(tl.float32)
+    inner, group, groups = H * P, head // PER_GROUP, H // PER_GROUP
+    width = inner + groups * N
+    of_x, of_b, all = head * P + p, inner + group * N, width + groups * N
     if D_RANK > 0:
         skip = tl.load(D + (head * P + p if D_RANK == 2 else head + p * 0), mask=mask_p, other=0.0).to(tl.float32)
-    if (head == 0) & (block == 0):
-        tl.store(were_kept + row, old)
-    for t in range(0, T):
-        token = u + t * su_t
-        new_x = tl.load(token + inner + of_x, mask=mask_p, other=0.0).to(tl.float32)
-        new_b = tl.load(token + inner + of_b, mask=mask_n, other=0.0).to(tl.float32)
-        new_c = tl.load(token + inner + of_c, mask=mask_n, other=0.0).to(tl.float32)
-        dt = tl.load(token + 2 * inner + 2 * groups * N + head)
-        x, window_x = _advance(window_x, new_x, taps_x, bias_x, ACTIVATION, K)
-        b, window_b = _advance(window_b, new_b, taps_b, bias_b, ACTIVATION, K)
-        c, window_c = _advance(window_c, new_c, taps_c, bias_c, ACTIVATION, K)
-        step = _step_size(dt, offset, low, high, True)
-        s = s * tl.exp(step * rate) + (x * step)[:, None] * b[None, :]
-        out = tl.sum(s * c[None, :], 1)
+    passed_before = 0.0  # of the tokens before these
+    for first in range(0, T, BT):
+        decay, _ = _steps(fresh_steps, row * T, first, T, head, H, BT)
+        passed = passed_before + tl.cumsum(decay, 0)
+        out = tl.zeros([BT, BP], tl.float32)
+        for column in range(0, N, BN):
+            n = column + piece
+            mask_n = n < N
+            at, mask = state + p[:, None] * ss_p + n[None, :] * ss_n, mask_p[:, None] & mask_n[None, :]
+            s = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            if first == 0:
+                for then in range(0, old, BT):
+                    fade, step = _steps(steps, row * R, then, old, head, H, BT)
+                    x = _rows(convolved, row * R, then, old, width, of_x, mask_p, BT)
+                    b = _rows(convolved, row * R, then, old, width, of_b + n, mask_n, BT)
+                    left = tl.sum(fade, 0)
+                    x *= (step * tl.exp(left - tl.cumsum(fade, 0)))[:, None]
+                    s = tl.dot(tl.trans(x), b, s * tl.exp(left), input_precision=PRECISION)
+                s = s.to(state.dtype.element_ty)
+                tl.store(at, s, mask=mask)
+                s = s.to(tl.float32)
+            c = _rows(fresh, row * T, first, T, all, of_b + groups * N + n, mask_n, BT)
+            out = tl.dot(c, tl.trans(s), out, input_precision=PRECISION)
+        out *= tl.exp(passed)[:, None]
+        passed_before += tl.sum(decay, 0)
+        passed_then = 0.0
+        for then in range(0, first + 1, BT):
+            decay, step = _steps(fresh_steps, row * T, then, T, head, H, BT)
+            reached = passed_then + tl.cumsum(decay, 0)
+            passed_then += tl.sum(decay, 0)
+            scores = tl.zeros([BT, BT], tl.float32)
+            for column in range(0, N, BN):
+                n = column + piece
+                b = _rows(fresh, row * T, then, T, all, of_b + n, n < N, BT)
+                c = _rows(fresh, row * T, first, T, all, of_b + groups * N + n, n < N, BT)
+                scores = tl.dot(c, tl.trans(b), scores, input_precision=PRECISION)
+            before = (first + token)[:, None] >= (then + token)[None, :]
+            fades = tl.exp(tl.where(before, passed[:, None] - reached[None, :], 0.0)) * step[None, :]
+            x = _rows(fresh, row * T, then, T, all, of_x, mask_p, BT)
+            out = tl.dot(tl.where(before, scores * fades, 0.0), x, out, input_precision=PRECISION)
+        t = first + token
+        inside = (t < T)[:, None] & mask_p[None, :]
         if D_RANK > 0:
-            out += x * skip
+            out += _rows(fresh, row * T, first, T, all, of_x, mask_p, BT) * skip[None, :]
         if GATE:
-            out *= _silu(tl.load(token + of_x, mask=mask_p, other=0.0).to(tl.float32))
-        line = row * T + t
+            gate = tl.load(z + row * su_b + t[:, None] * su_t + of_x[None, :], mask=inside, other=0.0)
+            out *= _silu(gate.to(tl.float32))
         if squares is not None:
-            tl.store(squares + (line * H + head) * blocks + block, tl.sum(tl.where(mask_p, out * out, 0.0), 0))
-        tl.store(y + line * inner + of_x, out.to(y.dtype.element_ty), mask=mask_p)
-        tl.store(new_convolved + line * width + of_x, x.to(dtype), mask=mask_p)
-        if block == 0:
-            tl.store(new_steps + line * 2 * H + head, step * rate)
-            tl.store(new_steps + line * 2 * H + H + head, step)
-            if head % PER_GROUP == 0:
-                tl.store(new_convolved + line * width + of_b, b.to(dtype), mask=mask_n)
+            sums = tl.sum(tl.where(inside, out * out, 0.0), 1)
+            tl.store(squares + ((row * T + t) * H + head) * blocks + block, sums, mask=t < T)
+        tl.store(y + (row * T + t)[:, None] * inner + of_x[None, :], out.to(y.dtype.element_ty), mask=inside)
+        tl.debug_barrier()  # the next tokens' threads read a state that others have stored
 
 
 @triton.jit
-def finish_block_kernel(raw, squares, u, weight, y, conv, inputs, convolved, steps, kept, new_convolved, new_steps,
-                        were_kept, T, R, inner, parts, eps, C, width, H, scales, blocks, su_b, su_t, sc_b, sc_c, sc_l,
-                        SIZE: tl.constexpr, GATE: tl.constexpr, PARTS: tl.constexpr, L: tl.constexpr,
+def finish_block_kernel(raw, squares, u, weight, y, convolved, steps, kept, fresh, fresh_steps,
+                        T, R, inner, parts, eps, C, width, H, scales, blocks, su_b, su_t,
+                        SIZE: tl.constexpr, GATE: tl.constexpr, PARTS: tl.constexpr,
                         BLOCK: tl.constexpr):  # fmt: skip
-    """What waits for all of a block: the first ``scales`` programs norm, the others have a block of channels of one row
-    each. They move the state ``conv (rows, C, L)`` of the convolution on by the old tokens that were kept, and put the
-    new tokens in their place.
+    """What waits for all of a block: the first ``scales`` programs norm, the others have a block of channels of one new
+    token each, and put what the states will need of it in the place of an old one's.
     """
     pid = tl.program_id(0)
     if pid < scales:
         if squares is not None:
             _scale(pid, raw, squares, u, weight, y, T, inner, parts, eps, su_b, su_t, SIZE, GATE, PARTS, BLOCK)
     else:
-        row, part = ((pid - scales) // blocks).to(tl.int64), (pid - scales) % blocks
-        channel = part * BLOCK + tl.arange(0, BLOCK)
-        mask = channel < C
-        old = tl.load(were_kept + row)
-        conv += row * sc_b
-        inputs += row * R * C
-        columns = ()
-        for i in tl.static_range(L):
-            columns = columns + (
-                _column(conv, inputs, old + i, channel, mask, sc_c, sc_l, L, C, conv.dtype.element_ty),
-            )
-        tl.debug_barrier()  # threads store to columns that others have loaded
-        for i in tl.static_range(L):
-            tl.store(conv + channel * sc_c + i * sc_l, columns[i], mask=mask)
-        for t in range(0, T):
-            tl.store(
-                inputs + t * C + channel, tl.load(u + row * su_b + t * su_t + inner + channel, mask=mask), mask=mask
-            )
-            now, then = row * T + t, row * R + t
-            found = tl.load(new_convolved + now * width + channel, mask=channel < width)
-            tl.store(convolved + then * width + channel, found, mask=channel < width)
-            found_steps = tl.load(new_steps + now * 2 * H + channel, mask=channel < 2 * H)
-            tl.store(steps + then * 2 * H + channel, found_steps, mask=channel < 2 * H)
-        if part == 0:
+        line, part = ((pid - scales) // blocks).to(tl.int64), (pid - scales) % blocks
+        row, token = line // T, line % T
+        channel, to = part * BLOCK + tl.arange(0, BLOCK), row * R + token
+        found = tl.load(fresh + line * C + channel, mask=channel < width)
+        tl.store(convolved + to * width + channel, found.to(convolved.dtype.element_ty), mask=channel < width)
+        found_steps = tl.load(fresh_steps + line * 2 * H + channel, mask=channel < 2 * H)
+        tl.store(steps + to * 2 * H + channel, found_steps, mask=channel < 2 * H)
+        if (part == 0) & (token == 0):
             tl.store(kept + row, T)
 
 
@@ -183,49 +227,58 @@ def mamba2_block_step(call: BlockStep) -> Tensor:
     conv_weight, conv_bias, dt_bias, A, _, D, gated_norm_weight = weights
     (_, heads, P, N), (room, channels) = ssm_state.shape, block.inputs.shape[1:]
     inner, width, norms = heads * P, block.convolved.shape[2], gated_norm_weight is not None
-    bp, warps = state_programs(batch, P, tokens)
-    blocks = cdiv(P, bp)
+    bp, warps, bt = tables.block_programs(batch, P, tokens)
+    blocks, tile = cdiv(P, bp), tables.CONVOLVE_BLOCK
+    pieces = cdiv(channels, tile)
+    fresh = torch.empty(batch, tokens, channels, dtype=torch.float32, device=device)
+    steps = torch.empty(batch, tokens, 2, heads, dtype=torch.float32, device=device)
+    launch(
+        convolve_block_kernel,
+        (batch * (pieces + 1),),
+        *(u, conv_state, block.inputs, block.kept, conv_weight.contiguous(), dense(conv_bias), dense(dt_bias)),
+        *(weights.decay.contiguous(), fresh, steps, *spec.dt_limit, heads, tokens, room, channels, inner, pieces),
+        *(*u.stride()[:2], *conv_state.stride()),
+        LOG_RATES=A is None,
+        ACTIVATION=ACTIVATIONS[spec.activation],
+        K=conv_weight.shape[1],
+        L=conv_state.shape[2],
+        BT=bt,
+        BH=power_of_two(heads),
+        BLOCK=tile,
+        num_warps=4,
+    )
     raw = torch.empty(batch, tokens, inner, dtype=torch.float32 if norms else u.dtype, device=device)
     squares = torch.empty(batch * tokens, heads * blocks, dtype=torch.float32, device=device) if norms else None
-    fresh = torch.empty(batch, tokens, width, dtype=u.dtype, device=device)
-    steps = torch.empty(batch, tokens, 2, heads, dtype=compute_dtype(u.dtype), device=device)
-    were_kept = torch.empty(batch, dtype=torch.int32, device=device)
     launch(
         block_kernel,
         (batch * heads * blocks,),
-        *(u, conv_state, ssm_state, block.inputs, block.convolved, block.steps, block.kept),
-        *(conv_weight.contiguous(), dense(conv_bias), dense(dt_bias), weights.decay.contiguous(), dense(D)),
-        *(raw, squares, fresh, steps, were_kept, *spec.dt_limit, heads, tokens, room, conv_state.shape[2]),
-        *(*u.stride()[:2], *conv_state.stride(), *ssm_state.stride()),
-        LOG_RATES=A is None,
-        ACTIVATION=ACTIVATIONS[spec.activation],
+        *(u, ssm_state, block.convolved, block.steps, block.kept, fresh, steps, dense(D), raw, squares),
+        *(heads, tokens, room, *u.stride()[:2], *ssm_state.stride()),
         D_RANK=0 if D is None else D.dim(),
         GATE=not norms or not spec.norm_before_gate,
         PER_GROUP=heads // spec.n_groups,
         P=P,
         N=N,
-        K=conv_weight.shape[1],
+        BT=bt,
         BP=bp,
-        BN=power_of_two(N),
+        BN=tables.tile(N, tables.BLOCK_COLUMNS),
+        PRECISION=tables.precision(tables.current_chip(), torch.float32),
         num_warps=warps,
     )
     y, size, parts, scales, tile = raw, inner, 1, 0, tables.FINISH_BLOCK
-    pieces = cdiv(max(channels, 2 * heads), tile)
+    pieces = cdiv(max(width, 2 * heads), tile)
     if squares is not None:
         y, size = torch.empty(raw.shape, dtype=u.dtype, device=device), spec.group_size
         parts = heads * blocks // (inner // size)
         scales = batch * tokens * (inner // size) * cdiv(size, tile)
     launch(
         finish_block_kernel,
-        (scales + batch * pieces,),
-        *(raw, squares, u, dense(gated_norm_weight), y, conv_state),
-        *(block.inputs, block.convolved, block.steps, block.kept, fresh, steps, were_kept),
-        *(tokens, room, inner, parts, spec.gated_norm_eps, channels, width, heads, scales, pieces),
-        *(*u.stride()[:2], *conv_state.stride()),
+        (scales + batch * tokens * pieces,),
+        *(raw, squares, u, dense(gated_norm_weight), y, block.convolved, block.steps, block.kept, fresh, steps),
+        *(tokens, room, inner, parts, spec.gated_norm_eps, channels, width, heads, scales, pieces, *u.stride()[:2]),
         SIZE=size,
         GATE=norms and spec.norm_before_gate,
         PARTS=power_of_two(parts),
-        L=conv_state.shape[2],
         BLOCK=tile,
         num_warps=4,
     )

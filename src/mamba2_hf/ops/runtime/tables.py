@@ -370,6 +370,8 @@ def leave(chip: Chip, dtype: torch.dtype, rows: int, inputs: int, outputs: int) 
 
 WIDE, NARROW = (64, 2), (16, 2)  # channels of a head and warps per program: to fill memory, or to fill the chip
 WIDE_BLOCK, NARROW_BLOCK = (64, 8), (16, 4)  # for several tokens, which keep the taps in registers, too
+CONVOLVE_BLOCK = 64  # channels of a program of `convolve_block_kernel`, for all tokens of a block
+BLOCK_TOKENS, BLOCK_COLUMNS = 32, 32  # of a state, that a program of `block_kernel` has at a time
 FEW_ROWS = 8  # batch up to which programs are narrow
 DENSE_WARPS = 8
 
@@ -379,6 +381,11 @@ def state_programs(batch: int, P: int, tokens: int = 1, dense: bool = False) -> 
     few, many = (NARROW, WIDE) if tokens == 1 else (NARROW_BLOCK, WIDE_BLOCK)
     channels, warps = few if batch <= FEW_ROWS else many
     return min(channels, power_of_two(P)), DENSE_WARPS if dense else warps
+
+
+def block_programs(batch: int, P: int, tokens: int) -> tuple[int, int, int]:
+    """Channels, warps and tokens at a time of a program of ``block_kernel``."""
+    return tile(P, 16 if batch <= FEW_ROWS else 64), 4, tile(tokens, BLOCK_TOKENS)
 
 
 def step_rows(chip: Chip) -> int:
