@@ -39,7 +39,11 @@ ABLATED = dataclasses.replace(MAMBA2, state=64)  # N = P, as in tables 4 and 5
 HYBRID = Shape("hybrid", 256, 5, mlp=192, key_value_heads=2, attention_layers=1)
 ATTENTION = Shape("attention", 256, 4, mlp=568)
 SHAPES = {"mamba2": MAMBA2, "attention": ATTENTION, "hybrid": HYBRID}
-RATES = {"mamba2": (4e-3, 8e-3, 2e-3), "hybrid": (4e-3, 8e-3, 2e-3), "attention": (1e-3, 2e-3, 5e-4)}
+RATES = {
+    "mamba2": (4e-3, 8e-3, 2e-3, 1.6e-2),
+    "hybrid": (4e-3, 8e-3, 2e-3, 1.6e-2),
+    "attention": (1e-3, 2e-3, 5e-4, 4e-3),
+}
 BEST = {kind: rates[0] for kind, rates in RATES.items()}  # peak learning rates, as `answer` found them
 
 
@@ -187,10 +191,10 @@ def flops_a_token(shape: Shape, parameters: float, window: int) -> float:
 
 
 def answer(data: str) -> list[Run]:
-    """Three learning rates of each kind, and a second seed of what was best."""
+    """Four learning rates of each kind, and a second seed of the first."""
     grid = [
         Run(f"answer-{kind}-{RATES[kind][place]:g}-s0", data, shape, RATES[kind][place])
-        for place in range(3)
+        for place in range(4)
         for kind, shape in SHAPES.items()
     ]
     again = [Run(f"answer-{kind}-{BEST[kind]:g}-s1", data, shape, BEST[kind], seed=1) for kind, shape in SHAPES.items()]
@@ -247,7 +251,7 @@ def block(data: str) -> list[Run]:
 
 def _two_seeds(name: str, data: str, shapes: dict[str, Shape]) -> list[Run]:
     return [
-        Run(f"{name}-{each.replace(' ', '-')}-s{seed}", data, shape, BEST["mamba2"], tokens=20_000_000, seed=seed)
+        Run(f"{name}-{each.replace(' ', '-')}-s{seed}", data, shape, BEST["mamba2"], tokens=24_000_000, seed=seed)
         for seed in (0, 1)
         for each, shape in shapes.items()
     ]

@@ -21,9 +21,8 @@ from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.op import op
 from ..runtime.rows import channels_last, dense
-from ..runtime.tables import cdiv, power_of_two, state_programs
+from ..runtime.tables import cdiv, power_of_two
 from ..scan.prep import _silu, _step_size
-from ..spec import compute_dtype
 from .op import BlockStep
 from .step import _scale
 
