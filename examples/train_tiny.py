@@ -3,13 +3,14 @@
     python examples/train_tiny.py prepare      # files -> tokenizer, tokens, baselines; a few minutes on a CPU
     python examples/train_tiny.py train        # tokens -> model, curves, model card; minutes on a GPU
 
-The models that ship in the package were made by these two commands: a Mamba-2, and with `--kind hybrid` one with
-attention in one layer, of the shape of Granite 4, so that whatever serves Granite 4 serves it after `mamba2-hf convert
---to granitemoehybrid`. `--kind attention` trains a Transformer of their size, to compare with. To watch every part work
-on a CPU within a minute, add `--tiny` to both. Training goes on from where it stopped when it is given `--resume`;
-`evaluate` measures a model again and renews its card, with the losses of others beside its own after `--compare`.
-Between the two commands only the data folder is needed (20 MB), so they may run on different machines; `prepare` also
-needs `pip install sentencepiece protobuf`.
+The models that ship in the package were made by these two commands, with more to read for the second
+(`--corpus FOLDER`, built by `experiments/corpus.py` with the tokenizer of `prepare`): a Mamba-2, and with
+`--kind hybrid` one with attention in one layer, of the shape of Granite 4, so that whatever serves Granite 4 serves it
+after `mamba2-hf convert --to granitemoehybrid`. `--kind attention` trains a Transformer of their size, to compare with.
+To watch every part work on a CPU within a minute, add `--tiny` to both. Training goes on from where it stopped when it
+is given `--resume`; `evaluate` measures a model again and renews its card, with the losses of others beside its own
+after `--compare`. Between the two commands only the data folder is needed (20 MB), so they may run on different
+machines; `prepare` also needs `pip install sentencepiece protobuf`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import copy
 import csv
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -27,7 +29,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import stdlib_corpus as corpus
@@ -62,6 +64,8 @@ app = typer.Typer(help=__doc__.partition("\n")[0], no_args_is_help=True, add_com
 
 FLOAT32 = ("A_log", "D", "dt_bias")  # kept in fp32 whatever the model's dtype is
 SAMPLE_TOKENS = 128
+RECALL_PAIRS = (4, 16, 64)  # keys and values to be looked up in the context
+POSITIONS = (0, 256, 1024, 2048, 4096, 8192, 16384)  # bounds of the places in a text whose losses a card shows
 PROMPTS = ("def read_json(path):", "class Stack:\n    def __init__(self", "import os\nimport sys\n\n")
 
 DataOption = Annotated[Path, typer.Option("--data", help="Folder of tokenizer, tokens, manifest and baselines.")]
@@ -239,6 +243,10 @@ def held_out_loss(model: torch.nn.Module, stream: np.ndarray, end: int, window: 
 def train(
     kind: Annotated[Kind, typer.Option(help="Mamba-2, attention, or a hybrid of the two.")] = "mamba2",
     data: DataOption = DATA,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help="Folder that experiments/corpus.py has built with this tokenizer: train on its tokens."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder that becomes the model [default: runs/ and its name].")
     ] = None,
@@ -275,9 +283,13 @@ def train(
     recipe = saved_recipe(out) if resume else replace(tiny_recipe(kind) if tiny else RECIPES[kind], **chosen)
     shutil.copytree(data / "tokenizer", out, dirs_exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(out)
-    run = Run(recipe, tokenizer, data, out, _device(device), compile=compile)
+    run = Run(recipe, tokenizer, data, out, _device(device), corpus, compile=compile)
     if resume:
         run.load()
+        before = json.loads((out / "run.json").read_text()).get("corpus")
+        if before != run.read:
+            had = "the --corpus that it was begun with" if before else "no --corpus"
+            raise typer.BadParameter(f"{out} was trained on other files: --resume it with {had}")
     run.train(minutes, evaluate_every)
     plot(out)
     measure(data, out, device)
@@ -293,6 +305,7 @@ class Run:
     data: Path
     out: Path
     device: torch.device
+    corpus: Path | None = None
     compile: bool = False
     step: int = 0
     seconds: float = 0.0  # all that training took, compilation and validation included
@@ -310,7 +323,11 @@ class Run:
             betas=self.recipe.betas,
             fused=self.device.type == "cuda",
         )
-        self.streams = {split: np.load(self.data / f"{split}.npy") for split in ("train", "validation")}
+        self.read = None if self.corpus is None else corpus_summary(self.corpus, self.data)
+        if self.corpus is not None:
+            shutil.copy(self.corpus / "manifest.tsv", self.out / "corpus_manifest.tsv")
+        folders = {"train": self.corpus or self.data, "validation": self.data}
+        self.streams = {split: np.load(folder / f"{split}.npy") for split, folder in folders.items()}
 
     def autocast(self) -> torch.autocast:
         """bf16 matrix products over fp32 weights on a GPU; plain fp32 elsewhere."""
@@ -402,8 +419,9 @@ class Run:
         _write_json(
             self.out / "run.json",
             {
-                "command": command(self.recipe, self.compile),
+                "command": command(self.recipe, self.compile, self.corpus is not None),
                 "recipe": asdict(self.recipe),
+                "corpus": self.read,
                 "best_step": best_step,
                 "tokens": self.step * self.recipe.batch * self.recipe.window,
                 "seconds": self.seconds,
@@ -432,10 +450,27 @@ def saved_recipe(out: Path) -> Recipe:
     return Recipe(**torch.load(path, map_location="meta", weights_only=True)["recipe"])
 
 
-def command(recipe: Recipe, compile: bool) -> str:
+def corpus_summary(folder: Path, data: Path) -> dict[str, Any]:
+    """What ``experiments/corpus.py`` says of the training files in ``folder``, and the hash of its list of projects.
+
+    Raises:
+        typer.BadParameter: its tokens are not those of the tokenizer in ``data``.
+    """
+    entries = [json.loads((each / "tokenizer" / "tokenizer.json").read_text())["model"] for each in (folder, data)]
+    if entries[0] != entries[1]:
+        raise typer.BadParameter(
+            f"{folder} has tokens of another tokenizer than {data}: build it with `corpus.py build --tokenizer "
+            f"{data / 'tokenizer'}`"
+        )
+    summary = json.loads((folder / "summary.json").read_text())["train"]
+    return {**summary, "manifest_sha256": hashlib.sha256((folder / "manifest.tsv").read_bytes()).hexdigest()}
+
+
+def command(recipe: Recipe, compile: bool, corpus: bool) -> str:
     """The command line that gives this recipe: folders and time limits left out, the steps really taken put in."""
     usual = RECIPES[recipe.kind]
     changed = {} if recipe.kind == "mamba2" else {"kind": recipe.kind}
+    changed |= {"corpus": "FOLDER"} if corpus else {}
     changed |= {name: value for name, value in asdict(recipe).items() if value != getattr(usual, name)}
     if compile:
         changed["compile"] = ""
@@ -557,12 +592,15 @@ def measure(data: Path, out: Path, device: str, compare: Sequence[Path] = ()) ->
     model = AutoModelForCausalLM.from_pretrained(out).to(_device(device)).eval()
     recipe, test = run["recipe"], summary["splits"]["test"]
     stream = np.load(data / "test.npy")
+    special = len(tokenizer.all_special_ids)
     nats = held_out_loss(model, stream, tokenizer.eos_token_id, recipe["window"], recipe["batch"])
     metrics = {
         "parameters": model.num_parameters(),
         "nats_per_token": nats / test["tokens"],
         "bits_per_byte": nats / math.log(2) / test["bytes"],
         "baselines": baselines,
+        "recall": {pairs: recall(model, pairs, special) for pairs in RECALL_PAIRS},
+        "positions": by_position(model, stream),
         "samples": [sample(model, tokenizer, prompt) for prompt in PROMPTS],
     }
     _write_json(out / "metrics.json", metrics)
@@ -574,6 +612,34 @@ def measure(data: Path, out: Path, device: str, compare: Sequence[Path] = ()) ->
     worse = [name for name in ("ngram", "xz") if metrics["bits_per_byte"] >= baselines[name]]
     if worse:
         console.print(f"[yellow]the model does not beat {' and '.join(worse)} yet: train longer")
+
+
+@torch.no_grad()
+def recall(model: PreTrainedModel, pairs: int, first: int, rows: int = 64) -> float:
+    """How often the model is right when a key comes again (multi-query associative recall): rows of ``pairs`` keys with
+    their values, random tokens from ``first`` on, then all keys in another order, each before its value.
+    """
+    source = torch.Generator().manual_seed(0)
+    tokens = torch.rand(rows, model.config.vocab_size - first, generator=source).topk(2 * pairs).indices + first
+    known = tokens.view(rows, pairs, 2)  # key and value
+    order = torch.rand(rows, pairs, generator=source).argsort(1)
+    asked = known.gather(1, order[..., None].expand(-1, -1, 2))
+    ids = torch.cat([known, asked], 1).flatten(1).to(model.device)  # (B, 4 pairs)
+    guesses = model(input_ids=ids, use_cache=False).logits[:, 2 * pairs :: 2].argmax(-1)
+    return float((guesses == ids[:, 2 * pairs + 1 :: 2]).float().mean())
+
+
+@torch.no_grad()
+def by_position(model: PreTrainedModel, stream: np.ndarray) -> list[float]:
+    """Nats per token between each two of ``POSITIONS``, in rows of files one behind the other."""
+    length = min(POSITIONS[-1], len(stream))
+    rows = torch.from_numpy(stream[: len(stream) // length * length].astype(np.int64)).view(-1, 1, length)
+    losses = torch.zeros(length - 1)
+    for row in rows.to(model.device):
+        logits = model(input_ids=row, use_cache=False).logits[0, :-1]
+        losses += F.cross_entropy(logits.float(), row[0, 1:], reduction="none").cpu() / len(rows)
+    bounds = [min(place, length - 1) for place in POSITIONS]
+    return [float(losses[a:b].mean()) for a, b in itertools.pairwise(bounds) if a < b]
 
 
 def write_card(data: Path, out: Path, compare: Sequence[Path]) -> None:
@@ -606,6 +672,7 @@ def rival(folder: Path, summary: dict) -> list[str]:
 def loss_row(kind: Kind, parameters: int, run: dict, metrics: dict) -> list[str]:
     return [
         "Mamba-2" if kind == "mamba2" else kind,
+        "the corpus" if run.get("corpus") else "the standard library",
         f"{parameters / 1e6:.2f} million",
         f"{run['tokens'] / 1e6:,.0f} million",
         f"{metrics['nats_per_token']:.3f}",
@@ -617,12 +684,12 @@ def comparison(mine: list[str], others: list[list[str]]) -> str:
     """The losses of several models side by side, if there are several."""
     if not others:
         return ""
-    rows = [["", "parameters", "tokens seen", "nats per token", "bits per byte"], ["---"] * 5]
-    rows += sorted([[f"**{mine[0]}** (this one)", *mine[1:]], *others], key=lambda row: float(row[3]))
+    rows = [["", "trained on", "parameters", "tokens seen", "nats per token", "bits per byte"], ["---"] * 6]
+    rows += sorted([[f"**{mine[0]}** (this one)", *mine[1:]], *others], key=lambda row: float(row[4]))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
-        "Models of other kinds, with the same tokenizer, files, order and number of tokens, by the same script "
-        "(`--kind`). One run\nof each: what another seed would change was not measured.\n\n" + table + "\n\n"
+        "Other models on the same test files, with the same tokenizer, by the same script (`--kind`, `--corpus`). One "
+        "run\nof each: what another seed would change was not measured.\n\n" + table + "\n\n"
     )
 
 
@@ -630,16 +697,16 @@ def card(model: PreTrainedModel, summary: dict, run: dict, metrics: dict, others
     """The model card, from what was measured."""
     template = Path(__file__).with_name("train_tiny_card.md").read_text(encoding="utf-8")
     recipe, splits, baselines = run["recipe"], summary["splits"], metrics["baselines"]
-    kind, sampling = recipe.get("kind", "mamba2"), model.generation_config
+    kind, sampling, read = recipe.get("kind", "mamba2"), model.generation_config, run.get("corpus")
     parameters = model.num_parameters()
     rows = [
         ("this model", metrics["bits_per_byte"]),
-        ("byte n-gram of order 5 (modified Kneser-Ney) on the same training files", baselines["ngram"]),
+        ("byte n-gram of order 5 (modified Kneser-Ney) on the library's training files", baselines["ngram"]),
         ("`xz -9` of the test files, joined", baselines["xz"]),
-        ("what the test files add to `xz -9` of the training files", baselines["xz_after_train"]),
+        ("what the test files add to `xz -9` of the library's training files", baselines["xz_after_train"]),
     ]
     return string.Template(template).substitute(
-        KIND_TEXTS[kind],
+        KIND_TEXTS[kind] | DATA_TEXTS["corpus" if read else "library"],
         name=NAMES[kind],
         model_type=model.config.model_type,
         parameters=f"{parameters / 1e6:.2f} million",
@@ -654,12 +721,18 @@ def card(model: PreTrainedModel, summary: dict, run: dict, metrics: dict, others
         manifest=summary["manifest_sha256"],
         shared=f"{summary['shared_test_lines']:.0%}",
         command=run["command"],
+        corpus=corpus_text(read),
+        recall="\n".join(f"| {pairs} | {share:.0%} |" for pairs, share in metrics["recall"].items()),
+        positions="\n".join(
+            f"| {POSITIONS[i]:,} to {POSITIONS[i + 1] - 1:,} | {nats:.3f} |"
+            for i, nats in enumerate(metrics["positions"])
+        ),
         steps=f"{recipe['steps']:,}",
         best_step=f"{run['best_step']:,}",
         windows=f"{recipe['batch']} windows of {recipe['window']:,} tokens",
         window=f"{recipe['window']:,}",
         tokens=f"{run['tokens'] / 1e6:,.0f} million",
-        epochs=f"{run['tokens'] / splits['train']['tokens']:.1f}",
+        epochs=f"{run['tokens'] / (read or splits['train'])['tokens']:.1f}",
         minutes=f"{run['seconds'] / 60:.1f}",
         device=run["device"],
         versions=", ".join(f"{name} {version}" for name, version in run["versions"].items()),
@@ -674,12 +747,43 @@ def card(model: PreTrainedModel, summary: dict, run: dict, metrics: dict, others
     )
 
 
+DATA_TEXTS = {
+    "library": {
+        "read": "one thing: the source of Python's standard library. It continues Python\ncode with the look of that "
+        "library",
+        "license": "license_name: psf-2.0\nlicense_link: https://docs.python.org/3/license.html",
+        "files": "The",
+        "style": "Python in the style of the standard library only, most of it tests",
+    },
+    "corpus": {
+        "read": "Python only: the standard library and other widely used\nprojects. It continues Python code with "
+        "their look",
+        "license": "license_name: permissive",
+        "files": "Files to validate and test on, and those of the first row to train on, are the",
+        "style": "Python only",
+    },
+}
+"""What differs between the cards of models of the standard library and of a corpus."""
+
+
+def corpus_text(corpus: dict[str, Any] | None) -> str:
+    """What else a model was trained on, for its card."""
+    if corpus is None:
+        return ""
+    return (
+        f"Training files are {corpus['files']:,} of {corpus['projects']:,} projects, {corpus['bytes']:,} bytes and "
+        f"{corpus['tokens']:,} tokens.\n`corpus_manifest.tsv` beside this card lists the projects with versions, "
+        "licences (MIT, BSD, Apache-2.0, PSF and the like) and\nhashes; its SHA-256 is\n"
+        f"`{corpus['manifest_sha256']}`. `experiments/corpus.py` made it.\n\n"
+    )
+
+
 _SHIPS = (
     "It ships inside the package `mamba2-hf` so that everything there has a real model to\nrun with; it is a "
     "demonstration, not an assistant."
 )
 _FORMAT = "bf16 weights with `A_log`, `D` and `dt_bias` in fp32. On disk it is the `{}` format of {}."
-_LONGER = "Longer inputs run, {}; how well it uses them was not measured."
+_LONGER = "Longer inputs run, {}."
 KIND_TEXTS = {
     "mamba2": {
         "what": "A Mamba-2",

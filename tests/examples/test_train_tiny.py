@@ -273,6 +273,32 @@ def test_the_card_states_what_was_measured_and_no_path_of_the_machine(trained: P
         assert str(data.parent).encode() not in path.read_bytes(), path.name
 
 
+def test_more_to_read(data: Path, trained: Path, tmp_path: Path) -> None:
+    """A folder of `experiments/corpus.py` in the place of the training files: the card says so, other tokens are
+    refused, and so is going on without it.
+    """
+    corpus, out = tmp_path / "corpus", tmp_path / "model"
+    shutil.copytree(data / "tokenizer", corpus / "tokenizer")
+    np.save(corpus / "train.npy", np.load(data / "train.npy")[:50_000])
+    counts = {"projects": 7, "files": 70, "bytes": 700_700, "tokens": 49_999}
+    (corpus / "summary.json").write_text(json.dumps({"train": counts}))
+    (corpus / "manifest.tsv").write_text("project\tversion\n")
+    options = ["--data", data, "--out", out, "--device", "cpu", "--tiny", "--steps", 2]
+    assert invoke("train", *options, "--corpus", corpus).startswith("0 ")
+    card = (out / "README.md").read_text()
+    assert "70 of 7 projects, 700,700 bytes and 49,999 tokens" in card
+    assert "--corpus FOLDER" in card
+    assert (out / "corpus_manifest.tsv").read_text() == "project\tversion\n"
+    result = invoke("train", "--data", data, "--out", out, "--device", "cpu", "--resume")
+    assert "the --corpus that it was begun with" in result
+    assert invoke("evaluate", "--data", data, "--out", out, "--device", "cpu", "--card-only", "--compare", trained)
+    card = (out / "README.md").read_text()
+    assert "| Mamba-2 | the standard library |" in card
+    assert "| **Mamba-2** (this one) | the corpus |" in card
+    (corpus / "tokenizer" / "tokenizer.json").write_text('{"model": {}}')
+    assert "of another tokenizer" in invoke("train", *options, "--corpus", corpus)
+
+
 def test_evaluating_again_gives_the_same_numbers(trained: Path, data: Path) -> None:
     before = (trained / "metrics.json").read_text(), (trained / "README.md").read_text()
     assert invoke("evaluate", "--data", data, "--out", trained, "--device", "cpu").startswith("0 ")
