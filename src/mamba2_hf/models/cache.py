@@ -275,7 +275,7 @@ class Mamba2Cache(Cache):
             raise CacheError(f"put({row}) needs a static cache that holds such a row, and this one is {self!r}")
         cache, place, length = source if isinstance(source, CacheRow) else (source, 0, 0)
         if cache is not None:
-            if not isinstance(source, CacheRow) and cache.batch_size != 1 or len(cache) != len(self):
+            if (not isinstance(source, CacheRow) and cache.batch_size != 1) or len(cache) != len(self):
                 raise CacheError(f"{cache!r} does not hold one sequence of the same model")
             if cache.key_counts is None:
                 length = 0
