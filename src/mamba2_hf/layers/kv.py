@@ -236,16 +236,17 @@ class KeyValueState(Recorder):
             for held, new in zip(self.pair, (keys, values), strict=True):
                 held[rows, :, -width:] = new[:, :, -width:]
 
-    def put(self, row: int, other: KeyValueState | None, lengths: Tensor) -> None:
-        """Replaces a sequence by the only one of another state, with as many keys as ``lengths (1,)`` says, or by none,
-        in place.
+    def put(self, row: int, other: KeyValueState | None, length: int, place: int = 0) -> None:
+        """Replaces a sequence by the one at ``place`` of another state, which holds ``length`` keys, or by none, in
+        place.
         """
         self.leave_inference_mode()
         if other is not None:
-            self.write_rows(slice(row, row + 1), *other.own_keys(lengths), lengths)
+            keys, values = (own[None] for own in other.own_row(place, length))
+            self.write_rows(slice(row, row + 1), keys, values, torch.tensor([keys.shape[2]]))
         if self.conv is not None:
             known = None if other is None else other.conv
-            self.conv[row] = 0 if known is None else known[0]
+            self.conv[row] = 0 if known is None else known[place]
 
     def own_row(self, row: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``(H, S, D)`` of one row that holds ``length`` of them, or as many as a window leaves."""

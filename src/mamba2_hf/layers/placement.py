@@ -132,11 +132,11 @@ class KeyCounts(Buffers):
         elif self.lengths is not None:
             self.replace(lengths=self.lengths - tokens)
 
-    def put(self, row: int, length: Tensor) -> None:
-        """Says that ``row`` of buffers with a capacity holds ``length (1,)`` keys."""
+    def put(self, row: int, length: int) -> None:
+        """Says that ``row`` of buffers with a capacity holds ``length`` keys."""
         if self.lengths is not None:
             self.leave_inference_mode()
-            self.lengths[row : row + 1] = length.to(self.lengths.device)
+            self.lengths[row] = length
             self.width = max(int(self.lengths.max()), 1)
 
     def set(self, lengths: list[int]) -> None:

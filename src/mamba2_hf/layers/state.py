@@ -387,17 +387,17 @@ class SSDState(Recorder):
         self.started = False
         self._forget()
 
-    def put(self, row: int, other: SSDState | None) -> None:
-        """Replaces a sequence by the only one of another state, or by none, in place."""
+    def put(self, row: int, other: SSDState | None, place: int = 0) -> None:
+        """Replaces a sequence by the one at ``place`` of another state, or by none, in place."""
         self.leave_inference_mode()
         if other is not None:
-            other.settle()
+            other.settle(place)
         for name in ("conv", "held"):
             buffer = getattr(self, name)[row]
             if other is None:
                 buffer.zero_()
             else:
-                buffer.copy_(getattr(other, name)[0])
+                buffer.copy_(getattr(other, name)[place])
         for counts in (self.clock, self.kept):
             if counts is not None:
                 counts[row] = 0
@@ -410,11 +410,10 @@ class SSDState(Recorder):
                 row[0].settle(row[1])
         for name in ("conv", "held"):
             held: Tensor = getattr(source, name)
-            buffer = held.new_zeros(len(rows), *held.shape[1:])
-            for place, row in zip(buffer, rows, strict=True):
-                if row is not None:
-                    place.copy_(getattr(row[0], name)[row[1]])
-            self.replace(**{name: buffer})
+            none = held.new_zeros(()).expand(held.shape[1:]) if None in rows else held
+            self.replace(
+                **{name: torch.stack([none if row is None else getattr(row[0], name)[row[1]] for row in rows])}
+            )
         assert self.conv is not None
         self.replace(ready=torch.zeros(1, dtype=torch.int32, device=self.conv.device), **dict.fromkeys(_BLOCK))
         self._make_ring()

@@ -545,7 +545,7 @@ class ContinuousBatch:
 
     def _call(self, texts: Sequence[bytes], behind: Mapping[bytes, CacheRow | None]) -> Mamba2Cache:
         """Reads texts in one call, from the states ``behind`` has for them: a cache with a row for each."""
-        cache = Mamba2Cache(self.model.config, **self._states)
+        cache = Mamba2Cache(self.model.config, **{**self._states, "defer_writes": False})  # nothing steps there
         cache.gather([behind[text] for text in texts])
         new = [tokens_of(text)[-_new_tokens(text, behind[text]) :] for text in texts]
         width = max(map(len, new))
@@ -562,11 +562,7 @@ class ContinuousBatch:
 
     def _join(self, row: int, running: _Running) -> None:
         """Puts a request that was read into a row."""
-        single = None
-        if running.state is not None:
-            single = Mamba2Cache(self.model.config, **self._states)
-            single.gather([running.state])
-        self.cache.put(row, single)
+        self.cache.put(row, running.state)
         running.state = None
         if self._ahead:
             running.lookup = TextLookup(running.ids, running.longest)

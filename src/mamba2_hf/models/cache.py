@@ -264,31 +264,34 @@ class Mamba2Cache(Cache):
         capacity = None if self.key_counts is None else self.key_counts.capacity
         return -1 if capacity is None else capacity
 
-    def put(self, row: int, single: Mamba2Cache | None) -> None:
-        """Replaces a sequence of a static cache by the only one of another cache, or by one that has seen nothing. The
-        buffers stay where they are.
+    def put(self, row: int, source: Mamba2Cache | CacheRow | None) -> None:
+        """Replaces a sequence of a static cache by the only one of another cache, by one of several, or by one that has
+        seen nothing. The buffers stay where they are.
 
         Raises:
             CacheError: this cache is not static or has no such row, or the other does not fit.
         """
         if not self.static or not 0 <= row < self.batch_size:
             raise CacheError(f"put({row}) needs a static cache that holds such a row, and this one is {self!r}")
-        lengths = torch.zeros(1, dtype=torch.long)
-        if single is not None:
-            if single.batch_size != 1 or len(single) != len(self):
-                raise CacheError(f"{single!r} does not hold one sequence of the same model")
-            if single.key_counts is not None:
-                lengths[0] = single.key_counts.width if single.key_counts.lengths is None else single.key_counts.lengths
-        if self.key_counts is not None and int(lengths) > self.get_max_length():
-            raise CacheError(f"{single!r} holds {int(lengths)} keys, more than the {self.get_max_length()} of {self!r}")
+        cache, place, length = source if isinstance(source, CacheRow) else (source, 0, 0)
+        if cache is not None:
+            if (not isinstance(source, CacheRow) and cache.batch_size != 1) or len(cache) != len(self):
+                raise CacheError(f"{cache!r} does not hold one sequence of the same model")
+            if cache.key_counts is None:
+                length = 0
+            elif not isinstance(source, CacheRow):
+                lengths = cache.key_counts.lengths
+                length = cache.key_counts.width if lengths is None else int(lengths)
+        if self.key_counts is not None and length > self.get_max_length():
+            raise CacheError(f"{cache!r} holds {length} keys, more than the {self.get_max_length()} of {self!r}")
         for index, layer in enumerate(self.layers):
-            other = None if single is None else single.layers[index]
+            other = None if cache is None else cache.layers[index]
             if isinstance(layer, SSDState):
-                layer.put(row, other)
+                layer.put(row, other, place)
             else:
-                layer.put(row, other, lengths)
+                layer.put(row, other, length, place)
         if self.key_counts is not None:
-            self.key_counts.put(row, lengths)
+            self.key_counts.put(row, length)
         self.padding = self._behind = self.token_hashes = None
 
     def gather(self, rows: Sequence[CacheRow | None]) -> None:

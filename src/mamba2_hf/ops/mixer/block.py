@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import flops
-from ..conv.kernels import activate, load_taps
+from ..conv.kernels import _when, activate, load_taps
 from ..conv.op import ACTIVATIONS
 from ..runtime import tables
 from ..runtime.launch import launch
@@ -28,14 +28,14 @@ from .step import _scale
 
 
 @triton.jit
-def _input(conv, inputs, u, at, channel, mask, sc_c, sc_l, su_t, L, C, old, T):
-    """Inputs ``at (n, 1)`` tokens behind the first new one: of the new tokens ``u``, of the ``old`` ones in ``inputs
-    (R, C)`` before them, or of the convolution's state ``conv (C, L)`` before those. Zeros behind the ``T`` new ones.
+def _before(conv, inputs, back, old, channel, mask, sc_c, sc_l, L, C, dtype):
+    """The input ``back`` tokens before the first new one, in ``dtype``: of the ``old`` ones in ``inputs (R, C)``, or of
+    those before them in the convolution's state ``conv (C, L)``.
     """
-    new = tl.load(u + at * su_t + channel, mask=mask & (at >= 0) & (at < T), other=0.0)
-    behind = tl.load(inputs + (at + old) * C + channel, mask=mask & (at < 0) & (at + old >= 0), other=0.0)
-    before = tl.load(conv + channel * sc_c + (at + old + L) * sc_l, mask=mask & (at + old < 0), other=0.0)
-    return tl.where(at >= 0, new, tl.where(at + old >= 0, behind.to(new.dtype), before.to(new.dtype)))
+    at = old - back
+    behind = tl.load(inputs + at * C + channel, mask=_when(at >= 0, mask), other=0.0).to(dtype)
+    before = tl.load(conv + channel * sc_c + (at + L) * sc_l, mask=_when(at < 0, mask), other=0.0).to(dtype)
+    return tl.where(at >= 0, behind, before)
 
 
 @triton.jit
@@ -74,19 +74,24 @@ def convolve_block_kernel(u, conv, inputs, kept, weight, bias, dt_bias, A, fresh
         inputs += row * R * C
         u += inner
         taps, offset = load_taps(weight, bias, channel, mask, K)
+        dtype: tl.constexpr = u.dtype.element_ty
+        window = ()
+        for i in tl.static_range(K - 1):
+            window = window + (_before(conv, inputs, K - 1 - i, old, channel, mask, sc_c, sc_l, L, C, dtype),)
         for first in range(0, T, BT):
             t = first + token
             total = tl.zeros([BT, BLOCK], tl.float32) + offset[None, :]
             for i in tl.static_range(K):
-                value = _input(conv, inputs, u, t + i - (K - 1), wide, mask[None, :], sc_c, sc_l, su_t, L, C, old, T)
+                at = t + i - (K - 1)
+                value = tl.load(u + at * su_t + wide, mask=(at >= 0) & (at < T) & mask[None, :], other=0.0)
+                for j in tl.static_range(i, K - 1):
+                    value = tl.where(at == j - (K - 1), window[j][None, :], value)
                 total += taps[i][None, :] * value.to(tl.float32)
             tl.store(fresh + (row * T + t) * C + wide, activate(total, ACTIVATION), mask=(t < T) & mask[None, :])
         columns = ()
         for i in tl.static_range(L):
-            at = old + i - L
-            behind = tl.load(inputs + at * C + channel, mask=mask & (at + channel * 0 >= 0), other=0.0)
-            before = tl.load(conv + channel * sc_c + (old + i) * sc_l, mask=mask & (at + channel * 0 < 0), other=0.0)
-            columns = columns + (tl.where(at >= 0, behind.to(conv.dtype.element_ty), before),)
+            column = _before(conv, inputs, L - i, old, channel, mask, sc_c, sc_l, L, C, conv.dtype.element_ty)
+            columns = columns + (column,)
         tl.debug_barrier()  # threads store to what others have loaded
         for i in tl.static_range(L):
             tl.store(conv + channel * sc_c + i * sc_l, columns[i], mask=mask)
