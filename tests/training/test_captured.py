@@ -146,6 +146,28 @@ def test_a_replay_may_differ_as_much_as_two_eager_steps(
     assert (step.reason is None) is trusted
 
 
+@pytest.mark.parametrize(("off", "trusted"), [(1e-5, True), (1e-2, False)])
+def test_sums_in_another_order_may_come_to_the_same_twice(
+    model: Any, off: float, trusted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two eager steps alike to the bit do not say that every step is; gradients far from theirs are not trusted."""
+    step, replaying = CapturedStep(model), []
+    model.lm_head.weight.register_hook(lambda grad: grad * (1 + off * len(replaying)))
+    replay = fake_graphs.FakeGraph.replay
+
+    def differing(graph: Any) -> None:
+        replaying.append(True)
+        replay(graph)
+        replaying.clear()
+
+    monkeypatch.setattr(fake_graphs.FakeGraph, "replay", differing)
+    fake_graphs.install(monkeypatch, step)
+    for index in range(6):
+        step(**batch(index))
+        model.zero_grad()
+    assert (step.reason is None) is trusted
+
+
 def test_what_cannot_be_captured_runs_eagerly(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     both = Compared(model, accumulate=2)
     fake_graphs.install(monkeypatch, both.step)
