@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from .pretrained import SSDPreTrainedModel
 
     Config = Mamba2Config | Mamba2HybridConfig
+
+
+OnHiddenStates = Callable[[Tensor | None, Tensor | None, Tensor, Tensor | None], None]
+"""Of ``input_ids (B, T)``, or ``inputs_embeds (B, T, d)`` where there are none, the last hidden states ``(B, T, d)``,
+which the next step may overwrite, and ``keep (B, T)``, which tokens count; None for all."""
 
 
 class CacheRow(NamedTuple):
@@ -103,6 +108,8 @@ class Mamba2Cache(Cache):
         self.padding: Tensor | None = None  # (B,) how many of them did not count
         self._behind: Tensor | None = None  # (B,) of these, because more was taken back than of the foremost row
         self.token_hashes: TokenHashes | None = None  # of the first of them, once saved or loaded
+        self.on_hidden_states: OnHiddenStates | None = None
+        """Is called with what a language model has made of tokens that it read behind this cache, captured or not."""
 
     @property
     def graph(self) -> DecodeGraph | None:

@@ -57,6 +57,12 @@ def assistant_setting(assistant: Any, name: str) -> Any:
     return config._get_default_generation_params()[name] if value is None else value
 
 
+def own_tokens(generation_config: Any) -> int | None:
+    """Most tokens of a draft that needs no other model; None if there is another model, or no draft."""
+    config = generation_config
+    return config.num_assistant_tokens if config.use_mtp else config.prompt_lookup_num_tokens  # type: ignore[no-any-return]
+
+
 def check(generation_config: Any, assistant: Any, tokenizer: Any, streamer: Any) -> None:
     """Checks what ``generate`` asks for with several sequences and drafts; ``tokenizer`` is the assistant's, if that is
     another one.
@@ -67,7 +73,7 @@ def check(generation_config: Any, assistant: Any, tokenizer: Any, streamer: Any)
     if is_batch_invariant():
         raise ArgumentError(
             "batch_invariant does not go with drafts for several sequences, whose blocks add up in another order than "
-            "steps: leave out prompt_lookup_num_tokens and assistant_model"
+            "steps: leave out prompt_lookup_num_tokens, assistant_model and use_mtp"
         )
     if streamer is not None:
         raise ArgumentError("streamer: several sequences that guess ahead get their tokens apart; stream one")
@@ -75,7 +81,7 @@ def check(generation_config: Any, assistant: Any, tokenizer: Any, streamer: Any)
         if getattr(generation_config, name) and generation_config.return_dict_in_generate:
             raise ArgumentError(
                 f"{name}=True: several sequences that guess ahead get their tokens apart; generate them one by one, or "
-                "without prompt_lookup_num_tokens and assistant_model"
+                "without prompt_lookup_num_tokens, assistant_model and use_mtp"
             )
     look, longest = generation_config.prompt_lookup_num_tokens, generation_config.max_matching_ngram_size
     for name, value in (("prompt_lookup_num_tokens", look), ("max_matching_ngram_size", longest)):
@@ -185,21 +191,17 @@ class AssistantDrafts:
 
     def propose(self, most: int) -> list[list[int]]:
         """See :class:`Drafts`."""
-        drafts: list[list[int]] = [[] for _ in self._last]
-        goes_on = [True] * len(drafts)
-        token = torch.tensor(self._last, device=self._model.device)[:, None]
         self._read = 0
-        while True:
-            # The last token is read too: it may be right, and then the next block begins behind it.
-            logits = self._model(input_ids=token, past_key_values=self._cache, use_cache=True).logits[:, -1]
-            self._read += 1
-            if self._read > most or not any(goes_on):
-                return drafts
-            chances, token = logits.float().softmax(-1).max(-1, keepdim=True)
-            for row, (new, chance) in enumerate(zip(token[:, 0].tolist(), chances[:, 0].tolist(), strict=True)):
-                if goes_on[row]:
-                    drafts[row].append(new)
-                    goes_on[row] = chance >= self._threshold
+        drafts, drafted = likeliest(self._foretell, len(self._last), most, self._threshold, self._model.device)
+        if self._read <= drafted.shape[1]:
+            self._foretell(drafted)  # the last one is read too: it may be right, and the next block begins behind it
+        return drafts
+
+    def _foretell(self, drafted: Tensor) -> Tensor:
+        """Logits ``(B, vocab)`` of the token behind ``drafted (B, K)``, those of the draft so far."""
+        token = drafted[:, -1:] if drafted.shape[1] else torch.tensor(self._last, device=drafted.device)[:, None]
+        self._read += 1
+        return self._model(input_ids=token, past_key_values=self._cache, use_cache=True).logits[:, -1]  # type: ignore[no-any-return]
 
     def accept(self, tokens: list[list[int]], kept: Tensor) -> None:
         """See :class:`Drafts`."""
@@ -207,6 +209,34 @@ class AssistantDrafts:
         self._last = [new[-1] if new else last for new, last in zip(tokens, before, strict=True)]
         if self._read:
             self._cache.crop(kept - self._read)
+
+
+def likeliest(
+    foretell: Callable[[Tensor], Tensor | None], rows: int, most: int, threshold: float, device: torch.device
+) -> tuple[list[list[int]], Tensor]:
+    """Drafts of the tokens that a model finds likeliest, one after the other, until each row's has ended.
+
+    Args:
+        foretell: of tokens ``(B, K)``, those of the draft so far, to logits ``(B, vocab)`` of the next; None where there
+            is no next one.
+        rows: B.
+        most: tokens in a draft.
+        threshold: a draft ends with the first token that is given a lower probability.
+        device: of the tokens.
+
+    Returns:
+        the draft of each row, and ``(B, K)`` those of the longest, with what rows that have ended would go on with.
+    """
+    drafts: list[list[int]] = [[] for _ in range(rows)]
+    goes_on, drafted = [True] * rows, torch.zeros(rows, 0, dtype=torch.long, device=device)
+    while drafted.shape[1] < most and any(goes_on) and (logits := foretell(drafted)) is not None:
+        chances, token = logits.float().softmax(-1).max(-1, keepdim=True)
+        drafted = torch.cat([drafted, token.to(device)], 1)
+        for row, (new, chance) in enumerate(zip(token[:, 0].tolist(), chances[:, 0].tolist(), strict=True)):
+            if goes_on[row]:
+                drafts[row].append(new)
+                goes_on[row] = chance >= threshold
+    return drafts, drafted
 
 
 def accepted(chosen: Sequence[int], draft: Sequence[int], ends: Collection[int], most: int) -> list[int]:
