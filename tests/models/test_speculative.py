@@ -269,7 +269,33 @@ def test_own_heads_write_the_greedy_text(kind: str, count: int, device: str) -> 
         expected = model.generate(ids, **GREEDY)
         for options in ({}, {"num_assistant_tokens": 4, "assistant_confidence_threshold": 0.0}):
             assert torch.equal(model.generate(ids, use_mtp=True, **options, **GREEDY), expected)
-    assert not model.backbone.norm_f._forward_hooks
+
+
+@on_each_device
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", HEADS)
+def test_own_heads_write_the_greedy_text_of_a_batch(
+    kind: str, count: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows accept different numbers of tokens and end apart, whichever side their padding is on."""
+    kept: list[Tensor] = []
+    crop = Mamba2Cache.crop
+
+    def counted(self: Any, tokens: Any) -> None:
+        kept.extend([tokens] if isinstance(tokens, Tensor) else [])
+        crop(self, tokens)
+
+    monkeypatch.setattr(Mamba2Cache, "crop", counted)
+    ids, mask, _ = uneven(1, "right" if kind == "rotary" else "left")
+    ids, mask = ids.remainder(5).to(device), mask.to(device)
+    guess = {"use_mtp": True, "num_assistant_tokens": 4, "assistant_confidence_threshold": 0.0}
+    for seed, ends in ((0, None), (1, 4), (2, 3)):
+        model = with_heads(kind, count, seed, vocab_size=5).to(device)  # so few that heads are right at times
+        options = {**GREEDY, "eos_token_id": ends, "attention_mask": mask}
+        expected = model.generate(ids, **options)
+        assert torch.equal(model.generate(ids, **guess, **options), expected)
+        assert torch.equal(model.generate(ids, use_mtp=True, **options), expected)
+    assert any(len(set(each.tolist())) > 1 for each in kept)
 
 
 @torch.no_grad()
@@ -308,6 +334,41 @@ def test_what_heads_kept_of_guesses_is_taken_back(kind: str, count: int, monkeyp
             torch.testing.assert_close(scores[0], foretold(model, text, scores.shape[1]).float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["rotary", "sliding", "experts"])
+def test_heads_draft_for_each_row_what_they_draft_for_it_alone(
+    kind: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the others are padded, whatever they have accepted, and also where they have ended."""
+    model, (ids, mask, texts) = with_heads(kind, count).double(), uneven(1)
+    written = [text.tolist() for text in texts]
+    accept, foretell = mtp.HeadDrafts.accept, mtp.HeadDrafts.foretell
+    compared: list[int] = []
+    runs: list[bool] = []
+
+    def accepting(self: Any, tokens: list[list[int]], kept: Tensor) -> None:
+        accept(self, tokens, kept)
+        for text, new in zip(written, tokens, strict=True):
+            text += new
+        runs[:] = map(bool, tokens)
+
+    def foretelling(self: Any, drafted: Tensor) -> Tensor | None:
+        found = foretell(self, drafted)
+        for row in [row for row, goes_on in enumerate(runs) if goes_on and found is not None]:
+            alone = foretold(model, torch.tensor([written[row]]), drafted.shape[1] + 1)
+            torch.testing.assert_close(found[row], alone[-1], rtol=1e-5, atol=1e-5)
+            compared.append(row)
+        return found
+
+    monkeypatch.setattr(mtp.HeadDrafts, "accept", accepting)
+    monkeypatch.setattr(mtp.HeadDrafts, "foretell", foretelling)
+    options = {"use_mtp": True, "num_assistant_tokens": 6, "assistant_confidence_threshold": 0.0}
+    ends = {"eos_token_id": [7, 11, 13, 17, 19, 23, 29]}
+    model.generate(ids, attention_mask=mask, prefill_chunk_size=4, **options, **{**GREEDY, **ends})
+    assert set(compared) == set(range(len(texts)))
+    assert len(compared) > 6 * len(texts)
+
+
 def test_heads_that_are_right_save_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = with_heads("plain"), prompt(0)
     torch.nn.init.zeros_(model.backbone.norm_f.weight)  # so that all of them write token 0
@@ -335,8 +396,6 @@ def test_refuses_what_heads_cannot_guess(tiny_model: Callable[..., Any]) -> None
     for without in (tiny_model(), make_hybrid("plain")):
         with pytest.raises(ArgumentError, match="this model has no heads that predict further tokens"):
             without.generate(ids, **guess)
-    with pytest.raises(ArgumentError, match="heads guess for one sequence, and 2 came"):
-        model.generate(ids.expand(2, -1), **guess)
     with pytest.raises(ArgumentError, match="prompt_lookup_num_tokens=2 both guess ahead"):
         model.generate(ids, prompt_lookup_num_tokens=2, **guess)
     with pytest.raises(ArgumentError, match="assistant_model both guess ahead"):
@@ -347,7 +406,6 @@ def test_refuses_what_heads_cannot_guess(tiny_model: Callable[..., Any]) -> None
         model.generate(inputs_embeds=model.get_input_embeddings()(ids), **guess)
     with pytest.raises(ValueError, match="use_cache=True"):
         model.generate(ids, use_cache=False, **guess)
-    assert not model.backbone.norm_f._forward_hooks
 
 
 @torch.no_grad()
@@ -568,15 +626,18 @@ def test_a_batch_with_processors_and_criteria(tiny_model: Callable[..., Any]) ->
     assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=4, **{**base, **ends}), expected)
 
 
-@pytest.mark.parametrize("kind", ["pure", "sliding", "rotary"])
+@pytest.mark.parametrize("kind", ["pure", "sliding", "rotary", "heads"])
 def test_the_cache_of_a_batch_goes_on(kind: str, tiny_model: Callable[..., Any]) -> None:
     model = build(kind, tiny_model)
     ids, mask, _ = uneven(5)
     look = {"prompt_lookup_num_tokens": 4, **GREEDY}
+    if kind == "heads":
+        look = {"use_mtp": True, "assistant_confidence_threshold": 0.0, **GREEDY}
     cache = model.read(ids[:, :9], mask[:, :9])
     out = model.generate(ids, attention_mask=mask, past_key_values=cache, **look, return_dict_in_generate=True)
     assert out.past_key_values is cache
     assert not cache.recording
+    assert cache.on_hidden_states is None
     assert cache.seen_tokens == out.sequences.shape[1] - 1
     assert torch.equal(out.sequences, model.generate(ids, attention_mask=mask, **GREEDY))
     longer = torch.cat([out.sequences, ids[:, -3:].clamp(min=3)], 1)
@@ -642,14 +703,17 @@ def test_rows_remove_tokens_of_their_own(data: st.DataObject, tiny_model: Callab
             torch.testing.assert_close(logits[row], expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["lookup", "assistant"])
-def test_batches_sample_by_the_models_own_distribution(own: bool, tiny_model: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("source", ["lookup", "assistant", "heads"])
+def test_batches_sample_by_the_models_own_distribution(source: str, tiny_model: Callable[..., Any]) -> None:
     """The first two tokens of many rows against their exact probabilities."""
     model = tiny_model(seed=3, vocab_size=5, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     ids, rows = torch.tensor([[3, 4, 1, 3, 4, 1, 3, 4]]), 1000
     guess: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
-    if own:
+    if source == "assistant":
         guess = {"assistant_model": tiny_model(seed=4, vocab_size=5)}
+    elif source == "heads":
+        model = with_heads("plain", 2, seed=3, vocab_size=5)
+        guess = {"use_mtp": True, "assistant_confidence_threshold": 0.0, "num_assistant_tokens": 3}
     options = {**GREEDY, "do_sample": True, "max_new_tokens": 2, "top_k": 0, "temperature": 3.0}
     torch.manual_seed(0)
     out = model.generate(ids.expand(rows, -1), **guess, **options)[:, ids.shape[1] :]
@@ -696,17 +760,16 @@ def test_a_captured_batch_writes_the_greedy_text(
             super()._replay(*args)
 
     monkeypatch.setattr("mamba2_hf.models.cache.DecodeGraph", Replays)
-    monkeypatch.setattr("test_captured_decoding.SIZES", {"vocab_size": 61})
-    for kind in ("pure", "plain", "sliding"):
-        model = build(kind, tiny_model)
+    heads = {"use_mtp": True, "num_assistant_tokens": 3, "assistant_confidence_threshold": 0.0}
+    for kind in ("pure", "plain", "sliding", "heads"):
+        model = with_heads("plain", 2) if kind == "heads" else build(kind, tiny_model)
         ids, mask, _ = uneven(6)
         options = {**GREEDY, "attention_mask": mask, "max_new_tokens": 30}
         expected = model.generate(ids, **options)
-        monkeypatch.setattr(type(model), "_may_capture", lambda *_: True)
-        assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **options), expected)
-        monkeypatch.undo()
-        monkeypatch.setattr("mamba2_hf.models.cache.DecodeGraph", Replays)
-        monkeypatch.setattr("test_captured_decoding.SIZES", {"vocab_size": 61})
+        guess = heads if kind == "heads" else {"prompt_lookup_num_tokens": 3}
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model), "_may_capture", lambda *_: True)
+            assert torch.equal(model.generate(ids, **guess, **options), expected)
         assert (4 in widths) == (kind != "sliding")
         del widths[:]
 

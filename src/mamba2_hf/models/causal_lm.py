@@ -543,14 +543,12 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         if kwargs.get("inputs_embeds") is not None:
             raise ArgumentError("assisted decoding looks at the ids of a text: pass input_ids, and no inputs_embeds")
         counts = torch.ones_like(input_ids) if mask is None else mask
-        most = speculation.own_tokens(generation_config)
-        if assistant_model is not None:
-            most = speculation.assistant_setting(assistant_model, "num_assistant_tokens")
-            if counts.shape != input_ids.shape:
-                raise ArgumentError(
-                    f"attention_mask has shape {tuple(counts.shape)} for {tokens} tokens: an assistant needs the ids "
-                    "of the whole text, those that the cache has seen, too"
-                )
+        most = speculation.most_tokens(generation_config, assistant_model)
+        if assistant_model is not None and counts.shape != input_ids.shape:
+            raise ArgumentError(
+                f"attention_mask has shape {tuple(counts.shape)} for {tokens} tokens: an assistant needs the ids of "
+                "the whole text, those that the cache has seen, too"
+            )
         choices = speculation.Choices(
             input_ids,
             logits_processor,
@@ -664,7 +662,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         may_capture = generation_mode in _ONE_BY_ONE
         if generation_mode == GenerationMode.ASSISTED_GENERATION and batch_size > 1:  # one graph for all blocks
             may_capture = True
-            max_cache_length += speculation.own_tokens(generation_config) or 0
+            max_cache_length += speculation.most_tokens(generation_config)
         if use_cache and generation_config.output_attentions:
             raise ArgumentError(
                 "output_attentions=True: the matrix of earlier tokens cannot be known from a cached state; call "

@@ -72,10 +72,10 @@ class DecodeGraph:
             if self._graph is None:
                 return run(input_ids)
         assert self._ids is not None
-        assert self._outputs is not None
         self._ids.copy_(input_ids)
         self._graph.replay()
         cache.advance(input_ids.shape[1])
+        assert self._outputs is not None
         return self._outputs
 
     def _capture(self, run: Run, input_ids: Tensor, cache: Mamba2Cache) -> None:

@@ -48,7 +48,7 @@ class _Head:
         self._guessed = 0  # positions read with tokens that were guessed
 
     def read(self, embeddings: Tensor, hidden_states: Tensor, keep: Tensor) -> Tensor:
-        """What the head makes of ``(B, T, d)`` each, where ``keep (B, T)``, which is on the CPU, says that it counts."""
+        """What the head makes of ``(B, T, d)`` each, of which ``keep (B, T)``, on the CPU, says what counts."""
         if not bool(keep.any()):
             return torch.zeros_like(hidden_states)
         mask = None if bool(keep.all()) else keep.to(hidden_states.device)

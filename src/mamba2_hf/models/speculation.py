@@ -57,10 +57,12 @@ def assistant_setting(assistant: Any, name: str) -> Any:
     return config._get_default_generation_params()[name] if value is None else value
 
 
-def own_tokens(generation_config: Any) -> int | None:
-    """Most tokens of a draft that needs no other model; None if there is another model, or no draft."""
+def most_tokens(generation_config: Any, assistant: Any = None) -> int:
+    """Most tokens of a draft that ``generate`` asks for; 0 where only an assistant, which is not given, could tell."""
+    if assistant is not None:
+        return int(assistant_setting(assistant, "num_assistant_tokens"))
     config = generation_config
-    return config.num_assistant_tokens if config.use_mtp else config.prompt_lookup_num_tokens  # type: ignore[no-any-return]
+    return int((config.num_assistant_tokens if config.use_mtp else config.prompt_lookup_num_tokens) or 0)
 
 
 def check(generation_config: Any, assistant: Any, tokenizer: Any, streamer: Any) -> None:
@@ -217,8 +219,8 @@ def likeliest(
     """Drafts of the tokens that a model finds likeliest, one after the other, until each row's has ended.
 
     Args:
-        foretell: of tokens ``(B, K)``, those of the draft so far, to logits ``(B, vocab)`` of the next; None where there
-            is no next one.
+        foretell: of tokens ``(B, K)``, those of the draft so far, to logits ``(B, vocab)`` of the next; None where
+            there is no next one.
         rows: B.
         most: tokens in a draft.
         threshold: a draft ends with the first token that is given a lower probability.
