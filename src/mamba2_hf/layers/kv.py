@@ -29,6 +29,7 @@ class KeyValueState(Recorder):
     """
 
     names = ("keys", "values", "conv")
+    counts = ("started",)
 
     def __init__(self, window: int | None = None, capacity: int | None = None) -> None:
         self.window, self.capacity = window, capacity
@@ -60,6 +61,16 @@ class KeyValueState(Recorder):
     def takes_back_in_place(self) -> bool:
         """Whether :meth:`crop` needs nothing that was recorded."""
         return self.capacity is not None and self.window is None and self.conv is None
+
+    @property
+    def changing(self) -> dict[str, bool]:
+        """See :attr:`Buffers.changing`. Buffers that grow are made anew by every call, and others without a window are
+        written behind what is counted.
+        """
+        known = super().changing
+        if self.capacity is None:
+            return {**known, "keys": False, "values": False}
+        return known if self.window is not None else {"conv": True, "started": False}
 
     def count_block(self, tokens: int) -> None:
         """See :meth:`Recorder.count_block`."""

@@ -69,7 +69,34 @@ class Buffers:
 
     names: ClassVar[tuple[str, ...]]
     """Of the attributes that hold buffers, or None."""
+    counts: ClassVar[tuple[str, ...]] = ()
+    """Of the other attributes that calls change."""
     on_move: Callable[[], None] | None = None
+
+    @property
+    def changing(self) -> dict[str, bool]:
+        """What :meth:`go_back` needs to know of an earlier time: the attribute, and whether calls write in place where
+        it has to be copied.
+        """
+        return {**dict.fromkeys(self.names, True), **dict.fromkeys(self.counts, False)}
+
+    def go_back(self, before: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """Holds what it held when :attr:`changing` was ``before``, in the same buffers.
+
+        Returns:
+            those that the caller is to fill, and what with: few launches for all layers.
+        """
+        self.leave_inference_mode()
+        copied, pairs = self.changing, []
+        for name, then in before.items():
+            now = getattr(self, name)
+            if copied[name] and now is not None and then is not None:
+                pairs.append((now, then))
+            elif name in self.names:
+                self.replace(**{name: then})
+            else:
+                setattr(self, name, then)
+        return pairs
 
     def replace(self, **buffers: Tensor | None) -> None:
         """Puts other tensors, or None, in the place of buffers; the same ones do not count."""
@@ -122,6 +149,11 @@ class Recorder(Buffers):
         """Notes that a captured call has fed a block of so many tokens."""
         raise NotImplementedError
 
+    def go_back(self, before: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """See :meth:`Buffers.go_back`."""
+        self._forget()
+        return super().go_back(before)
+
     def _forget(self) -> None:
         raise NotImplementedError
 
@@ -147,6 +179,7 @@ class SSDState(Recorder):
     """
 
     names = ("conv", "held", "ready", *_RING, *_BLOCK)
+    counts = ("started",)
 
     def __init__(self, ssm_dtype: torch.dtype | None = None, defer_writes: bool = True) -> None:
         self.ssm_dtype, self.defer_writes = ssm_dtype, defer_writes

@@ -570,10 +570,12 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                 drafts = self._head_drafts(generation_config, cache)
             logits = self._prefill(input_ids, generation_config, kwargs).logits[:, -1:]
             if assistant_model is not None:
-                device = assistant_model.device
+                device, captured = assistant_model.device, assistant_model._may_capture(generation_config)
+                room = generation_config.max_length + most + 1
+                read = Mamba2Cache(assistant_model.config, captured=captured, max_length=room)
+                assistant_model.read(input_ids.to(device), counts.to(device), read)
                 threshold = speculation.assistant_setting(assistant_model, "assistant_confidence_threshold")
-                read = assistant_model.read(input_ids.to(device), counts.to(device))
-                drafts = speculation.AssistantDrafts(assistant_model, read, threshold)
+                drafts = speculation.AssistantDrafts(assistant_model, read, threshold, most)
             elif not generation_config.use_mtp:
                 own = counts[:, -tokens:] != 0
                 texts = [ids[keep].tolist() for ids, keep in zip(input_ids, own, strict=True)]

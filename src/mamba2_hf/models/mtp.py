@@ -45,7 +45,6 @@ class _Head:
         self._head, self.cache = head, Mamba2Cache(config)
         self.last: Tensor | None = None  # (B, 1, d) what it made of the last position that it has read
         self.has_read: Tensor | None = None  # (B,) on the CPU, whether there is such a position
-        self._guessed = 0  # positions read with tokens that were guessed
 
     def read(self, embeddings: Tensor, hidden_states: Tensor, keep: Tensor) -> Tensor:
         """What the head makes of ``(B, T, d)`` each, of which ``keep (B, T)``, on the CPU, says what counts."""
@@ -56,18 +55,9 @@ class _Head:
         return self._head(embeddings.to(hidden_states), hidden_states, self.cache, layout)  # type: ignore[no-any-return]
 
     def guess(self, embeddings: Tensor, hidden_states: Tensor) -> Tensor:
-        """The same where all counts, until :meth:`forget`."""
-        if not self._guessed:
-            self.cache.activate_past_recording()
-        self._guessed += hidden_states.shape[1]
+        """The same where all counts, until the cache forgets guesses."""
+        self.cache.start_guessing()
         return self._head(embeddings.to(hidden_states), hidden_states, self.cache)  # type: ignore[no-any-return]
-
-    def forget(self) -> None:
-        """Takes back all guesses."""
-        if self._guessed and self.cache.layers:
-            self.cache.crop(-self._guessed)
-        self.cache.stop_recording()
-        self._guessed = 0
 
 
 class HeadDrafts:
@@ -172,12 +162,12 @@ class HeadDrafts:
     def forget(self) -> None:
         """Takes back what was read of a draft."""
         for head in self._heads:
-            head.forget()
+            head.cache.forget_guesses()
 
     def propose(self, most: int) -> list[list[int]]:
         """See :class:`.speculation.Drafts`."""
         assert self._ended is not None
-        drafts, _ = likeliest(self.foretell, len(self._ended), most, self._threshold, self._model.device)
+        drafts = likeliest(self.foretell, len(self._ended), most, self._threshold, self._model.device)
         self.forget()
         return drafts
 

@@ -179,43 +179,53 @@ class LookupDrafts:
 class AssistantDrafts:
     """Drafts of another model: the tokens that it finds likeliest, one after the other.
 
+    It reads what rows have got in one block, of which each keeps its own, and then its guesses by steps, which are
+    taken back before the next draft.
+
     Args:
         assistant: of this package, with the same tokens.
         cache: behind the prompts.
         threshold: a draft ends with the first token that is given a lower probability.
+        most: tokens in a draft.
     """
 
-    def __init__(self, assistant: SSDForCausalLM, cache: Mamba2Cache, threshold: float) -> None:
-        self._model, self._cache, self._threshold = assistant, cache, threshold
-        self._last: list[int] = []
-        self._read = 0  # tokens of a block
-        cache.activate_past_recording()
+    def __init__(self, assistant: SSDForCausalLM, cache: Mamba2Cache, threshold: float, most: int) -> None:
+        self._model, self._cache, self._threshold, self._most = assistant, cache, threshold, most
+        self._unread: list[list[int]] = []  # of each row's text
+        cache.activate_past_recording(most + 1)
 
     def propose(self, most: int) -> list[list[int]]:
         """See :class:`Drafts`."""
-        self._read = 0
-        drafts, drafted = likeliest(self._foretell, len(self._last), most, self._threshold, self._model.device)
-        if self._read <= drafted.shape[1]:
-            self._foretell(drafted)  # the last one is read too: it may be right, and the next block begins behind it
+        device, counts = self._model.device, torch.tensor([len(new) for new in self._unread])
+        first = [new[0] if new else 0 for new in self._unread]
+        block = next_block(first, [new[1:] for new in self._unread], self._most, self._cache)
+        logits = self._read(block.to(device))
+        last = (counts - 1).clamp(min=0).to(logits.device)
+        behind = logits[torch.arange(len(logits), device=logits.device), last]  # (B, vocab)
+        self._cache.crop(counts - block.shape[1])
+
+        def foretell(drafted: Tensor) -> Tensor:
+            if not drafted.shape[1]:
+                return behind
+            self._cache.start_guessing()
+            return self._read(drafted[:, -1:])[:, -1]
+
+        drafts = likeliest(foretell, len(behind), most, self._threshold, device)
+        self._cache.forget_guesses()
         return drafts
 
-    def _foretell(self, drafted: Tensor) -> Tensor:
-        """Logits ``(B, vocab)`` of the token behind ``drafted (B, K)``, those of the draft so far."""
-        token = drafted[:, -1:] if drafted.shape[1] else torch.tensor(self._last, device=drafted.device)[:, None]
-        self._read += 1
-        return self._model(input_ids=token, past_key_values=self._cache, use_cache=True).logits[:, -1]  # type: ignore[no-any-return]
+    def _read(self, tokens: Tensor) -> Tensor:
+        """Logits ``(B, T, vocab)`` behind ``tokens (B, T)``."""
+        return self._model(input_ids=tokens, past_key_values=self._cache, use_cache=True).logits  # type: ignore[no-any-return]
 
     def accept(self, tokens: list[list[int]], kept: Tensor) -> None:
         """See :class:`Drafts`."""
-        before = self._last or [0] * len(tokens)
-        self._last = [new[-1] if new else last for new, last in zip(tokens, before, strict=True)]
-        if self._read:
-            self._cache.crop(kept - self._read)
+        self._unread = tokens
 
 
 def likeliest(
     foretell: Callable[[Tensor], Tensor | None], rows: int, most: int, threshold: float, device: torch.device
-) -> tuple[list[list[int]], Tensor]:
+) -> list[list[int]]:
     """Drafts of the tokens that a model finds likeliest, one after the other, until each row's has ended.
 
     Args:
@@ -225,9 +235,6 @@ def likeliest(
         most: tokens in a draft.
         threshold: a draft ends with the first token that is given a lower probability.
         device: of the tokens.
-
-    Returns:
-        the draft of each row, and ``(B, K)`` those of the longest, with what rows that have ended would go on with.
     """
     drafts: list[list[int]] = [[] for _ in range(rows)]
     goes_on, drafted = [True] * rows, torch.zeros(rows, 0, dtype=torch.long, device=device)
@@ -238,7 +245,7 @@ def likeliest(
             if goes_on[row]:
                 drafts[row].append(new)
                 goes_on[row] = chance >= threshold
-    return drafts, drafted
+    return drafts
 
 
 def accepted(chosen: Sequence[int], draft: Sequence[int], ends: Collection[int], most: int) -> list[int]:
