@@ -125,6 +125,42 @@ def test_only_recorded_tokens_can_be_removed(tiny_model: Callable[..., Any]) -> 
     assert not cache.is_croppable
 
 
+@settings(max_examples=30)
+@given(data=st.data())
+def test_guesses_leave_no_trace(data: st.DataObject, tiny_model: Callable[..., Any]) -> None:
+    """Whatever was seen before, in blocks or not, and whatever the guesses were: the rest goes on as if alone."""
+    model = build(data.draw(st.sampled_from(KINDS)), tiny_model)
+    room = data.draw(st.sampled_from([{}, {"static": True}, {"captured": True}]))
+    rows, past = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 6))
+    ids = torch.randint(3, 61, (rows, 40), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
+    cache, twin = (Mamba2Cache(model.config, **room, max_length=60 if room else None) for _ in range(2))
+    for each in (cache, twin) if "captured" in room else ():
+        each.graph = AddressCheck()
+    with torch.no_grad():
+        if past:
+            mask = torch.ones(rows, past, dtype=torch.long)
+            mask[0, : data.draw(st.integers(0, past - 1))] = 0
+            for each in (cache, twin):
+                model(ids[:, :past], attention_mask=mask, past_key_values=each)
+        if in_blocks := past > 0 and data.draw(st.booleans()):
+            for each in (cache, twin):
+                each.activate_past_recording(4)
+                model(ids[:, past : past + 3], past_key_values=each)
+                each.crop(torch.arange(rows) - 2)
+        for _ in range(2):
+            cache.start_guessing()
+            for block in data.draw(st.lists(st.integers(1, 4), max_size=3)):
+                model(ids[:, 20 : 20 + block], past_key_values=cache)
+                cache.start_guessing()  # they are guesses already
+            cache.forget_guesses()
+            assert cache.seen_tokens == twin.seen_tokens
+            assert cache.recording == in_blocks
+        for block in (1, 3, 1):
+            following = ids[:, 30 : 30 + block].flip(1)
+            ours, theirs = model(following, past_key_values=cache), model(following, past_key_values=twin)
+            torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=2e-5)
+
+
 def test_recording_keeps_little(tiny_model: Callable[..., Any]) -> None:
     """Of a block of tokens, what the states depend on; the states once; and nothing after it is settled."""
     model = tiny_model()
@@ -753,14 +789,19 @@ def test_a_captured_batch_writes_the_greedy_text(
 ) -> None:
     """Blocks of one width and single steps are replayed, with all buffers where they were when they were captured."""
     widths: list[int] = []
+    layers: set[int] = set()
 
     class Replays(AddressCheck):
-        def _replay(self, *args: Any) -> None:
+        def _replay(self, run: Any, cache: Mamba2Cache, *args: Any) -> None:
             widths.append(self._ids.shape[1])
-            super()._replay(*args)
+            layers.add(len(cache.layers))
+            super()._replay(run, cache, *args)
 
     monkeypatch.setattr("mamba2_hf.models.cache.DecodeGraph", Replays)
     heads = {"use_mtp": True, "num_assistant_tokens": 3, "assistant_confidence_threshold": 0.0}
+    assistant = make_hybrid("plain", seed=5, layer_blocks=["ssd", "attention mlp", "ssd mlp"], num_hidden_layers=3)
+    assistant.generation_config.num_assistant_tokens = 3
+    assistant.generation_config.assistant_confidence_threshold = 0.0
     for kind in ("pure", "plain", "sliding", "heads"):
         model = with_heads("plain", 2) if kind == "heads" else build(kind, tiny_model)
         ids, mask, _ = uneven(6)
@@ -770,7 +811,15 @@ def test_a_captured_batch_writes_the_greedy_text(
         with monkeypatch.context() as patch:
             patch.setattr(type(model), "_may_capture", lambda *_: True)
             assert torch.equal(model.generate(ids, **guess, **options), expected)
-        assert (4 in widths) == (kind != "sliding")
+            assert (4 in widths) == (kind != "sliding")
+            if kind == "plain":  # an assistant that is never right, and one that always is
+                patch.setattr(type(assistant), "_may_capture", lambda *_: True)
+                assert torch.equal(model.generate(ids, assistant_model=assistant, **options), expected)
+                assert 3 in layers
+                del widths[:]
+                model.generation_config.update(num_assistant_tokens=3, assistant_confidence_threshold=0.0)
+                assert torch.equal(model.generate(ids, assistant_model=model, **options), expected)
+                assert {1, 4} <= set(widths)
         del widths[:]
 
 

@@ -29,7 +29,6 @@ class KeyValueState(Recorder):
     """
 
     names = ("keys", "values", "conv")
-    counts = ("started",)
 
     def __init__(self, window: int | None = None, capacity: int | None = None) -> None:
         self.window, self.capacity = window, capacity
@@ -70,7 +69,7 @@ class KeyValueState(Recorder):
         known = super().changing
         if self.capacity is None:
             return {**known, "keys": False, "values": False}
-        return known if self.window is not None else {"conv": True, "started": False}
+        return known if self.window is not None else {"conv": True, **dict.fromkeys(self.counts, False)}
 
     def count_block(self, tokens: int) -> None:
         """See :meth:`Recorder.count_block`."""

@@ -131,6 +131,8 @@ class Buffers:
 class Recorder(Buffers):
     """A state that can take back the tokens since it was told to record."""
 
+    counts = ("started", "record_past", "block_size")
+    started = False
     record_past = False
     block_size: int | None = None
     """Tokens of a call at most, where each call is one block and :meth:`crop` comes before the next."""
@@ -179,7 +181,6 @@ class SSDState(Recorder):
     """
 
     names = ("conv", "held", "ready", *_RING, *_BLOCK)
-    counts = ("started",)
 
     def __init__(self, ssm_dtype: torch.dtype | None = None, defer_writes: bool = True) -> None:
         self.ssm_dtype, self.defer_writes = ssm_dtype, defer_writes

@@ -457,6 +457,8 @@ class Mamba2Cache(Cache):
         _copy(pairs)
         own = {name: getattr(self, name) for name in ("seen_tokens", "padding", "_behind")}
         self._before_guesses = _Earlier(own, before)
+        if self.graph is None:  # else steps are captured as blocks of one token
+            self.stop_recording()
 
     def forget_guesses(self) -> None:
         """Takes back all tokens since :meth:`start_guessing`, if that was called."""
