@@ -442,6 +442,11 @@ def test_refuses_what_heads_cannot_guess(tiny_model: Callable[..., Any]) -> None
         model.generate(inputs_embeds=model.get_input_embeddings()(ids), **guess)
     with pytest.raises(ValueError, match="use_cache=True"):
         model.generate(ids, use_cache=False, **guess)
+    several = ids.expand(2, -1)
+    with pytest.raises(ArgumentError, match=r"output_logits=True: several sequences.*use_mtp"):
+        model.generate(several, return_dict_in_generate=True, output_logits=True, **guess)
+    with pytest.raises(ArgumentError, match=r"batch_invariant does not go with drafts.*use_mtp"):
+        model.generate(several, batch_invariant=True, **guess)
 
 
 @torch.no_grad()

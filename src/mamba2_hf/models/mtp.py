@@ -110,7 +110,7 @@ class HeadDrafts:
         self._ended = counts == 0
         if self._unread is None or self._keep is None or not (most := max(map(len, tokens))):
             return
-        filled = torch.tensor([[*new, *[0] * (most - len(new))] for new in tokens], device=self._unread.device)
+        filled = torch.tensor([[*new, *[0] * (most - len(new))] for new in tokens], device=self._model.device)
         there = self._keep[:, :most] & (torch.arange(most) < counts[:, None])
         self._read(self._embed(filled), self._unread[:, :most], there, counts)
 
@@ -123,17 +123,18 @@ class HeadDrafts:
             keep: ``(B, T)`` on the CPU, which of these count.
             counts: ``(B,)`` on the CPU, behind how many of them the row goes on.
         """
-        columns = torch.arange(keep.shape[1])
-        for head in self._heads:
-            made = head.read(embeddings, hidden_states, keep)
-            before, known = head.last, head.has_read
-            if before is None or known is None:  # as behind padding
-                before, known = torch.zeros_like(made[:, :1]), torch.zeros(len(keep), dtype=torch.bool)
-            made, keep = torch.cat([before, made], 1), torch.cat([known[:, None], keep], 1)  # (B, 1 + T, .)
-            end = counts[:, None]
-            head.last = made.gather(1, end[..., None].to(made.device).expand(-1, -1, made.shape[2]))
-            head.has_read = keep.gather(1, end)[:, 0]
-            hidden_states, keep = made[:, :-1], keep[:, :-1] & (columns < end)
+        rows, columns = torch.arange(len(keep)), torch.arange(keep.shape[1])
+        ends = (counts - 1).clamp(min=0)  # a row that has got nothing has ended
+        for head, following in zip(self._heads, [*self._heads[1:], None], strict=True):
+            made, before, known = head.read(embeddings, hidden_states, keep), head.last, head.has_read
+            even = bool((counts == len(columns)).all())
+            head.last = made[:, -1:] if even else made[rows.to(made.device), ends.to(made.device)][:, None]
+            head.has_read = keep[rows, ends]
+            if following is not None:
+                if before is None or known is None:  # as behind padding
+                    before, known = torch.zeros_like(head.last), torch.zeros_like(head.has_read)
+                hidden_states = torch.cat([before, made[:, :-1]], 1)
+                keep = torch.cat([known[:, None], keep[:, :-1]], 1) & (columns < counts[:, None])
 
     def foretell(self, drafted: Tensor) -> Tensor | None:
         """Logits ``(B, vocab)`` of the token behind ``drafted (B, K)``, those of the draft so far; None where the text
