@@ -64,6 +64,17 @@ def adapt(model: nn.Module, **config: Any) -> Any:
     return adapted.eval()
 
 
+def test_heads_guess_for_a_batch_of_an_adapted_model() -> None:
+    heads = {"num_mtp_layers": 2, "mtp_layer_blocks": ["attention", "mlp"]}
+    model = adapt(make_hybrid("plain", vocab_size=5, **heads), target_modules="all-linear")
+    ids = torch.randint(3, 5, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(12) >= torch.tensor([[5], [0], [2]])).long()
+    options = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
+    guess = {"use_mtp": True, "num_assistant_tokens": 3, "assistant_confidence_threshold": 0.0}
+    expected = model.generate(do_sample=False, **options)
+    assert torch.equal(model.generate(do_sample=False, **guess, **options), expected)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 class TestVariants:
     def test_changes_the_logits_and_merges_into_the_same(

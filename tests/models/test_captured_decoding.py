@@ -77,15 +77,18 @@ class AddressCheck(DecodeGraph):
     def _capture(self, run: Any, input_ids: Tensor, cache: Mamba2Cache) -> None:
         cache.leave_inference_mode()
         with torch.inference_mode(False):
-            self._ids, self._logits = input_ids.clone(), torch.zeros(*input_ids.shape, SIZES["vocab_size"])
+            self._ids = input_ids.clone()
         replay = functools.partial(self._replay, run, cache, addresses(cache), torch.is_inference_mode_enabled())
         self._graph = SimpleNamespace(replay=replay)
 
     def _replay(self, run: Any, cache: Mamba2Cache, places: list[int | None], inference: bool) -> None:
         assert addresses(cache) == places
         with torch.inference_mode(inference), torch.no_grad():  # kernels write wherever they are told to
-            logits = run(self._ids)
-        self._logits.copy_(logits)
+            outputs = run(self._ids)
+        with torch.inference_mode(False):
+            self._outputs = self._outputs or tuple(output.clone() for output in outputs)
+        for held, output in zip(self._outputs, outputs, strict=True):
+            held.copy_(output)
         cache.advance(-self._ids.shape[1])  # a replay does not count
 
 

@@ -125,6 +125,42 @@ def test_only_recorded_tokens_can_be_removed(tiny_model: Callable[..., Any]) -> 
     assert not cache.is_croppable
 
 
+@settings(max_examples=30)
+@given(data=st.data())
+def test_guesses_leave_no_trace(data: st.DataObject, tiny_model: Callable[..., Any]) -> None:
+    """Whatever was seen before, in blocks or not, and whatever the guesses were: the rest goes on as if alone."""
+    model = build(data.draw(st.sampled_from(KINDS)), tiny_model)
+    room = data.draw(st.sampled_from([{}, {"static": True}, {"captured": True}]))
+    rows, past = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 6))
+    ids = torch.randint(3, 61, (rows, 40), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
+    cache, twin = (Mamba2Cache(model.config, **room, max_length=60 if room else None) for _ in range(2))
+    for each in (cache, twin) if "captured" in room else ():
+        each.graph = AddressCheck()
+    with torch.no_grad():
+        if past:
+            mask = torch.ones(rows, past, dtype=torch.long)
+            mask[0, : data.draw(st.integers(0, past - 1))] = 0
+            for each in (cache, twin):
+                model(ids[:, :past], attention_mask=mask, past_key_values=each)
+        if in_blocks := past > 0 and data.draw(st.booleans()):
+            for each in (cache, twin):
+                each.activate_past_recording(4)
+                model(ids[:, past : past + 3], past_key_values=each)
+                each.crop(torch.arange(rows) - 2)
+        for _ in range(2):
+            cache.start_guessing()
+            for block in data.draw(st.lists(st.integers(1, 4), max_size=3)):
+                model(ids[:, 20 : 20 + block], past_key_values=cache)
+                cache.start_guessing()  # they are guesses already
+            cache.forget_guesses()
+            assert cache.seen_tokens == twin.seen_tokens
+            assert cache.recording == in_blocks
+        for block in (1, 3, 1):
+            following = ids[:, 30 : 30 + block].flip(1)
+            ours, theirs = model(following, past_key_values=cache), model(following, past_key_values=twin)
+            torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=2e-5)
+
+
 def test_recording_keeps_little(tiny_model: Callable[..., Any]) -> None:
     """Of a block of tokens, what the states depend on; the states once; and nothing after it is settled."""
     model = tiny_model()
@@ -269,7 +305,33 @@ def test_own_heads_write_the_greedy_text(kind: str, count: int, device: str) -> 
         expected = model.generate(ids, **GREEDY)
         for options in ({}, {"num_assistant_tokens": 4, "assistant_confidence_threshold": 0.0}):
             assert torch.equal(model.generate(ids, use_mtp=True, **options, **GREEDY), expected)
-    assert not model.backbone.norm_f._forward_hooks
+
+
+@on_each_device
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", HEADS)
+def test_own_heads_write_the_greedy_text_of_a_batch(
+    kind: str, count: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows accept different numbers of tokens and end apart, whichever side their padding is on."""
+    kept: list[Tensor] = []
+    crop = Mamba2Cache.crop
+
+    def counted(self: Any, tokens: Any) -> None:
+        kept.extend([tokens] if isinstance(tokens, Tensor) else [])
+        crop(self, tokens)
+
+    monkeypatch.setattr(Mamba2Cache, "crop", counted)
+    ids, mask, _ = uneven(1, "right" if kind == "rotary" else "left")
+    ids, mask = ids.remainder(5).to(device), mask.to(device)
+    guess = {"use_mtp": True, "num_assistant_tokens": 4, "assistant_confidence_threshold": 0.0}
+    for seed, ends in ((0, None), (1, 4), (2, 3)):
+        model = with_heads(kind, count, seed, vocab_size=5).to(device)  # so few that heads are right at times
+        options = {**GREEDY, "eos_token_id": ends, "attention_mask": mask}
+        expected = model.generate(ids, **options)
+        assert torch.equal(model.generate(ids, **guess, **options), expected)
+        assert torch.equal(model.generate(ids, use_mtp=True, **options), expected)
+    assert any(len(set(each.tolist())) > 1 for each in kept)
 
 
 @torch.no_grad()
@@ -308,6 +370,41 @@ def test_what_heads_kept_of_guesses_is_taken_back(kind: str, count: int, monkeyp
             torch.testing.assert_close(scores[0], foretold(model, text, scores.shape[1]).float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["rotary", "sliding", "experts"])
+def test_heads_draft_for_each_row_what_they_draft_for_it_alone(
+    kind: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the others are padded, whatever they have accepted, and also where they have ended."""
+    model, (ids, mask, texts) = with_heads(kind, count).double(), uneven(1)
+    written = [text.tolist() for text in texts]
+    accept, foretell = mtp.HeadDrafts.accept, mtp.HeadDrafts.foretell
+    compared: list[int] = []
+    runs: list[bool] = []
+
+    def accepting(self: Any, tokens: list[list[int]], kept: Tensor) -> None:
+        accept(self, tokens, kept)
+        for text, new in zip(written, tokens, strict=True):
+            text += new
+        runs[:] = map(bool, tokens)
+
+    def foretelling(self: Any, drafted: Tensor) -> Tensor | None:
+        found = foretell(self, drafted)
+        for row in [row for row, goes_on in enumerate(runs) if goes_on and found is not None]:
+            alone = foretold(model, torch.tensor([written[row]]), drafted.shape[1] + 1)
+            torch.testing.assert_close(found[row], alone[-1], rtol=1e-5, atol=1e-5)
+            compared.append(row)
+        return found
+
+    monkeypatch.setattr(mtp.HeadDrafts, "accept", accepting)
+    monkeypatch.setattr(mtp.HeadDrafts, "foretell", foretelling)
+    options = {"use_mtp": True, "num_assistant_tokens": 6, "assistant_confidence_threshold": 0.0}
+    ends = {"eos_token_id": [7, 11, 13, 17, 19, 23, 29]}
+    model.generate(ids, attention_mask=mask, prefill_chunk_size=4, **options, **{**GREEDY, **ends})
+    assert set(compared) == set(range(len(texts)))
+    assert len(compared) > 6 * len(texts)
+
+
 def test_heads_that_are_right_save_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = with_heads("plain"), prompt(0)
     torch.nn.init.zeros_(model.backbone.norm_f.weight)  # so that all of them write token 0
@@ -335,8 +432,6 @@ def test_refuses_what_heads_cannot_guess(tiny_model: Callable[..., Any]) -> None
     for without in (tiny_model(), make_hybrid("plain")):
         with pytest.raises(ArgumentError, match="this model has no heads that predict further tokens"):
             without.generate(ids, **guess)
-    with pytest.raises(ArgumentError, match="heads guess for one sequence, and 2 came"):
-        model.generate(ids.expand(2, -1), **guess)
     with pytest.raises(ArgumentError, match="prompt_lookup_num_tokens=2 both guess ahead"):
         model.generate(ids, prompt_lookup_num_tokens=2, **guess)
     with pytest.raises(ArgumentError, match="assistant_model both guess ahead"):
@@ -347,7 +442,11 @@ def test_refuses_what_heads_cannot_guess(tiny_model: Callable[..., Any]) -> None
         model.generate(inputs_embeds=model.get_input_embeddings()(ids), **guess)
     with pytest.raises(ValueError, match="use_cache=True"):
         model.generate(ids, use_cache=False, **guess)
-    assert not model.backbone.norm_f._forward_hooks
+    several = ids.expand(2, -1)
+    with pytest.raises(ArgumentError, match=r"output_logits=True: several sequences.*use_mtp"):
+        model.generate(several, return_dict_in_generate=True, output_logits=True, **guess)
+    with pytest.raises(ArgumentError, match=r"batch_invariant does not go with drafts.*use_mtp"):
+        model.generate(several, batch_invariant=True, **guess)
 
 
 @torch.no_grad()
@@ -568,15 +667,18 @@ def test_a_batch_with_processors_and_criteria(tiny_model: Callable[..., Any]) ->
     assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=4, **{**base, **ends}), expected)
 
 
-@pytest.mark.parametrize("kind", ["pure", "sliding", "rotary"])
+@pytest.mark.parametrize("kind", ["pure", "sliding", "rotary", "heads"])
 def test_the_cache_of_a_batch_goes_on(kind: str, tiny_model: Callable[..., Any]) -> None:
     model = build(kind, tiny_model)
     ids, mask, _ = uneven(5)
     look = {"prompt_lookup_num_tokens": 4, **GREEDY}
+    if kind == "heads":
+        look = {"use_mtp": True, "assistant_confidence_threshold": 0.0, **GREEDY}
     cache = model.read(ids[:, :9], mask[:, :9])
     out = model.generate(ids, attention_mask=mask, past_key_values=cache, **look, return_dict_in_generate=True)
     assert out.past_key_values is cache
     assert not cache.recording
+    assert cache.on_hidden_states is None
     assert cache.seen_tokens == out.sequences.shape[1] - 1
     assert torch.equal(out.sequences, model.generate(ids, attention_mask=mask, **GREEDY))
     longer = torch.cat([out.sequences, ids[:, -3:].clamp(min=3)], 1)
@@ -642,14 +744,17 @@ def test_rows_remove_tokens_of_their_own(data: st.DataObject, tiny_model: Callab
             torch.testing.assert_close(logits[row], expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["lookup", "assistant"])
-def test_batches_sample_by_the_models_own_distribution(own: bool, tiny_model: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("source", ["lookup", "assistant", "heads"])
+def test_batches_sample_by_the_models_own_distribution(source: str, tiny_model: Callable[..., Any]) -> None:
     """The first two tokens of many rows against their exact probabilities."""
     model = tiny_model(seed=3, vocab_size=5, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     ids, rows = torch.tensor([[3, 4, 1, 3, 4, 1, 3, 4]]), 1000
     guess: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
-    if own:
+    if source == "assistant":
         guess = {"assistant_model": tiny_model(seed=4, vocab_size=5)}
+    elif source == "heads":
+        model = with_heads("plain", 2, seed=3, vocab_size=5)
+        guess = {"use_mtp": True, "assistant_confidence_threshold": 0.0, "num_assistant_tokens": 3}
     options = {**GREEDY, "do_sample": True, "max_new_tokens": 2, "top_k": 0, "temperature": 3.0}
     torch.manual_seed(0)
     out = model.generate(ids.expand(rows, -1), **guess, **options)[:, ids.shape[1] :]
@@ -689,25 +794,37 @@ def test_a_captured_batch_writes_the_greedy_text(
 ) -> None:
     """Blocks of one width and single steps are replayed, with all buffers where they were when they were captured."""
     widths: list[int] = []
+    layers: set[int] = set()
 
     class Replays(AddressCheck):
-        def _replay(self, *args: Any) -> None:
+        def _replay(self, run: Any, cache: Mamba2Cache, *args: Any) -> None:
             widths.append(self._ids.shape[1])
-            super()._replay(*args)
+            layers.add(len(cache.layers))
+            super()._replay(run, cache, *args)
 
     monkeypatch.setattr("mamba2_hf.models.cache.DecodeGraph", Replays)
-    monkeypatch.setattr("test_captured_decoding.SIZES", {"vocab_size": 61})
-    for kind in ("pure", "plain", "sliding"):
-        model = build(kind, tiny_model)
+    heads = {"use_mtp": True, "num_assistant_tokens": 3, "assistant_confidence_threshold": 0.0}
+    assistant = make_hybrid("plain", seed=5, layer_blocks=["ssd", "attention mlp", "ssd mlp"], num_hidden_layers=3)
+    assistant.generation_config.num_assistant_tokens = 3
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    for kind in ("pure", "plain", "sliding", "heads"):
+        model = with_heads("plain", 2) if kind == "heads" else build(kind, tiny_model)
         ids, mask, _ = uneven(6)
         options = {**GREEDY, "attention_mask": mask, "max_new_tokens": 30}
         expected = model.generate(ids, **options)
-        monkeypatch.setattr(type(model), "_may_capture", lambda *_: True)
-        assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **options), expected)
-        monkeypatch.undo()
-        monkeypatch.setattr("mamba2_hf.models.cache.DecodeGraph", Replays)
-        monkeypatch.setattr("test_captured_decoding.SIZES", {"vocab_size": 61})
-        assert (4 in widths) == (kind != "sliding")
+        guess = heads if kind == "heads" else {"prompt_lookup_num_tokens": 3}
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model), "_may_capture", lambda *_: True)
+            assert torch.equal(model.generate(ids, **guess, **options), expected)
+            assert (4 in widths) == (kind != "sliding")
+            if kind == "plain":  # an assistant that is never right, and one that always is
+                patch.setattr(type(assistant), "_may_capture", lambda *_: True)
+                assert torch.equal(model.generate(ids, assistant_model=assistant, **options), expected)
+                assert 3 in layers
+                del widths[:]
+                model.generation_config.update(num_assistant_tokens=3, assistant_confidence_threshold=0.0)
+                assert torch.equal(model.generate(ids, assistant_model=model, **options), expected)
+                assert {1, 4} <= set(widths)
         del widths[:]
 
 

@@ -61,6 +61,16 @@ class KeyValueState(Recorder):
         """Whether :meth:`crop` needs nothing that was recorded."""
         return self.capacity is not None and self.window is None and self.conv is None
 
+    @property
+    def changing(self) -> dict[str, bool]:
+        """See :attr:`Buffers.changing`. Buffers that grow are made anew by every call, and others without a window are
+        written behind what is counted.
+        """
+        known = super().changing
+        if self.capacity is None:
+            return {**known, "keys": False, "values": False}
+        return known if self.window is not None else {"conv": True, **dict.fromkeys(self.counts, False)}
+
     def count_block(self, tokens: int) -> None:
         """See :meth:`Recorder.count_block`."""
         self.recorded_tokens = tokens

@@ -98,6 +98,7 @@ class KeyCounts(Buffers):
     """
 
     names = ("lengths", "shift")
+    counts = ("width",)
 
     def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity

@@ -69,7 +69,34 @@ class Buffers:
 
     names: ClassVar[tuple[str, ...]]
     """Of the attributes that hold buffers, or None."""
+    counts: ClassVar[tuple[str, ...]] = ()
+    """Of the other attributes that calls change."""
     on_move: Callable[[], None] | None = None
+
+    @property
+    def changing(self) -> dict[str, bool]:
+        """What :meth:`go_back` needs to know of an earlier time: the attribute, and whether calls write in place where
+        it has to be copied.
+        """
+        return {**dict.fromkeys(self.names, True), **dict.fromkeys(self.counts, False)}
+
+    def go_back(self, before: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """Holds what it held when :attr:`changing` was ``before``, in the same buffers.
+
+        Returns:
+            those that the caller is to fill, and what with: few launches for all layers.
+        """
+        self.leave_inference_mode()
+        copied, pairs = self.changing, []
+        for name, then in before.items():
+            now = getattr(self, name)
+            if copied[name] and now is not None and then is not None:
+                pairs.append((now, then))
+            elif name in self.names:
+                self.replace(**{name: then})
+            else:
+                setattr(self, name, then)
+        return pairs
 
     def replace(self, **buffers: Tensor | None) -> None:
         """Puts other tensors, or None, in the place of buffers; the same ones do not count."""
@@ -104,6 +131,8 @@ class Buffers:
 class Recorder(Buffers):
     """A state that can take back the tokens since it was told to record."""
 
+    counts = ("started", "record_past", "block_size")
+    started = False
     record_past = False
     block_size: int | None = None
     """Tokens of a call at most, where each call is one block and :meth:`crop` comes before the next."""
@@ -121,6 +150,11 @@ class Recorder(Buffers):
     def count_block(self, tokens: int) -> None:
         """Notes that a captured call has fed a block of so many tokens."""
         raise NotImplementedError
+
+    def go_back(self, before: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """See :meth:`Buffers.go_back`."""
+        self._forget()
+        return super().go_back(before)
 
     def _forget(self) -> None:
         raise NotImplementedError

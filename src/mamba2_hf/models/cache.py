@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +24,18 @@ if TYPE_CHECKING:
     from .pretrained import SSDPreTrainedModel
 
     Config = Mamba2Config | Mamba2HybridConfig
+
+
+OnHiddenStates = Callable[[Tensor | None, Tensor | None, Tensor, Tensor | None], None]
+"""Of ``input_ids (B, T)``, or ``inputs_embeds (B, T, d)`` where there are none, the last hidden states ``(B, T, d)``,
+which the next step may overwrite, and ``keep (B, T)``, which tokens count; None for all."""
+
+
+class _Earlier(NamedTuple):
+    """What a cache was before tokens that are guesses: its own attributes, and those of its buffers, in order."""
+
+    own: dict[str, Any]
+    buffers: list[dict[str, Any]]
 
 
 class CacheRow(NamedTuple):
@@ -103,6 +115,9 @@ class Mamba2Cache(Cache):
         self.padding: Tensor | None = None  # (B,) how many of them did not count
         self._behind: Tensor | None = None  # (B,) of these, because more was taken back than of the foremost row
         self.token_hashes: TokenHashes | None = None  # of the first of them, once saved or loaded
+        self._before_guesses: _Earlier | None = None
+        self.on_hidden_states: OnHiddenStates | None = None
+        """Is called with what a language model has made of tokens that it read behind this cache, captured or not."""
 
     @property
     def graph(self) -> DecodeGraph | None:
@@ -424,6 +439,36 @@ class Mamba2Cache(Cache):
         for layer in self.layers:
             layer.stop_recording()
 
+    def start_guessing(self) -> None:
+        """Makes all tokens from here on guesses, if they are not: :meth:`forget_guesses` takes them back together, and
+        those before cannot be removed any more. Calls, captured ones too, take the time that they take without; it
+        costs one copy of the states, and another to go back.
+        """
+        if self._before_guesses is not None:
+            return
+        before, pairs = [], []
+        for buffers in self._buffers:
+            held = {name: getattr(buffers, name) for name in buffers.changing}
+            for name, in_place in buffers.changing.items():
+                if in_place and held[name] is not None:
+                    source, held[name] = held[name], torch.empty_like(held[name])
+                    pairs.append((held[name], source))
+            before.append(held)
+        _copy(pairs)
+        own = {name: getattr(self, name) for name in ("seen_tokens", "padding", "_behind")}
+        self._before_guesses = _Earlier(own, before)
+        if self.graph is None:  # else steps are captured as blocks of one token
+            self.stop_recording()
+
+    def forget_guesses(self) -> None:
+        """Takes back all tokens since :meth:`start_guessing`, if that was called."""
+        if self._before_guesses is None:
+            return
+        (own, before), self._before_guesses = self._before_guesses, None
+        for name, then in own.items():
+            setattr(self, name, then)
+        _copy([pair for buffers, held in zip(self._buffers, before, strict=True) for pair in buffers.go_back(held)])
+
     def reset(self) -> None:
         """Forgets everything, keeping the buffers where they are."""
         super().reset()
@@ -495,6 +540,15 @@ class Mamba2Cache(Cache):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(layers={len(self.layers)}, batch={self.batch_size}, tokens={self.seen_tokens})"
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Fills the first of each pair with the second; a launch for all of one kind, not for each."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    for pair in pairs:
+        kinds.setdefault((pair[0].device, pair[0].dtype), []).append(pair)
+    for alike in kinds.values():
+        torch._foreach_copy_([into for into, _ in alike], [source for _, source in alike])
 
 
 def one_cache(*named: Any) -> Any:

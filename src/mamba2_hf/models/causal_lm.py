@@ -27,7 +27,7 @@ from . import prefill, speculation
 from .backbone import SSDBackbone, batch_and_tokens
 from .cache import Mamba2Cache, as_mamba2_cache, check_implementation, one_cache
 from .graphs import DecodeGraph, why_not
-from .mtp import HeadCandidates, check_heads
+from .mtp import HeadCandidates, HeadDrafts, check_heads
 from .outputs import CACHE, Mamba2CausalLMOutput, Mamba2Output, step_output
 from .pretrained import SSDPreTrainedModel
 
@@ -114,7 +114,9 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                     "model.config.mtp_loss_coef = 0 to leave theirs out"
                 )
         outputs = self.backbone(**inputs, return_dict=True, layout=layout)
-        hidden_states = outputs.last_hidden_state
+        hidden_states, cache = outputs.last_hidden_state, getattr(outputs, CACHE)
+        if cache is not None and cache.on_hidden_states is not None:
+            cache.on_hidden_states(inputs["input_ids"], inputs["inputs_embeds"], hidden_states, layout.keep)
         if isinstance(logits_to_keep, Tensor):
             hidden_states = hidden_states[:, logits_to_keep]
         elif logits_to_keep:
@@ -160,7 +162,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         output = Mamba2CausalLMOutput(
             loss=loss,
             logits=None if return_logits is False else logits,
-            past_key_values=getattr(outputs, CACHE),
+            past_key_values=cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             aux_loss=aux_loss,
@@ -198,16 +200,19 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         """Logits ``(B, T, vocab)``."""
         cache.reserve(cache.seen_tokens + input_ids.shape[1])
 
-        def run(ids: Tensor) -> Tensor:
+        def run(ids: Tensor) -> tuple[Tensor, Tensor]:
             outputs = self.backbone(
                 input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, layout=layout
             )
-            return self._logits(outputs.last_hidden_state)
+            return self._logits(outputs.last_hidden_state), outputs.last_hidden_state
 
         assert cache.graph is not None
         if self.tensor_group is not None:
             self.tensor_group.check()  # a replay does not
-        return cache.graph.step(run, input_ids, cache)
+        logits, hidden_states = cache.graph.step(run, input_ids, cache)
+        if cache.on_hidden_states is not None:
+            cache.on_hidden_states(input_ids, None, hidden_states, None)
+        return logits
 
     def _fused_loss(
         self, hidden_states: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None
@@ -460,14 +465,13 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         if generation_config.assistant_early_exit is not None:
             raise ArgumentError("assistant_early_exit: a state belongs to all layers; pass an assistant_model instead")
         if generation_config.use_mtp:
-            check_heads(self, len(input_ids), generation_config, kwargs.get("assistant_model"))
+            check_heads(self, generation_config, kwargs.get("assistant_model"))
         if len(input_ids) > 1:
             return self._speculate(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         if mask is None:  # an assistant that gets none takes pad tokens for padding
             mask = torch.ones_like(input_ids)
             kwargs["attention_mask"] = mask
-        watching: Any = contextlib.nullcontext()
         if cache is not None:
             past, tokens = cache.seen_tokens, input_ids.shape[1]
             if kwargs.get("inputs_embeds") is not None or not 0 <= past < tokens:
@@ -491,20 +495,27 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                     f"assisted decoding takes tokens back by their place in the text, and {cache.soft_tokens} soft "
                     "tokens of what wraps the model stand before it: generate without an assistant or prompt lookup"
                 )
-            if generation_config.use_mtp:
-                watching = HeadCandidates(self, input_ids, mask, past, generation_config, logits_processor)
-                kwargs["assistant_model"] = watching
-            if tokens - past > 1 and not prefill.why_not_cut(inputs):
-                with watching:
-                    prefill.read(self, prefill.cut(inputs, 0, tokens - past - 1), generation_config.prefill_chunk_size)
         try:
-            with watching:
-                return super()._assisted_decoding(
-                    input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
-                )
+            if cache is not None:
+                if generation_config.use_mtp:
+                    drafts = self._head_drafts(generation_config, cache)
+                    kwargs["assistant_model"] = HeadCandidates(drafts, tokens, generation_config, logits_processor)
+                if tokens - past > 1 and not prefill.why_not_cut(inputs):
+                    start = prefill.cut(inputs, 0, tokens - past - 1)
+                    prefill.read(self, start, generation_config.prefill_chunk_size)
+            return super()._assisted_decoding(
+                input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
+            )
         finally:
             if cache is not None:
                 cache.stop_recording()
+                cache.on_hidden_states = None
+
+    def _head_drafts(self, generation_config: Any, cache: Mamba2Cache) -> HeadDrafts:
+        """Drafts of the model's own heads, which see what it reads behind a cache."""
+        drafts = HeadDrafts(self, generation_config.assistant_confidence_threshold or 0.0)
+        cache.on_hidden_states = drafts.see
+        return drafts
 
     def _speculate(
         self,
@@ -532,14 +543,12 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         if kwargs.get("inputs_embeds") is not None:
             raise ArgumentError("assisted decoding looks at the ids of a text: pass input_ids, and no inputs_embeds")
         counts = torch.ones_like(input_ids) if mask is None else mask
-        most = generation_config.prompt_lookup_num_tokens
-        if assistant_model is not None:
-            most = speculation.assistant_setting(assistant_model, "num_assistant_tokens")
-            if counts.shape != input_ids.shape:
-                raise ArgumentError(
-                    f"attention_mask has shape {tuple(counts.shape)} for {tokens} tokens: an assistant needs the ids "
-                    "of the whole text, those that the cache has seen, too"
-                )
+        most = speculation.most_tokens(generation_config, assistant_model)
+        if assistant_model is not None and counts.shape != input_ids.shape:
+            raise ArgumentError(
+                f"attention_mask has shape {tuple(counts.shape)} for {tokens} tokens: an assistant needs the ids of "
+                "the whole text, those that the cache has seen, too"
+            )
         choices = speculation.Choices(
             input_ids,
             logits_processor,
@@ -554,32 +563,38 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
                 f"{type(choices.criteria[0]).__name__} may end rows apart: pass pad_token_id, to fill them up with"
             )
         kwargs.pop("position_ids", None)
-        logits = self._prefill(input_ids, generation_config, kwargs).logits[:, -1:]
-        drafts: speculation.Drafts
-        if assistant_model is None:
-            own = counts[:, -tokens:] != 0
-            texts = [ids[keep].tolist() for ids, keep in zip(input_ids, own, strict=True)]
-            drafts = speculation.LookupDrafts(texts, generation_config.max_matching_ngram_size or 2)
-        else:
-            device = assistant_model.device
-            threshold = speculation.assistant_setting(assistant_model, "assistant_confidence_threshold")
-            read = assistant_model.read(input_ids.to(device), counts.to(device))
-            drafts = speculation.AssistantDrafts(assistant_model, read, threshold)
-        kwargs["attention_mask"] = None
-
-        def forward(block: Tensor) -> Tensor:
-            # The class's own: what wraps an instance puts soft tokens in front of a prompt, and takes one token a step.
-            prepare = type(self).prepare_inputs_for_generation
-            inputs = prepare(self, block, next_sequence_length=block.shape[1], **kwargs)
-            return self(**{**inputs, "logits_to_keep": 0, "return_dict": True}).logits  # type: ignore[no-any-return]
-
         goes_on = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+        drafts: speculation.Drafts
         try:
+            if generation_config.use_mtp:  # before the prompt, which they read along
+                drafts = self._head_drafts(generation_config, cache)
+            logits = self._prefill(input_ids, generation_config, kwargs).logits[:, -1:]
+            if assistant_model is not None:
+                device, captured = assistant_model.device, assistant_model._may_capture(generation_config)
+                room = generation_config.max_length + most + 1
+                read = Mamba2Cache(assistant_model.config, captured=captured, max_length=room)
+                assistant_model.read(input_ids.to(device), counts.to(device), read)
+                threshold = speculation.assistant_setting(assistant_model, "assistant_confidence_threshold")
+                drafts = speculation.AssistantDrafts(assistant_model, read, threshold, most)
+            elif not generation_config.use_mtp:
+                own = counts[:, -tokens:] != 0
+                texts = [ids[keep].tolist() for ids, keep in zip(input_ids, own, strict=True)]
+                drafts = speculation.LookupDrafts(texts, generation_config.max_matching_ngram_size or 2)
+            kwargs["attention_mask"] = None
+
+            def forward(block: Tensor) -> Tensor:
+                # The class's own: what wraps an instance puts soft tokens in front of a prompt, and takes one token a
+                # step.
+                prepare = type(self).prepare_inputs_for_generation
+                inputs = prepare(self, block, next_sequence_length=block.shape[1], **kwargs)
+                return self(**{**inputs, "logits_to_keep": 0, "return_dict": True}).logits  # type: ignore[no-any-return]
+
             new = speculation.decode(
                 *(self, forward, logits, input_ids[:, -1:], cache, drafts, choices, most, synced_gpus, goes_on)
             )
         finally:
             cache.stop_recording()
+            cache.on_hidden_states = None
         width = max(map(len, new))
         filled = [text + [0 if pad is None else pad] * (width - len(text)) for text in new]
         sequences = torch.cat([input_ids, torch.tensor(filled, device=input_ids.device)], 1)
@@ -649,7 +664,7 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         may_capture = generation_mode in _ONE_BY_ONE
         if generation_mode == GenerationMode.ASSISTED_GENERATION and batch_size > 1:  # one graph for all blocks
             may_capture = True
-            max_cache_length += generation_config.prompt_lookup_num_tokens or 0
+            max_cache_length += speculation.most_tokens(generation_config)
         if use_cache and generation_config.output_attentions:
             raise ArgumentError(
                 "output_attentions=True: the matrix of earlier tokens cannot be known from a cached state; call "

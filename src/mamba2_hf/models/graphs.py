@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+Run = Callable[[Tensor], tuple[Tensor, ...]]
+
 
 class DecodeGraph:
     """A forward of one token per sequence over one cache: run as it is the first time, which compiles kernels, then
@@ -32,7 +34,7 @@ class DecodeGraph:
         self._warm = False
         self._graph: Any = None
         self._ids: Tensor | None = None
-        self._logits: Tensor | None = None
+        self._outputs: tuple[Tensor, ...] | None = None
         self._invariant = False  # whether what was captured is batch-invariant
         self._blocks: dict[int, DecodeGraph] = {}  # by their width
 
@@ -48,17 +50,17 @@ class DecodeGraph:
 
     def drop(self) -> None:
         """Forgets what was captured, as the cache's buffers are no longer where they were; the next step captures."""
-        self._graph = self._ids = self._logits = None
+        self._graph = self._ids = self._outputs = None
         for block in self._blocks.values():
             block.drop()
 
-    def step(self, run: Callable[[Tensor], Tensor], input_ids: Tensor, cache: Mamba2Cache) -> Tensor:
-        """``run(input_ids)``: tokens ``(B, T)`` to logits ``(B, T, vocab)``, which the next step overwrites."""
+    def step(self, run: Run, input_ids: Tensor, cache: Mamba2Cache) -> tuple[Tensor, ...]:
+        """``run(input_ids)``, of tokens ``(B, T)``: tensors that the next step overwrites."""
         width = input_ids.shape[1]
         graph = self if width == 1 else self._blocks.setdefault(width, type(self)())
         return graph.replay(run, input_ids, cache)
 
-    def replay(self, run: Callable[[Tensor], Tensor], input_ids: Tensor, cache: Mamba2Cache) -> Tensor:
+    def replay(self, run: Run, input_ids: Tensor, cache: Mamba2Cache) -> tuple[Tensor, ...]:
         """The same where all calls have one shape."""
         if self._ids is not None and (self._ids.shape != input_ids.shape or self._invariant != is_batch_invariant()):
             self.drop()
@@ -70,25 +72,25 @@ class DecodeGraph:
             if self._graph is None:
                 return run(input_ids)
         assert self._ids is not None
-        assert self._logits is not None
         self._ids.copy_(input_ids)
         self._graph.replay()
         cache.advance(input_ids.shape[1])
-        return self._logits
+        assert self._outputs is not None
+        return self._outputs
 
-    def _capture(self, run: Callable[[Tensor], Tensor], input_ids: Tensor, cache: Mamba2Cache) -> None:
+    def _capture(self, run: Run, input_ids: Tensor, cache: Mamba2Cache) -> None:
         cache.leave_inference_mode()  # what a capture clones would be cloned again by every replay
         graph, counted = torch.cuda.CUDAGraph(), cache.seen_tokens
         with torch.inference_mode(False):  # to be written by steps in either mode
             ids = input_ids.clone()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                logits = run(ids)
+                outputs = run(ids)
         except RuntimeError as error:
             self.reason = f"its step cannot be captured: {str(error).splitlines()[0]}"
             logger.warning_once(f"decoding goes on without a CUDA graph: {self.reason}")
         else:
-            self._graph, self._ids, self._logits, self._invariant = graph, ids, logits, is_batch_invariant()
+            self._graph, self._ids, self._outputs, self._invariant = graph, ids, outputs, is_batch_invariant()
         cache.advance(counted - cache.seen_tokens)  # a capture counts, but runs nothing
 
     def __deepcopy__(self, memo: Any) -> DecodeGraph:

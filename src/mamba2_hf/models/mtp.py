@@ -1,4 +1,4 @@
-"""Guesses of what comes next, by heads that predict further tokens, for assisted decoding to verify."""
+"""Guesses of what comes next, by heads that predict further tokens, for decoding to verify."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from torch import Tensor
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..errors import ArgumentError
+from ..layers.sequence import sequence_layout
 from .cache import Mamba2Cache
+from .speculation import likeliest
 
 if TYPE_CHECKING:
     from .causal_lm import SSDForCausalLM
 
 
-def check_heads(model: SSDForCausalLM, rows: int, generation_config: Any, assistant: Any) -> None:
+def check_heads(model: SSDForCausalLM, generation_config: Any, assistant: Any) -> None:
     """Checks that the heads of a model can draft what ``generate`` asks for with ``use_mtp=True``.
 
     Raises:
-        ArgumentError: there are no heads, there is another draft or more than one sequence, or the draft has no token.
+        ArgumentError: there are no heads, there is another draft, or the draft has no token.
     """
     if not model.mtp_heads:
         raise ArgumentError(
@@ -30,11 +32,6 @@ def check_heads(model: SSDForCausalLM, rows: int, generation_config: Any, assist
     if assistant is not None or look is not None:
         other = "assistant_model" if look is None else f"prompt_lookup_num_tokens={look}"
         raise ArgumentError(f"use_mtp=True and {other} both guess ahead: pass one of them")
-    if rows != 1:
-        raise ArgumentError(
-            f"use_mtp=True: heads guess for one sequence, and {rows} came (num_return_sequences counts): generate them "
-            "one by one"
-        )
     if generation_config.num_assistant_tokens < 1:
         raise ArgumentError(
             f"num_assistant_tokens is {generation_config.num_assistant_tokens}: a draft has at least 1 token"
@@ -42,147 +39,174 @@ def check_heads(model: SSDForCausalLM, rows: int, generation_config: Any, assist
 
 
 class _Head:
-    """A head and what it has read: position i is the hidden state there and the token ``depth`` places further on."""
+    """A head and what it has read: of position i the hidden state, and the token as many places on as its depth."""
 
-    def __init__(self, head: Any, depth: int, config: Any) -> None:
-        self.head, self.depth = head, depth
-        self.cache = Mamba2Cache(config)
-        self.seen = 0  # positions whose token is known
-        self.waiting: Tensor | None = None  # (1, W, d) hidden states of those behind, whose token is not
-        self.guessed = 0  # positions read with tokens that were guessed
+    def __init__(self, head: Any, config: Any) -> None:
+        self._head, self.cache = head, Mamba2Cache(config)
+        self.last: Tensor | None = None  # (B, 1, d) what it made of the last position that it has read
+        self.has_read: Tensor | None = None  # (B,) on the CPU, whether there is such a position
 
-    def read(self, embeddings: Tensor, hidden_states: Tensor) -> Tensor:
-        """``(1, T, d)`` each, to what the head makes of them."""
-        return self.head(embeddings.to(hidden_states), hidden_states, self.cache)  # type: ignore[no-any-return]
+    def read(self, embeddings: Tensor, hidden_states: Tensor, keep: Tensor) -> Tensor:
+        """What the head makes of ``(B, T, d)`` each, of which ``keep (B, T)``, on the CPU, says what counts."""
+        if not bool(keep.any()):
+            return torch.zeros_like(hidden_states)
+        mask = None if bool(keep.all()) else keep.to(hidden_states.device)
+        layout = sequence_layout(*keep.shape, attention_mask=mask)
+        return self._head(embeddings.to(hidden_states), hidden_states, self.cache, layout)  # type: ignore[no-any-return]
 
     def guess(self, embeddings: Tensor, hidden_states: Tensor) -> Tensor:
-        """The same, until :meth:`forget`."""
-        if not self.guessed:
-            self.cache.activate_past_recording()
-        self.guessed += hidden_states.shape[1]
-        return self.read(embeddings, hidden_states)
-
-    def forget(self) -> None:
-        """Takes back all guesses."""
-        if self.guessed and self.cache.layers:
-            self.cache.crop(-self.guessed)
-        self.cache.stop_recording()
-        self.guessed = 0
+        """The same where all counts, until the cache forgets guesses."""
+        self.cache.start_guessing()
+        return self._head(embeddings.to(hidden_states), hidden_states, self.cache)  # type: ignore[no-any-return]
 
 
-class HeadCandidates(CandidateGenerator):  # type: ignore[misc]
-    """Candidates for assisted decoding of one sequence, drafted by the model's own heads.
+class HeadDrafts:
+    """Drafts of a model's own heads, for several rows; see :class:`.speculation.Drafts`.
 
-    The heads read what the model has read, one token late. A draft takes one token of each head in turn; further ones
-    are the last head's, which then reads its own results as if the model had made them. What it read of a draft is
-    taken back before the next one.
+    The heads read what the model reads, as soon as the next token is known. A draft takes one token of each head in
+    turn; further ones are the last head's, which then reads its own results as if the model had made them. What is read
+    of a draft is taken back before the next one.
 
     Args:
         model: with heads.
-        input_ids: ``(1, T)`` the text so far.
-        mask: ``(1, T)`` which of its tokens count.
-        past: how many of them the model's cache has seen: the heads know the others alone.
+        threshold: a draft ends with the first token that is given a lower probability.
+    """
+
+    def __init__(self, model: SSDForCausalLM, threshold: float) -> None:
+        self._model, self._threshold = model, threshold
+        config = model.config.get_mtp_config()
+        self._heads = [_Head(head, config) for head in model.mtp_heads]
+        self._in_prompt = True
+        self._unread: Tensor | None = None  # (B, S, d) hidden states of positions whose next token is not known
+        self._keep: Tensor | None = None  # (B, S) on the CPU, which of them count
+        self._ended: Tensor | None = None  # (B,) on the CPU, rows that got no token
+        self._drafted: Tensor | None = None  # (B, S, d) what was made of positions behind the one that foretold
+
+    @property
+    def has_read(self) -> bool:
+        """Whether the model has read anything, without which there are no drafts."""
+        return self._unread is not None
+
+    def see(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, hidden_states: Tensor, keep: Tensor | None
+    ) -> None:
+        """Takes what the model has made of tokens: see :attr:`Mamba2Cache.on_hidden_states`."""
+        keep = torch.ones(hidden_states.shape[:2], dtype=torch.bool) if keep is None else keep.cpu()
+        if not self._in_prompt:  # a block: how much of it stays is not known
+            self._unread, self._keep = hidden_states, keep
+            return
+        if self._unread is not None and self._keep is not None:
+            hidden_states, keep = torch.cat([self._unread, hidden_states], 1), torch.cat([self._keep, keep], 1)
+        self._unread, self._keep = hidden_states[:, -1:].clone(), keep[:, -1:]
+        if new := hidden_states.shape[1] - 1:
+            own = self._model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            embeddings = self._model.backbone._scale_embeddings(own[:, -new:])
+            self._read(embeddings, hidden_states[:, :-1], keep[:, :-1], torch.full((len(keep),), new))
+
+    def accept(self, tokens: list[list[int]], kept: Tensor | None = None) -> None:
+        """See :class:`.speculation.Drafts`."""
+        self._in_prompt = False
+        counts = torch.tensor([len(new) for new in tokens])
+        self._ended = counts == 0
+        if self._unread is None or self._keep is None or not (most := max(map(len, tokens))):
+            return
+        filled = torch.tensor([[*new, *[0] * (most - len(new))] for new in tokens], device=self._model.device)
+        there = self._keep[:, :most] & (torch.arange(most) < counts[:, None])
+        self._read(self._embed(filled), self._unread[:, :most], there, counts)
+
+    def _read(self, embeddings: Tensor, hidden_states: Tensor, keep: Tensor, counts: Tensor) -> None:
+        """Lets each head read positions and their next tokens, one position later than the head before it.
+
+        Args:
+            embeddings: ``(B, T, d)`` of the tokens.
+            hidden_states: ``(B, T, d)`` for the first head: of the positions before them.
+            keep: ``(B, T)`` on the CPU, which of these count.
+            counts: ``(B,)`` on the CPU, behind how many of them the row goes on.
+        """
+        rows, columns = torch.arange(len(keep)), torch.arange(keep.shape[1])
+        ends = (counts - 1).clamp(min=0)  # a row that has got nothing has ended
+        for head, following in zip(self._heads, [*self._heads[1:], None], strict=True):
+            made, before, known = head.read(embeddings, hidden_states, keep), head.last, head.has_read
+            even = bool((counts == len(columns)).all())
+            head.last = made[:, -1:] if even else made[rows.to(made.device), ends.to(made.device)][:, None]
+            head.has_read = keep[rows, ends]
+            if following is not None:
+                if before is None or known is None:  # as behind padding
+                    before, known = torch.zeros_like(head.last), torch.zeros_like(head.has_read)
+                hidden_states = torch.cat([before, made[:, :-1]], 1)
+                keep = torch.cat([known[:, None], keep[:, :-1]], 1) & (columns < counts[:, None])
+
+    def foretell(self, drafted: Tensor) -> Tensor | None:
+        """Logits ``(B, vocab)`` of the token behind ``drafted (B, K)``, those of the draft so far; None where the text
+        of a row is too short for the next head.
+        """
+        depth = drafted.shape[1] + 1
+        head, before = (self._heads[max(min(depth, len(self._heads)) - back, 0)] for back in (1, 2))
+        if depth == 1:
+            last, self._drafted = head.last, None
+        elif depth <= len(self._heads):
+            # Up to the place where the first head has stopped, but for what this one has read before.
+            assert before.last is not None
+            assert before.has_read is not None
+            assert self._ended is not None
+            if not bool((before.has_read | self._ended).all()):
+                return None
+            ahead = [before.last] if self._drafted is None else [before.last, self._drafted]
+            last = self._drafted = head.guess(self._embed(drafted), torch.cat(ahead, 1))
+        else:  # from there on the last one goes on by itself
+            made = head.last if self._drafted is None else self._drafted
+            assert made is not None
+            last = self._drafted = head.guess(self._embed(drafted[:, -1:]), made[:, -1:])
+        assert last is not None
+        return self._model._logits(last[:, -1:])[:, -1]
+
+    def forget(self) -> None:
+        """Takes back what was read of a draft."""
+        for head in self._heads:
+            head.cache.forget_guesses()
+
+    def propose(self, most: int) -> list[list[int]]:
+        """See :class:`.speculation.Drafts`."""
+        assert self._ended is not None
+        drafts = likeliest(self.foretell, len(self._ended), most, self._threshold, self._model.device)
+        self.forget()
+        return drafts
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self._model.backbone._scale_embeddings(self._model.get_input_embeddings()(tokens))
+
+
+class HeadCandidates(CandidateGenerator):  # type: ignore[misc]
+    """The same drafts of one sequence, for transformers' assisted decoding: it samples by their scores.
+
+    Args:
+        drafts: of the heads, which see what the model reads.
+        tokens: of the text that the model has read when the first draft is asked for, and one more.
         generation_config: of ``generate``; ``num_assistant_tokens`` is the most that a draft has, which ends at the
             first token that a head gives a lower probability than ``assistant_confidence_threshold``.
         logits_processor: that ``generate`` makes scores with.
     """
 
-    def __init__(
-        self,
-        model: SSDForCausalLM,
-        input_ids: Tensor,
-        mask: Tensor,
-        past: int,
-        generation_config: Any,
-        logits_processor: Any,
-    ) -> None:
-        self.most = int(generation_config.num_assistant_tokens)
-        self.model, self.process, self.sample = model, logits_processor, generation_config.do_sample
-        self.threshold = generation_config.assistant_confidence_threshold or 0.0
-        self.max_length = generation_config.max_length
-        config = model.config.get_mtp_config()
-        self.heads = [_Head(head, depth, config) for depth, head in enumerate(model.mtp_heads, 1)]
-        self.past, self.ids, self.mask = past, input_ids, None if bool(mask.all()) else mask[0] != 0
-        self.read = past  # positions of the text whose hidden states the heads have had
-        self.unread: Tensor | None = None  # (1, S, d) hidden states from there on
-        self.foretold: Tensor | None = None  # (1, 1, d) what the first head made of the last of them
-
-    def __enter__(self) -> HeadCandidates:
-        """Takes the hidden states of every forward of the model from now on."""
-        self.handle = self.model.backbone.norm_f.register_forward_hook(self._see)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Takes no more."""
-        self.handle.remove()
-
-    def _see(self, _: Any, __: Any, hidden_states: Tensor) -> None:
-        self.unread = hidden_states  # what is left of former ones belongs to guesses that were wrong
-        self._follow()
-
-    def _follow(self) -> None:
-        """Lets the heads read what the model has read of the text, where the next token is known."""
-        if self.unread is None:
-            return
-        new = min(self.ids.shape[1] - 1 - self.read, self.unread.shape[1])
-        hidden_states, self.unread = self.unread[:, :new], self.unread[:, new:]
-        if self.mask is not None:
-            hidden_states = hidden_states[:, self._counting(self.read, self.read + new)]
-        self.read += new
-        tokens = self._tokens()
-        for head in self.heads:
-            if head.waiting is not None:
-                hidden_states = torch.cat([head.waiting, hidden_states], 1)
-            known = min(tokens.shape[1] - head.depth - head.seen, hidden_states.shape[1])
-            head.waiting = hidden_states[:, max(known, 0) :]
-            if known <= 0:
-                return
-            following = tokens[:, head.seen + head.depth :][:, :known]
-            hidden_states = head.read(self._embed(following), hidden_states[:, :known])
-            head.seen += known
-            if head.depth == 1:
-                self.foretold = hidden_states[:, -1:]
+    def __init__(self, drafts: HeadDrafts, tokens: int, generation_config: Any, logits_processor: Any) -> None:
+        self._drafts, self._tokens, self._process = drafts, tokens, logits_processor
+        self._most, self._sample = int(generation_config.num_assistant_tokens), generation_config.do_sample
+        self._threshold = generation_config.assistant_confidence_threshold or 0.0
+        self._max_length = generation_config.max_length
 
     def get_candidates(self, input_ids: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
         """The text ``(1, T)`` with a draft behind it, and the scores ``(1, K, vocab)`` by which it was chosen."""
-        self.ids = input_ids
-        self._follow()
-        most = min(self.most, self.max_length - input_ids.shape[1] - 1)
-        if self.foretold is None or most < 1:
+        new, self._tokens = input_ids[0, self._tokens - 1 :].tolist(), input_ids.shape[1] + 1
+        most = min(self._most, self._max_length - input_ids.shape[1] - 1)
+        if not self._drafts.has_read:
             return input_ids, None
-        scores: list[Tensor] = []
-        last, between = self.foretold, self.foretold[:, :0]
-        for depth in range(1, most + 1):
-            if depth > 1:
-                head = self.heads[min(depth, len(self.heads)) - 1]
-                # Each head reads up to the place where the first one has stopped, but for what it has read before;
-                # from there on the last one goes on by itself.
-                waiting = [] if head.waiting is None else [head.waiting]
-                hidden_states = torch.cat([*waiting, between], 1) if depth <= len(self.heads) else last
-                following = input_ids[:, -hidden_states.shape[1] :]
-                between = head.guess(self._embed(following), hidden_states)
-                last = between[:, -1:]
-            logits = self.model._logits(last)[:, -1].to(input_ids.device, torch.float32)
-            scores.append(self.process(input_ids, logits))
+        self._drafts.accept([new])
+        text, scores = input_ids, list[Tensor]()
+        while len(scores) < most and (logits := self._drafts.foretell(text[:, input_ids.shape[1] :])) is not None:
+            scores.append(self._process(text, logits.to(input_ids.device, torch.float32)))
             probabilities = scores[-1].softmax(-1)  # (1, vocab)
-            token = probabilities.multinomial(1) if self.sample else scores[-1].argmax(-1, keepdim=True)
-            input_ids = torch.cat([input_ids, token], 1)
-            if self.threshold and bool(probabilities[0, token[0, 0]] < self.threshold):
+            token = probabilities.multinomial(1) if self._sample else scores[-1].argmax(-1, keepdim=True)
+            text = torch.cat([text, token], 1)
+            if self._threshold and bool(probabilities[0, token[0, 0]] < self._threshold):
                 break
-        for head in self.heads:
-            head.forget()
-        return input_ids, torch.stack(scores, 1)
-
-    def _tokens(self) -> Tensor:
-        """Those that count, from the first one that the heads know on."""
-        tokens = self.ids[:, self.past :]
-        return tokens if self.mask is None else tokens[:, self._counting(self.past, self.ids.shape[1])]
-
-    def _counting(self, start: int, stop: int) -> Tensor:
-        """Which tokens of the text count; all that was generated does."""
-        assert self.mask is not None
-        prompt = self.mask[start:stop]
-        return torch.cat([prompt, prompt.new_ones(stop - start - len(prompt))])
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        return self.model.backbone._scale_embeddings(self.model.get_input_embeddings()(tokens))
+        self._drafts.forget()
+        return text, torch.stack(scores, 1) if scores else None

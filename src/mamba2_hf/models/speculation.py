@@ -57,6 +57,14 @@ def assistant_setting(assistant: Any, name: str) -> Any:
     return config._get_default_generation_params()[name] if value is None else value
 
 
+def most_tokens(generation_config: Any, assistant: Any = None) -> int:
+    """Most tokens of a draft that ``generate`` asks for; 0 where only an assistant, which is not given, could tell."""
+    if assistant is not None:
+        return int(assistant_setting(assistant, "num_assistant_tokens"))
+    config = generation_config
+    return int((config.num_assistant_tokens if config.use_mtp else config.prompt_lookup_num_tokens) or 0)
+
+
 def check(generation_config: Any, assistant: Any, tokenizer: Any, streamer: Any) -> None:
     """Checks what ``generate`` asks for with several sequences and drafts; ``tokenizer`` is the assistant's, if that is
     another one.
@@ -67,7 +75,7 @@ def check(generation_config: Any, assistant: Any, tokenizer: Any, streamer: Any)
     if is_batch_invariant():
         raise ArgumentError(
             "batch_invariant does not go with drafts for several sequences, whose blocks add up in another order than "
-            "steps: leave out prompt_lookup_num_tokens and assistant_model"
+            "steps: leave out prompt_lookup_num_tokens, assistant_model and use_mtp"
         )
     if streamer is not None:
         raise ArgumentError("streamer: several sequences that guess ahead get their tokens apart; stream one")
@@ -75,7 +83,7 @@ def check(generation_config: Any, assistant: Any, tokenizer: Any, streamer: Any)
         if getattr(generation_config, name) and generation_config.return_dict_in_generate:
             raise ArgumentError(
                 f"{name}=True: several sequences that guess ahead get their tokens apart; generate them one by one, or "
-                "without prompt_lookup_num_tokens and assistant_model"
+                "without prompt_lookup_num_tokens, assistant_model and use_mtp"
             )
     look, longest = generation_config.prompt_lookup_num_tokens, generation_config.max_matching_ngram_size
     for name, value in (("prompt_lookup_num_tokens", look), ("max_matching_ngram_size", longest)):
@@ -171,42 +179,73 @@ class LookupDrafts:
 class AssistantDrafts:
     """Drafts of another model: the tokens that it finds likeliest, one after the other.
 
+    It reads what rows have got in one block, of which each keeps its own, and then its guesses by steps, which are
+    taken back before the next draft.
+
     Args:
         assistant: of this package, with the same tokens.
         cache: behind the prompts.
         threshold: a draft ends with the first token that is given a lower probability.
+        most: tokens in a draft.
     """
 
-    def __init__(self, assistant: SSDForCausalLM, cache: Mamba2Cache, threshold: float) -> None:
-        self._model, self._cache, self._threshold = assistant, cache, threshold
-        self._last: list[int] = []
-        self._read = 0  # tokens of a block
-        cache.activate_past_recording()
+    def __init__(self, assistant: SSDForCausalLM, cache: Mamba2Cache, threshold: float, most: int) -> None:
+        self._model, self._cache, self._threshold, self._most = assistant, cache, threshold, most
+        self._unread: list[list[int]] = []  # of each row's text
+        cache.activate_past_recording(most + 1)
 
     def propose(self, most: int) -> list[list[int]]:
         """See :class:`Drafts`."""
-        drafts: list[list[int]] = [[] for _ in self._last]
-        goes_on = [True] * len(drafts)
-        token = torch.tensor(self._last, device=self._model.device)[:, None]
-        self._read = 0
-        while True:
-            # The last token is read too: it may be right, and then the next block begins behind it.
-            logits = self._model(input_ids=token, past_key_values=self._cache, use_cache=True).logits[:, -1]
-            self._read += 1
-            if self._read > most or not any(goes_on):
-                return drafts
-            chances, token = logits.float().softmax(-1).max(-1, keepdim=True)
-            for row, (new, chance) in enumerate(zip(token[:, 0].tolist(), chances[:, 0].tolist(), strict=True)):
-                if goes_on[row]:
-                    drafts[row].append(new)
-                    goes_on[row] = chance >= self._threshold
+        device, counts = self._model.device, torch.tensor([len(new) for new in self._unread])
+        first = [new[0] if new else 0 for new in self._unread]
+        block = next_block(first, [new[1:] for new in self._unread], self._most, self._cache)
+        logits = self._read(block.to(device))
+        last = (counts - 1).clamp(min=0).to(logits.device)
+        behind = logits[torch.arange(len(logits), device=logits.device), last]  # (B, vocab)
+        self._cache.crop(counts - block.shape[1])
+
+        def foretell(drafted: Tensor) -> Tensor:
+            if not drafted.shape[1]:
+                return behind
+            self._cache.start_guessing()
+            return self._read(drafted[:, -1:])[:, -1]
+
+        drafts = likeliest(foretell, len(behind), most, self._threshold, device)
+        self._cache.forget_guesses()
+        return drafts
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        """Logits ``(B, T, vocab)`` behind ``tokens (B, T)``."""
+        return self._model(input_ids=tokens, past_key_values=self._cache, use_cache=True).logits  # type: ignore[no-any-return]
 
     def accept(self, tokens: list[list[int]], kept: Tensor) -> None:
         """See :class:`Drafts`."""
-        before = self._last or [0] * len(tokens)
-        self._last = [new[-1] if new else last for new, last in zip(tokens, before, strict=True)]
-        if self._read:
-            self._cache.crop(kept - self._read)
+        self._unread = tokens
+
+
+def likeliest(
+    foretell: Callable[[Tensor], Tensor | None], rows: int, most: int, threshold: float, device: torch.device
+) -> list[list[int]]:
+    """Drafts of the tokens that a model finds likeliest, one after the other, until each row's has ended.
+
+    Args:
+        foretell: of tokens ``(B, K)``, those of the draft so far, to logits ``(B, vocab)`` of the next; None where
+            there is no next one.
+        rows: B.
+        most: tokens in a draft.
+        threshold: a draft ends with the first token that is given a lower probability.
+        device: of the tokens.
+    """
+    drafts: list[list[int]] = [[] for _ in range(rows)]
+    goes_on, drafted = [True] * rows, torch.zeros(rows, 0, dtype=torch.long, device=device)
+    while drafted.shape[1] < most and any(goes_on) and (logits := foretell(drafted)) is not None:
+        chances, token = logits.float().softmax(-1).max(-1, keepdim=True)
+        drafted = torch.cat([drafted, token.to(device)], 1)
+        for row, (new, chance) in enumerate(zip(token[:, 0].tolist(), chances[:, 0].tolist(), strict=True)):
+            if goes_on[row]:
+                drafts[row].append(new)
+                goes_on[row] = chance >= threshold
+    return drafts
 
 
 def accepted(chosen: Sequence[int], draft: Sequence[int], ends: Collection[int], most: int) -> list[int]:
