@@ -349,11 +349,11 @@ class Families(Bench):
             model.zero_grad(set_to_none=True)
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
-            return loss
+            return loss.detach()  # what is left of the graph would tie gradients to this stream, and none be captured
 
         with on_pytorch(model), torch.no_grad():
             expected = model(input_ids=ids[:1, :300], labels=ids[:1, :300], use_cache=False).loss
-        found = model(input_ids=ids[:1, :300], labels=ids[:1, :300], use_cache=False).loss
+        found = model(input_ids=ids[:1, :300], labels=ids[:1, :300], use_cache=False).loss.detach()
         if not abs(found - expected) < 2e-2 * expected or not torch.isfinite(step()):
             raise RuntimeError(f"{name} {impl}: loss {found}, on PyTorch {expected}")
         self.route(f"{name} training", impl, step)

@@ -12,6 +12,7 @@ from .. import ops
 from ..errors import CacheError
 from ..ops.scan.reference import step_size
 
+_STATES = ("conv", "held")
 _RING = ("ring_x", "ring_decays", "ring_B", "clock")
 _BLOCK = ("block_inputs", "block_convolved", "block_steps", "kept")
 NOT_RECORDED = (
@@ -197,6 +198,7 @@ class SSDState(Recorder):
         self.kept: Tensor | None = None
         self._block_tokens = 0  # of the block that can be taken back
         self._in_use = False  # whether a step has ever got the ring; those of a captured graph tell nobody
+        self._in_others_ring = False  # whether the ring is a copy of another state's, which is only to be settled
         self.started = False
         self.recorded: list[Recorded] = []
         self._before: tuple[Tensor, Tensor] | None = None
@@ -218,6 +220,9 @@ class SSDState(Recorder):
         if self._in_use:
             assert self.held is not None
             ops.settle(self.held[rows], ops.Ring(*(part[rows] for part in self._ring if part is not None)))
+        if self._in_others_ring:
+            self._in_others_ring = False
+            self._make_ring()
         if self.kept is not None:
             assert self.conv is not None
             assert self.held is not None
@@ -397,6 +402,10 @@ class SSDState(Recorder):
         assert self.held is not None
         check_rows(self.conv.shape[0], batch)
         self.leave_inference_mode()
+        if self._in_others_ring:
+            self.settle()
+        if self.ready is None:
+            self.replace(ready=torch.zeros(1, dtype=torch.int32, device=self.conv.device))
         if self.clock is not None:
             self._in_use = True
         return self.conv, self.held, self._ring, self.ready
@@ -421,37 +430,48 @@ class SSDState(Recorder):
         self.started = False
         self._forget()
 
-    def put(self, row: int, other: SSDState | None, place: int = 0) -> None:
-        """Replaces a sequence by the one at ``place`` of another state, or by none, in place."""
-        self.leave_inference_mode()
-        if other is not None:
-            other.settle(place)
-        for name in ("conv", "held"):
-            buffer = getattr(self, name)[row]
-            if other is None:
-                buffer.zero_()
-            else:
-                buffer.copy_(getattr(other, name)[place])
-        for counts in (self.clock, self.kept):
-            if counts is not None:
-                counts[row] = 0
+    def put(self, row: int, other: SSDState | None, place: int = 0) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+        """Replaces a sequence by the one at ``place`` of another state, or by none, in place.
 
-    def gather(self, rows: Sequence[tuple[SSDState, int] | None]) -> None:
-        """Holds copies of single sequences of other states from now on, zeros for None; not all are None."""
-        source = next(row[0] for row in rows if row is not None)
-        for row in rows:
-            if row is not None:
-                row[0].settle(row[1])
-        for name in ("conv", "held"):
-            held: Tensor = getattr(source, name)
-            none = held.new_zeros(()).expand(held.shape[1:]) if None in rows else held
-            self.replace(
-                **{name: torch.stack([none if row is None else getattr(row[0], name)[row[1]] for row in rows])}
-            )
-        assert self.conv is not None
-        self.replace(ready=torch.zeros(1, dtype=torch.int32, device=self.conv.device), **dict.fromkeys(_BLOCK))
-        self._make_ring()
+        Returns:
+            what the caller is to fill, and what with; and what it is to set to zero: few launches for all layers.
+        """
+        self.leave_inference_mode()
+        zeros = [counts[row : row + 1] for counts in (self.clock, self.kept) if counts is not None]
+        into = [getattr(self, name)[row] for name in _STATES]
+        if other is None:
+            return [], [*zeros, *into]
+        other.settle(place)
+        return [(each, getattr(other, name)[place]) for each, name in zip(into, _STATES, strict=True)], zeros
+
+    def gather(self, rows: Sequence[tuple[SSDState, int] | None]) -> list[tuple[Tensor, Tensor]]:
+        """Holds copies of single sequences of other states from now on, zeros for None; not all are None. A single one
+        is copied with its ring, and settled when it is needed.
+
+        Returns:
+            what the caller is to fill, and what with: few launches for all layers.
+        """
+        known = [row for row in rows if row is not None]
+        source = known[0][0]
+        as_it_is = len(rows) == 1 and source.kept is None and source._in_use
+        if not as_it_is:
+            for state, place in known:
+                state.settle(place)
+        pairs = []
+        for name in (*_STATES, *_RING) if as_it_is else _STATES:
+            buffer: Tensor = getattr(source, name)
+            new = buffer.new_zeros if len(known) < len(rows) else buffer.new_empty
+            into = new(len(rows), *buffer.shape[1:])
+            pairs += [
+                (own, getattr(row[0], name)[row[1]]) for own, row in zip(into, rows, strict=True) if row is not None
+            ]
+            self.replace(**{name: into})
+        self.replace(ready=None, **dict.fromkeys(_BLOCK))
+        if not as_it_is:
+            self._make_ring()
+        self._in_use = self._in_others_ring = as_it_is
         self.started = True
+        return pairs
 
     def select(self, indices: Tensor) -> None:
         """Keeps the sequences at ``indices (B',)``, in that order; what was recorded is settled."""

@@ -38,11 +38,11 @@ from .speculation import TextLookup, accepted, by_scores_alone, next_block
 
 logger = logging.get_logger(__name__)
 
-_ROWS_AT_ONCE = 16
+_ROWS_AT_ONCE = 32
 """Most prompts in one call: their states are held beside those of the batch."""
-_TOKENS_AHEAD = 2048
+_TOKENS_AHEAD = 8192
 """Prompts that do not join yet are read with those that do while all have at most as many tokens, which take a GPU
-about as long as a few: so that not every row that is free for the next costs a call."""
+about as long as Python needs for the call: so that not every row that is free for the next costs one."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_return_sequences": (None, 1),

@@ -299,12 +299,19 @@ class Mamba2Cache(Cache):
                 length = cache.key_counts.width if lengths is None else int(lengths)
         if self.key_counts is not None and length > self.get_max_length():
             raise CacheError(f"{cache!r} holds {length} keys, more than the {self.get_max_length()} of {self!r}")
+        pairs: list[tuple[Tensor, Tensor]] = []
+        zeros: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             other = None if cache is None else cache.layers[index]
             if isinstance(layer, SSDState):
-                layer.put(row, other, place)
+                filled, emptied = layer.put(row, other, place)
+                pairs += filled
+                zeros += emptied
             else:
                 layer.put(row, other, length, place)
+        _copy(pairs)
+        for device in {tensor.device for tensor in zeros}:
+            torch._foreach_zero_([tensor for tensor in zeros if tensor.device == device])
         if self.key_counts is not None:
             self.key_counts.put(row, length)
         self.padding = self._behind = self.token_hashes = None
@@ -324,11 +331,13 @@ class Mamba2Cache(Cache):
         counts = [0 if row is None else row.tokens for row in rows]
         if not any(row is not None for row in rows):
             return
+        pairs: list[tuple[Tensor, Tensor]] = []
         for index, layer in enumerate(self.layers):
             if isinstance(layer, SSDState):
-                layer.gather([None if row is None else (row.cache.layers[index], row.row) for row in rows])
+                pairs += layer.gather([None if row is None else (row.cache.layers[index], row.row) for row in rows])
             else:
                 layer.gather([None if row is None else (row.cache.layers[index], *row[1:]) for row in rows])
+        _copy(pairs)
         device = next(value for value in vars(self.layers[0]).values() if isinstance(value, Tensor)).device
         if self.key_counts is not None:
             self.key_counts.gather(counts, device)

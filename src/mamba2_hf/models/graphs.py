@@ -118,7 +118,8 @@ def why_not(model: nn.Module) -> str | None:
     return None
 
 
-_PLAIN = (bool, int, float, str, type(None))
+_CONTAINERS = frozenset((dict, list, tuple))
+_PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
 class ModelWatch:
@@ -151,26 +152,40 @@ class ModelWatch:
         it counts. Takes milliseconds.
         """
         before, versions = (self._places, self._modules), self._versions
-        tensors = [*self._model.parameters(), *self._model.buffers()]
+        tensors, self._modules = _walk(self._model)
         # Tensors of other types, which are not captured, need not lie anywhere.
         self._tensors = [tensor for tensor in tensors if type(tensor) in (nn.Parameter, Tensor)]
         self._places = [tensor.data_ptr() for tensor in self._tensors]
         self._versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-        self._modules = [*map(id, tensors), *_modules(self._model)]
         self.written = self._versions != versions
         return (self._places, self._modules) != before
 
 
-def _modules(model: nn.Module) -> list[Any]:
-    found: list[Any] = []
-    for module in model.modules():
+def _walk(model: nn.Module) -> tuple[list[Tensor], list[Any]]:
+    """A model's parameters and buffers, and all else that says what it is. One pass: it is taken between two steps."""
+    tensors: dict[int, Tensor] = {}
+    found: list[Any] = [all_hooked()]
+    waiting, seen = [model], set()
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        held = module.__dict__
         found += (id(module), type(module), is_unhooked(module))
-        for value in vars(module).values():
+        for name, value in held.items():
             kind = type(value)
             if kind in _PLAIN:
                 found.append(value)
+            elif kind not in _CONTAINERS or not value:
+                continue
+            elif name == "_modules":
+                waiting += [child for child in value.values() if child is not None]
+            elif name in ("_parameters", "_buffers"):
+                tensors.update((id(tensor), tensor) for tensor in value.values() if tensor is not None)
             elif kind is dict:
                 found += [item for item in value.items() if type(item[1]) in _PLAIN]
-            elif kind in (list, tuple):
+            else:
                 found += [item for item in value if type(item) in _PLAIN]
-    return found
+    found += tensors
+    return list(tensors.values()), found

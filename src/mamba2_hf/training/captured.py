@@ -57,8 +57,9 @@ class CapturedStep:
     The model may be alone, in ``DistributedDataParallel`` or sharded by FSDP2. The first steps run eagerly; then one is
     run and captured, and is replayed from then on if loss and gradients of the replay are those of the run bit for bit.
     Where two runs differ by themselves, as the gradients of attention and of ``gather`` do on a GPU, the replay may
-    differ as much, and gradients by what another order of their sums comes to. Batches of other shapes, and all where that fails, run eagerly, and :attr:`reason` says why. Pad or
-    pack to one shape, and name packed documents by ``seq_idx``: other names for them are read by the CPU.
+    differ as much, and gradients by what another order of their sums comes to. Batches of other shapes, and all where
+    that fails, run eagerly, and :attr:`reason` says why. Pad or pack to one shape, and name packed documents by
+    ``seq_idx``: other names for them are read by the CPU.
 
     A replay runs what was captured: hooks do nothing more, and Python values of the time stay. Call :meth:`drop` after
     a change to the model's modules; moved or frozen parameters are noticed. Gradients of a step are overwritten by a
@@ -281,7 +282,10 @@ class CapturedStep:
             loss = graph.capture(functools.partial(run, **static))
         except RuntimeError as error:
             graph.abandon()
-            return None, str(error).splitlines()[0]
+            reason = str(error).splitlines()[0]
+            if "previous error during capture" in reason:
+                reason += " (a loss that is kept from a step elsewhere ties gradients to that stream: detach it)"
+            return None, reason
         finally:
             if collecting:
                 gc.enable()
