@@ -27,9 +27,9 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     with contextlib.suppress(ModuleNotFoundError):  # of Triton, where there is none
-        from interpreting import patch_once_a_launch
+        from interpreting import work_once
 
-        patch_once_a_launch()
+        work_once()
 
 # A shell that starts the suite in the background has it ignore Ctrl-C; tests of what that does send it on purpose.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
