@@ -1,4 +1,4 @@
-"""Has Triton's interpreter leave out what it does again and again to no end, which takes longer than all that kernels do.
+"""Has Triton's interpreter leave out what it does again and again to no end, longer than all that kernels do takes.
 
 It patches its language at every call of one function by another: once a launch is enough for each module whose
 functions take part, since what is set stays set until the launch ends. It looks whether integers overflow, and then
