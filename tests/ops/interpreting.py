@@ -2,7 +2,8 @@
 
 It patches its language at every call of one function by another: once a launch is enough for each module whose
 functions take part, since what is set stays set until the launch ends. It looks whether integers overflow, and then
-drops what it found unless its option ``debug`` is set. And it makes a table of all types to look one up.
+drops what it found unless its option ``debug`` is set. It makes a table of all types to look one up, works out the same
+types of blocks for each result, and compares shapes size by size.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -18,6 +21,7 @@ def work_once() -> None:
     _patch_once_a_launch()
     _skip_unread_checks()
     _keep_types()
+    _pass_equal_shapes()
 
 
 def _patch_once_a_launch() -> None:
@@ -55,4 +59,24 @@ def _keep_types() -> None:
             found[name] = find(of)
         return found[name]
 
+    make, made = tl.block_type.__init__, {}
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = element_ty.name, *shape
+        if key not in made:
+            make(self, element_ty, shape)
+            made[key] = dict(vars(self))
+        vars(self).update(made[key])
+
     interpreter._get_np_dtype = look_up
+    tl.block_type.__init__ = block_type
+
+
+def _pass_equal_shapes() -> None:
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def broadcast_unequal(self: Any, left: Any, right: Any) -> Any:
+        shapes = [[*operand.type.shape] if operand.type.is_block() else [] for operand in (left, right)]
+        return (left, right) if shapes[0] == shapes[1] else broadcast(self, left, right)
+
+    TritonSemantic.broadcast_impl_value = broadcast_unequal
