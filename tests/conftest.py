@@ -19,6 +19,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Looking for garbage as often as Python does by itself takes an eighth of the time of imports and of the compiler.
+gc.set_threshold(50_000, 20, 50)
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -11,9 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -33,40 +36,57 @@ def blocks(page: Path) -> list[str]:
 WITH_CODE = [page for page in PAGES if blocks(page)]
 
 
-# Each program in a fork of one process that has imported what takes longest, and nothing of this package.
+# Runs each program in a fork of one process that has imported what takes longest, and nothing of this package.
 FORKS = """
-import os, sys
+import json, os, sys
 import scipy.optimize, torch._dynamo, transformers.modeling_utils
 
-for program in sys.argv[1:]:
+for line in sys.stdin:
+    program, folder, *files = json.loads(line)
     child = os.fork()
     if child == 0:
+        for descriptor, file in enumerate(files, 1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+        os.chdir(folder)
         exec(compile(program, "block", "exec"), {"__name__": "__main__"})
         break
-    if os.waitpid(child, 0)[1]:
-        sys.exit("a block failed")
-    print(end="\\0", flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def outputs(programs: list[str], folder: Path) -> list[str]:
-    """What each prints, run as a script."""
-    # A fork has no use of a GPU that the process before it has looked for.
-    ways = [[program] for program in programs] if torch.cuda.is_available() else [[FORKS, *programs]]
-    printed = ""
-    for way in ways:
-        command = [sys.executable, "-c", *way]
-        completed = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+@pytest.fixture(scope="module")
+def run_block() -> Iterator[Callable[[str, Path], str]]:
+    """Runs a program as a script in a folder, and returns what it prints."""
+
+    def run(program: str, folder: Path) -> str:
+        completed = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, check=False
+        )
         assert completed.returncode == 0, completed.stderr
-        printed += completed.stdout.removesuffix("\0") + "\0"
-    return printed.removesuffix("\0").split("\0")
+        return completed.stdout
+
+    if torch.cuda.is_available():  # a fork has no use of a GPU that the process before it has looked for
+        yield run
+        return
+    with subprocess.Popen([sys.executable, "-c", FORKS], stdin=PIPE, stdout=PIPE, text=True) as server:
+
+        def fork(program: str, folder: Path) -> str:
+            with tempfile.TemporaryDirectory() as written:
+                files = [Path(written) / "printed", Path(written) / "errors"]
+                print(json.dumps([program, *map(str, [folder, *files])]), file=server.stdin, flush=True)
+                status = server.stdout.readline()
+                assert status == "0\n", files[1].read_text()
+                return files[0].read_text()
+
+        yield fork
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_CODE, ids=[page.name for page in WITH_CODE])
-def test_every_python_block_runs_as_it_stands(page: Path, tmp_path: Path) -> None:
-    printed = outputs(blocks(page), tmp_path)
-    assert len(printed) == len(blocks(page))
+def test_every_python_block_runs_as_it_stands(
+    page: Path, run_block: Callable[[str, Path], str], tmp_path: Path
+) -> None:
+    printed = [run_block(block, tmp_path) for block in blocks(page)]
     if page.name == "README.md":
         assert printed[0].startswith("def read_json(path):")
         assert len(printed[0]) > 100
