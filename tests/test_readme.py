@@ -11,15 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from subprocess import PIPE
 
 import pytest
-import torch
+from forks import forks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -36,56 +34,15 @@ def blocks(page: Path) -> list[str]:
 WITH_CODE = [page for page in PAGES if blocks(page)]
 
 
-# Runs each program in a fork of one process that has imported what takes longest, and nothing of this package.
-FORKS = """
-import json, os, sys
-import scipy.optimize, torch._dynamo, transformers.modeling_utils
-
-for line in sys.stdin:
-    program, folder, *files = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        for descriptor, file in enumerate(files, 1):
-            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
-        os.chdir(folder)
-        exec(compile(program, "block", "exec"), {"__name__": "__main__"})
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
 @pytest.fixture(scope="module")
-def run_block() -> Iterator[Callable[[str, Path], str]]:
-    """Runs a program as a script in a folder, and returns what it prints."""
-
-    def run(program: str, folder: Path) -> str:
-        completed = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, check=False
-        )
-        assert completed.returncode == 0, completed.stderr
-        return completed.stdout
-
-    if torch.cuda.is_available():  # a fork has no use of a GPU that the process before it has looked for
+def run_block() -> Iterator[Callable[..., str]]:
+    with forks("scipy.optimize, torch._dynamo, transformers.modeling_utils") as run:  # nothing of this package
         yield run
-        return
-    with subprocess.Popen([sys.executable, "-c", FORKS], stdin=PIPE, stdout=PIPE, text=True) as server:
-
-        def fork(program: str, folder: Path) -> str:
-            with tempfile.TemporaryDirectory() as written:
-                files = [Path(written) / "printed", Path(written) / "errors"]
-                print(json.dumps([program, *map(str, [folder, *files])]), file=server.stdin, flush=True)
-                status = server.stdout.readline()
-                assert status == "0\n", files[1].read_text()
-                return files[0].read_text()
-
-        yield fork
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_CODE, ids=[page.name for page in WITH_CODE])
-def test_every_python_block_runs_as_it_stands(
-    page: Path, run_block: Callable[[str, Path], str], tmp_path: Path
-) -> None:
+def test_every_python_block_runs_as_it_stands(page: Path, run_block: Callable[..., str], tmp_path: Path) -> None:
     printed = [run_block(block, tmp_path) for block in blocks(page)]
     if page.name == "README.md":
         assert printed[0].startswith("def read_json(path):")
