@@ -54,5 +54,5 @@ def run_python(repository: Path) -> Iterator[Callable[[str], str]]:
     """
     environment = {**os.environ, "PYTHONPATH": str(repository / "src")}
     options = "-W", "error::RuntimeWarning"
-    with forks("accelerate, datasets, scipy.optimize, torch._dynamo", *options, environment=environment) as run:
+    with forks("datasets, scipy.optimize, torch._dynamo", *options, environment=environment) as run:
         yield lambda program: run(textwrap.dedent(program))
