@@ -44,7 +44,7 @@ FIELDS = (
     *("case", "impl", "gpus", "batch", "length", "ms_p20", "ms_p50", "ms_p80", "issue_ms", "tokens_per_s"),
     *("to_one_gpu", "peak_gib", "note", "device", "versions"),
 )
-CHECKED, TIMED = 20, 20
+STEPS, TINY_STEPS = 20, 8  # as many for their losses, and again for their time
 EXACT = 1e-4  # relative errors of gradients in fp32
 DRAWN = 1e-3  # of losses, where kernels add up in any order
 CAPTURED = ", captured"
@@ -119,7 +119,7 @@ WRAPS: dict[str, Callable[[Any, torch.device], nn.Module]] = {
 class Run:
     """The processes of one run."""
 
-    def __init__(self, fake: int) -> None:
+    def __init__(self, fake: int, tiny: bool) -> None:
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
@@ -135,6 +135,7 @@ class Run:
             on_gpus = {"device_id": self.device} if self.device.type == "cuda" else {}
             dist.init_process_group("nccl" if on_gpus else "gloo", **on_gpus)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.steps = TINY_STEPS if tiny else STEPS
         self.started = time.perf_counter()
 
     def say(self, *words: object) -> None:
@@ -202,7 +203,7 @@ class Trained(NamedTuple):
 
 
 def train(run: Run, case: Case, kind: str, captured: bool) -> Trained:
-    """``CHECKED`` steps for their losses, and ``TIMED`` for their time."""
+    """So many steps for their losses, and as many for their time."""
     stream = torch.cuda.Stream() if captured and run.device.type == "cuda" else None
     with torch.cuda.stream(stream):
         model = WRAPS[kind](build(case.config(), run.device), run.device)
@@ -223,7 +224,7 @@ def train(run: Run, case: Case, kind: str, captured: bool) -> Trained:
         return loss.detach()
 
     losses = []
-    for index in range(CHECKED):
+    for index in range(run.steps):
         losses.append(once(index))
         if index == 0:  # what the collector would look at in the middle of a step
             gc.collect()
@@ -231,7 +232,7 @@ def train(run: Run, case: Case, kind: str, captured: bool) -> Trained:
     run.sync()
     dist.barrier()
     marks, clocks = [mark(run)], [time.perf_counter()]
-    for index in range(TIMED):
+    for index in range(run.steps):
         once(index)
         marks.append(mark(run))
         clocks.append(time.perf_counter())
@@ -241,7 +242,7 @@ def train(run: Run, case: Case, kind: str, captured: bool) -> Trained:
     peak = torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else 0.0
     note = "" if step is None else (step.reason or f"{step.graphs} graph")
     times = (run.largest(p20), run.largest(statistics.median(ms)), run.largest(p80))
-    return Trained(torch.stack(losses), times, 1e3 * (clocks[-1] - clocks[0]) / TIMED, run.largest(peak), note)
+    return Trained(torch.stack(losses), times, 1e3 * (clocks[-1] - clocks[0]) / run.steps, run.largest(peak), note)
 
 
 def mark(run: Run) -> Any:
@@ -339,7 +340,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available() and not options.tiny:
         raise SystemExit("no GPU: --tiny runs toy sizes on the CPU")
-    run = Run(options.fake)
+    run = Run(options.fake, options.tiny)
     cases = [case for case in (TINY if options.tiny else CASES) if options.cases in case.name]
     if options.fake:
         found = host_rows(run, cases, options.limit)

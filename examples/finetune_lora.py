@@ -52,7 +52,7 @@ def main(
     tiny: Annotated[bool, typer.Option("--tiny", help="A few short steps, for a first look on a CPU.")] = False,
 ) -> None:
     if tiny:
-        steps, batch, length, learning_rate = 20, 2, 256, 2e-3
+        steps, batch, length, learning_rate = 10, 2, 128, 2e-3
     source = model or str(shipped_model_path())
     tokenizer = AutoTokenizer.from_pretrained(source)
     train, held_out = read_texts(text, tokenizer)

@@ -19,6 +19,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Looking for garbage as often as Python does by itself takes an eighth of the time of imports and of the compiler.
+gc.set_threshold(50_000, 20, 50)
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -27,9 +29,9 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     with contextlib.suppress(ModuleNotFoundError):  # of Triton, where there is none
-        from interpreting import patch_once_a_launch
+        from interpreting import work_once
 
-        patch_once_a_launch()
+        work_once()
 
 # A shell that starts the suite in the background has it ignore Ctrl-C; tests of what that does send it on purpose.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():

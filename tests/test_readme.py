@@ -12,11 +12,12 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import torch
+from forks import forks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -33,40 +34,16 @@ def blocks(page: Path) -> list[str]:
 WITH_CODE = [page for page in PAGES if blocks(page)]
 
 
-# Each program in a fork of one process that has imported what takes longest, and nothing of this package.
-FORKS = """
-import os, sys
-import scipy.optimize, torch._dynamo, transformers.modeling_utils
-
-for program in sys.argv[1:]:
-    child = os.fork()
-    if child == 0:
-        exec(compile(program, "block", "exec"), {"__name__": "__main__"})
-        break
-    if os.waitpid(child, 0)[1]:
-        sys.exit("a block failed")
-    print(end="\\0", flush=True)
-"""
-
-
-def outputs(programs: list[str], folder: Path) -> list[str]:
-    """What each prints, run as a script."""
-    # A fork has no use of a GPU that the process before it has looked for.
-    ways = [[program] for program in programs] if torch.cuda.is_available() else [[FORKS, *programs]]
-    printed = ""
-    for way in ways:
-        command = [sys.executable, "-c", *way]
-        completed = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-        assert completed.returncode == 0, completed.stderr
-        printed += completed.stdout.removesuffix("\0") + "\0"
-    return printed.removesuffix("\0").split("\0")
+@pytest.fixture(scope="module")
+def run_block() -> Iterator[Callable[..., str]]:
+    with forks("scipy.optimize, torch._dynamo, transformers.modeling_utils") as run:  # nothing of this package
+        yield run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_CODE, ids=[page.name for page in WITH_CODE])
-def test_every_python_block_runs_as_it_stands(page: Path, tmp_path: Path) -> None:
-    printed = outputs(blocks(page), tmp_path)
-    assert len(printed) == len(blocks(page))
+def test_every_python_block_runs_as_it_stands(page: Path, run_block: Callable[..., str], tmp_path: Path) -> None:
+    printed = [run_block(block, tmp_path) for block in blocks(page)]
     if page.name == "README.md":
         assert printed[0].startswith("def read_json(path):")
         assert len(printed[0]) > 100

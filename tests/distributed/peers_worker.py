@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_worker import make_hybrid
-from interpreting import patch_once_a_launch
+from interpreting import work_once
 from processes import ON_GPUS, Check, work
 from steps import ops_serve
 from torch import Tensor
@@ -158,5 +158,5 @@ def a_process_that_does_not_answer(folder: Path) -> None:
 
 if __name__ == "__main__":
     if not IS_ON_GPU:
-        patch_once_a_launch()
+        work_once()
     work(CHECKS, Path(sys.argv[1]), *sys.argv[2:])

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import forks
 from torch import Tensor
 
 from mamba2_hf import Mamba2Config, Mamba2ForCausalLM
@@ -47,20 +46,13 @@ def input_ids() -> Tensor:
     return torch.randint(3, SIZES["vocab_size"], (2, 17), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture
-def run_python(repository: Path) -> Callable[..., str]:
-    """Runs a program in a fresh interpreter, with warnings as errors, and returns what it prints."""
+@pytest.fixture(scope="session")
+def run_python(repository: Path) -> Iterator[Callable[[str], str]]:
+    """Runs a program with warnings as errors, and returns what it prints.
 
-    def run(program: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-W", "error::RuntimeWarning", "-c", textwrap.dedent(program)],
-            env={**os.environ, "PYTHONPATH": str(repository / "src")},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
+    It finds imported what the packages here import, and none of those that are told of ours.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(repository / "src")}
+    options = "-W", "error::RuntimeWarning"
+    with forks("datasets, scipy.optimize, torch._dynamo", *options, environment=environment) as run:
+        yield lambda program: run(textwrap.dedent(program))
