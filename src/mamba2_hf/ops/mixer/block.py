@@ -74,20 +74,6 @@ def convolve_block_kernel(u, conv, inputs, kept, weight, bias, dt_bias, A, fresh
         inputs += row * R * C
         u += inner
         taps, offset = load_taps(weight, bias, channel, mask, K)
-        dtype: tl.constexpr = u.dtype.element_ty
-        window = ()
-        for i in tl.static_range(K - 1):
-            window = window + (_before(conv, inputs, K - 1 - i, old, channel, mask, sc_c, sc_l, L, C, dtype),)
-        for first in range(0, T, BT):
-            t = first + token
-            total = tl.zeros([BT, BLOCK], tl.float32) + offset[None, :]
-            for i in tl.static_range(K):
-                at = t + i - (K - 1)
-                value = tl.load(u + at * su_t + wide, mask=(at >= 0) & (at < T) & mask[None, :], other=0.0)
-                for j in tl.static_range(i, K - 1):
-                    value = tl.where(at == j - (K - 1), window[j][None, :], value)
-                total += taps[i][None, :] * value.to(tl.float32)
-            tl.store(fresh + (row * T + t) * C + wide, activate(total, ACTIVATION), mask=(t < T) & mask[None, :])
         columns = ()
         for i in tl.static_range(L):
             column = _before(conv, inputs, L - i, old, channel, mask, sc_c, sc_l, L, C, conv.dtype.element_ty)
@@ -97,8 +83,17 @@ def convolve_block_kernel(u, conv, inputs, kept, weight, bias, dt_bias, A, fresh
             tl.store(conv + channel * sc_c + i * sc_l, columns[i], mask=mask)
         for first in range(0, T, BT):
             t = first + token
+            total = tl.zeros([BT, BLOCK], tl.float32) + offset[None, :]
             inside = (t < T) & mask[None, :]
-            tl.store(inputs + t * C + wide, tl.load(u + t * su_t + wide, mask=inside), mask=inside)
+            for i in tl.static_range(K):
+                at = t + i - (K - 1)
+                value = tl.load(u + at * su_t + wide, mask=(at >= 0) & inside, other=0.0)
+                for j in tl.static_range(i, K - 1):
+                    earlier = columns[L - (K - 1) + j].to(u.dtype.element_ty)
+                    value = tl.where(at == j - (K - 1), earlier[None, :], value)
+                total += taps[i][None, :] * value.to(tl.float32)
+            tl.store(fresh + (row * T + t) * C + wide, activate(total, ACTIVATION), mask=inside)
+            tl.store(inputs + t * C + wide, value, mask=inside)
 
 
 @triton.jit
@@ -231,7 +226,7 @@ def mamba2_block_step(call: BlockStep) -> Tensor:
     conv_weight, conv_bias, dt_bias, A, _, D, gated_norm_weight = weights
     (_, heads, P, N), (room, channels) = ssm_state.shape, block.inputs.shape[1:]
     inner, width, norms = heads * P, block.convolved.shape[2], gated_norm_weight is not None
-    bp, warps, bt = tables.block_programs(batch, P, tokens)
+    bp, bt = tables.tile(P, tables.BLOCK_CHANNELS), tables.tile(tokens, tables.BLOCK_TOKENS)
     blocks, tile = cdiv(P, bp), tables.CONVOLVE_BLOCK
     pieces = cdiv(channels, tile)
     fresh = torch.empty(batch, tokens, channels, dtype=torch.float32, device=device)
@@ -267,7 +262,7 @@ def mamba2_block_step(call: BlockStep) -> Tensor:
         BP=bp,
         BN=tables.tile(N, tables.BLOCK_COLUMNS),
         PRECISION=tables.precision(tables.current_chip(), torch.float32),
-        num_warps=warps,
+        num_warps=tables.BLOCK_WARPS[bt],
     )
     y, size, parts, scales, tile = raw, inner, 1, 0, tables.FINISH_BLOCK
     pieces = cdiv(max(width, 2 * heads), tile)

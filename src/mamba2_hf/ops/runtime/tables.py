@@ -371,7 +371,9 @@ def leave(chip: Chip, dtype: torch.dtype, rows: int, inputs: int, outputs: int) 
 WIDE, NARROW = (64, 2), (16, 2)  # channels of a head and warps per program: to fill memory, or to fill the chip
 WIDE_BLOCK, NARROW_BLOCK = (64, 8), (16, 4)  # for several tokens, which keep the taps in registers, too
 CONVOLVE_BLOCK = 64  # channels of a program of `convolve_block_kernel`, for all tokens of a block
-BLOCK_TOKENS, BLOCK_COLUMNS = 32, 64  # of a state, that a program of `block_kernel` has at a time
+BLOCK_CHANNELS = 32  # of a program of `block_kernel`, for one sequence as for 64
+BLOCK_TOKENS, BLOCK_COLUMNS = 32, 64  # that it has at a time, of a state the latter
+BLOCK_WARPS = {16: 2, 32: 4}  # by how many tokens that are: more spill with two
 FEW_ROWS = 8  # batch up to which programs are narrow
 DENSE_WARPS = 8
 
@@ -381,11 +383,6 @@ def state_programs(batch: int, P: int, tokens: int = 1, dense: bool = False) -> 
     few, many = (NARROW, WIDE) if tokens == 1 else (NARROW_BLOCK, WIDE_BLOCK)
     channels, warps = few if batch <= FEW_ROWS else many
     return min(channels, power_of_two(P)), DENSE_WARPS if dense else warps
-
-
-def block_programs(batch: int, P: int, tokens: int) -> tuple[int, int, int]:
-    """Channels, warps and tokens at a time of a program of ``block_kernel``."""
-    return tile(P, 32), 2, tile(tokens, BLOCK_TOKENS)
 
 
 def step_rows(chip: Chip) -> int:
