@@ -243,7 +243,8 @@ def test_prompt_lookup_with_a_compiled_forward(small: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pure", "sliding"])
 def test_generation_with_a_compiled_forward(kind: str, tiny_model: Callable[..., Any]) -> None:
-    model = tiny_model(num_hidden_layers=1) if kind == "pure" else make_hybrid(kind)
+    attention = {"layer_blocks": ["sliding_attention", "attention"], "num_hidden_layers": 2}
+    model = tiny_model(num_hidden_layers=1) if kind == "pure" else make_hybrid(kind, **attention)
     ids = tokens(1, 4).repeat(1, 2)
     padded = torch.ones_like(ids).index_fill(1, torch.arange(2), 0)
     ways: list[dict[str, Any]] = [
