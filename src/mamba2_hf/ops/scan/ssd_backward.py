@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import chunk_bounds, load_chunk_state, load_documents, load_steps, load_tokens, store_tokens, widen
+from .tiles import chunk_bounds, load_chunk_state, load_documents, load_maps, load_steps, load_tokens, store_tokens, widen
 
 
 @triton.jit
@@ -50,6 +50,7 @@ def inputs_backward_kernel(
     ``dots (chunks, H, 2, Q)``: row and column sums. ``ends (chunks, H)``: what stands at the chunk's last token.
     """
     P_TILES: tl.constexpr = (P + BP - 1) // BP
+    PARTS: tl.constexpr = (N + BN - 1) // BN
     blocks = H // HEADS
     block = tl.program_id(0) % blocks
     chunk = tl.program_id(0) // blocks
@@ -60,9 +61,11 @@ def inputs_backward_kernel(
     h0 = block * HEADS
     g = h0 // PER_GROUP
     q = tl.arange(0, Q)
-    b_tile = load_tokens(B, b_row, b_token, b_head, row, start, end, g, 0, Q, BN, N, TMA)  # (Q, N)
-    c_tile = load_tokens(C, c_row, c_token, c_head, row, start, end, g, 0, Q, BN, N, TMA)  # (Q, N)
-    scores = tl.dot(b_tile, tl.trans(c_tile), input_precision=PRECISION)  # (Q, Q): rows j, columns i
+    b_tiles = load_maps(B, b_row, b_token, b_head, row, start, end, g, Q, BN, N, TMA)  # (Q, N)
+    c_tiles = load_maps(C, c_row, c_token, c_head, row, start, end, g, Q, BN, N, TMA)  # (Q, N)
+    scores = tl.zeros([Q, Q], tl.float32)  # rows j, columns i
+    for part in tl.static_range(PARTS):
+        scores = tl.dot(b_tiles[part], tl.trans(c_tiles[part]), scores, input_precision=PRECISION)
     causal = q[:, None] <= q[None, :]
     if HAS_DOCUMENTS:
         doc, doc_before, doc_last = load_documents(document, chunk, start, Q)
@@ -81,7 +84,7 @@ def inputs_backward_kernel(
             leaves = tl.where(doc == doc_last, leaves, 0.0)
             passes = tl.where(doc_last == doc_before, passes, 0.0)
         weights = scores * (tl.exp2(tl.minimum(log[None, :] - log[:, None], 0.0)) * step[:, None])
-        weights = weights.to(b_tile.dtype)
+        weights = weights.to(b_tiles[0].dtype)
         column = tl.zeros([Q], tl.float32)
         row_sum = tl.zeros([Q], tl.float32)
         at_last = 0.0
@@ -90,14 +93,20 @@ def inputs_backward_kernel(
         for tile in tl.static_range(P_TILES):
             p0 = tile * BP
             # Their product comes first, so that registers hold the two tiles no longer than that.
-            dstate = load_chunk_state(dstates, chunk * H + h, 0, p0, P, N, BP, BN, TMA)  # (N, P)
-            state = load_chunk_state(states, chunk * H + h, 0, p0, P, N, BP, BN, TMA)  # (N, P)
-            at_last += passes * tl.sum(tl.sum(widen(state, ASM) * widen(dstate, ASM), 1), 0)
+            dstate = ()  # (N, P)
+            state = ()  # (N, P)
+            for part in tl.static_range(PARTS):
+                dstate = dstate + (load_chunk_state(dstates, chunk * H + h, part * BN, p0, P, N, BP, BN, TMA),)
+                state = state + (load_chunk_state(states, chunk * H + h, part * BN, p0, P, N, BP, BN, TMA),)
+                at_last += passes * tl.sum(tl.sum(widen(state[part], ASM) * widen(dstate[part], ASM), 1), 0)
             if D_RANK == 2:
                 p = p0 + tl.arange(0, BP)
                 skip = tl.load(D + h * P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
 
-            grad = tl.dot(b_tile, dstate, input_precision=PRECISION) * (leaves * step)[:, None]
+            grad = tl.zeros([Q, BP], tl.float32)
+            for part in tl.static_range(PARTS):
+                grad = tl.dot(b_tiles[part], dstate[part], grad, input_precision=PRECISION)
+            grad *= (leaves * step)[:, None]
             x_tile = load_tokens(x, x_row, x_token, x_head, row, start, end, h, p0, Q, BP, P, TMA)  # (Q, P)
             at_last += tl.sum(grad * widen(x_tile, ASM))
             dy_tile = load_tokens(dy, d_row, d_token, d_head, row, start, end, h, p0, Q, BP, P, TMA)  # (Q, P)
@@ -107,7 +116,10 @@ def inputs_backward_kernel(
                 grad += widen(dy_tile, ASM) * skip
             store_tokens(dx, grad.to(x_tile.dtype), tokens * H * P, H * P, P, row, start, end, h, p0, Q, BP, P, TMA)
 
-            out = tl.dot(c_tile, state, input_precision=PRECISION) * enters[:, None]
+            out = tl.zeros([Q, BP], tl.float32)
+            for part in tl.static_range(PARTS):
+                out = tl.dot(c_tiles[part], state[part], out, input_precision=PRECISION)
+            out *= enters[:, None]
             out = tl.dot(tl.trans(weights), x_tile, out, input_precision=PRECISION)
             row_sum += tl.sum(out * widen(dy_tile, ASM), 1)
             if HAS_Z:

@@ -80,6 +80,22 @@ def load_tokens(
 
 
 @triton.jit
+def load_maps(
+    source, stride_row, stride_token, stride_head, row, start, end, group,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """All columns of a ``(B, T, G, WIDTH)`` tensor's tokens: a tuple of tiles of :func:`load_tokens`."""
+    tiles = ()
+    for part in tl.static_range((WIDTH + COLUMNS - 1) // COLUMNS):
+        tile = load_tokens(
+            *(source, stride_row, stride_token, stride_head, row, start, end, group, part * COLUMNS),
+            *(ROWS, COLUMNS, WIDTH, TMA),
+        )
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
 def store_tokens(
     target, tile, stride_row, stride_token, stride_head, row, start, end, head, column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr,

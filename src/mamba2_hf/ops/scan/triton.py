@@ -203,9 +203,6 @@ def _route(call: Call) -> tuple[Call, ModuleType]:
         hopper = _hopper()
         if hopper is not None and hopper.serves(narrow):
             return narrow, hopper
-    if tables.takes_fp32(call.shape, args.x.dtype):
-        z = None if args.z is None else args.z.float()
-        call = prepare(args._replace(x=args.x.float(), B=args.B.float(), C=args.C.float(), z=z))
     return call, portable
 
 
