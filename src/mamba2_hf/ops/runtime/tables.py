@@ -81,15 +81,24 @@ def precision(chip: Chip, dtype: torch.dtype) -> str:
     return "tf32x3" if chip.backend == "cuda" else "ieee"
 
 
+FP32_PART = 32  # columns of an operand of fp32
+
+
+def holds_maps(dtype: torch.dtype, N: int) -> bool:
+    """Whether ``walk_kernel`` and ``inputs_backward_kernel`` hold all columns of B and C.
+
+    In fp32, where each operand is split in two, many columns would take all registers.
+    """
+    return dtype != torch.float32 or N <= FP32_PART
+
+
 def walk(chip: Chip, dtype: torch.dtype, P: int, N: int) -> Config:
     """Launch parameters of ``walk_kernel``: the whole state column, ``N x BP`` fp32, stays in registers."""
-    bn = tile(N, 128)
+    wide = N > 128
     if dtype == torch.float32:
-        return Config(Q=32, BP=tile(P, 32), BN=bn, warps=4, stages=1)
-    narrow = N > 128
-    return Config(
-        Q=64, BP=tile(P, 32 if narrow else 64), BN=bn, warps=_warps(chip, 4), stages=_stages(chip, 1 if narrow else 2)
-    )
+        return Config(Q=32, BP=tile(P, 16 if wide else 32), BN=tile(N, FP32_PART), warps=4, stages=1)
+    bp, stages = tile(P, 32 if wide else 64), _stages(chip, 1 if wide else 2)
+    return Config(Q=64, BP=bp, BN=tile(N, 128), warps=_warps(chip, 4), stages=stages)
 
 
 def state(chip: Chip, dtype: torch.dtype, P: int, N: int, Q: int) -> Config:
@@ -100,11 +109,11 @@ def state(chip: Chip, dtype: torch.dtype, P: int, N: int, Q: int) -> Config:
 
 def inputs_backward(chip: Chip, dtype: torch.dtype, P: int, N: int) -> Config:
     """Launch parameters of ``inputs_backward_kernel``; its Q is that of the whole backward."""
-    bn = tile(N, 128)
+    wide = N > 128
     if dtype == torch.float32:
-        return Config(Q=32, BP=tile(P, 32), BN=bn, warps=4, stages=1, heads=8)
-    stages = _stages(chip, 2 if P <= 64 and N <= 128 else 1)
-    return Config(Q=64, BP=tile(P, 64), BN=bn, warps=_warps(chip, 4), stages=stages, heads=20)
+        return Config(Q=32, BP=tile(P, 16 if wide else 32), BN=tile(N, FP32_PART), warps=4, stages=1, heads=8)
+    bp, stages = tile(P, 32 if wide else 64), _stages(chip, 2 if P <= 64 and not wide else 1)
+    return Config(Q=64, BP=bp, BN=tile(N, 128), warps=_warps(chip, 4), stages=stages, heads=20)
 
 
 def maps_backward(chip: Chip, dtype: torch.dtype, P: int, N: int, Q: int) -> Config:
