@@ -412,7 +412,7 @@ def test_both_ways_of_reading_tiles_agree(monkeypatch: pytest.MonkeyPatch) -> No
     inputs = make(T=70, P=32, N=32, z=True, dtype=torch.float16)
     expected = scan(cast(inputs, torch.float16))
     monkeypatch.setattr(tables, "current_chip", lambda: chip._replace(capability=80))
-    assert not tables.current_chip().has_tma
+    assert not tables.current_chip().multiplies_from_shared
     for a, b in zip(expected, scan(cast(inputs, torch.float16)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     compare(inputs, torch.float16)

@@ -32,6 +32,11 @@ class Chip(NamedTuple):
         """Whether tiles can be copied by descriptor."""
         return self.backend == "cuda" and self.capability >= 90
 
+    @property
+    def multiplies_from_shared(self) -> bool:
+        """Whether matrix products take operands from shared memory: from Hopper on, but for consumer Blackwell."""
+        return self.has_tma and self.capability < 120
+
 
 class Config(NamedTuple):
     """Launch parameters of one SSD kernel."""
@@ -132,8 +137,8 @@ def _stages(chip: Chip, stages: int) -> int:
 
 
 def _warps(chip: Chip, warps: int) -> int:
-    """Twice the warps before Hopper, where matrix products take their operands from registers."""
-    return 2 * warps if chip.backend == "cuda" and chip.capability < 90 else warps
+    """Twice the warps on CUDA where matrix products take their operands from registers."""
+    return 2 * warps if chip.backend == "cuda" and not chip.multiplies_from_shared else warps
 
 
 def heads_per_program(per_group: int, most: int) -> int:
