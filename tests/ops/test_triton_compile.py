@@ -86,8 +86,8 @@ ROWS_KERNELS = {  # of several sequences' steps, where these were timed
     "ring_step_kernel",
     "settle_kernel",
 }
-CAPABILITIES = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
-SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB that a program may have
+CAPABILITIES = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120, "gfx942": 0}
+SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB that a program may have
 
 
 def compile_scan(

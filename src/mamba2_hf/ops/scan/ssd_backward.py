@@ -110,24 +110,19 @@ def inputs_backward_kernel(
             held = ()
             dheld = ()
             for part in tl.static_range(PARTS):
+                n0 = part * BN
                 # Their product comes first, so that registers hold the two tiles no longer than that.
-                dstate = load_chunk_state(dstates, chunk * H + h, part * BN, p0, P, N, BP, BN, TMA)  # (N, P)
-                state = load_chunk_state(states, chunk * H + h, part * BN, p0, P, N, BP, BN, TMA)  # (N, P)
+                dstate = load_chunk_state(dstates, chunk * H + h, n0, p0, P, N, BP, BN, TMA)  # (N, P)
+                state = load_chunk_state(states, chunk * H + h, n0, p0, P, N, BP, BN, TMA)  # (N, P)
                 at_last += passes * tl.sum(tl.sum(widen(state, ASM) * widen(dstate, ASM), 1), 0)
                 if HOLD:
                     held = held + (state,)
                     dheld = dheld + (dstate,)
                 else:
-                    b_tile = load_part(
-                        *(b_tiles, part, B, b_row, b_token, b_head, row, start, end, g),
-                        *(Q, BN, N, TMA, HOLD),
-                    )
-                    grad = tl.dot(b_tile, dstate, grad, input_precision=PRECISION)
-                    c_tile = load_part(
-                        *(c_tiles, part, C, c_row, c_token, c_head, row, start, end, g),
-                        *(Q, BN, N, TMA, HOLD),
-                    )
-                    out = tl.dot(c_tile, state, out, input_precision=PRECISION)
+                    b_part = load_tokens(B, b_row, b_token, b_head, row, start, end, g, n0, Q, BN, N, TMA)
+                    grad = tl.dot(b_part, dstate, grad, input_precision=PRECISION)
+                    c_part = load_tokens(C, c_row, c_token, c_head, row, start, end, g, n0, Q, BN, N, TMA)
+                    out = tl.dot(c_part, state, out, input_precision=PRECISION)
             if D_RANK == 2:
                 p = p0 + tl.arange(0, BP)
                 skip = tl.load(D + h * P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
