@@ -370,7 +370,7 @@ def test_kernels_compile_everywhere(target: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     source = Path(__file__).resolve().parents[2] / "src"
     environment["PYTHONPATH"] = os.pathsep.join([str(source), environment.get("PYTHONPATH", "")])
-    if target != "sm_90":  # of which more is asked than that its kernels compile and fit: lines take the compiler long
+    if target != "sm_90":  # which is asked most of: lines take the compiler long
         environment["TRITON_DISABLE_LINE_INFO"] = "1"
     command = [sys.executable, "-W", "error", __file__, target]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
