@@ -21,8 +21,6 @@ SCANS: dict[str, dict[str, Any]] = {
     "options": {"P": 128, "dtype": "float16", "z": True, "D": 2, "documents": True},
     "odd": {"P": 48, "N": 24, "T": 100, "G": 2, "packed": True},
     "segments": {"N": 64, "T": 16384, "dtype": "float32"},
-    "wide": {"N": 256, "packed": True},
-    "wide fp32": {"N": 256, "dtype": "float32"},
     "odd slices": {"P": 48, "N": 24, "T": 100, "G": 2, "slices": True},
 }
 # Sizes and options that take other paths through the kernels made for Hopper, where "plain" goes too.
@@ -34,7 +32,11 @@ HOPPER_SCANS: dict[str, dict[str, Any]] = {
     "wide heads": {"P": 128},
     "slices": {"P": 128, "slices": True},
 }
-WIDE_STACK = {"wide": 256, "wide fp32": 768}  # bytes of local memory that a thread may have
+WIDE_SCANS: dict[str, dict[str, Any]] = {
+    "wide": {"N": 256, "packed": True},
+    "wide fp32": {"N": 256, "dtype": "float32"},
+}
+WIDE_STACK = 768  # bytes of local memory that a thread of theirs may have; it was 15,000 where tiles were as wide
 SCAN_KERNELS = {"walk_kernel", "state_kernel", "inputs_backward_kernel", "maps_backward_kernel"}
 HOPPER_KERNELS = {"walk_kernel", "state_kernel", "chunk_backward_kernel"}
 INVARIANT_KERNELS = ("recur_kernel", "attend_kernel")
@@ -86,8 +88,8 @@ ROWS_KERNELS = {  # of several sequences' steps, where these were timed
     "ring_step_kernel",
     "settle_kernel",
 }
-CAPABILITIES = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120, "gfx942": 0}
-SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB that a program may have
+CAPABILITIES = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
+SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB that a program may have
 
 
 def compile_scan(
@@ -388,18 +390,20 @@ def test_kernels_compile_everywhere(target: str) -> None:
             assert [kernel["name"] for kernel in kernels if kernel["name"] in INVARIANT_KERNELS] == [*INVARIANT_KERNELS]
         for kernel in kernels:
             assert kernel["shared"] <= SHARED[target] * 1024, (case, kernel)
-            assert kernel["stack"] <= WIDE_STACK.get(case, kernel["stack"]), (case, kernel)
     if target == "sm_90":
-        # The backward uses every register there is and parks a few words outside its loops.
+        # The backward uses every register there is and parks a few words outside its loops; a block of tokens, too, was
+        # measured to be fastest with tiles of which a few words are parked.
         for kernel in found["plain"] + found["mixer"]:
-            assert kernel["stack"] <= (256 if kernel["name"] == "chunk_backward_kernel" else 0), kernel
+            assert kernel["stack"] <= {"chunk_backward_kernel": 256, "block_kernel": 128}.get(kernel["name"], 0), kernel
         # Where consumers spill, the assembler has every product of theirs wait for the one before it.
         for kernel in found["large state"] + found["wide heads"]:
             assert kernel["stack"] <= 128, kernel
+        for kernel in found["wide"] + found["wide fp32"]:
+            assert kernel["stack"] <= WIDE_STACK, kernel
 
 
 if __name__ == "__main__":
     target = sys.argv[1]
-    chosen = SCANS | HOPPER_SCANS if target == "sm_90" else SCANS
+    chosen = SCANS | HOPPER_SCANS | WIDE_SCANS if target == "sm_90" else SCANS
     found = {name: compile_scan(target, **case) for name, case in chosen.items()}
     print(json.dumps(found | {"mixer": compile_mixer(target)}))
