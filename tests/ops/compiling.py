@@ -30,8 +30,8 @@ class Kernel(NamedTuple):
 
     name: str
     shared: int  # bytes of shared memory
-    registers: int  # of a thread
-    stack: int  # bytes of local memory a thread: what was spilled
+    registers: int | None  # None where the target has no tool that tells
+    stack: int | None  # bytes of local memory a thread: what was spilled
     warps: int
     code: str  # a digest of its assembly, without what says where in the source it came from
 
@@ -79,16 +79,14 @@ def compile_only(target: str) -> Iterator[list[Kernel]]:
 
 def _describe(kernel: object, target: str) -> Kernel:
     metadata = kernel.metadata
+    registers = stack = None
     if target.startswith("sm_"):
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
             file.flush()
             usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        keys = "REG", "STACK"
-    else:
-        usage, keys = kernel.asm["amdgcn"], (r"\.vgpr_count", r"\.private_segment_fixed_size")
-    registers, stack = (int(re.search(rf"{key}:\s*(\d+)", usage)[1]) for key in keys)
+        registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
     assembly = (kernel.asm.get("ptx") or kernel.asm["amdgcn"]).split("\t.section\t.debug")[0]
     lines = (
         re.sub(r"//.*|^\s*(\.loc|\.file)\b.*|\$L__tmp\d+:|^\.?Ltmp\d+:|^\s*;.*", "", line)

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-# Sizes of a 2.7B model's layer; every option with wide heads; odd sizes, packed; segments in fp32; the widest state.
+# Sizes of a 2.7B model's layer; every option with wide heads; odd sizes, packed; segments in fp32; its widest state.
 SCANS: dict[str, dict[str, Any]] = {
     "plain": {},
     "options": {"P": 128, "dtype": "float16", "z": True, "D": 2, "documents": True},
     "odd": {"P": 48, "N": 24, "T": 100, "G": 2, "packed": True},
     "segments": {"N": 64, "T": 16384, "dtype": "float32"},
+    "wide": {"N": 256, "dtype": "float32"},
     "odd slices": {"P": 48, "N": 24, "T": 100, "G": 2, "slices": True},
 }
 # Sizes and options that take other paths through the kernels made for Hopper, where "plain" goes too.
@@ -32,11 +33,7 @@ HOPPER_SCANS: dict[str, dict[str, Any]] = {
     "wide heads": {"P": 128},
     "slices": {"P": 128, "slices": True},
 }
-WIDE_SCANS: dict[str, dict[str, Any]] = {
-    "wide": {"N": 256, "packed": True},
-    "wide fp32": {"N": 256, "dtype": "float32"},
-}
-WIDE_STACK = 768  # bytes of local memory that a thread of theirs may have; it was 15,000 where tiles were as wide
+SLOWEST = "wide"  # compiled for one target
 SCAN_KERNELS = {"walk_kernel", "state_kernel", "inputs_backward_kernel", "maps_backward_kernel"}
 HOPPER_KERNELS = {"walk_kernel", "state_kernel", "chunk_backward_kernel"}
 INVARIANT_KERNELS = ("recur_kernel", "attend_kernel")
@@ -372,7 +369,7 @@ def test_kernels_compile_everywhere(target: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     source = Path(__file__).resolve().parents[2] / "src"
     environment["PYTHONPATH"] = os.pathsep.join([str(source), environment.get("PYTHONPATH", "")])
-    if target != "sm_90":  # which is asked most of: lines take the compiler long
+    if target != "sm_90":  # of which more is asked than that its kernels compile and fit: lines take the compiler long
         environment["TRITON_DISABLE_LINE_INFO"] = "1"
     command = [sys.executable, "-W", "error", __file__, target]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -398,12 +395,10 @@ def test_kernels_compile_everywhere(target: str) -> None:
         # Where consumers spill, the assembler has every product of theirs wait for the one before it.
         for kernel in found["large state"] + found["wide heads"]:
             assert kernel["stack"] <= 128, kernel
-        for kernel in found["wide"] + found["wide fp32"]:
-            assert kernel["stack"] <= WIDE_STACK, kernel
 
 
 if __name__ == "__main__":
     target = sys.argv[1]
-    chosen = SCANS | HOPPER_SCANS | WIDE_SCANS if target == "sm_90" else SCANS
+    chosen = SCANS | HOPPER_SCANS if target == "sm_90" else {k: v for k, v in SCANS.items() if k != SLOWEST}
     found = {name: compile_scan(target, **case) for name, case in chosen.items()}
     print(json.dumps(found | {"mixer": compile_mixer(target)}))

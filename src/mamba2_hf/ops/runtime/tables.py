@@ -32,11 +32,6 @@ class Chip(NamedTuple):
         """Whether tiles can be copied by descriptor."""
         return self.backend == "cuda" and self.capability >= 90
 
-    @property
-    def multiplies_from_shared(self) -> bool:
-        """Whether matrix products take operands from shared memory: from Hopper on, but for consumer Blackwell."""
-        return self.has_tma and self.capability < 120
-
 
 class Config(NamedTuple):
     """Launch parameters of one SSD kernel."""
@@ -86,24 +81,15 @@ def precision(chip: Chip, dtype: torch.dtype) -> str:
     return "tf32x3" if chip.backend == "cuda" else "ieee"
 
 
-FP32_PART = 32  # columns of an operand of fp32
-
-
-def holds_maps(dtype: torch.dtype, N: int) -> bool:
-    """Whether ``walk_kernel`` and ``inputs_backward_kernel`` hold all columns of B and C.
-
-    In fp32, where each operand is split in two, many columns would take all registers.
-    """
-    return dtype != torch.float32 or N <= FP32_PART
-
-
 def walk(chip: Chip, dtype: torch.dtype, P: int, N: int) -> Config:
     """Launch parameters of ``walk_kernel``: the whole state column, ``N x BP`` fp32, stays in registers."""
-    wide = N > 128
+    bn = tile(N, 256)
     if dtype == torch.float32:
-        return Config(Q=32, BP=tile(P, 16 if wide else 32), BN=tile(N, FP32_PART), warps=4, stages=1)
-    bp, stages = tile(P, 32 if wide else 64), _stages(chip, 1 if wide else 2)
-    return Config(Q=64, BP=bp, BN=tile(N, 128), warps=_warps(chip, 4), stages=stages)
+        return Config(Q=32, BP=tile(P, 32), BN=bn, warps=4, stages=1)
+    narrow = bn > 128
+    return Config(
+        Q=64, BP=tile(P, 32 if narrow else 64), BN=bn, warps=_warps(chip, 4), stages=_stages(chip, 1 if narrow else 2)
+    )
 
 
 def state(chip: Chip, dtype: torch.dtype, P: int, N: int, Q: int) -> Config:
@@ -114,11 +100,11 @@ def state(chip: Chip, dtype: torch.dtype, P: int, N: int, Q: int) -> Config:
 
 def inputs_backward(chip: Chip, dtype: torch.dtype, P: int, N: int) -> Config:
     """Launch parameters of ``inputs_backward_kernel``; its Q is that of the whole backward."""
-    wide = N > 128
+    bn = tile(N, 256)
     if dtype == torch.float32:
-        return Config(Q=32, BP=tile(P, 16 if wide else 32), BN=tile(N, FP32_PART), warps=4, stages=1, heads=8)
-    bp, stages = tile(P, 32 if wide else 64), _stages(chip, 2 if P <= 64 and not wide else 1)
-    return Config(Q=64, BP=bp, BN=tile(N, 128), warps=_warps(chip, 4), stages=stages, heads=20)
+        return Config(Q=32, BP=tile(P, 32), BN=bn, warps=4, stages=1, heads=8)
+    stages = _stages(chip, 2 if P <= 64 and bn <= 128 else 1)
+    return Config(Q=64, BP=tile(P, 64), BN=bn, warps=_warps(chip, 4), stages=stages, heads=20)
 
 
 def maps_backward(chip: Chip, dtype: torch.dtype, P: int, N: int, Q: int) -> Config:
@@ -137,8 +123,8 @@ def _stages(chip: Chip, stages: int) -> int:
 
 
 def _warps(chip: Chip, warps: int) -> int:
-    """Twice the warps on CUDA where matrix products take their operands from registers."""
-    return 2 * warps if chip.backend == "cuda" and not chip.multiplies_from_shared else warps
+    """Twice the warps before Hopper, where matrix products take their operands from registers."""
+    return 2 * warps if chip.backend == "cuda" and chip.capability < 90 else warps
 
 
 def heads_per_program(per_group: int, most: int) -> int:
@@ -184,6 +170,17 @@ def hopper_gradients(chip: Chip, per_group: int, N: int, rows: int) -> HopperCon
     wanted = -(-2 * chip.processors // rows)
     blocks = next(n for n in range(1, per_group + 1) if per_group % n == 0 and (n >= wanted or n == per_group))
     return HopperConfig(per_group // blocks, 1 if N == 256 else 3, 232, 168)
+
+
+LARGEST_16_BIT_STATE = 128
+
+
+def takes_fp32(shape: SSDShape, dtype: torch.dtype) -> bool:
+    """Whether the portable kernels take 16-bit inputs of these sizes as fp32.
+
+    In the product that updates a wide 16-bit state, Triton 3.6 reads past shared memory on Hopper.
+    """
+    return dtype != torch.float32 and shape.state > LARGEST_16_BIT_STATE
 
 
 SEGMENT = 1024  # tokens under which a sequence is not cut
@@ -415,7 +412,7 @@ def ring_tile(dtype: torch.dtype, kept: torch.dtype, P: int, N: int) -> RingTile
     of the state together.
     """
     channels = max(16, min(RING_STATE_TILE // (N * dtype.itemsize), RING_CHANNELS, P))
-    narrow = {dtype, kept} == {torch.bfloat16} and N <= 128
+    narrow = {dtype, kept} == {torch.bfloat16} and N <= LARGEST_16_BIT_STATE
     return RingTile(
         channels, min(128 // dtype.itemsize, N), min(RING_FOLD, N), registers=RING_REGISTERS if narrow else None
     )

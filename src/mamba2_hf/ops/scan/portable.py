@@ -23,9 +23,8 @@ def chunk_size(call: Call) -> int:
 
 def walk(call: Call, cut: Cut, entry: Tensor | None) -> tuple[Tensor, Tensor]:
     """``y`` and the final states; ``entry (segments, H, P, N)`` enters the segments."""
-    (x, _, _, B, C, D, z, *_), tma = call.args, call.tma
-    P, N = call.shape.head_dim, call.shape.state
-    config = tables.walk(call.chip, x.dtype, P, N)
+    (x, _, _, B, C, D, z, *_), P, tma = call.args, call.shape.head_dim, call.tma
+    config = tables.walk(call.chip, x.dtype, P, call.shape.state)
     y = (torch.zeros if call.packed else torch.empty)(x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty(call.state_shape, dtype=torch.float32, device=x.device)
     launch(
@@ -43,7 +42,6 @@ def walk(call: Call, cut: Cut, entry: Tensor | None) -> tuple[Tensor, Tensor]:
         **_tiles(config),
         D_RANK=0 if D is None else D.dim(),
         HAS_Z=z is not None,
-        HOLD=tables.holds_maps(x.dtype, N),
         HAS_ENTRY=entry is not None,
         **_flags(call, cut),
     )
@@ -124,7 +122,6 @@ def gradients(
         **_tiles(config),
         D_RANK=0 if D is None else D.dim(),
         HAS_Z=z is not None,
-        HOLD=tables.holds_maps(x.dtype, N),
         **_flags(call, cut),
     )
 

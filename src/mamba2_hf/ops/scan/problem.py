@@ -126,8 +126,7 @@ def prepare(given: Scan) -> Call:
     z = None if given.z is None else channels_last(given.z)
     seq_idx, cu_seqlens = given.packing
     chip = tables.current_chip()
-    # A descriptor would read on into the next document: packed rows are read through masked pointers. So are all where
-    # tiles that a descriptor brings would have to be taken to registers whole.
+    # A descriptor would read on into the next document: packed rows are read through masked pointers.
     aligned = all(fits_tma(t) for t in (x, B, C, z) if t is not None)
     args = given._replace(
         x=x,
@@ -141,7 +140,7 @@ def prepare(given: Scan) -> Call:
         initial_states=dense(given.initial_states),
         packing=Packing(seq_idx, cu_seqlens if cu_seqlens is None else cu_seqlens.to(x.device)),
     )
-    return Call(args, given.shape, chip, tma=chip.multiplies_from_shared and cu_seqlens is None and aligned)
+    return Call(args, given.shape, chip, tma=chip.has_tma and cu_seqlens is None and aligned)
 
 
 def cut(call: Call, Q: int, *, marks: bool = False) -> Cut:

@@ -14,17 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import (
-    chunk_bounds,
-    load_chunk_state,
-    load_documents,
-    load_part,
-    load_parts,
-    load_steps,
-    load_tokens,
-    store_tokens,
-    widen,
-)
+from .tiles import chunk_bounds, load_chunk_state, load_documents, load_steps, load_tokens, store_tokens, widen
 
 
 @triton.jit
@@ -52,16 +42,14 @@ def inputs_backward_kernel(
     o_row, o_token, o_head, d_row, d_token, d_head,
     PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    HOLD: tl.constexpr, D_RANK: tl.constexpr, HAS_Z: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    D_RANK: tl.constexpr, HAS_Z: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
     PACKED: tl.constexpr, TMA: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x and z, and what those of steps and log decays need, for one chunk and ``HEADS`` heads of a group.
 
-    Tiles of ``BN`` columns of B, C and the states are held for all products (``HOLD``), or read for each.
     ``dots (chunks, H, 2, Q)``: row and column sums. ``ends (chunks, H)``: what stands at the chunk's last token.
     """
     P_TILES: tl.constexpr = (P + BP - 1) // BP
-    PARTS: tl.constexpr = (N + BN - 1) // BN
     blocks = H // HEADS
     block = tl.program_id(0) % blocks
     chunk = tl.program_id(0) // blocks
@@ -72,13 +60,9 @@ def inputs_backward_kernel(
     h0 = block * HEADS
     g = h0 // PER_GROUP
     q = tl.arange(0, Q)
-    b_tiles = load_parts(B, b_row, b_token, b_head, row, start, end, g, Q, BN, N, TMA, HOLD)  # (Q, N)
-    c_tiles = load_parts(C, c_row, c_token, c_head, row, start, end, g, Q, BN, N, TMA, HOLD)  # (Q, N)
-    scores = tl.zeros([Q, Q], tl.float32)  # rows j, columns i
-    for part in tl.static_range(PARTS):
-        b_tile = load_part(b_tiles, part, B, b_row, b_token, b_head, row, start, end, g, Q, BN, N, TMA, HOLD)
-        c_tile = load_part(c_tiles, part, C, c_row, c_token, c_head, row, start, end, g, Q, BN, N, TMA, HOLD)
-        scores = tl.dot(b_tile, tl.trans(c_tile), scores, input_precision=PRECISION)
+    b_tile = load_tokens(B, b_row, b_token, b_head, row, start, end, g, 0, Q, BN, N, TMA)  # (Q, N)
+    c_tile = load_tokens(C, c_row, c_token, c_head, row, start, end, g, 0, Q, BN, N, TMA)  # (Q, N)
+    scores = tl.dot(b_tile, tl.trans(c_tile), input_precision=PRECISION)  # (Q, Q): rows j, columns i
     causal = q[:, None] <= q[None, :]
     if HAS_DOCUMENTS:
         doc, doc_before, doc_last = load_documents(document, chunk, start, Q)
@@ -105,32 +89,15 @@ def inputs_backward_kernel(
             skip = tl.load(D + h).to(tl.float32)
         for tile in tl.static_range(P_TILES):
             p0 = tile * BP
-            grad = tl.zeros([Q, BP], tl.float32)
-            out = tl.zeros([Q, BP], tl.float32)
-            held = ()
-            dheld = ()
-            for part in tl.static_range(PARTS):
-                n0 = part * BN
-                # Their product comes first, so that registers hold the two tiles no longer than that.
-                dstate = load_chunk_state(dstates, chunk * H + h, n0, p0, P, N, BP, BN, TMA)  # (N, P)
-                state = load_chunk_state(states, chunk * H + h, n0, p0, P, N, BP, BN, TMA)  # (N, P)
-                at_last += passes * tl.sum(tl.sum(widen(state, ASM) * widen(dstate, ASM), 1), 0)
-                if HOLD:
-                    held = held + (state,)
-                    dheld = dheld + (dstate,)
-                else:
-                    b_part = load_tokens(B, b_row, b_token, b_head, row, start, end, g, n0, Q, BN, N, TMA)
-                    grad = tl.dot(b_part, dstate, grad, input_precision=PRECISION)
-                    c_part = load_tokens(C, c_row, c_token, c_head, row, start, end, g, n0, Q, BN, N, TMA)
-                    out = tl.dot(c_part, state, out, input_precision=PRECISION)
+            # Their product comes first, so that registers hold the two tiles no longer than that.
+            dstate = load_chunk_state(dstates, chunk * H + h, 0, p0, P, N, BP, BN, TMA)  # (N, P)
+            state = load_chunk_state(states, chunk * H + h, 0, p0, P, N, BP, BN, TMA)  # (N, P)
+            at_last += passes * tl.sum(tl.sum(widen(state, ASM) * widen(dstate, ASM), 1), 0)
             if D_RANK == 2:
                 p = p0 + tl.arange(0, BP)
                 skip = tl.load(D + h * P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
 
-            if HOLD:
-                for part in tl.static_range(PARTS):
-                    grad = tl.dot(b_tiles[part], dheld[part], grad, input_precision=PRECISION)
-            grad *= (leaves * step)[:, None]
+            grad = tl.dot(b_tile, dstate, input_precision=PRECISION) * (leaves * step)[:, None]
             x_tile = load_tokens(x, x_row, x_token, x_head, row, start, end, h, p0, Q, BP, P, TMA)  # (Q, P)
             at_last += tl.sum(grad * widen(x_tile, ASM))
             dy_tile = load_tokens(dy, d_row, d_token, d_head, row, start, end, h, p0, Q, BP, P, TMA)  # (Q, P)
@@ -140,10 +107,7 @@ def inputs_backward_kernel(
                 grad += widen(dy_tile, ASM) * skip
             store_tokens(dx, grad.to(x_tile.dtype), tokens * H * P, H * P, P, row, start, end, h, p0, Q, BP, P, TMA)
 
-            if HOLD:
-                for part in tl.static_range(PARTS):
-                    out = tl.dot(c_tiles[part], held[part], out, input_precision=PRECISION)
-            out *= enters[:, None]
+            out = tl.dot(c_tile, state, input_precision=PRECISION) * enters[:, None]
             out = tl.dot(tl.trans(weights), x_tile, out, input_precision=PRECISION)
             row_sum += tl.sum(out * widen(dy_tile, ASM), 1)
             if HAS_Z:

@@ -12,8 +12,6 @@ import triton.language as tl
 
 from .tiles import (
     load_documents,
-    load_part,
-    load_parts,
     load_steps,
     load_tokens,
     segment_bounds,
@@ -31,16 +29,13 @@ def walk_kernel(
     x_row, x_token, x_head, b_row, b_token, b_head, c_row, c_token, c_head, z_row, z_token, z_head,
     PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    HOLD: tl.constexpr, D_RANK: tl.constexpr, HAS_Z: tl.constexpr, HAS_ENTRY: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
+    D_RANK: tl.constexpr, HAS_Z: tl.constexpr, HAS_ENTRY: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    PACKED: tl.constexpr, TMA: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``y`` of one segment, head and channel tile; the state after the sequence goes to ``final (sequences, H, P, N)``.
 
-    ``entry (segments, H, P, N)`` is the state before each segment (zero without). The state is a tuple of tiles of
-    ``BN`` columns, so that one at a time is an operand: products over more of them do not fit the registers. Those of
-    B and C are held for all products of a chunk (``HOLD``), or read for each.
+    ``entry (segments, H, P, N)`` is the state before each segment (zero without).
     """
-    PARTS: tl.constexpr = (N + BN - 1) // BN
     TILES: tl.constexpr = (P + BP - 1) // BP
     segment = tl.program_id(0) // (H * TILES)
     h = tl.program_id(0) // TILES % H
@@ -51,14 +46,12 @@ def walk_kernel(
         if sequence < 0:
             return
     q = tl.arange(0, Q)
-    state = ()  # (N, P)
-    for part in tl.static_range(PARTS):
-        if HAS_ENTRY:
-            offsets, inside = state_tile(part * BN, p0, P, N, BP, BN)
-            before = tl.load(entry + (tl.cast(segment, tl.int64) * H + h) * (P * N) + offsets, mask=inside, other=0.0)
-            state = state + (before.to(tl.float32),)
-        else:
-            state = state + (tl.zeros([BN, BP], tl.float32),)
+    offsets, inside = state_tile(0, p0, P, N, BP, BN)
+    if HAS_ENTRY:
+        before = tl.load(entry + (tl.cast(segment, tl.int64) * H + h) * (P * N) + offsets, mask=inside, other=0.0)
+        state = before.to(tl.float32)  # (N, P)
+    else:
+        state = tl.zeros([BN, BP], tl.float32)
     if D_RANK == 1:
         skip = tl.load(D + h).to(tl.float32)
     if D_RANK == 2:
@@ -67,8 +60,8 @@ def walk_kernel(
 
     for c in tl.range(0, tl.cdiv(end - start, Q), num_stages=STAGES):
         t = start + c * Q
-        c_tiles = load_parts(C, c_row, c_token, c_head, row, t, end, g, Q, BN, N, TMA, HOLD)  # (Q, N)
-        b_tiles = load_parts(B, b_row, b_token, b_head, row, t, end, g, Q, BN, N, TMA, HOLD)  # (Q, N)
+        c_tile = load_tokens(C, c_row, c_token, c_head, row, t, end, g, 0, Q, BN, N, TMA)  # (Q, N)
+        b_tile = load_tokens(B, b_row, b_token, b_head, row, t, end, g, 0, Q, BN, N, TMA)  # (Q, N)
         x_tile = load_tokens(x, x_row, x_token, x_head, row, t, end, h, p0, Q, BP, P, TMA)  # (Q, P)
         step, log, whole = load_steps(steps, tl.cast(chunk + c, tl.int64) * H + h, Q)
         enters = tl.exp2(log)  # decay from the chunk's start to each token
@@ -81,20 +74,10 @@ def walk_kernel(
             enters = tl.where(doc == doc_before, enters, 0.0)
             leaves = tl.where(doc == doc_last, leaves, 0.0)
             passes = tl.where(doc_last == doc_before, passes, 0.0)
-        weights = tl.zeros([Q, Q], tl.float32)
-        out = tl.zeros([Q, BP], tl.float32)
-        for part in tl.static_range(PARTS):
-            c_tile = load_part(c_tiles, part, C, c_row, c_token, c_head, row, t, end, g, Q, BN, N, TMA, HOLD)
-            b_tile = load_part(b_tiles, part, B, b_row, b_token, b_head, row, t, end, g, Q, BN, N, TMA, HOLD)
-            weights = tl.dot(c_tile, tl.trans(b_tile), weights, input_precision=PRECISION)
-            if not HOLD:
-                out = tl.dot(c_tile, state[part].to(c_tile.dtype), out, input_precision=PRECISION)
+        weights = tl.dot(c_tile, tl.trans(b_tile), input_precision=PRECISION)  # (Q, Q)
         weights = tl.where(causal, weights, 0.0) * tl.exp2(tl.minimum(log[:, None] - log[None, :], 0.0))
         weights = (weights * step[None, :]).to(x_tile.dtype)
-        if HOLD:
-            for part in tl.static_range(PARTS):
-                out = tl.dot(c_tiles[part], state[part].to(x_tile.dtype), out, input_precision=PRECISION)
-        out *= enters[:, None]
+        out = tl.dot(c_tile, state.to(c_tile.dtype), input_precision=PRECISION) * enters[:, None]
         out = tl.dot(weights, x_tile, out, input_precision=PRECISION)
         if D_RANK > 0:
             out += widen(x_tile, ASM) * skip
@@ -103,17 +86,10 @@ def walk_kernel(
             out = out * gate / (1.0 + tl.exp(-gate))
         store_tokens(y, out.to(x_tile.dtype), tokens * H * P, H * P, P, row, t, end, h, p0, Q, BP, P, TMA)
         scaled = (widen(x_tile, ASM) * (leaves * step)[:, None]).to(x_tile.dtype)
-        after = ()
-        for part in tl.static_range(PARTS):
-            b_tile = load_part(b_tiles, part, B, b_row, b_token, b_head, row, t, end, g, Q, BN, N, TMA, HOLD)
-            passed = state[part] * passes
-            after = after + (tl.dot(tl.trans(b_tile), scaled, passed, input_precision=PRECISION),)
-        state = after
+        state = tl.dot(tl.trans(b_tile), scaled, state * passes, input_precision=PRECISION)
 
     if last:
-        for part in tl.static_range(PARTS):
-            offsets, inside = state_tile(part * BN, p0, P, N, BP, BN)
-            tl.store(final + (tl.cast(sequence, tl.int64) * H + h) * (P * N) + offsets, state[part], mask=inside)
+        tl.store(final + (tl.cast(sequence, tl.int64) * H + h) * (P * N) + offsets, state, mask=inside)
 
 
 @triton.jit

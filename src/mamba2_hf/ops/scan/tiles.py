@@ -80,39 +80,6 @@ def load_tokens(
 
 
 @triton.jit
-def load_parts(
-    source, stride_row, stride_token, stride_head, row, start, end, head,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr, HOLD: tl.constexpr,
-):  # fmt: skip
-    """A tuple of the tiles that :func:`load_part` gives one by one; an empty one unless they are to be held."""
-    tiles = ()
-    if HOLD:
-        for part in tl.static_range((WIDTH + COLUMNS - 1) // COLUMNS):
-            tile = load_tokens(
-                *(source, stride_row, stride_token, stride_head, row, start, end, head, part * COLUMNS),
-                *(ROWS, COLUMNS, WIDTH, TMA),
-            )
-            tiles = tiles + (tile,)
-    return tiles
-
-
-@triton.jit
-def load_part(
-    held, part: tl.constexpr, source, stride_row, stride_token, stride_head, row, start, end, head,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr, HOLD: tl.constexpr,
-):  # fmt: skip
-    """Tile ``part`` of ``COLUMNS`` columns: what :func:`load_parts` has left in ``held``, or read now."""
-    if HOLD:
-        tile = held[part]
-    else:
-        tile = load_tokens(
-            *(source, stride_row, stride_token, stride_head, row, start, end, head, part * COLUMNS),
-            *(ROWS, COLUMNS, WIDTH, TMA),
-        )
-    return tile
-
-
-@triton.jit
 def store_tokens(
     target, tile, stride_row, stride_token, stride_head, row, start, end, head, column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr,

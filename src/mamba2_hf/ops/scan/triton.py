@@ -39,7 +39,7 @@ class ScanPasses:
         """``y`` and the final states; ``entering`` is given where rows are slices."""
         x = self.given.x
         y, final = self.kernels.walk(self.call, self.cut, self._entry(entering))
-        return y.view(x.shape), final.view(final.shape[0], *x.shape[2:], final.shape[3])
+        return y.to(x.dtype).view(x.shape), final.view(final.shape[0], *x.shape[2:], final.shape[3])
 
     def backward(
         self, dy: Tensor, dfinal: Tensor | None, into: Into | None = None, entering: Entering | None = None
@@ -74,7 +74,9 @@ class ScanPasses:
         )
         share = sum_rows(shares, torch.float32)  # of A, dt_bias and D
         dx, dB, dC, dD, dz = found.dx, found.dB, found.dC, found.dD, found.dz
-        if into is not None:
+        if into is None:
+            dx, dB, dC = (t.to(given.x.dtype) for t in (dx, dB, dC))
+        else:
             dx, dB, dC = (_place(*pair) for pair in zip((dx, dB, dC), into, strict=False))
         if dD is None and given.D is not None:
             dD = share[2]
@@ -86,7 +88,7 @@ class ScanPasses:
             dB,
             dC,
             None if given.D is None else dD.to(given.D.dtype),
-            dz,
+            None if dz is None else dz.to(given.x.dtype),
             None if bias is None else share[1].to(bias.dtype),
             None if initial is None else found.dinitial.view(initial.shape).to(initial.dtype),
         )
@@ -201,6 +203,9 @@ def _route(call: Call) -> tuple[Call, ModuleType]:
         hopper = _hopper()
         if hopper is not None and hopper.serves(narrow):
             return narrow, hopper
+    if tables.takes_fp32(call.shape, args.x.dtype):
+        z = None if args.z is None else args.z.float()
+        call = prepare(args._replace(x=args.x.float(), B=args.B.float(), C=args.C.float(), z=z))
     return call, portable
 
 
