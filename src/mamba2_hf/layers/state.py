@@ -458,15 +458,13 @@ class SSDState(Recorder):
             for state, place in known:
                 state.settle(place)
         pairs = []
+        buffers: dict[str, Tensor | None] = dict.fromkeys(("ready", *_RING, *_BLOCK))
         for name in (*_STATES, *_RING) if as_it_is else _STATES:
-            buffer: Tensor = getattr(source, name)
-            new = buffer.new_zeros if len(known) < len(rows) else buffer.new_empty
-            into = new(len(rows), *buffer.shape[1:])
-            pairs += [
-                (own, getattr(row[0], name)[row[1]]) for own, row in zip(into, rows, strict=True) if row is not None
-            ]
-            self.replace(**{name: into})
-        self.replace(ready=None, **dict.fromkeys(_BLOCK))
+            held: Tensor = getattr(source, name)
+            new = held.new_zeros if len(known) < len(rows) else held.new_empty
+            buffers[name] = into = new(len(rows), *held.shape[1:])
+            pairs += [(into[i], getattr(row[0], name)[row[1]]) for i, row in enumerate(rows) if row is not None]
+        self.replace(**buffers)
         if not as_it_is:
             self._make_ring()
         self._in_use = self._in_others_ring = as_it_is

@@ -192,7 +192,7 @@ class PrefixCache:
             return
         if text not in self._new and text not in self._used:
             assert self._of is not None
-            cache = Mamba2Cache(self._of[0].config, state_dtype=self._of[1]["state_dtype"])
+            cache = Mamba2Cache(self._of[0].config, state_dtype=self._of[1]["state_dtype"], defer_writes=False)
             cache.gather([row])
             state = _State(cache, cache.nbytes)
             if state.nbytes > self.max_bytes:
