@@ -165,6 +165,13 @@ def test_wide_heads_and_states(size: dict[str, Any], dtype: torch.dtype) -> None
     compare(make(**size, dtype=dtype), dtype)
 
 
+def test_parts_of_wide_states() -> None:
+    """Packed, with an empty document, and two groups; the last part is narrower than the others."""
+    packed = make(B=1, T=70, P=16, N=144, H=2, G=2, states=3, dtype=torch.float16)
+    compare(packed, torch.float16, cu_seqlens=torch.tensor([0, 33, 33, 70]))
+    compare(make(B=2, T=33, P=16, N=144, H=2, G=1, initial=False, dtype=torch.float16), torch.float16)
+
+
 # The interpreter multiplies bf16 tiles wrongly, so bf16 waits for a GPU.
 HALF = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
@@ -189,6 +196,9 @@ HOPPER = {
     "N 256": {"N": 256, "T": 200},
     "N 256, a group per head": {"N": 256, "T": 100, "H": 3, "G": 3},
     "N 256, many heads": {"N": 256, "H": 24, "G": 1, "T": 333},
+    "N 256, gate": {"N": 256, "T": 130, "z": True},
+    "P 16, N 256": {"P": 16, "N": 256, "T": 130},
+    "N 144": {"N": 144, "T": 130},
     "P 128": {"P": 128, "T": 200},
     "P 128, one token": {"P": 128, "T": 1, "D": 0},
     "P 128, a group per head": {"P": 128, "T": 65, "H": 3, "G": 3},
@@ -222,6 +232,8 @@ def test_documents_and_segments_on_a_gpu(monkeypatch: pytest.MonkeyPatch, segmen
     compare(wide, torch.bfloat16, seq_idx=ids)
     packed = make(B=1, T=700, P=128, N=128, H=4, G=1, states=3, dtype=torch.bfloat16)
     compare(packed, torch.bfloat16, cu_seqlens=torch.tensor([0, 65, 300, 690]))
+    wide = make(B=1, T=700, P=64, N=256, H=4, G=1, states=3, dtype=torch.bfloat16)
+    compare(wide, torch.bfloat16, cu_seqlens=torch.tensor([0, 65, 300, 690]))
 
 
 @pytest.mark.gpu

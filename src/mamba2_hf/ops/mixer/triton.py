@@ -34,7 +34,7 @@ from ..runtime.rows import dense
 from ..runtime.tables import cdiv
 from ..scan.op import Scan
 from ..scan.problem import Into
-from ..scan.triton import ScanPasses
+from ..scan.triton import scan_passes
 from ..spec import UNPACKED, LayerWeights, Linear, LowRank, MixerSpec, MixerWeights, Packing
 from .one_row import one_row_step
 from .op import Inner, Layer, LayerStep, Step, of_own_heads
@@ -61,7 +61,7 @@ class Mixer:
         self.conv = Conv(xbc, weights.conv_weight, weights.conv_bias, initial, call.packing, call.spec.activation)
         self.packing = documents(call.zxbcdt, call.packing)
         self.convolved, self.conv_state = conv_forward(self.conv, self.packing, states=call.states)
-        self.scan = ScanPasses(self._scan())
+        self.scan = scan_passes(self._scan(), entering)
 
     def _scan(self) -> Scan:
         """Arguments of the scan, which leaves the gate to what follows."""

@@ -6,7 +6,7 @@ The forward leaves nothing but its inputs for the backward, which recomputes the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -30,9 +30,9 @@ from .ssd_forward import link_kernel
 class ScanPasses:
     """The passes of one scan: what its forward and its backward have in common is prepared once."""
 
-    def __init__(self, given: Scan) -> None:
+    def __init__(self, given: Scan, call: Call | None = None) -> None:
         self.given = given
-        self.call, self.kernels = _route(prepare(given))
+        self.call, self.kernels = _route(prepare(given) if call is None else call)
         self.cut = cut(self.call, self.kernels.chunk_size(self.call), marks=self.kernels is not portable)
 
     def forward(self, entering: Entering | None = None) -> tuple[Tensor, Tensor]:
@@ -144,6 +144,66 @@ class ScanPasses:
         return states
 
 
+class PartsPasses:
+    """The passes of a scan of wide states, as of scans of parts of their columns: what these read adds up, and each has
+    states of its own.
+    """
+
+    def __init__(self, given: Scan) -> None:
+        self.sizes = [columns.shape[-1] for columns in given.B.split(tables.LARGEST_16_BIT_STATE, -1)]
+        initial: Any = [None] * len(self.sizes)
+        if given.initial_states is not None:
+            initial = given.initial_states.split(self.sizes, -1)
+        self.parts = [
+            ScanPasses(given._replace(B=B, C=C, D=None if place else given.D, initial_states=initial[place]))
+            for place, (B, C) in enumerate(
+                zip(given.B.split(self.sizes, -1), given.C.split(self.sizes, -1), strict=True)
+            )
+        ]
+
+    def forward(self, entering: Entering | None = None) -> tuple[Tensor, Tensor]:
+        """See :meth:`ScanPasses.forward`; nothing enters from elsewhere."""
+        ys, finals = zip(*(part.forward() for part in self.parts), strict=True)
+        return _added(ys), torch.cat(finals, -1)
+
+    def backward(
+        self, dy: Tensor, dfinal: Tensor | None, into: Into | None = None, entering: Entering | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """See :meth:`ScanPasses.backward`; nothing enters from elsewhere."""
+        leaving: Any = [None] * len(self.sizes) if dfinal is None else dfinal.split(self.sizes, -1)
+        found: Any = [part.backward(dy, leave) for part, leave in zip(self.parts, leaving, strict=True)]
+        dx, ddt, dA, dB, dC, dD, _, dbias, dinitial = zip(*found, strict=True)
+        gradients = Into(_added(dx), torch.cat(dB, -1), torch.cat(dC, -1), _added(ddt))
+        if into is not None:
+            gradients = Into(*(_place(*pair) for pair in zip(gradients, into, strict=True)))
+        return (
+            gradients.dx,
+            gradients.ddt,
+            _added(dA),
+            gradients.dB,
+            gradients.dC,
+            dD[0],
+            None,
+            None if dbias[0] is None else _added(dbias),
+            None if dinitial[0] is None else torch.cat(dinitial, -1),
+        )
+
+
+def _added(parts: Sequence[Tensor]) -> Tensor:
+    """The sum, rounded once."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part
+    return total.to(parts[0].dtype)
+
+
+def scan_passes(given: Scan, entering: Entering | None = None) -> ScanPasses | PartsPasses:
+    """The passes of a scan; ``entering`` is given where rows are slices."""
+    call = prepare(given)
+    wide = given.z is None and entering is None and tables.takes_fp32(call.shape, given.x.dtype)
+    return PartsPasses(given) if wide and _on_hopper(call) is None else ScanPasses(given, call)
+
+
 def _joined(states: Tensor, decay: Tensor, per_sequence: int, reverse: bool) -> tuple[Tensor, Tensor]:
     """The states of segments, ``(B s, H, P, N)``, each from zero, and their decays ``(B s, H)``, to those of whole
     sequences, ``(B, H, P, N)`` and ``(B, H)``.
@@ -170,12 +230,12 @@ def _flops(call: Any) -> int:
 @op("ssd_chunk_scan", fake=_fake, flops=(_flops, lambda call: flops.BACKWARD * _flops(call)))
 def scan(call: Scan) -> tuple[Tensor, Tensor]:
     """``y`` and the final states."""
-    return ScanPasses(call).forward()
+    return scan_passes(call).forward()
 
 
 @scan.backward
 def _backward(call: Scan, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-    return ScanPasses(call).backward(dy, dfinal)
+    return scan_passes(call).backward(dy, dfinal)
 
 
 _of_slices = scan.between(lambda call, entering: ScanPasses(call).forward(entering))
@@ -196,13 +256,19 @@ def _place(found: Tensor, target: Tensor) -> Tensor:
     return target if found.data_ptr() == target.data_ptr() else target.copy_(found)
 
 
+def _on_hopper(call: Call) -> tuple[Call, ModuleType] | None:
+    """The call as the kernels for Hopper take it, and the module that launches them; None where they do not."""
+    narrow, hopper = call.narrowed(tables.HOPPER_HEAD), None
+    if tables.hopper_kernels(call.chip, narrow.shape, call.args.x.dtype):
+        hopper = _hopper()
+    return (narrow, hopper) if hopper is not None and hopper.serves(narrow) else None
+
+
 def _route(call: Call) -> tuple[Call, ModuleType]:
     """The call as the fastest kernels for it take it, and the module that launches them."""
-    args, narrow = call.args, call.narrowed(tables.HOPPER_HEAD)
-    if tables.hopper_kernels(call.chip, narrow.shape, args.x.dtype):
-        hopper = _hopper()
-        if hopper is not None and hopper.serves(narrow):
-            return narrow, hopper
+    args, special = call.args, _on_hopper(call)
+    if special is not None:
+        return special
     if tables.takes_fp32(call.shape, args.x.dtype):
         z = None if args.z is None else args.z.float()
         call = prepare(args._replace(x=args.x.float(), B=args.B.float(), C=args.C.float(), z=z))
