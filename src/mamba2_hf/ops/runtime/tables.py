@@ -176,7 +176,7 @@ LARGEST_16_BIT_STATE = 128
 
 
 def takes_fp32(shape: SSDShape, dtype: torch.dtype) -> bool:
-    """Whether the portable kernels take 16-bit inputs of these sizes as fp32.
+    """Whether 16-bit inputs of these sizes are too wide for the portable kernels, which take them in parts or as fp32.
 
     In the product that updates a wide 16-bit state, Triton 3.6 reads past shared memory on Hopper.
     """
