@@ -26,7 +26,7 @@ import platform
 import shutil
 import string
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -57,6 +57,7 @@ from mamba2_hf import (
     parameter_groups,
     spread_layers,
 )
+from mamba2_hf.training import CapturedStep
 
 console = Console(stderr=True)
 transformers.utils.logging.disable_progress_bar()
@@ -205,6 +206,23 @@ def token_losses(model: torch.nn.Module, tokens: torch.Tensor, end: int) -> torc
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
+class StepLoss(torch.nn.Module):
+    """The mean loss of a step. The casts to bf16 belong to the step that is captured, not around it."""
+
+    def __init__(self, model: torch.nn.Module, end: int, losses: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.model, self.end, self.losses = model, end, losses
+
+    def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        with in_bf16(tokens.device):
+            return {"loss": self.losses(self.model, tokens, self.end).mean()}
+
+
+def in_bf16(device: torch.device) -> torch.autocast:
+    """bf16 matrix products over fp32 weights on a GPU; plain fp32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def windows(document: np.ndarray, window: int) -> Iterator[tuple[np.ndarray, int]]:
     """Windows that overlap by half, each with how many of its targets an earlier one has scored."""
     scored = 0
@@ -268,9 +286,7 @@ def train(
     head_dim: Annotated[int | None, typer.Option(help=f"P [default: {Recipe.head_dim}].")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the weights and the order of the windows [default: 0].")] = None,
     evaluate_every: Annotated[int, typer.Option(help="Steps between looks at the validation files.")] = 250,
-    compile: Annotated[
-        bool, typer.Option(help="Compile the step: a minute at first, then about twice the speed.")
-    ] = False,
+    compile: Annotated[bool, typer.Option(help="Compile the step, too, which is a CUDA graph on a GPU.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the model's folder.")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="A toy model for a first look on a CPU.")] = False,
 ) -> None:
@@ -329,10 +345,6 @@ class Run:
         folders = {"train": self.corpus or self.data, "validation": self.data}
         self.streams = {split: np.load(folder / f"{split}.npy") for split, folder in folders.items()}
 
-    def autocast(self) -> torch.autocast:
-        """bf16 matrix products over fp32 weights on a GPU; plain fp32 elsewhere."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
-
     def train(self, minutes: float, evaluate_every: int) -> None:
         recipe, model = self.recipe, self.model
         parameters = sum(p.numel() for p in model.parameters())
@@ -343,6 +355,7 @@ class Run:
         for _ in range(self.step):  # a resumed run goes on with the windows that come next
             next(order)
         losses = torch.compile(token_losses, dynamic=False) if self.compile else token_losses
+        step_of = CapturedStep(StepLoss(model, self.end, losses))
         started, before, first = time.monotonic(), self.seconds, self.step
         marks: list[float] = []
         model.train()
@@ -355,9 +368,7 @@ class Run:
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr
                 tokens = stream[next(order).to(self.device, non_blocking=True)[:, None] + offsets].long()  # (B, T + 1)
-                with self.autocast():
-                    loss = losses(model, tokens, self.end).mean()
-                loss.backward()
+                loss = step_of(tokens=tokens)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
@@ -390,7 +401,7 @@ class Run:
     def validate(self) -> float:
         """Loss on the validation files in nats per token; the best model so far is written out."""
         self.model.eval()
-        with self.autocast():
+        with in_bf16(self.device):
             nats = held_out_loss(
                 self.model, self.streams["validation"], self.end, self.recipe.window, self.recipe.batch
             )

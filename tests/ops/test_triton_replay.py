@@ -337,7 +337,7 @@ def test_nothing_is_held(runs: list[replay.Plan]) -> None:
         held = weakref.ref(out)
         del out
         assert held() is None
-    assert memory() == before
+    assert memory() <= before  # what others have left behind may go meanwhile
     assert len(runs) == 1
 
 

@@ -351,6 +351,10 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.stmt:
         node.decorator_list = [self.visit(decorator) for decorator in node.decorator_list]
+        if any(isinstance(base, ast.Name) and base.id == "NamedTuple" for base in node.bases):
+            for member in node.body:
+                if isinstance(member, ast.AnnAssign):  # the types of a tuple's fields may stand further down
+                    member.annotation = ast.Name("object", ast.Load())
         node.bases = [self.visit(base) for base in node.bases]
         node.keywords = [self.visit(keyword) for keyword in node.keywords]
         if not self.scopes:
