@@ -3,14 +3,14 @@
     python examples/train_tiny.py prepare      # files -> tokenizer, tokens, baselines; a few minutes on a CPU
     python examples/train_tiny.py train        # tokens -> model, curves, model card; minutes on a GPU
 
-The models that ship in the package were made by these two commands, with more to read for the second
-(`--corpus FOLDER`, built by `experiments/corpus.py` with the tokenizer of `prepare`): a Mamba-2, and with
-`--kind hybrid` one with attention in one layer, of the shape of Granite 4, so that whatever serves Granite 4 serves it
-after `mamba2-hf convert --to granitemoehybrid`. `--kind attention` trains a Transformer of their size, to compare with.
-To watch every part work on a CPU within a minute, add `--tiny` to both. Training goes on from where it stopped when it
-is given `--resume`; `evaluate` measures a model again and renews its card, with the losses of others beside its own
-after `--compare`. Between the two commands only the data folder is needed (20 MB), so they may run on different
-machines; `prepare` also needs `pip install sentencepiece protobuf`.
+The models that ship in the package were made by these two commands: a Mamba-2, and with `--kind hybrid` one with
+attention in one layer, of the shape of Granite 4, so that whatever serves Granite 4 serves it after `mamba2-hf convert
+--to granitemoehybrid`. `--kind attention` trains a Transformer of their size, to compare with, and `--corpus FOLDER`
+one that reads more, which `experiments/corpus.py` has built with the tokenizer of `prepare`. To watch every part work
+on a CPU within a minute, add `--tiny` to both. Training goes on from where it stopped when it is given `--resume`;
+`evaluate` measures a model again and renews its card, with the losses of others beside its own after `--compare`.
+Between the two commands only the data folder is needed (20 MB), so they may run on different machines; `prepare` also
+needs `pip install sentencepiece protobuf`.
 """
 
 from __future__ import annotations
@@ -306,6 +306,8 @@ def train(
         if before != run.read:
             had = "the --corpus that it was begun with" if before else "no --corpus"
             raise typer.BadParameter(f"{out} was trained on other files: --resume it with {had}")
+    if corpus is not None:
+        shutil.copy(corpus / "manifest.tsv", out / "corpus_manifest.tsv")
     run.train(minutes, evaluate_every)
     plot(out)
     measure(data, out, device)
@@ -340,8 +342,6 @@ class Run:
             fused=self.device.type == "cuda",
         )
         self.read = None if self.corpus is None else corpus_summary(self.corpus, self.data)
-        if self.corpus is not None:
-            shutil.copy(self.corpus / "manifest.tsv", self.out / "corpus_manifest.tsv")
         folders = {"train": self.corpus or self.data, "validation": self.data}
         self.streams = {split: np.load(folder / f"{split}.npy") for split, folder in folders.items()}
 
@@ -733,11 +733,7 @@ def card(model: PreTrainedModel, summary: dict, run: dict, metrics: dict, others
         shared=f"{summary['shared_test_lines']:.0%}",
         command=run["command"],
         corpus=corpus_text(read),
-        recall="\n".join(f"| {pairs} | {share:.0%} |" for pairs, share in metrics["recall"].items()),
-        positions="\n".join(
-            f"| {POSITIONS[i]:,} to {POSITIONS[i + 1] - 1:,} | {nats:.3f} |"
-            for i, nats in enumerate(metrics["positions"])
-        ),
+        context=context_text(metrics),
         steps=f"{recipe['steps']:,}",
         best_step=f"{run['best_step']:,}",
         windows=f"{recipe['batch']} windows of {recipe['window']:,} tokens",
@@ -775,6 +771,25 @@ DATA_TEXTS = {
     },
 }
 """What differs between the cards of models of the standard library and of a corpus."""
+
+
+def context_text(metrics: dict[str, Any]) -> str:
+    """How a model uses what stands before a token, for its card; nothing where that was not measured."""
+    if "recall" not in metrics:
+        return ""
+    recalled = [f"| {pairs} | {share:.0%} |" for pairs, share in metrics["recall"].items()]
+    bounds = itertools.pairwise(POSITIONS)
+    places = [
+        f"| {a:,} to {b - 1:,} | {nats:.3f} |" for (a, b), nats in zip(bounds, metrics["positions"], strict=False)
+    ]
+    lines = [
+        "**Recall.** Random tokens as keys and values, then every key again in another order: how often the value is "
+        "guessed.",
+        *("", "| pairs | right |", "|---|---|", *recalled, ""),
+        "**Length.** The test files one behind the other, in rows: nats per token by place in the row.",
+        *("", "| tokens before | nats per token |", "|---|---|", *places, "", ""),
+    ]
+    return "\n".join(lines)
 
 
 def corpus_text(corpus: dict[str, Any] | None) -> str:

@@ -291,12 +291,28 @@ def test_more_to_read(data: Path, trained: Path, tmp_path: Path) -> None:
     assert (out / "corpus_manifest.tsv").read_text() == "project\tversion\n"
     result = invoke("train", "--data", data, "--out", out, "--device", "cpu", "--resume")
     assert "the --corpus that it was begun with" in result
+    result = invoke("train", "--data", data, "--out", trained, "--device", "cpu", "--resume", "--corpus", corpus)
+    assert "with no --corpus" in result
+    assert not (trained / "corpus_manifest.tsv").exists()
     assert invoke("evaluate", "--data", data, "--out", out, "--device", "cpu", "--card-only", "--compare", trained)
     card = (out / "README.md").read_text()
     assert "| Mamba-2 | the standard library |" in card
     assert "| **Mamba-2** (this one) | the corpus |" in card
     (corpus / "tokenizer" / "tokenizer.json").write_text('{"model": {}}')
     assert "of another tokenizer" in invoke("train", *options, "--corpus", corpus)
+
+
+def test_a_model_measured_before_contexts_were_gets_a_card(trained: Path, data: Path, tmp_path: Path) -> None:
+    assert "**Recall.**" in (trained / "README.md").read_text()
+    shutil.copytree(trained, tmp_path / "old")
+    metrics = json.loads((trained / "metrics.json").read_text())
+    for name in ("recall", "positions"):
+        del metrics[name]
+    (tmp_path / "old" / "metrics.json").write_text(json.dumps(metrics))
+    assert invoke("evaluate", "--data", data, "--out", tmp_path / "old", "--card-only").startswith("0 ")
+    card = (tmp_path / "old" / "README.md").read_text()
+    assert "**Recall.**" not in card
+    assert "## Data" in card
 
 
 def test_evaluating_again_gives_the_same_numbers(trained: Path, data: Path) -> None:
