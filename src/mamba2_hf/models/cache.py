@@ -288,15 +288,15 @@ class Mamba2Cache(Cache):
         """
         if not self.static or not 0 <= row < self.batch_size:
             raise CacheError(f"put({row}) needs a static cache that holds such a row, and this one is {self!r}")
-        cache, place, length = source if isinstance(source, CacheRow) else (source, 0, 0)
-        if cache is not None:
-            if (not isinstance(source, CacheRow) and cache.batch_size != 1) or len(cache) != len(self):
-                raise CacheError(f"{cache!r} does not hold one sequence of the same model")
-            if cache.key_counts is None:
-                length = 0
-            elif not isinstance(source, CacheRow):
-                lengths = cache.key_counts.lengths
-                length = cache.key_counts.width if lengths is None else int(lengths)
+        if isinstance(source, Mamba2Cache):
+            if source.batch_size != 1:
+                raise CacheError(f"{source!r} does not hold one sequence of the same model")
+            counts = source.key_counts
+            lengths = None if counts is None else counts.lengths
+            source = CacheRow(source, 0, 0 if counts is None else counts.width if lengths is None else int(lengths))
+        cache, place, length = source or (None, 0, 0)
+        if cache is not None and len(cache) != len(self):
+            raise CacheError(f"{cache!r} does not hold one sequence of the same model")
         if self.key_counts is not None and length > self.get_max_length():
             raise CacheError(f"{cache!r} holds {length} keys, more than the {self.get_max_length()} of {self!r}")
         pairs: list[tuple[Tensor, Tensor]] = []

@@ -103,7 +103,7 @@ class HeadDrafts:
             embeddings = self._model.backbone._scale_embeddings(own[:, -new:])
             self._read(embeddings, hidden_states[:, :-1], keep[:, :-1], torch.full((len(keep),), new))
 
-    def accept(self, tokens: list[list[int]], kept: Tensor | None = None) -> None:
+    def accept(self, tokens: list[list[int]]) -> None:
         """See :class:`.speculation.Drafts`."""
         self._in_prompt = False
         counts = torch.tensor([len(new) for new in tokens])

@@ -151,13 +151,8 @@ class Drafts(Protocol):
     def propose(self, most: int) -> list[list[int]]:
         """At most so many tokens for each row that may come next."""
 
-    def accept(self, tokens: list[list[int]], kept: Tensor) -> None:
-        """Adds to every row the ``tokens`` that the model has chosen for it.
-
-        Args:
-            tokens: of each row; none for a row that has ended.
-            kept: ``(B,)`` how many tokens of the last block, its last token first, belong to each row's text.
-        """
+    def accept(self, tokens: list[list[int]]) -> None:
+        """Adds to every row the ``tokens`` that the model has chosen for it; none for one that has ended."""
 
 
 class LookupDrafts:
@@ -170,7 +165,7 @@ class LookupDrafts:
         """See :class:`Drafts`."""
         return [text.draft(most) for text in self._texts]
 
-    def accept(self, tokens: list[list[int]], kept: Tensor) -> None:
+    def accept(self, tokens: list[list[int]]) -> None:
         """See :class:`Drafts`."""
         for text, new in zip(self._texts, tokens, strict=True):
             text.extend(new)
@@ -218,7 +213,7 @@ class AssistantDrafts:
         """Logits ``(B, T, vocab)`` behind ``tokens (B, T)``."""
         return self._model(input_ids=tokens, past_key_values=self._cache, use_cache=True).logits  # type: ignore[no-any-return]
 
-    def accept(self, tokens: list[list[int]], kept: Tensor) -> None:
+    def accept(self, tokens: list[list[int]]) -> None:
         """See :class:`Drafts`."""
         self._unread = tokens
 
@@ -411,7 +406,7 @@ def decode(
         if block is not last:
             cache.crop(kept - block.shape[1])
             read |= late
-        drafts.accept(new, kept)
+        drafts.accept(new)
         for text, tokens in zip(texts, new, strict=True):
             text += tokens
         # Rows that have ended before the longest one, and whose last token has not been fed.
