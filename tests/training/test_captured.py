@@ -20,6 +20,11 @@ from mamba2_hf.errors import ArgumentError
 from mamba2_hf.training import CapturedStep, capture_training, captured, fully_shard_model
 
 VOCAB = 61
+# Of a Trainer: two rows a step, each step's loss in its log, and nothing else anywhere.
+QUIET: dict[str, Any] = {
+    **{"report_to": "none", "disable_tqdm": True, "save_strategy": "no"},
+    **{"logging_steps": 1, "per_device_train_batch_size": 2},
+}
 Zero = Callable[[torch.optim.Optimizer], None]
 ZEROS: dict[str, Zero] = {
     "none": lambda optimizer: optimizer.zero_grad(set_to_none=True),
@@ -349,12 +354,8 @@ class TestOnAGpu:
             arguments = TrainingArguments(
                 str(tmp_path),
                 bf16=True,
-                report_to="none",
-                disable_tqdm=True,
-                save_strategy="no",
-                logging_steps=1,
+                **QUIET,
                 max_steps=8,
-                per_device_train_batch_size=2,
                 gradient_accumulation_steps=2,
             )
             arguments._n_gpu = 1  # of those of one process, else the model is copied to all
@@ -380,12 +381,8 @@ class TestTrainer:
             args=TrainingArguments(
                 str(out),
                 use_cpu=True,
-                report_to="none",
-                disable_tqdm=True,
-                save_strategy="no",
-                logging_steps=1,
+                **QUIET,
                 learning_rate=1e-2,
-                per_device_train_batch_size=2,
                 num_train_epochs=4,
                 train_sampling_strategy="sequential",
                 dataloader_pin_memory=False,
