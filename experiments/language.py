@@ -7,7 +7,7 @@ answer    learning rates of a Mamba-2, a Transformer and a hybrid of the same si
 share     how many layers have attention (table 2)
 heads     which of x, B and C heads share (table 5), how many share them, and how many states and channels they have
 block     projections at once or one after the other, with and without a norm before the last (table 4), and MLPs
-scaling   three sizes of each, tokens in proportion to parameters (figure 9)
+scaling   four sizes of each, tokens in proportion to parameters (figure 9)
 length    loss by position far past the training length, for two state sizes
 speed     tokens a second in training, at 2K and at 16K tokens a row
 
@@ -44,7 +44,7 @@ RATES = {
     "hybrid": (4e-3, 8e-3, 2e-3, 1.6e-2),
     "attention": (1e-3, 2e-3, 5e-4, 4e-3),
 }
-BEST = {kind: rates[0] for kind, rates in RATES.items()}  # peak learning rates, as `answer` found them
+USUAL = {kind: rates[0] for kind, rates in RATES.items()}  # peak learning rates of all but `answer`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,13 +197,15 @@ def answer(data: str) -> list[Run]:
         for place in range(4)
         for kind, shape in SHAPES.items()
     ]
-    again = [Run(f"answer-{kind}-{BEST[kind]:g}-s1", data, shape, BEST[kind], seed=1) for kind, shape in SHAPES.items()]
+    again = [
+        Run(f"answer-{kind}-{USUAL[kind]:g}-s1", data, shape, USUAL[kind], seed=1) for kind, shape in SHAPES.items()
+    ]
     return grid + again
 
 
 def repeated(data: str) -> list[Run]:
     """As many tokens as in `answer`, but those of a twelfth of them, twelve times over."""
-    return [Run(f"repeated-{kind}", data, shape, BEST[kind], epochs=12) for kind, shape in SHAPES.items()]
+    return [Run(f"repeated-{kind}", data, shape, USUAL[kind], epochs=12) for kind, shape in SHAPES.items()]
 
 
 def share(data: str) -> list[Run]:
@@ -216,7 +218,7 @@ def share(data: str) -> list[Run]:
     }
     shapes["transformer"] = Shape("attention", 256, 6, mlp=864)
     return [
-        Run(f"share-{name}-s{seed}", data, shape, 0.75 * BEST[shape.kind], seed=seed)
+        Run(f"share-{name}-s{seed}", data, shape, 0.75 * USUAL[shape.kind], seed=seed)
         for seed in (0, 1)
         for name, shape in shapes.items()
     ]
@@ -251,7 +253,7 @@ def block(data: str) -> list[Run]:
 
 def _two_seeds(name: str, data: str, shapes: dict[str, Shape]) -> list[Run]:
     return [
-        Run(f"{name}-{each.replace(' ', '-')}-s{seed}", data, shape, BEST["mamba2"], tokens=24_000_000, seed=seed)
+        Run(f"{name}-{each.replace(' ', '-')}-s{seed}", data, shape, USUAL["mamba2"], tokens=24_000_000, seed=seed)
         for seed in (0, 1)
         for each, shape in shapes.items()
     ]
@@ -275,7 +277,7 @@ def scaling(data: str) -> list[Run]:
             "attention": Shape("attention", width, layers // 2, mlp=mlp),
         }
         runs += [
-            Run(f"scaling-{kind}-{width}", data, shape, factor * BEST[kind], tokens=tokens)
+            Run(f"scaling-{kind}-{width}", data, shape, factor * USUAL[kind], tokens=tokens)
             for kind, shape in shapes.items()
         ]
     return runs
@@ -288,7 +290,7 @@ def length(data: str) -> list[Run]:
             f"length-{state}-{window}",
             data,
             dataclasses.replace(MAMBA2, state=state),
-            BEST["mamba2"],
+            USUAL["mamba2"],
             batch=16_384 // window,
             window=window,
             far=65_536,
