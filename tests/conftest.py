@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import random
 import signal
 import threading
+import zlib
 
 # Set before torch and the Hub client are imported. The suite runs one process per core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from hypothesis import settings
@@ -66,6 +69,26 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # or libraries that count their objects at the end would miss some
+
+
+def seed(name: str) -> None:
+    number = zlib.crc32(name.encode())
+    random.seed(number)
+    numpy.random.seed(number)
+    torch.manual_seed(number)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest) -> None:
+    seed(f"{request.node.nodeid} {fixturedef.argname}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Gives a test the same random numbers on every machine, whichever tests run before it or beside it: libraries
+    draw some that no test can seed (PEFT's adapters), and what is rare should fail when it is written or never.
+    """
+    seed(item.nodeid)
 
 
 @pytest.fixture(scope="session")

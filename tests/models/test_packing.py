@@ -211,7 +211,7 @@ def test_packed_loss_is_the_token_weighted_mean(model: Any, ids: Tensor) -> None
             own = labels[:, start:stop]
             count = int((own[:, 1:] != -100).sum())
             if count:
-                sums.append(model(ids[:1, start:stop], labels=own).loss * count)
+                sums.append(model(ids[:1, start:stop], labels=own).loss.double() * count)
             counts.append(count)
         total = sum(sums)
         packed = model(ids[:1], labels=labels, cu_seq_lens_q=BOUNDS)

@@ -72,6 +72,7 @@ def arguments(op: Op, tokens: int, rows: int, dtype: torch.dtype) -> dict[str, T
         drawn["A_log"] = (-drawn.pop("A")).log()
         shapes = {"stream": (rows, tokens, 8), "norm_before": (8,), "in_weight": (wide, 8), "out_weight": (8, 24)}
         drawn |= {n: torch.randn(*s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+        drawn["in_weight"] /= 8**0.5  # as large as what it projects, or rounding of the step sizes grows with it
     return {name: value.to(dtype) for name, value in drawn.items() if isinstance(value, Tensor)}
 
 
