@@ -373,6 +373,9 @@ def replace(model: Any) -> None:
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "weights moved": replace,
+    "the same weights elsewhere": lambda model: setattr(
+        model.lm_head, "weight", nn.Parameter(model.lm_head.weight.detach().clone())
+    ),
     "another dtype": lambda model: model.to(torch.bfloat16),
     "an adapter": adapted,
     "an adapter off": lambda model: switch(adapted(model), False),

@@ -219,6 +219,42 @@ def test_one_that_is_used_outlives_those_that_join_with_it(in_fp64: Any) -> None
     assert kept.stats.evicted > 0
 
 
+def test_more_texts_than_there_is_room_for(in_fp64: Any) -> None:
+    """Where each would displace the next before it comes again, some stay, and are found."""
+    model, probe = in_fp64("pure"), PrefixCache(ROOM, min_tokens=8)
+    requests = [Request(tokens(20, seed), BASE) for seed in range(24)]
+    expected = [each.tokens for each in generate_batch(model, requests, prefix_cache=probe)]
+    kept = PrefixCache(8 * probe.stats.nbytes // probe.stats.states, min_tokens=8)
+    hits = []
+    for _ in range(4):
+        found = [each.tokens for request in requests for each in generate_batch(model, [request], prefix_cache=kept)]
+        assert found == expected
+        hits.append(kept.stats.hits)
+    assert hits[0] == 0
+    assert hits[-1] > hits[1]
+    assert kept.stats.states == 8
+    assert kept.stats.skipped > kept.stats.evicted
+
+
+def test_all_are_kept_again_once_one_was_found(in_fp64: Any) -> None:
+    model, probe = in_fp64("pure"), PrefixCache(ROOM, min_tokens=8)
+    requests = [Request(tokens(20, seed), BASE) for seed in range(40)]
+    generate_batch(model, requests[:1], prefix_cache=probe)
+    kept = PrefixCache(8 * probe.stats.nbytes // probe.stats.states, min_tokens=8)
+    generate_batch(model, requests[:12], prefix_cache=kept)
+    skipped = kept.stats.skipped
+    assert skipped > 0
+    while not kept.stats.hits:  # one is kept in the end of those that come twice
+        again = requests.pop()
+        for _ in range(2):
+            generate_batch(model, [again], prefix_cache=kept)
+    assert kept.stats.skipped > skipped
+    skipped = kept.stats.skipped
+    for request in requests[12:15]:
+        generate_batch(model, [request], prefix_cache=kept)
+    assert kept.stats.skipped == skipped
+
+
 def test_changed_weights_and_adapters_are_noticed(in_fp64: Any, tiny_model: Any) -> None:
     model, kept = tiny_model(), PrefixCache(ROOM, min_tokens=8)
     request = Request(tokens(20, 0), BASE)
@@ -409,12 +445,13 @@ def test_gathers_rows_of_different_lengths(in_fp64: Any) -> None:
     texts = [tokens(length, 0) for length in (9, 3)]
     one, other = (model.read(torch.tensor([text])) for text in texts)
     cache = Mamba2Cache(model.config)
-    cache.gather([None, CacheRow(one, 0, 9), CacheRow(other, 0, 3)])
-    assert (cache.batch_size, cache.seen_tokens, cache.padding.tolist()) == (3, 9, [9, 0, 6])
-    assert cache.finite_rows() == [True] * 3
+    rows = [None, CacheRow(one, 0, 9), CacheRow(one, 0, 9), CacheRow(other, 0, 3), None, CacheRow(one, 0, 9)]
+    cache.gather(rows)
+    assert (cache.batch_size, cache.seen_tokens, cache.padding.tolist()) == (6, 9, [9, 0, 0, 6, 9, 0])
+    assert cache.finite_rows() == [True] * 6
     more = tokens(4, 7)
-    found = model(torch.tensor([more] * 3), past_key_values=cache).logits
-    for row, text in enumerate([[], *texts]):
+    found = model(torch.tensor([more] * 6), past_key_values=cache).logits
+    for row, text in enumerate([[], texts[0], *texts, [], texts[0]]):
         torch.testing.assert_close(found[row], model(torch.tensor([text + more])).logits[0, -4:])
     with pytest.raises(CacheError, match="needs an empty cache"):
         cache.gather([None])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import CacheError
 from .placement import Placement
-from .state import NOT_RECORDED, Recorder, check_rows, last_before
+from .state import NOT_RECORDED, Recorder, check_rows, last_before, runs
 
 
 class KeyValueState(Recorder):
@@ -275,18 +275,18 @@ class KeyValueState(Recorder):
             rows: the other state, the row and how many tokens that has seen; None for one that has seen nothing. Not
                 all are None.
         """
-        source = next(row[0] for row in rows if row is not None)
-        pairs = [None if row is None else row[0].own_row(row[1], row[2]) for row in rows]
-        width = max(pair[0].shape[1] for pair in pairs if pair is not None)
+        known = [(first, first + count, row[0], row[1], row[2]) for first, count, row in runs(rows)]
+        source = known[0][2]
+        pairs = [state.own_row(place, tokens) for _, _, state, place, tokens in known]
+        width = max(pair[0].shape[1] for pair in pairs)
         buffers = [held.new_zeros(len(rows), held.shape[1], width, held.shape[3]) for held in source.pair]
-        for index, pair in enumerate(pairs):
-            for buffer, own in zip(buffers, pair or (), strict=False):
-                buffer[index, :, width - own.shape[1] :] = own
+        for (first, end, *_), pair in zip(known, pairs, strict=True):
+            for buffer, own in zip(buffers, pair, strict=True):
+                buffer[first:end, :, width - own.shape[1] :] = own
         conv = None if source.conv is None else source.conv.new_zeros(len(rows), *source.conv.shape[1:])
         if conv is not None:
-            for place, row in zip(conv, rows, strict=True):
-                if row is not None:
-                    place.copy_(row[0].conv[row[1]])  # type: ignore[index]
+            for first, end, state, place, _ in known:
+                conv[first:end] = state.conv[place]  # type: ignore[index]
         self.replace(keys=buffers[0], values=buffers[1], conv=conv)
         self.started = True
 

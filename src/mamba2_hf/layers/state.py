@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from .. import ops
 from ..errors import CacheError
 from ..ops.scan.reference import step_size
 
+_Row = TypeVar("_Row")
 _STATES = ("conv", "held")
 _RING = ("ring_x", "ring_decays", "ring_B", "clock")
 _BLOCK = ("block_inputs", "block_convolved", "block_steps", "kept")
@@ -36,6 +38,14 @@ def pick(buffer: Tensor, indices: Tensor) -> Tensor:
     """The rows of ``buffer`` at ``indices``, in its own memory where they are as many as before."""
     picked = buffer.index_select(0, indices.to(buffer.device))
     return buffer.copy_(picked) if picked.shape == buffer.shape else picked
+
+
+def runs(rows: Sequence[_Row | None]) -> Iterator[tuple[int, int, _Row]]:
+    """Of what stands at consecutive places: the first of them, how many they are, and what it is; nothing for None."""
+    for row, places in groupby(range(len(rows)), rows.__getitem__):
+        if row is not None:
+            first, *others = places
+            yield first, 1 + len(others), row
 
 
 def last_before(columns: Tensor, width: int, removed: int | Tensor) -> Tensor:
@@ -451,19 +461,21 @@ class SSDState(Recorder):
         Returns:
             what the caller is to fill, and what with: few launches for all layers.
         """
-        known = [row for row in rows if row is not None]
-        source = known[0][0]
+        known = list(runs(rows))
+        source = known[0][2][0]
         as_it_is = len(rows) == 1 and source.kept is None and source._in_use
         if not as_it_is:
-            for state, place in known:
+            for _, _, (state, place) in known:
                 state.settle(place)
         pairs = []
         buffers: dict[str, Tensor | None] = dict.fromkeys(("ready", *_RING, *_BLOCK))
         for name in (*_STATES, *_RING) if as_it_is else _STATES:
             held: Tensor = getattr(source, name)
-            new = held.new_zeros if len(known) < len(rows) else held.new_empty
+            new = held.new_zeros if None in rows else held.new_empty
             buffers[name] = into = new(len(rows), *held.shape[1:])
-            pairs += [(into[i], getattr(row[0], name)[row[1]]) for i, row in enumerate(rows) if row is not None]
+            for first, count, (state, place) in known:
+                own = getattr(state, name)[place : place + 1]
+                pairs.append((into[first : first + count], own if count == 1 else own.expand(count, *own.shape[1:])))
         self.replace(**buffers)
         if not as_it_is:
             self._make_ring()

@@ -17,14 +17,14 @@ from .norm import GatedRMSNorm, RMSNorm
 _PLAIN_TYPES = (nn.Linear, Head, nn.Conv1d, CausalConv1d, RMSNorm, GatedRMSNorm)
 _SHAPELESS = (__name__.partition(".")[0] + ".", "torch.nn.modules.", "peft.tuners.", "bitsandbytes.nn.")
 _FSDP2 = "torch.distributed.fsdp._fully_shard."
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def is_unhooked(module: nn.Module) -> bool:
     """Whether calling ``module`` runs the ``forward`` of its class, and nothing before or after it."""
     if hasattr(module, "_hf_hook") or "forward" in module.__dict__ or all_hooked():
         return False
-    return not any(getattr(module, hooks) for hooks in _HOOKS)
+    return not any(getattr(module, hooks) for hooks in HOOKS)
 
 
 def hooked_by_fsdp2(module: nn.Module) -> bool:
@@ -33,7 +33,7 @@ def hooked_by_fsdp2(module: nn.Module) -> bool:
     """
     if hasattr(module, "_hf_hook") or "forward" in module.__dict__ or all_hooked():
         return False
-    hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
+    hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
     return bool(hooks) and all(str(getattr(hook, "__module__", "")).startswith(_FSDP2) for hook in hooks)
 
 

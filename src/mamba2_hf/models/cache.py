@@ -552,10 +552,13 @@ class Mamba2Cache(Cache):
 
 
 def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Fills the first of each pair with the second; a launch for all of one kind, not for each."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
-    for pair in pairs:
-        kinds.setdefault((pair[0].device, pair[0].dtype), []).append(pair)
+    """Fills the first of each pair with the second; a launch for all of one kind, not for each, but of those where one
+    row fills several, whose strides are unlike and would have all of them copied one by one.
+    """
+    kinds: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
+    for into, source in pairs:
+        kind = (into.device, into.dtype, into.stride() == source.stride())
+        kinds.setdefault(kind, []).append((into, source))
     for alike in kinds.values():
         torch._foreach_copy_([into for into, _ in alike], [source for _, source in alike])
 

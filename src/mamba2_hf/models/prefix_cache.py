@@ -16,6 +16,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ArgumentError
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 _BYTES = 4
 """Of a token in a :func:`text_key`."""
+_RARELY = 8
+"""Of so many states one is kept where nobody comes back to any."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class PrefixCacheStats:
         states: that are held.
         nbytes: that they take.
         evicted: states that had to go for others.
+        skipped: states that were not kept, because those before them had to go before anybody went on from them.
     """
 
     hits: int = 0
@@ -50,6 +54,7 @@ class PrefixCacheStats:
     states: int = 0
     nbytes: int = 0
     evicted: int = 0
+    skipped: int = 0
 
 
 class _State(NamedTuple):
@@ -63,6 +68,11 @@ class PrefixCache:
     When a state needs room, those go first that nobody has gone on from yet, then the others, of either the ones used
     least recently: many texts that end at once do not displace what all prompts begin with. At most half of the budget
     is kept from new states in this way.
+
+    Where as many states as fit have had to go and nobody came back to one of them, there are more texts than the budget
+    has room for: one of eight, at random, is kept from then on, which stays long enough to be found, until somebody
+    comes back to one (bimodal insertion: Qureshi et al., "Adaptive insertion policies for high performance caching",
+    2007). Copies of the others would displace each other, for which the batch would wait.
 
     It may serve several batches of one model, one after the other. It forgets everything when the model's weights,
     adapters, modules or hooks have changed, as far as PyTorch counts that: call :meth:`clear` after weights were
@@ -95,7 +105,9 @@ class PrefixCache:
         self._new: OrderedDict[bytes, _State] = OrderedDict()  # used least recently first
         self._used: OrderedDict[bytes, _State] = OrderedDict()
         self._texts: list[bytes] = []  # the keys of both, sorted
-        self._evicted = 0
+        self._evicted = self._skipped = 0
+        self._in_vain = 0  # states that had to go since somebody came back to a new one
+        self._chance = Random(0)  # the same in all processes that share a model
         self._counts = {"hits": 0, "misses": 0, "tokens_saved": 0, "tokens_read": 0}
         self._of: tuple[SSDForCausalLM, dict[str, Any]] | None = None
 
@@ -103,7 +115,8 @@ class PrefixCache:
     def stats(self) -> PrefixCacheStats:
         """What it has saved since it was made, and what it holds now."""
         nbytes = _nbytes(self._new) + _nbytes(self._used)
-        return PrefixCacheStats(**self._counts, states=len(self._texts), nbytes=nbytes, evicted=self._evicted)
+        held = {"states": len(self._texts), "nbytes": nbytes, "evicted": self._evicted, "skipped": self._skipped}
+        return PrefixCacheStats(**self._counts, **held)
 
     def clear(self) -> None:
         """Forgets all states."""
@@ -158,6 +171,8 @@ class PrefixCache:
             near = self._texts[place - 1]
             common = shared_tokens(near, text)
             if common * _BYTES == len(near):
+                if near in self._new:
+                    self._in_vain = 0
                 return CacheRow(self._use(near).cache, 0, common)
             text = text[: common * _BYTES]  # all between a text and what it begins with begin with that, too
         return None
@@ -191,6 +206,10 @@ class PrefixCache:
         if row.tokens < self.min_tokens or not self.max_bytes:
             return
         if text not in self._new and text not in self._used:
+            in_vain = not used and self._in_vain >= max(len(self._texts), _RARELY)
+            if in_vain and self._chance.randrange(_RARELY):
+                self._skipped += 1
+                return
             assert self._of is not None
             cache = Mamba2Cache(self._of[0].config, state_dtype=self._of[1]["state_dtype"], defer_writes=False)
             cache.gather([row])
@@ -218,6 +237,7 @@ class PrefixCache:
     def _make_room(self, nbytes: int) -> None:
         more = _nbytes(self._new) + _nbytes(self._used) + nbytes - self.max_bytes
         while more > 0:
+            self._in_vain += bool(self._new)
             text, held = (self._new or self._used).popitem(last=False)
             del self._texts[bisect_left(self._texts, text)]
             more -= held.nbytes
