@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 import warnings
@@ -69,12 +70,24 @@ def test_each_gets_what_it_gets_alone(kind: str, device: str, tiny_model: Callab
     assert [each.tokens for each in ended] == [alone(model, request) for request in requests]
 
 
+def helper(kind: str, tiny_model: Callable[..., Any], tokens: int) -> Any:
+    """An assistant, which guesses so many tokens whatever it thinks of them."""
+    model = tiny_model(seed=1) if kind == "pure" else make_hybrid(kind, seed=1)
+    model.generation_config.update(num_assistant_tokens=tokens, assistant_confidence_threshold=0.0)
+    return model
+
+
 @on_each_device
 @pytest.mark.parametrize(
-    ("kind", "kept"), [*((kind, 0) for kind in ("pure", *ARCHITECTURES)), ("pure", 2**24), ("sliding", 2**24)]
+    ("kind", "source", "kept"),
+    [
+        *((kind, "lookup", 0) for kind in ("pure", *ARCHITECTURES)),
+        *(("pure", "lookup", 2**24), ("sliding", "lookup", 2**24)),
+        *(("pure", "pure", 2**24), ("pure", "sliding", 0), ("sliding", "pure", 0), ("rotary", "rotary", 2**24)),
+    ],
 )
 def test_rows_that_guess_ahead_write_what_they_write_alone(
-    kind: str, kept: int, device: str, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    kind: str, source: str, kept: int, device: str, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They join and leave while others do; what is sampled is the same too, as random numbers belong to places."""
     model, requests, widths = build(kind, tiny_model).to(device), [], []
@@ -97,7 +110,10 @@ def test_rows_that_guess_ahead_write_what_they_write_alone(
     heard: list[int] = []
     requests[2] = dataclasses.replace(requests[2], on_token=heard.append)
     prefix_cache = PrefixCache(kept, min_tokens=1)
-    ended = generate_batch(model, requests, slots=3, prompt_lookup_num_tokens=4, prefix_cache=prefix_cache)
+    guess: dict[str, Any] = {"prompt_lookup_num_tokens": 4}
+    if source != "lookup":
+        guess = {"assistant_model": helper(source, tiny_model, 4).to(device)}
+    ended = generate_batch(model, requests, slots=3, **guess, prefix_cache=prefix_cache)
     assert [each.tokens for each in ended] == [alone(model, request) for request in requests]
     assert heard == ended[2].tokens
     assert max(widths) == 5
@@ -106,7 +122,7 @@ def test_rows_that_guess_ahead_write_what_they_write_alone(
             Request([*map(int, request.input_ids), *done.tokens, 5], BASE)
             for request, done in zip(requests, ended, strict=True)
         ]
-        found = generate_batch(model, again, slots=3, prompt_lookup_num_tokens=4, prefix_cache=prefix_cache)
+        found = generate_batch(model, again, slots=3, **guess, prefix_cache=prefix_cache)
         assert found == generate_batch(model, again, slots=1)
         assert prefix_cache.stats.hits >= len(again)
 
@@ -114,16 +130,18 @@ def test_rows_that_guess_ahead_write_what_they_write_alone(
 def test_guesses_that_are_right_save_steps(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model()
     ids = model.generate(prompt(9)[None], **{**BASE, "max_new_tokens": 80})[0]
+    twin = copy.deepcopy(model)
+    twin.generation_config.update(num_assistant_tokens=6, assistant_confidence_threshold=0.0)
     steps = []
-    for most in (None, 6):
-        batch = ContinuousBatch(model, slots=2, prompt_lookup_num_tokens=most)
+    for guess in ({}, {"prompt_lookup_num_tokens": 6}, {"assistant_model": twin}):
+        batch = ContinuousBatch(model, slots=2, **guess)
         batch.add(Request(ids, {**BASE, "max_new_tokens": 40}))
         steps.append(0)
         while not batch.idle:
             batch.step()
             steps[-1] += 1
     assert steps[0] >= 40
-    assert steps[1] < 20
+    assert max(steps[1:]) < 20
 
 
 @on_each_device
@@ -173,28 +191,34 @@ def test_rows_that_choose_alike_run_no_python_of_their_own(own: Any, tiny_model:
 
 
 @on_each_device
-@pytest.mark.parametrize("ahead", [None, 3])
+@pytest.mark.parametrize("ahead", [None, "lookup", "assistant"])
 def test_a_row_without_numbers_ends_and_the_others_go_on(
-    ahead: int | None, device: str, tiny_model: Callable[..., Any]
+    ahead: str | None, device: str, tiny_model: Callable[..., Any]
 ) -> None:
     model = tiny_model(tie_word_embeddings=False).to(device)
     with torch.no_grad():
         model.backbone.embeddings.weight[60] = float("nan")
+    guess = {"lookup": {"prompt_lookup_num_tokens": 3}, "assistant": {"assistant_model": model}, None: {}}[ahead]
     sampled = {**BASE, "do_sample": True}
     fine = Request(prompt(5), sampled, seed=3)
     requests = [Request([5, 60, 7], sampled), fine, Request([60], sampled), fine]
-    ended = generate_batch(model, requests, slots=2, prompt_lookup_num_tokens=ahead)
+    ended = generate_batch(model, requests, slots=2, **guess)
     found = [(each.reason, len(each.tokens)) for each in ended]
     assert found == [("nan", 0), ("length", 8), ("nan", 0), ("length", 8)]
     assert ended[1].tokens == ended[3].tokens == alone(model, fine)
+    assert generate_batch(model, requests[:2], slots=2, **guess) == ended[:2]  # its row stays free
 
 
 @settings(max_examples=15)
 @given(data=st.data())
 def test_whenever_they_join_and_leave(data: st.DataObject, tiny_model: Callable[..., Any]) -> None:
     model = build(data.draw(st.sampled_from(["pure", "sliding", "rotary"])), tiny_model)
-    ahead = data.draw(st.sampled_from([None, 2]))
-    batch = ContinuousBatch(model, slots=data.draw(st.integers(1, 3)), max_length=32, prompt_lookup_num_tokens=ahead)
+    guess: dict[str, Any] = {}
+    if (source := data.draw(st.sampled_from([None, "lookup", "pure", "sliding"]))) == "lookup":
+        guess = {"prompt_lookup_num_tokens": 2}
+    elif source is not None:
+        guess = {"assistant_model": helper(source, tiny_model, 2)}
+    batch = ContinuousBatch(model, slots=data.draw(st.integers(1, 3)), max_length=32, **guess)
     requests: dict[int, Request] = {}
     ended: dict[int, Completion] = {}
     for _ in range(data.draw(st.integers(1, 12))):
@@ -611,7 +635,19 @@ def test_refuses_batches_and_rows_that_do_not_fit(tiny_model: Callable[..., Any]
         ContinuousBatch(tiny_model(), prompt_lookup_num_tokens=0)
     with pytest.raises(ArgumentError, match="prompt_lookup_num_tokens=2 and batch_invariant=True"):
         ContinuousBatch(tiny_model(), prompt_lookup_num_tokens=2, batch_invariant=True)
-    with pytest.raises(ArgumentError, match="give prompt_lookup_num_tokens to the batch"):
+    with pytest.raises(ArgumentError, match="assistant_model and batch_invariant=True"):
+        ContinuousBatch(model, assistant_model=tiny_model(seed=1), batch_invariant=True)
+    with pytest.raises(ArgumentError, match="assistant_model and prompt_lookup_num_tokens=2 both guess ahead"):
+        ContinuousBatch(model, assistant_model=tiny_model(seed=1), prompt_lookup_num_tokens=2)
+    with pytest.raises(ArgumentError, match="assistant_model knows 70 tokens and the model 61"):
+        ContinuousBatch(model, assistant_model=tiny_model(vocab_size=70))
+    with pytest.raises(ArgumentError, match="num_assistant_tokens of the assistant_model is 0"):
+        ContinuousBatch(model, assistant_model=helper("pure", tiny_model, 0))
+    with pytest.raises(ArgumentError, match="assistant_model is a Linear"):
+        ContinuousBatch(model, assistant_model=nn.Linear(2, 2))
+    with pytest.raises(CacheError, match="needs max_length"):
+        ContinuousBatch(model, assistant_model=hybrid)
+    with pytest.raises(ArgumentError, match="give prompt_lookup_num_tokens or assistant_model to the batch"):
         ContinuousBatch(tiny_model()).add(Request([5], {**BASE, "prompt_lookup_num_tokens": 2}))
     with pytest.raises(ArgumentError, match="slots is 0"):
         ContinuousBatch(model, slots=0)

@@ -31,10 +31,18 @@ from ..ops import batch_invariant as invariantly
 from . import prefill
 from .cache import CacheRow, Mamba2Cache
 from .causal_lm import SSDForCausalLM
-from .graphs import DecodeGraph, why_not
+from .graphs import DecodeGraph, ModelWatch, why_not
 from .outputs import CACHE
 from .prefix_cache import PrefixCache, beginning, text_key, text_tokens, tokens_of
-from .speculation import TextLookup, accepted, by_scores_alone, next_block
+from .speculation import (
+    AssistantDrafts,
+    TextLookup,
+    accepted,
+    assistant_setting,
+    by_scores_alone,
+    check_assistant,
+    next_block,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -143,14 +151,15 @@ class _Alike:
         rows: theirs.
         requests: in that order.
         logits: ``(slots, T, V)``, such as they will be; T is 1 where nobody guesses ahead.
+        ahead: most tokens in a draft, 0 where nobody guesses ahead.
     """
 
-    def __init__(self, rows: list[int], requests: list[_Running], logits: Tensor) -> None:
+    def __init__(self, rows: list[int], requests: list[_Running], logits: Tensor, ahead: int) -> None:
         self._rows = torch.tensor(rows, device=logits.device)
         self._requests, self._first = requests, requests[0]
         self._noise: Tensor | None = None
         self._draws: list[tuple[Tensor, torch.Generator]] = []
-        if self._first.samples and self._first.lookup is None:
+        if self._first.samples and not ahead:
             self._noise = logits.new_empty(len(rows), *logits.shape[1:])
             self._draws = [(row[0], request.generator) for row, request in zip(self._noise, requests, strict=True)]
 
@@ -198,6 +207,72 @@ class _Alike:
         return torch.stack(rows).view(scores.shape)
 
 
+class _Assistant:
+    """A smaller model that guesses for all rows of a batch, with a cache that has a row for each of them.
+
+    Args:
+        model: of this package, with the same tokens.
+        slots: rows of the batch.
+        max_length: tokens that a row of the batch has room for; None where it needs none.
+        captured: whether its steps may be captured.
+    """
+
+    def __init__(self, model: SSDForCausalLM, slots: int, max_length: int | None, captured: bool) -> None:
+        self.most = int(assistant_setting(model, "num_assistant_tokens"))
+        if self.most < 1:
+            raise ArgumentError(f"num_assistant_tokens of the assistant_model is {self.most}: at least 1 token")
+        self._model, self._captured = model, captured and not model.generation_config.disable_compile
+        room = None if max_length is None else max_length + self.most + 1
+        self._cache = Mamba2Cache(model.config, static=True, max_length=room)
+        self._read(torch.zeros(slots, 1, dtype=torch.long), None, self._cache)
+        for row in range(slots):
+            self._cache.put(row, None)
+        threshold = assistant_setting(model, "assistant_confidence_threshold")
+        self._drafts = AssistantDrafts(model, self._cache, threshold, self.most)
+        self._seen = [0] * slots
+        self._unread: list[list[int]] = [[] for _ in range(slots)]
+        self._watch = ModelWatch(model)
+
+    def _read(self, ids: Tensor, mask: Tensor | None, cache: Mamba2Cache) -> None:
+        device = self._model.device
+        self._model.read(ids.to(device), None if mask is None else mask.to(device), past_key_values=cache)
+
+    def join(self, rows: Sequence[int], texts: Sequence[list[int]]) -> None:
+        """Reads texts but for their last tokens, all in one call, and puts them into rows."""
+        counts = [len(text) - 1 for text in texts]
+        width, cache = max(counts), Mamba2Cache(self._model.config, defer_writes=False)
+        if width:
+            ids = torch.tensor([[*text[:-1], *[0] * (width + 1 - len(text))] for text in texts])
+            uneven = min(counts) < width
+            self._read(ids, (torch.arange(width) < torch.tensor(counts)[:, None]).long() if uneven else None, cache)
+        for place, (row, text, count) in enumerate(zip(rows, texts, counts, strict=True)):
+            self._cache.put(row, CacheRow(cache, place, count) if count else None)
+            self._seen[row], self._unread[row] = count, text[-1:]
+        if self._watch.changed():
+            self._capture_anew()
+
+    def _capture_anew(self) -> None:
+        goes = self._captured and why_not(self._model) is None
+        self._cache.graph = DecodeGraph() if goes else None
+
+    def propose(self, most: Sequence[int]) -> list[list[int]]:
+        """At most so many tokens for each row that may come next; of rows with 0 it reads what they have got."""
+        if self._cache.graph is not None and self._watch.moved():
+            self._watch.changed()
+            self._capture_anew()
+        self._cache.set_lengths(self._seen)
+        self._drafts.accept(self._unread)
+        drafts = self._drafts.propose(max(most))
+        for row, new in enumerate(self._unread):
+            self._seen[row] += len(new)
+            self._unread[row] = []
+        return [draft[:room] for draft, room in zip(drafts, most, strict=True)]
+
+    def accept(self, row: int, tokens: list[int]) -> None:
+        """Adds to a row the tokens that the model has chosen for it; none where its text has ended."""
+        self._unread[row] = tokens
+
+
 def _most(settings: Mapping[str, Any], tokens: int, default: int | None) -> int | None:
     """How many tokens to write behind a prompt of ``tokens``: what the request says in either way, or the default."""
     if settings.get("max_new_tokens") is None and settings.get("max_length") is not None:
@@ -222,7 +297,7 @@ class ContinuousBatch:
     Args:
         model: to generate with, in eval mode.
         slots: how many requests run at once.
-        max_length: tokens of a request, new ones among them; a model without attention needs none.
+        max_length: tokens of a request, new ones among them; models without attention need none.
         state_dtype: of the SSM states; see :class:`Mamba2Cache`.
         captured: whether the step may be captured; the model's generation config may say ``disable_compile``, too.
         prefix_cache: of states that prompts may go on from, such as ``PrefixCache(8 * 2**30)``, so that what they begin
@@ -234,6 +309,9 @@ class ContinuousBatch:
             tokens (``max_matching_ngram_size`` of the request, 2) were there before. A step verifies the guesses of all
             rows in one call, and each writes as many tokens as were right and one more. Texts are the same as without,
             sampled ones too, up to the rounding of larger matrix products. None guesses none.
+        assistant_model: of this package, with the same tokens, which guesses in the place of the texts: as many tokens
+            as ``num_assistant_tokens`` of its generation config says, and up to the first that it gives a lower
+            probability than ``assistant_confidence_threshold``. It reads all prompts whole.
 
     Attributes:
         prefix_cache: the one that was given, or an empty one; its ``stats`` count what was read and what was not.
@@ -255,6 +333,7 @@ class ContinuousBatch:
         defer_writes: bool = True,
         batch_invariant: bool = False,
         prompt_lookup_num_tokens: int | None = None,
+        assistant_model: SSDForCausalLM | None = None,
     ) -> None:
         if not isinstance(model, SSDForCausalLM):
             raise ArgumentError(f"model is a {type(model).__name__}, expected a language model of this package")
@@ -264,10 +343,20 @@ class ContinuousBatch:
             raise ArgumentError(
                 f"prompt_lookup_num_tokens is {prompt_lookup_num_tokens}: at least 1 token, or None to guess none"
             )
-        if prompt_lookup_num_tokens is not None and batch_invariant:
+        if assistant_model is not None:
+            check_assistant(assistant_model, prompt_lookup_num_tokens)
+            if assistant_model.config.vocab_size != model.config.vocab_size:
+                raise ArgumentError(
+                    f"assistant_model knows {assistant_model.config.vocab_size} tokens and the model "
+                    f"{model.config.vocab_size}: an assistant of a batch has to know the same ones"
+                )
+        if batch_invariant and (prompt_lookup_num_tokens is not None or assistant_model is not None):
+            guesses = "assistant_model"
+            if assistant_model is None:
+                guesses = f"prompt_lookup_num_tokens={prompt_lookup_num_tokens}"
             raise ArgumentError(
-                f"prompt_lookup_num_tokens={prompt_lookup_num_tokens} and batch_invariant=True: blocks of several "
-                "sequences add up in another order than steps; leave one of them out"
+                f"{guesses} and batch_invariant=True: blocks of several sequences add up in another order than steps; "
+                "leave one of them out"
             )
         if not isinstance(prefix_cache, PrefixCache | None):
             raise ArgumentError(
@@ -279,7 +368,11 @@ class ContinuousBatch:
             agree_on_random_numbers(model.tensor_group, model.device)
         self.model, self.max_length = model, max_length
         self._states: dict[str, Any] = {"state_dtype": state_dtype, "defer_writes": defer_writes}
-        self._ahead = prompt_lookup_num_tokens or 0
+        self._assistant: _Assistant | None = None
+        if assistant_model is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._assistant = _Assistant(assistant_model, slots, max_length, captured)
+        self._ahead = prompt_lookup_num_tokens or 0 if self._assistant is None else self._assistant.most
         room = None if max_length is None else max(max_length, 2) + self._ahead
         self.cache = Mamba2Cache(model.config, static=True, max_length=room, **self._states)
         self._rows: list[_Running | None] = [None] * slots
@@ -410,7 +503,7 @@ class ContinuousBatch:
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise ArgumentError(
                 f"the settings ask for {mode.value}: a row of a batch is greedy or sampled; call generate, or give "
-                "prompt_lookup_num_tokens to the batch"
+                "prompt_lookup_num_tokens or assistant_model to the batch"
             )
         for name, neutral in _NEUTRAL.items():
             if (value := getattr(config, name, None)) not in neutral:
@@ -429,6 +522,8 @@ class ContinuousBatch:
         for row, running in enumerate(self._rows):
             if running is not None and running.number == request:
                 self._set_row(row, None)
+                if self._assistant is not None:
+                    self._assistant.accept(row, [])
                 self._ended.append(Completion(request, running.tokens, "cancelled"))
                 return True
         for waiting in self._waiting:
@@ -463,6 +558,9 @@ class ContinuousBatch:
             for first in range(0, len(free), _ROWS_AT_ONCE):
                 rows = free[first : first + _ROWS_AT_ONCE]
                 self._read_waiting(len(rows))
+                if self._assistant is not None:
+                    joining = [request.ids for request in islice(self._waiting, len(rows))]
+                    self._assistant.join(rows, joining)
                 for row in rows:
                     self._join(row, self._waiting[0])
                     self._waiting.popleft()
@@ -564,7 +662,7 @@ class ContinuousBatch:
         """Puts a request that was read into a row."""
         self.cache.put(row, running.state)
         running.state = None
-        if self._ahead:
+        if self._ahead and self._assistant is None:
             running.lookup = TextLookup(running.ids, running.longest)
         if running.processors and running.sampler is None:
             running.text = torch.tensor([running.ids], device=self.model.device)  # (1, T)
@@ -611,7 +709,7 @@ class ContinuousBatch:
                     alone = running.sampler is None
                     together.setdefault(running.number if alone else running.sampler, []).append(row)
             self._alike = [
-                _Alike(rows, [running for row in rows if (running := self._rows[row]) is not None], logits)
+                _Alike(rows, [running for row in rows if (running := self._rows[row]) is not None], logits, self._ahead)
                 for rows in together.values()
             ]
         chosen = logits.argmax(-1)
@@ -624,9 +722,8 @@ class ContinuousBatch:
 
     def _advance(self) -> list[tuple[Callable[[int], None], int]]:
         """Lets every running request write its next tokens. Returns whom to tell of which."""
-        for running in self._rows if self._ahead else ():
-            if running is not None and running.lookup is not None:
-                running.draft = running.lookup.draft(min(self._ahead, running.most - len(running.tokens) - 1))
+        if self._ahead:
+            self._draft()
         logits = self._logits()
         callbacks, written, kept = [], [], [0] * len(self._rows)
         for row, chosen in enumerate(self._tokens(logits)):
@@ -636,6 +733,8 @@ class ContinuousBatch:
             tokens = accepted(chosen, running.draft, running.ends, running.most - len(running.tokens))
             kept[row] = len(tokens)
             reason = self._write(row, running, tokens)
+            if self._assistant is not None:
+                self._assistant.accept(row, tokens if reason is None else [])
             if running.on_token is not None:
                 callbacks += [(running.on_token, token) for token in tokens if token >= 0]
             if reason is not None:
@@ -651,6 +750,20 @@ class ContinuousBatch:
                 self.prefix_cache.store(text, CacheRow(self.cache, row, running.seen))
         return callbacks
 
+    def _draft(self) -> None:
+        """Guesses what every running request goes on with."""
+        room = [
+            0 if running is None else min(self._ahead, running.most - len(running.tokens) - 1) for running in self._rows
+        ]
+        guessed = None if self._assistant is None else self._assistant.propose(room)
+        for row, running in enumerate(self._rows):
+            if running is None:
+                continue
+            if guessed is not None:
+                running.draft = guessed[row]
+            elif running.lookup is not None:
+                running.draft = running.lookup.draft(room[row])
+
     def _write(self, row: int, running: _Running, tokens: list[int]) -> str | None:
         """Adds tokens to a text. Returns why it has ended, if so."""
         token = tokens[-1]
@@ -662,8 +775,8 @@ class ContinuousBatch:
             running.text = torch.cat([running.text, self._chosen[row : row + 1, : len(new)]], 1)
         if running.lookup is not None:
             running.lookup.extend(new)
-            for _ in range(min(len(new), len(running.noise))):
-                running.noise.popleft()
+        for _ in range(min(len(new), len(running.noise))):
+            running.noise.popleft()
         return "length" if reason is None and len(running.tokens) == running.most else reason
 
 
@@ -684,6 +797,7 @@ def generate_batch(
     defer_writes: bool = True,
     batch_invariant: bool = False,
     prompt_lookup_num_tokens: int | None = None,
+    assistant_model: SSDForCausalLM | None = None,
 ) -> list[Completion]:
     """Continues many texts of different lengths, ``slots`` at a time; a text that ends makes room for the next.
 
@@ -692,8 +806,8 @@ def generate_batch(
         requests: the texts. Those of a list are all looked at before the first is read; those of another iterable are
             taken when there is a slot for them.
         slots, max_length, state_dtype, captured, prefix_cache, defer_writes, batch_invariant,
-            prompt_lookup_num_tokens: of the :class:`ContinuousBatch`. A model with attention that gets no
-            ``max_length`` makes a list of the requests, and room for the longest.
+            prompt_lookup_num_tokens, assistant_model: of the :class:`ContinuousBatch`. A model with attention that gets
+            no ``max_length`` makes a list of the requests, and room for the longest.
 
     Returns:
         how each request ended, in their order.
@@ -701,7 +815,8 @@ def generate_batch(
     Raises:
         ArgumentError: a request or an argument cannot be honored.
     """
-    if max_length is None and set(model.config.mixer_kinds) - {"ssd"}:
+    kinds = {kind for each in (model, assistant_model) if each is not None for kind in each.config.mixer_kinds}
+    if max_length is None and kinds - {"ssd"}:
         requests = list(requests)
         prompts = [(each.settings, len(each.input_ids)) for each in requests]
         default = model.generation_config.max_new_tokens
@@ -716,6 +831,7 @@ def generate_batch(
         defer_writes=defer_writes,
         batch_invariant=batch_invariant,
         prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+        assistant_model=assistant_model,
     )
     if isinstance(requests, Sequence):
         for request in requests:

@@ -93,13 +93,22 @@ def check(generation_config: Any, assistant: Any, tokenizer: Any, streamer: Any)
         raise ArgumentError("assistant_ensemble_weight: drafts of several sequences are verified exactly; leave it out")
     if assistant is None:
         return
+    check_assistant(assistant, look)
+    if tokenizer is not None:
+        raise ArgumentError("assistant_tokenizer: an assistant of several sequences has to know the same tokens")
+
+
+def check_assistant(assistant: Any, look: int | None) -> None:
+    """Checks a model that is to guess for several sequences, and a ``prompt_lookup_num_tokens`` beside it.
+
+    Raises:
+        ArgumentError: it cannot, or both are given.
+    """
     if not hasattr(assistant, "read"):
         raise ArgumentError(
             f"assistant_model is a {type(assistant).__name__}: of several sequences each takes back tokens of its own, "
             "which a model of this package can; pass one, or generate the sequences one by one"
         )
-    if tokenizer is not None:
-        raise ArgumentError("assistant_tokenizer: an assistant of several sequences has to know the same tokens")
     if look is not None:
         raise ArgumentError(f"assistant_model and prompt_lookup_num_tokens={look} both guess ahead: pass one of them")
 
