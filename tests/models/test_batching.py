@@ -77,6 +77,13 @@ def helper(kind: str, tiny_model: Callable[..., Any], tokens: int) -> Any:
     return model
 
 
+def with_heads(kind: str, tokens: int) -> Any:
+    """A model that has heads, which guess so many tokens whatever they think of them."""
+    model = make_hybrid(kind, num_mtp_layers=2, mtp_layer_blocks=["attention", "ssd"])
+    model.generation_config.update(num_assistant_tokens=tokens, assistant_confidence_threshold=0.0)
+    return model
+
+
 @on_each_device
 @pytest.mark.parametrize(
     ("kind", "source", "kept"),
@@ -84,6 +91,7 @@ def helper(kind: str, tiny_model: Callable[..., Any], tokens: int) -> Any:
         *((kind, "lookup", 0) for kind in ("pure", *ARCHITECTURES)),
         *(("pure", "lookup", 2**24), ("sliding", "lookup", 2**24)),
         *(("pure", "pure", 2**24), ("pure", "sliding", 0), ("sliding", "pure", 0), ("rotary", "rotary", 2**24)),
+        *(("sliding", "heads", 2**24), ("experts", "heads", 0)),
     ],
 )
 def test_rows_that_guess_ahead_write_what_they_write_alone(
@@ -111,7 +119,9 @@ def test_rows_that_guess_ahead_write_what_they_write_alone(
     requests[2] = dataclasses.replace(requests[2], on_token=heard.append)
     prefix_cache = PrefixCache(kept, min_tokens=1)
     guess: dict[str, Any] = {"prompt_lookup_num_tokens": 4}
-    if source != "lookup":
+    if source == "heads":
+        model, guess = with_heads(kind, 4).to(device), {"use_mtp": True}
+    elif source != "lookup":
         guess = {"assistant_model": helper(source, tiny_model, 4).to(device)}
     ended = generate_batch(model, requests, slots=3, **guess, prefix_cache=prefix_cache)
     assert [each.tokens for each in ended] == [alone(model, request) for request in requests]
@@ -214,8 +224,10 @@ def test_a_row_without_numbers_ends_and_the_others_go_on(
 def test_whenever_they_join_and_leave(data: st.DataObject, tiny_model: Callable[..., Any]) -> None:
     model = build(data.draw(st.sampled_from(["pure", "sliding", "rotary"])), tiny_model)
     guess: dict[str, Any] = {}
-    if (source := data.draw(st.sampled_from([None, "lookup", "pure", "sliding"]))) == "lookup":
+    if (source := data.draw(st.sampled_from([None, "lookup", "heads", "pure", "sliding"]))) == "lookup":
         guess = {"prompt_lookup_num_tokens": 2}
+    elif source == "heads":
+        model, guess = with_heads("rotary", 2), {"use_mtp": True}
     elif source is not None:
         guess = {"assistant_model": helper(source, tiny_model, 2)}
     batch = ContinuousBatch(model, slots=data.draw(st.integers(1, 3)), max_length=32, **guess)
@@ -635,19 +647,25 @@ def test_refuses_batches_and_rows_that_do_not_fit(tiny_model: Callable[..., Any]
         ContinuousBatch(tiny_model(), prompt_lookup_num_tokens=0)
     with pytest.raises(ArgumentError, match="prompt_lookup_num_tokens=2 and batch_invariant=True"):
         ContinuousBatch(tiny_model(), prompt_lookup_num_tokens=2, batch_invariant=True)
+    with pytest.raises(ArgumentError, match="use_mtp=True: this model has no heads"):
+        ContinuousBatch(model, use_mtp=True)
+    with pytest.raises(ArgumentError, match="use_mtp=True and prompt_lookup_num_tokens=2 both guess ahead"):
+        ContinuousBatch(with_heads("plain", 2), max_length=9, use_mtp=True, prompt_lookup_num_tokens=2)
+    with pytest.raises(ArgumentError, match="use_mtp=True and batch_invariant=True"):
+        ContinuousBatch(with_heads("plain", 2), max_length=9, use_mtp=True, batch_invariant=True)
     with pytest.raises(ArgumentError, match="assistant_model and batch_invariant=True"):
         ContinuousBatch(model, assistant_model=tiny_model(seed=1), batch_invariant=True)
     with pytest.raises(ArgumentError, match="assistant_model and prompt_lookup_num_tokens=2 both guess ahead"):
         ContinuousBatch(model, assistant_model=tiny_model(seed=1), prompt_lookup_num_tokens=2)
     with pytest.raises(ArgumentError, match="assistant_model knows 70 tokens and the model 61"):
         ContinuousBatch(model, assistant_model=tiny_model(vocab_size=70))
-    with pytest.raises(ArgumentError, match="num_assistant_tokens of the assistant_model is 0"):
+    with pytest.raises(ArgumentError, match=r"num_assistant_tokens of .* that guesses is 0: at least 1"):
         ContinuousBatch(model, assistant_model=helper("pure", tiny_model, 0))
     with pytest.raises(ArgumentError, match="assistant_model is a Linear"):
         ContinuousBatch(model, assistant_model=nn.Linear(2, 2))
     with pytest.raises(CacheError, match="needs max_length"):
         ContinuousBatch(model, assistant_model=hybrid)
-    with pytest.raises(ArgumentError, match="give prompt_lookup_num_tokens or assistant_model to the batch"):
+    with pytest.raises(ArgumentError, match="assistant_model or use_mtp to the batch"):
         ContinuousBatch(tiny_model()).add(Request([5], {**BASE, "prompt_lookup_num_tokens": 2}))
     with pytest.raises(ArgumentError, match="slots is 0"):
         ContinuousBatch(model, slots=0)

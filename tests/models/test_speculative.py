@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from mamba2_hf import Mamba2Cache, Mamba2ForCausalLM, batch_invariant
+from mamba2_hf import ContinuousBatch, Mamba2Cache, Mamba2ForCausalLM, Request, batch_invariant, generate_batch
 from mamba2_hf.errors import ArgumentError, CacheError
 from mamba2_hf.models import mtp
 from mamba2_hf.models.speculation import TextLookup
@@ -404,6 +404,35 @@ def test_heads_draft_for_each_row_what_they_draft_for_it_alone(
     model.generate(ids, attention_mask=mask, prefill_chunk_size=4, **options, **{**GREEDY, **ends})
     assert set(compared) == set(range(len(texts)))
     assert len(compared) > 6 * len(texts)
+
+
+@pytest.mark.parametrize("kind", ["rotary", "sliding", "experts"])
+def test_heads_draft_for_requests_what_they_draft_for_a_text_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which come and go, and are read in one call."""
+    model = with_heads(kind, 2).double()
+    model.generation_config.update(num_assistant_tokens=4, assistant_confidence_threshold=0.0)
+    draft, compared = ContinuousBatch._draft, list[int]()
+
+    def drafting(self: Any) -> None:
+        draft(self)
+        for running in self._rows:
+            text = [] if running is None else [*running.ids, *running.tokens]
+            if len(text) > 1 and running.draft:  # before there are two tokens heads can read none
+                found = foretold(model, torch.tensor([text]), len(running.draft)).argmax(-1)
+                assert running.draft == found.tolist()
+                compared.append(len(running.draft))
+
+    monkeypatch.setattr(ContinuousBatch, "_draft", drafting)
+    requests = [
+        Request(prompt(seed, length)[0], {**GREEDY, "max_new_tokens": 4 + 2 * seed})
+        for seed, length in enumerate((5, 1, 17, 9, 2, 12, 3))
+    ]
+    ended = generate_batch(model, requests, slots=3, use_mtp=True)
+    for request, done in zip(requests, ended, strict=True):
+        ids = torch.as_tensor(request.input_ids)[None]
+        assert done.tokens == model.generate(ids, **request.settings)[0, ids.shape[1] :].tolist()
+    assert len(compared) > 20
+    assert max(compared) == 4
 
 
 def test_heads_that_are_right_save_calls(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from . import prefill
 from .cache import CacheRow, Mamba2Cache
 from .causal_lm import SSDForCausalLM
 from .graphs import DecodeGraph, ModelWatch, why_not
+from .mtp import HeadDrafts, check_heads
 from .outputs import CACHE
 from .prefix_cache import PrefixCache, beginning, text_key, text_tokens, tokens_of
 from .speculation import (
@@ -207,8 +209,48 @@ class _Alike:
         return torch.stack(rows).view(scores.shape)
 
 
-class _Assistant:
-    """A smaller model that guesses for all rows of a batch, with a cache that has a row for each of them.
+class _Guesser:
+    """Who guesses for all rows of a batch.
+
+    Args:
+        settings: the model whose generation config says how many tokens to guess at most, and up to which probability.
+        slots: rows of the batch.
+    """
+
+    def __init__(self, settings: SSDForCausalLM, slots: int) -> None:
+        self.most = int(assistant_setting(settings, "num_assistant_tokens"))
+        if self.most < 1:
+            raise ArgumentError(
+                f"num_assistant_tokens of the generation config of a {type(settings).__name__} that guesses is "
+                f"{self.most}: at least 1 token"
+            )
+        self._threshold = float(assistant_setting(settings, "assistant_confidence_threshold") or 0.0)
+        self._unread: list[list[int]] = [[] for _ in range(slots)]  # of each text, empty where it has ended
+
+    def watch(self, cache: Mamba2Cache) -> None:
+        """Is told of a cache that prompts are about to be read into."""
+
+    def join(self, rows: Sequence[int], requests: Sequence[_Running]) -> None:
+        """Goes on with requests that were read but for their last tokens, in these rows."""
+        for row, request in zip(rows, requests, strict=True):
+            self._unread[row] = request.ids[-1:]
+
+    def accept(self, row: int, tokens: list[int]) -> None:
+        """Adds to a row the tokens that the model has chosen for it; none where its text has ended."""
+        self._unread[row] = tokens
+
+    def propose(self, most: Sequence[int]) -> list[list[int]]:
+        """At most so many tokens for each row that may come next."""
+        drafts = self._drafts_of(self._unread, max(most))
+        return [draft[:room] for draft, room in zip(drafts, most, strict=True)]
+
+    def _drafts_of(self, new: list[list[int]], most: int) -> list[list[int]]:
+        """Reads what rows have got, and guesses for all of them alike."""
+        raise NotImplementedError
+
+
+class _Assistant(_Guesser):
+    """A smaller model, with a cache that has a row for each of the batch.
 
     Args:
         model: of this package, with the same tokens.
@@ -218,36 +260,34 @@ class _Assistant:
     """
 
     def __init__(self, model: SSDForCausalLM, slots: int, max_length: int | None, captured: bool) -> None:
-        self.most = int(assistant_setting(model, "num_assistant_tokens"))
-        if self.most < 1:
-            raise ArgumentError(f"num_assistant_tokens of the assistant_model is {self.most}: at least 1 token")
+        super().__init__(model, slots)
         self._model, self._captured = model, captured and not model.generation_config.disable_compile
         room = None if max_length is None else max_length + self.most + 1
         self._cache = Mamba2Cache(model.config, static=True, max_length=room)
         self._read(torch.zeros(slots, 1, dtype=torch.long), None, self._cache)
         for row in range(slots):
             self._cache.put(row, None)
-        threshold = assistant_setting(model, "assistant_confidence_threshold")
-        self._drafts = AssistantDrafts(model, self._cache, threshold, self.most)
+        self._drafts = AssistantDrafts(model, self._cache, self._threshold, self.most)
         self._seen = [0] * slots
-        self._unread: list[list[int]] = [[] for _ in range(slots)]
         self._watch = ModelWatch(model)
 
     def _read(self, ids: Tensor, mask: Tensor | None, cache: Mamba2Cache) -> None:
         device = self._model.device
         self._model.read(ids.to(device), None if mask is None else mask.to(device), past_key_values=cache)
 
-    def join(self, rows: Sequence[int], texts: Sequence[list[int]]) -> None:
-        """Reads texts but for their last tokens, all in one call, and puts them into rows."""
-        counts = [len(text) - 1 for text in texts]
+    def join(self, rows: Sequence[int], requests: Sequence[_Running]) -> None:
+        """Reads their prompts, too, all in one call."""
+        super().join(rows, requests)
+        texts = [request.ids[:-1] for request in requests]
+        counts = list(map(len, texts))
         width, cache = max(counts), Mamba2Cache(self._model.config, defer_writes=False)
         if width:
-            ids = torch.tensor([[*text[:-1], *[0] * (width + 1 - len(text))] for text in texts])
+            ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
             uneven = min(counts) < width
             self._read(ids, (torch.arange(width) < torch.tensor(counts)[:, None]).long() if uneven else None, cache)
-        for place, (row, text, count) in enumerate(zip(rows, texts, counts, strict=True)):
+        for place, (row, count) in enumerate(zip(rows, counts, strict=True)):
             self._cache.put(row, CacheRow(cache, place, count) if count else None)
-            self._seen[row], self._unread[row] = count, text[-1:]
+            self._seen[row] = count
         if self._watch.changed():
             self._capture_anew()
 
@@ -255,22 +295,55 @@ class _Assistant:
         goes = self._captured and why_not(self._model) is None
         self._cache.graph = DecodeGraph() if goes else None
 
-    def propose(self, most: Sequence[int]) -> list[list[int]]:
-        """At most so many tokens for each row that may come next; of rows with 0 it reads what they have got."""
+    def _drafts_of(self, new: list[list[int]], most: int) -> list[list[int]]:
         if self._cache.graph is not None and self._watch.moved():
             self._watch.changed()
             self._capture_anew()
         self._cache.set_lengths(self._seen)
-        self._drafts.accept(self._unread)
-        drafts = self._drafts.propose(max(most))
-        for row, new in enumerate(self._unread):
-            self._seen[row] += len(new)
-            self._unread[row] = []
-        return [draft[:room] for draft, room in zip(drafts, most, strict=True)]
+        self._drafts.accept(new)
+        self._seen = [seen + len(tokens) for seen, tokens in zip(self._seen, new, strict=True)]
+        return self._drafts.propose(most)
 
-    def accept(self, row: int, tokens: list[int]) -> None:
-        """Adds to a row the tokens that the model has chosen for it; none where its text has ended."""
-        self._unread[row] = tokens
+
+class _Heads(_Guesser):
+    """The model's own heads, which see what it makes of prompts and of blocks.
+
+    Args:
+        model: with heads.
+        slots: rows of the batch.
+    """
+
+    def __init__(self, model: SSDForCausalLM, slots: int) -> None:
+        super().__init__(model, slots)
+        self._model, self._drafts = model, HeadDrafts(model, self._threshold)
+        self._of_prompts: WeakKeyDictionary[Mamba2Cache, HeadDrafts] = WeakKeyDictionary()
+
+    def see_blocks(self, cache: Mamba2Cache) -> None:
+        """Has the heads see what is read behind the cache of the batch."""
+        cache.on_hidden_states = self._drafts.see
+
+    def watch(self, cache: Mamba2Cache) -> None:
+        """See :class:`_Guesser`."""
+        self._of_prompts[cache] = drafts = HeadDrafts(self._model, self._threshold)
+        cache.on_hidden_states = drafts.see
+
+    def join(self, rows: Sequence[int], requests: Sequence[_Running]) -> None:
+        """See :class:`_Guesser`. Of a prompt the heads know what was read of it for this request: nothing of what the
+        state of another text has saved.
+        """
+        own: list[tuple[HeadDrafts, int] | None] = [
+            (self._drafts, row) if new else None for row, new in enumerate(self._unread)
+        ]
+        for row, request in zip(rows, requests, strict=True):
+            state = request.state
+            drafts = None if state is None else self._of_prompts.get(state.cache)
+            own[row] = None if state is None or drafts is None else (drafts, state.row)
+        self._drafts.select(own)
+        super().join(rows, requests)
+
+    def _drafts_of(self, new: list[list[int]], most: int) -> list[list[int]]:
+        self._drafts.accept(new)
+        return self._drafts.propose(most) if self._drafts.has_read else [[] for _ in new]
 
 
 def _most(settings: Mapping[str, Any], tokens: int, default: int | None) -> int | None:
@@ -312,6 +385,7 @@ class ContinuousBatch:
         assistant_model: of this package, with the same tokens, which guesses in the place of the texts: as many tokens
             as ``num_assistant_tokens`` of its generation config says, and up to the first that it gives a lower
             probability than ``assistant_confidence_threshold``. It reads all prompts whole.
+        use_mtp: whether the model's own heads guess, with these settings of the model's generation config.
 
     Attributes:
         prefix_cache: the one that was given, or an empty one; its ``stats`` count what was read and what was not.
@@ -334,6 +408,7 @@ class ContinuousBatch:
         batch_invariant: bool = False,
         prompt_lookup_num_tokens: int | None = None,
         assistant_model: SSDForCausalLM | None = None,
+        use_mtp: bool = False,
     ) -> None:
         if not isinstance(model, SSDForCausalLM):
             raise ArgumentError(f"model is a {type(model).__name__}, expected a language model of this package")
@@ -350,9 +425,11 @@ class ContinuousBatch:
                     f"assistant_model knows {assistant_model.config.vocab_size} tokens and the model "
                     f"{model.config.vocab_size}: an assistant of a batch has to know the same ones"
                 )
-        if batch_invariant and (prompt_lookup_num_tokens is not None or assistant_model is not None):
-            guesses = "assistant_model"
-            if assistant_model is None:
+        if use_mtp:
+            check_heads(model, prompt_lookup_num_tokens, assistant_model)
+        if batch_invariant and (prompt_lookup_num_tokens is not None or assistant_model is not None or use_mtp):
+            guesses = "use_mtp=True" if use_mtp else "assistant_model"
+            if prompt_lookup_num_tokens is not None:
                 guesses = f"prompt_lookup_num_tokens={prompt_lookup_num_tokens}"
             raise ArgumentError(
                 f"{guesses} and batch_invariant=True: blocks of several sequences add up in another order than steps; "
@@ -368,11 +445,11 @@ class ContinuousBatch:
             agree_on_random_numbers(model.tensor_group, model.device)
         self.model, self.max_length = model, max_length
         self._states: dict[str, Any] = {"state_dtype": state_dtype, "defer_writes": defer_writes}
-        self._assistant: _Assistant | None = None
+        self._guesser: _Guesser | None = _Heads(model, slots) if use_mtp else None
         if assistant_model is not None:
             with torch.inference_mode(False), torch.no_grad():
-                self._assistant = _Assistant(assistant_model, slots, max_length, captured)
-        self._ahead = prompt_lookup_num_tokens or 0 if self._assistant is None else self._assistant.most
+                self._guesser = _Assistant(assistant_model, slots, max_length, captured)
+        self._ahead = prompt_lookup_num_tokens or 0 if self._guesser is None else self._guesser.most
         room = None if max_length is None else max(max_length, 2) + self._ahead
         self.cache = Mamba2Cache(model.config, static=True, max_length=room, **self._states)
         self._rows: list[_Running | None] = [None] * slots
@@ -406,6 +483,8 @@ class ContinuousBatch:
             self.cache.put(row, None)
         if self._ahead:
             self.cache.activate_past_recording(self._ahead + 1)
+        if isinstance(self._guesser, _Heads):
+            self._guesser.see_blocks(self.cache)
         states = [layer for layer in self.cache.layers if isinstance(layer, SSDState)]
         self.prefix_cache.check_room(sum(layer.nbytes_of_row for layer in states))
 
@@ -503,7 +582,7 @@ class ContinuousBatch:
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise ArgumentError(
                 f"the settings ask for {mode.value}: a row of a batch is greedy or sampled; call generate, or give "
-                "prompt_lookup_num_tokens or assistant_model to the batch"
+                "prompt_lookup_num_tokens, assistant_model or use_mtp to the batch"
             )
         for name, neutral in _NEUTRAL.items():
             if (value := getattr(config, name, None)) not in neutral:
@@ -522,8 +601,8 @@ class ContinuousBatch:
         for row, running in enumerate(self._rows):
             if running is not None and running.number == request:
                 self._set_row(row, None)
-                if self._assistant is not None:
-                    self._assistant.accept(row, [])
+                if self._guesser is not None:
+                    self._guesser.accept(row, [])
                 self._ended.append(Completion(request, running.tokens, "cancelled"))
                 return True
         for waiting in self._waiting:
@@ -558,9 +637,8 @@ class ContinuousBatch:
             for first in range(0, len(free), _ROWS_AT_ONCE):
                 rows = free[first : first + _ROWS_AT_ONCE]
                 self._read_waiting(len(rows))
-                if self._assistant is not None:
-                    joining = [request.ids for request in islice(self._waiting, len(rows))]
-                    self._assistant.join(rows, joining)
+                if self._guesser is not None:
+                    self._guesser.join(rows, list(islice(self._waiting, len(rows))))
                 for row in rows:
                     self._join(row, self._waiting[0])
                     self._waiting.popleft()
@@ -645,6 +723,8 @@ class ContinuousBatch:
         """Reads texts in one call, from the states ``behind`` has for them: a cache with a row for each."""
         cache = Mamba2Cache(self.model.config, **{**self._states, "defer_writes": False})  # nothing steps there
         cache.gather([behind[text] for text in texts])
+        if self._guesser is not None:
+            self._guesser.watch(cache)
         new = [tokens_of(text)[-_new_tokens(text, behind[text]) :] for text in texts]
         width = max(map(len, new))
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in new], device=self.model.device)  # (B, T)
@@ -662,7 +742,7 @@ class ContinuousBatch:
         """Puts a request that was read into a row."""
         self.cache.put(row, running.state)
         running.state = None
-        if self._ahead and self._assistant is None:
+        if self._ahead and self._guesser is None:
             running.lookup = TextLookup(running.ids, running.longest)
         if running.processors and running.sampler is None:
             running.text = torch.tensor([running.ids], device=self.model.device)  # (1, T)
@@ -733,8 +813,8 @@ class ContinuousBatch:
             tokens = accepted(chosen, running.draft, running.ends, running.most - len(running.tokens))
             kept[row] = len(tokens)
             reason = self._write(row, running, tokens)
-            if self._assistant is not None:
-                self._assistant.accept(row, tokens if reason is None else [])
+            if self._guesser is not None:
+                self._guesser.accept(row, tokens if reason is None else [])
             if running.on_token is not None:
                 callbacks += [(running.on_token, token) for token in tokens if token >= 0]
             if reason is not None:
@@ -755,7 +835,7 @@ class ContinuousBatch:
         room = [
             0 if running is None else min(self._ahead, running.most - len(running.tokens) - 1) for running in self._rows
         ]
-        guessed = None if self._assistant is None else self._assistant.propose(room)
+        guessed = None if self._guesser is None else self._guesser.propose(room)
         for row, running in enumerate(self._rows):
             if running is None:
                 continue
@@ -798,6 +878,7 @@ def generate_batch(
     batch_invariant: bool = False,
     prompt_lookup_num_tokens: int | None = None,
     assistant_model: SSDForCausalLM | None = None,
+    use_mtp: bool = False,
 ) -> list[Completion]:
     """Continues many texts of different lengths, ``slots`` at a time; a text that ends makes room for the next.
 
@@ -806,8 +887,8 @@ def generate_batch(
         requests: the texts. Those of a list are all looked at before the first is read; those of another iterable are
             taken when there is a slot for them.
         slots, max_length, state_dtype, captured, prefix_cache, defer_writes, batch_invariant,
-            prompt_lookup_num_tokens, assistant_model: of the :class:`ContinuousBatch`. A model with attention that gets
-            no ``max_length`` makes a list of the requests, and room for the longest.
+            prompt_lookup_num_tokens, assistant_model, use_mtp: of the :class:`ContinuousBatch`. A model with attention
+            that gets no ``max_length`` makes a list of the requests, and room for the longest.
 
     Returns:
         how each request ended, in their order.
@@ -832,6 +913,7 @@ def generate_batch(
         batch_invariant=batch_invariant,
         prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         assistant_model=assistant_model,
+        use_mtp=use_mtp,
     )
     if isinstance(requests, Sequence):
         for request in requests:

@@ -465,7 +465,11 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
         if generation_config.assistant_early_exit is not None:
             raise ArgumentError("assistant_early_exit: a state belongs to all layers; pass an assistant_model instead")
         if generation_config.use_mtp:
-            check_heads(self, generation_config, kwargs.get("assistant_model"))
+            check_heads(self, generation_config.prompt_lookup_num_tokens, kwargs.get("assistant_model"))
+            if generation_config.num_assistant_tokens < 1:
+                raise ArgumentError(
+                    f"num_assistant_tokens is {generation_config.num_assistant_tokens}: a draft has at least 1 token"
+                )
         if len(input_ids) > 1:
             return self._speculate(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,39 +11,35 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..errors import ArgumentError
 from ..layers.sequence import sequence_layout
-from .cache import Mamba2Cache
+from .cache import CacheRow, Mamba2Cache
 from .speculation import likeliest
 
 if TYPE_CHECKING:
     from .causal_lm import SSDForCausalLM
 
 
-def check_heads(model: SSDForCausalLM, generation_config: Any, assistant: Any) -> None:
-    """Checks that the heads of a model can draft what ``generate`` asks for with ``use_mtp=True``.
+def check_heads(model: SSDForCausalLM, look: int | None, assistant: Any) -> None:
+    """Checks that a model has heads that can draft, and that nothing else is to: an assistant, or a
+    ``prompt_lookup_num_tokens``.
 
     Raises:
-        ArgumentError: there are no heads, there is another draft, or the draft has no token.
+        ArgumentError: there are no heads, or there is another draft.
     """
     if not model.mtp_heads:
         raise ArgumentError(
             "use_mtp=True: this model has no heads that predict further tokens (num_mtp_layers is 0, or its checkpoint "
             "has none); pass prompt_lookup_num_tokens or an assistant_model"
         )
-    look = generation_config.prompt_lookup_num_tokens
     if assistant is not None or look is not None:
         other = "assistant_model" if look is None else f"prompt_lookup_num_tokens={look}"
         raise ArgumentError(f"use_mtp=True and {other} both guess ahead: pass one of them")
-    if generation_config.num_assistant_tokens < 1:
-        raise ArgumentError(
-            f"num_assistant_tokens is {generation_config.num_assistant_tokens}: a draft has at least 1 token"
-        )
 
 
 class _Head:
     """A head and what it has read: of position i the hidden state, and the token as many places on as its depth."""
 
     def __init__(self, head: Any, config: Any) -> None:
-        self._head, self.cache = head, Mamba2Cache(config)
+        self._head, self._config, self.cache = head, config, Mamba2Cache(config)
         self.last: Tensor | None = None  # (B, 1, d) what it made of the last position that it has read
         self.has_read: Tensor | None = None  # (B,) on the CPU, whether there is such a position
 
@@ -58,6 +55,22 @@ class _Head:
         """The same where all counts, until the cache forgets guesses."""
         self.cache.start_guessing()
         return self._head(embeddings.to(hidden_states), hidden_states, self.cache)  # type: ignore[no-any-return]
+
+    def select(self, rows: Sequence[tuple[_Head, int] | None]) -> None:
+        """Holds copies of rows of such heads from now on, itself among them; None for one that has read nothing."""
+        cache = Mamba2Cache(self._config)
+        cache.gather([None if row is None else row[0]._row(row[1]) for row in rows])
+        made = [None if row is None or row[0].last is None else row[0].last[row[1]] for row in rows]
+        told = [False if row is None or row[0].has_read is None else bool(row[0].has_read[row[1]]) for row in rows]
+        known = [each for each in made if each is not None]
+        blank = torch.zeros_like(known[0]) if known else None
+        self.last = None if blank is None else torch.stack([blank if each is None else each for each in made])
+        self.cache, self.has_read = cache, torch.tensor(told)
+
+    def _row(self, place: int) -> CacheRow | None:
+        padding = self.cache.padding
+        tokens = self.cache.seen_tokens - (0 if padding is None else int(padding[place]))
+        return CacheRow(self.cache, place, tokens) if tokens else None
 
 
 class HeadDrafts:
@@ -97,11 +110,32 @@ class HeadDrafts:
             return
         if self._unread is not None and self._keep is not None:
             hidden_states, keep = torch.cat([self._unread, hidden_states], 1), torch.cat([self._keep, keep], 1)
-        self._unread, self._keep = hidden_states[:, -1:].clone(), keep[:, -1:]
-        if new := hidden_states.shape[1] - 1:
+        rows, new = torch.arange(len(keep)), keep.shape[1] - 1
+        # Where a row ends, which is before padding on its right.
+        ends = torch.where(keep.any(1), (keep * torch.arange(new + 1)).argmax(1), new)
+        self._unread = hidden_states[rows.to(hidden_states.device), ends.to(hidden_states.device)][:, None]
+        self._keep = keep[rows, ends][:, None]
+        if new:
             own = self._model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
             embeddings = self._model.backbone._scale_embeddings(own[:, -new:])
-            self._read(embeddings, hidden_states[:, :-1], keep[:, :-1], torch.full((len(keep),), new))
+            self._read(embeddings, hidden_states[:, :-1], keep[:, :-1] & keep[:, 1:], ends)
+
+    def select(self, rows: Sequence[tuple[HeadDrafts, int] | None]) -> None:
+        """Goes on from rows of such drafts, its own among them, that have read a prompt or a block; None for one that
+        has read nothing. Which tokens they have got since :meth:`accept` is still to say.
+        """
+        for index, head in enumerate(self._heads):
+            head.select([None if row is None else (row[0]._heads[index], row[1]) for row in rows])
+        held = [(None, None) if row is None else (row[0]._unread, row[0]._keep) for row in rows]
+        width = max((keep.shape[1] for _, keep in held if keep is not None), default=0)
+        unread, keeps = None, torch.zeros(len(rows), width, dtype=torch.bool)
+        for place, (row, (hidden_states, keep)) in enumerate(zip(rows, held, strict=True)):
+            if row is None or hidden_states is None or keep is None:
+                continue
+            if unread is None:
+                unread = hidden_states.new_zeros(len(rows), width, hidden_states.shape[2])
+            unread[place, : keep.shape[1]], keeps[place, : keep.shape[1]] = hidden_states[row[1]], keep[row[1]]
+        self._unread, self._keep, self._in_prompt = unread, None if unread is None else keeps, False
 
     def accept(self, tokens: list[list[int]]) -> None:
         """See :class:`.speculation.Drafts`."""
