@@ -21,6 +21,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,6 +54,7 @@ CAUSES = (  # what a test's name matches, and why it does not pass
         "the reference rounds 16-bit states before it reads them: the mean difference from fp64 is half of its here",
     ),
 )
+OUTCOMES = ("passed", "failed", "skipped", "expected to fail", "not begun")
 _SETTINGS = "MAMBA2_HF_PEERS"  # the environment variable in which a run's process finds them
 
 
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the tests, a fixed choice; all by default")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no test after so many")
     parser.add_argument("--keyword", default="", help="as pytest's -k")
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     given = parser.parse_args()
     roots = {"mamba": given.mamba, "conv": given.conv}
     ends, failed = time.time() + given.seconds, False
@@ -74,49 +77,55 @@ def main() -> None:
         if suite in ON_GPU_ONLY and not torch.cuda.is_available():
             print(f"{suite}: not run, {ON_GPU_ONLY[suite]}")
             continue
-        settings = {
-            "roots": {name: str(root.resolve()) for name, root in roots.items()},
-            "share": given.share,
-            "ends": ends,
-        }
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "pytest", "-q", "-p", Path(__file__).stem, "-p", "no:cacheprovider"),
-                *(
-                    "--rootdir",
-                    str(Path(__file__).parent),
-                    "-c",
-                    os.devnull,
-                    "--tb=short",
-                    "--no-header",
-                    "--import-mode=importlib",
-                ),
-                *("-k", given.keyword, str(roots[repository].resolve() / file)),
-            ],
-            env={
-                **os.environ,
-                _SETTINGS: json.dumps(settings),
-                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path[1:]]),
-                **({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}),
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        found = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        if not found:
-            print(f"{suite}: did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-            failed = True
-            continue
-        report = json.loads(found[-1])
-        print(f"{suite}: " + ", ".join(f"{count} {outcome}" for outcome, count in report["counts"].items() if count))
-        for name, said in report["failed"].items():
+        with ThreadPoolExecutor(given.jobs) as pool:
+            parts = [
+                pool.submit(_run, roots, roots[repository].resolve() / file, given, ends, part)
+                for part in range(given.jobs)
+            ]
+        reports = []
+        for done in [part.result() for part in parts]:
+            found = [line for line in done.stdout.splitlines() if line.startswith("{")]
+            if found:
+                reports.append(json.loads(found[-1]))
+            else:
+                print(f"{suite}: did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        failed |= len(reports) < given.jobs
+        counts = {name: sum(report["counts"][name] for report in reports) for name in OUTCOMES}
+        print(f"{suite}: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count))
+        for name, said in [each for report in reports for each in report["failed"].items()]:
             why = next((why for pattern, why in CAUSES if re.search(pattern, name)), "not known")
             print(f"  {name}\n    said: {said}\n    why: {why}")
             failed |= why == "not known"
     for file, why in LEFT_OUT.items():
         print(f"left out: {file}: {why}")
     sys.exit(failed)
+
+
+def _run(
+    roots: dict[str, Path], file: Path, given: argparse.Namespace, ends: float, part: int
+) -> subprocess.CompletedProcess[str]:
+    """Runs one of as many parts of a suite as there are jobs."""
+    settings = {
+        "roots": {name: str(root.resolve()) for name, root in roots.items()},
+        **{"share": given.share, "ends": ends, "part": part, "parts": given.jobs},
+    }
+    here = Path(__file__)
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", here.stem, "-p", "no:cacheprovider"),
+            *("--rootdir", str(here.parent), "-c", os.devnull, "--tb=short", "--no-header"),
+            *("--import-mode=importlib", "-k", given.keyword, str(file)),
+        ],
+        env={
+            **os.environ,
+            _SETTINGS: json.dumps(settings),
+            "PYTHONPATH": os.pathsep.join([str(here.parent), *sys.path[1:]]),
+            **({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 # What follows runs in the tests' process, as a plugin of pytest.
@@ -136,9 +145,9 @@ class _OnCPU(TorchFunctionMode):
 class Run:
     """Counts outcomes and keeps what failing tests said."""
 
-    def __init__(self, share: float, ends: float) -> None:
-        self.share, self.ends = share, ends
-        self.counts = dict.fromkeys(["passed", "failed", "skipped", "expected to fail", "not begun"], 0)
+    def __init__(self, share: float, ends: float, part: int, parts: int) -> None:
+        self.share, self.ends, self.part, self.parts = share, ends, part, parts
+        self.counts = dict.fromkeys(OUTCOMES, 0)
         self.failed: dict[str, str] = {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -147,7 +156,7 @@ class Run:
             for item in items
             if zlib.crc32(item.nodeid.split("/")[-1].encode()) % 1000 < 1000 * self.share
             and not INSIDE.search(item.nodeid)
-        ]
+        ][self.part :: self.parts]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
@@ -179,7 +188,7 @@ def pytest_configure(config: pytest.Config) -> None:
     _substitute({name: Path(root) for name, root in settings["roots"].items()})
     if not torch.cuda.is_available():
         torch.cuda.synchronize = lambda *args: None
-    config.pluginmanager.register(Run(settings["share"], settings["ends"]))
+    config.pluginmanager.register(Run(*(settings[name] for name in ("share", "ends", "part", "parts"))))
 
 
 def _substitute(roots: dict[str, Path]) -> None:
