@@ -358,9 +358,8 @@ class ContinuousBatch:
     """A batch that requests join and leave while it runs: :meth:`add` some, and call :meth:`step` until it is idle.
 
     What a request gets is what ``generate`` gives for it alone, up to the rounding of larger matrix products, which
-    ``batch_invariant=True`` takes away. Reading
-    new prompts holds the others up; up to 16 are read in one call, short ones before there is a slot for them. Of a
-    model with attention all rows have the keys of ``max_length`` tokens.
+    ``batch_invariant=True`` takes away. Reading new prompts holds the others up; up to 32 are read in one call, short
+    ones before there is a slot for them. Of a model with attention all rows have the keys of ``max_length`` tokens.
 
     On a GPU the step is captured into a CUDA graph, where ``generate`` would do that, and replayed while the model is
     the same: weights that were moved are noticed before the next step; modules, hooks, and adapters with their settings
