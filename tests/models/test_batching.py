@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from test_captured_decoding import AddressCheck
 from torch import Tensor, nn
 
 from mamba2_hf import Completion, ContinuousBatch, Mamba2Cache, PrefixCache, Request, generate_batch
@@ -135,6 +136,37 @@ def test_rows_that_guess_ahead_write_what_they_write_alone(
         found = generate_batch(model, again, slots=3, **guess, prefix_cache=prefix_cache)
         assert found == generate_batch(model, again, slots=1)
         assert prefix_cache.stats.hits >= len(again)
+
+
+@pytest.mark.parametrize("source", [None, "lookup", "pure", "plain", "heads"])
+def test_steps_and_blocks_are_replayed(
+    source: str | None, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all buffers where they were when they were captured, while requests come and go."""
+    replayed: set[tuple[int, int]] = set()  # layers, tokens
+
+    class Replays(AddressCheck):
+        def _replay(self, run: Any, cache: Mamba2Cache, *args: Any) -> None:
+            replayed.add((len(cache.layers), self._ids.shape[1]))
+            super()._replay(run, cache, *args)
+
+    monkeypatch.setattr("mamba2_hf.models.batching.DecodeGraph", Replays)
+    monkeypatch.setattr("mamba2_hf.models.batching.why_not", lambda model: None)
+    model = with_heads("plain", 3) if source == "heads" else build("plain", tiny_model)
+    ways: dict[str | None, dict[str, Any]] = {None: {}, "lookup": {"prompt_lookup_num_tokens": 3}}
+    ways["heads"] = {"use_mtp": True}
+    helped = helper(source, tiny_model, 3) if source in ("pure", "plain") else None
+    guess = ways[source] if helped is None else {"assistant_model": helped}
+    requests = [
+        Request(prompt(length).repeat(2), {**BASE, "max_new_tokens": 6 + 3 * number})
+        for number, length in enumerate(LENGTHS)
+    ]
+    ended = generate_batch(model, requests, slots=3, **guess)
+    assert [each.tokens for each in ended] == [alone(model, request) for request in requests]
+    layers = len(model.config.mixer_kinds)
+    assert (layers, 4 if guess else 1) in replayed
+    if helped is not None:
+        assert (len(helped.config.mixer_kinds), 1) in replayed
 
 
 def test_guesses_that_are_right_save_steps(tiny_model: Callable[..., Any]) -> None:
