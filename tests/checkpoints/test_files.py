@@ -19,8 +19,8 @@ from mamba2_hf.checkpoints import convert
 from mamba2_hf.checkpoints.files import whole_folder
 from mamba2_hf.errors import CheckpointError
 
-# For each line of arguments: a process that runs the command with them and stops in the middle of it, says so, and waits
-# to be ended; then how it ended. They are forks of one that has imported what the command does.
+# For each line of arguments: a process that runs the command with them and stops in the middle of it, says so, and
+# waits to be ended; then how it ended. They are forks of one that has imported what the command does.
 STOPPING = """
 import json, os, signal, sys, time
 from mamba2_hf.checkpoints import io

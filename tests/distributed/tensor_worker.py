@@ -570,11 +570,14 @@ def checkpoints_go_from_mesh_to_mesh(folder: Path) -> None:
     world = dist.get_world_size()
     both = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
     sharded = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
-    few = {"layer_blocks": ["attention moe", "shared>ssd", "shared>ssd"], "num_hidden_layers": 3}
+    few: dict[str, Any] = {
+        **{"layer_blocks": ["attention moe", "shared>ssd", "shared>ssd"], "num_hidden_layers": 3},
+        "tie_word_embeddings": True,
+    }
     recipes: list[tuple[str, Any, Any]] = [
         ("tp", make_pure, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
         # Steps of a size that a gradient's rounding does not change: AdamW divides gradients by their own size.
-        ("dp x tp", lambda: make_hybrid(**few, tie_word_embeddings=True), lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1.0)),
+        ("dp x tp", lambda: make_hybrid(**few), lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1.0)),
     ]
     for saving, make, optimizer_of in recipes[world // 2 - 1 :]:  # four processes save by a mesh of both
         start = moved(make().double()).train()
