@@ -18,6 +18,7 @@ a CSV and a plot of each experiment. Loss is in nats per token on projects that 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from functools import lru_cache
@@ -261,7 +262,7 @@ def _two_seeds(name: str, data: str, shapes: dict[str, Shape]) -> list[Run]:
 
 def scaling(data: str) -> list[Run]:
     """Widths 128, 192, 256 and 384, the first three with ten tokens for each parameter and the last with five; a
-    Transformer has an MLP in place of a layer. Narrow models get up to half as high a rate again.
+    Transformer has an MLP in place of a layer. Narrow models get up to half as high a rate again. Two seeds.
     """
     runs = []
     sizes = (
@@ -270,14 +271,14 @@ def scaling(data: str) -> list[Run]:
         (256, 8, 864, 48_000_000, 1.0),
         (384, 10, 1312, 56_000_000, 0.75),
     )
-    for width, layers, mlp, tokens, factor in sizes:
+    for seed, (width, layers, mlp, tokens, factor) in itertools.product((0, 1), sizes):
         shapes = {
             "mamba2": Shape("mamba2", width, layers),
             "hybrid": Shape("hybrid", width, layers, attention_layers=1, key_value_heads=width // 64),
             "attention": Shape("attention", width, layers // 2, mlp=mlp),
         }
         runs += [
-            Run(f"scaling-{kind}-{width}", data, shape, factor * USUAL[kind], tokens=tokens)
+            Run(f"scaling-{kind}-{width}" + "-s1" * seed, data, shape, factor * USUAL[kind], tokens=tokens, seed=seed)
             for kind, shape in shapes.items()
         ]
     return runs
@@ -365,7 +366,7 @@ def plot(name: str, results: list[dict[str, Any]], path: Path) -> None:
             lines.setdefault(shape.kind, []).append((each["learning_rate"], each["test"]))
         elif name == "scaling":
             flops = flops_a_token(shape, each["parameters"], each["window"]) * each["tokens"]
-            lines.setdefault(shape.kind, []).append((flops, each["test"]))
+            lines.setdefault(shape.kind + ", another seed" * (each["seed"] > 0), []).append((flops, each["test"]))
             labels = {"x": "products in training", "log": "xy"}
         elif name == "length":
             label = f"state {shape.state}, trained on {each['window']}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from subprocess import PIPE
 
 import layouts
 import pytest
@@ -17,9 +19,10 @@ from mamba2_hf.checkpoints import convert
 from mamba2_hf.checkpoints.files import whole_folder
 from mamba2_hf.errors import CheckpointError
 
-# Runs the command and stops in the middle of it: says so, and waits to be ended.
+# For each line of arguments: a process that runs the command with them and stops in the middle of it, says so, and
+# waits to be ended; then how it ended. They are forks of one that has imported what the command does.
 STOPPING = """
-import signal, sys, time
+import json, os, signal, sys, time
 from mamba2_hf.checkpoints import io
 from mamba2_hf.cli import main
 
@@ -27,13 +30,17 @@ values = io._write_values
 
 def wait(*given):
     values(*given)
-    print("half", flush=True)
+    print(os.getpid(), flush=True)
     time.sleep(60)
 
 io._write_values = wait
-sys.argv[1:1] = ["convert", "--overwrite"]
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
-main()
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        sys.argv[1:] = ["convert", "--overwrite", *json.loads(line)]
+        sys.exit(main())
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 # Converts with no more than so many bytes to a file, as a full disk would have it.
 LIMITED = """
@@ -71,27 +78,21 @@ def state(destination: Path) -> tuple[list[str], dict[str, bytes]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "code", "old"),
-    [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, False), (signal.SIGHUP, 129, True)],
-)
-def test_being_stopped_leaves_the_destination_as_it_was(
-    source: Path, tmp_path: Path, number: signal.Signals, code: int, old: bool
-) -> None:
-    destination = tmp_path / "place/out"
-    destination.parent.mkdir()
-    if old:
-        layouts.stock(destination, use_bias=True)
-    before = state(destination)
-    with subprocess.Popen(
-        [sys.executable, "-c", STOPPING, str(source), str(destination)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"half\n"
-        assert len(list(destination.parent.iterdir())) == len(before[0]) + 1  # it is in the middle of it
-        process.send_signal(number)
-        assert process.wait(30) == code
-    assert state(destination) == before
+def test_being_stopped_leaves_the_destination_as_it_was(source: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STOPPING]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        for number, code, old in ((signal.SIGINT, 130, True), (signal.SIGTERM, 143, False), (signal.SIGHUP, 129, True)):
+            destination = tmp_path / number.name / "out"
+            destination.parent.mkdir()
+            if old:
+                layouts.stock(destination, use_bias=True)
+            before = state(destination)
+            print(json.dumps([str(source), str(destination)]), file=server.stdin, flush=True)
+            process = int(server.stdout.readline())
+            assert len(list(destination.parent.iterdir())) == len(before[0]) + 1  # it is in the middle of it
+            os.kill(process, number)
+            assert int(server.stdout.readline()) == code, number
+            assert state(destination) == before, number
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from accelerate import ParallelismConfig
 from datasets import Dataset
 from distributed_worker import distance, make_hybrid, make_model, whole
+from interpreting import work_once
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import Check, work
 from steps import ops_serve, token_by_token
@@ -261,7 +262,7 @@ def generates_the_same_tokens(folder: Path) -> None:
         ids = batch(1)["input_ids"]
         mask = torch.ones_like(ids)
         mask[0, :4] = 0
-        shared = {"max_new_tokens": 8, "eos_token_id": None, "attention_mask": mask}
+        shared = {"max_new_tokens": 5, "eos_token_id": None, "attention_mask": mask}
         for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 2}, {"do_sample": True}):
             torch.manual_seed(7)
             expected = plain.generate(ids, **shared, **options)
@@ -316,8 +317,11 @@ def hybrids_step_by_ops(folder: Path) -> None:
             }
             plain = moved(make_hybrid(**sizes).double())
             model = tensor_parallel(copy.deepcopy(plain), mesh())
-            adapted = with_lora(copy.deepcopy(plain)).double()
-            for one, other in ((plain, model), (adapted, tensor_parallel(copy.deepcopy(adapted), mesh()))):
+            pairs = [(plain, model)]
+            if dist.get_world_size() == 2:
+                adapted = with_lora(copy.deepcopy(plain)).double()
+                pairs.append((adapted, tensor_parallel(copy.deepcopy(adapted), mesh())))
+            for one, other in pairs:
                 for rows in (1, 3):
                     ids = batch(1, rows=rows)["input_ids"]
                     known = token_by_token(one.eval(), ids, 3)
@@ -436,18 +440,20 @@ def attention_and_mlps_train_with_a_sum_each_way(folder: Path) -> None:
 @check
 def layers_are_one_op_on_triton(folder: Path) -> None:
     """In its interpreter; plans of a layer's pieces are made and carried out."""
+    work_once()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "_usable", lambda device: (True, "by test"))
         patch.setattr(plan, "enabled", lambda: True)
+        given = batch(0, tokens=9)
         for changes in ({"n_groups": 1, "use_bias": True}, {"n_groups": 4}):
-            plain = moved(make_pure(**changes)).train()
+            plain = moved(make_pure(num_hidden_layers=1, **changes)).train()
             model = tensor_parallel(copy.deepcopy(plain), mesh())
             with use_backend("torch"):
-                plain.double()(**batch(0)).loss.backward()
+                plain.double()(**given).loss.backward()
             for _ in range(3):
                 model.zero_grad()
                 with use_backend("triton"):
-                    model(**batch(0)).loss.backward()
+                    model(**given).loss.backward()
                 found = whole_state_dict(model, model.tensor_group, gradients(model))
                 for name, gradient in gradients(plain).items():
                     assert distance(found[name].double(), gradient) < 5e-5, name
@@ -564,12 +570,16 @@ def checkpoints_go_from_mesh_to_mesh(folder: Path) -> None:
     world = dist.get_world_size()
     both = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
     sharded = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
+    few: dict[str, Any] = {
+        **{"layer_blocks": ["attention moe", "shared>ssd", "shared>ssd"], "num_hidden_layers": 3},
+        "tie_word_embeddings": True,
+    }
     recipes: list[tuple[str, Any, Any]] = [
         ("tp", make_pure, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
         # Steps of a size that a gradient's rounding does not change: AdamW divides gradients by their own size.
-        ("dp x tp", lambda: make_hybrid(tie_word_embeddings=True), lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1.0)),
+        ("dp x tp", lambda: make_hybrid(**few), lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1.0)),
     ]
-    for saving, make, optimizer_of in recipes:
+    for saving, make, optimizer_of in recipes[world // 2 - 1 :]:  # four processes save by a mesh of both
         start = moved(make().double()).train()
 
         def begin(kind: str, start: Any = start, optimizer_of: Any = optimizer_of) -> tuple[Any, Any, Any]:
@@ -588,12 +598,13 @@ def checkpoints_go_from_mesh_to_mesh(folder: Path) -> None:
                     parameter.zero_()
 
         plain, steps, _ = begin("one")
-        train(plain, steps, range(3))
+        train(plain, steps, range(2))
         saved = states(plain, steps)
-        train(plain, steps, range(3, 5))
+        train(plain, steps, range(2, 3))
+        ended = states(plain, steps)
         at = folder / saving
         model, its_steps, dp = begin(saving)
-        train(model, its_steps, range(3), dp)
+        train(model, its_steps, range(2), dp)
         assert_same_states(states(model, its_steps), saved)
         dcp.save(states(model, its_steps), checkpoint_id=at)
         for kind in ("one", "tp", "dp", "dp x tp"):
@@ -601,8 +612,8 @@ def checkpoints_go_from_mesh_to_mesh(folder: Path) -> None:
             forget(model, its_steps)
             load(model, its_steps, at)
             assert_same_states(states(model, its_steps), saved)
-            train(model, its_steps, range(3, 5), dp)
-            assert_same_states(states(model, its_steps), states(plain, steps))
+            train(model, its_steps, range(2, 3), dp)
+            assert_same_states(states(model, its_steps), ended)
         # by PyTorch alone, where layers are whole
         model, its_steps, _ = begin("dp")
         found = dict(zip(("model", "optimizer"), states_of_torch.get_state_dict(model, its_steps), strict=True))

@@ -10,8 +10,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +37,13 @@ pytestmark = [
 ]
 
 
-def launch(folder: Path, options: tuple[str, ...], *arguments: object, whole: bool = False) -> None:
-    """``accelerate launch``; unless it is wanted whole, what it has torchrun start is forked, which takes less time."""
+def launch(folder: Path, options: tuple[str, ...], *arguments: object) -> None:
+    """``accelerate launch``, except that what it has torchrun start is forked, which takes less time."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = ["--num_processes", "2", "--num_machines", "1", "--main_process_port", str(port)]
     command += ["--mixed_precision", "bf16", "--dynamo_backend", "no", *options, str(WORKER), *map(str, arguments)]
-    if whole:
-        run_module("accelerate.commands.launch", *command)
-        return
-
     environments = []
 
     def started(given: Any) -> None:
@@ -63,22 +57,9 @@ def launch(folder: Path, options: tuple[str, ...], *arguments: object, whole: bo
 
 
 def fork(folder: Path, *arguments: object, **options: Any) -> None:
-    """As torchrun starts two processes."""
+    """As torchrun starts two processes, which ``test_generate_tensor_parallel.py`` has it do itself."""
     well, said = start(WORKER, 2, folder, *arguments, **options)
     assert well, said
-
-
-def run_module(*command: object) -> None:
-    repository = WORKER.parents[2]
-    folders = [repository / "src", WORKER.parent, repository / "examples"]
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, command)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize(("model", "more"), [("pure", ()), ("hybrid", FROM_EVERY_PROCESS)])
@@ -112,17 +93,14 @@ def check(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_the_pretraining_example_shards_under_torchrun(tmp_path: Path) -> None:
+def test_the_pretraining_example_shards(tmp_path: Path) -> None:
     """Two processes with copies of the weights, and two with a half each, train the same."""
     found = []
     for shard in (1, 2):
         out = tmp_path / str(shard)
         sizes = ("--preset", "tiny", "--steps", 3, "--batch", 2, "--length", 64, "--shard", shard, "--captured")
         arguments = (tmp_path, "fsdp" if shard > 1 else "ddp", "pretrain", *sizes, "--out", out)
-        if shard > 1:
-            run_module("torch.distributed.run", "--nproc_per_node", 2, "--standalone", WORKER, *arguments)
-        else:
-            fork(tmp_path, *arguments)
+        fork(tmp_path, *arguments)
         with (out / "loss.csv").open(newline="") as file:
             found.append([float(row["train"]) for row in csv.DictReader(file) if row["train"]])
     assert found[1] == pytest.approx(found[0], rel=1e-5)
@@ -131,7 +109,7 @@ def test_the_pretraining_example_shards_under_torchrun(tmp_path: Path) -> None:
 def test_the_pretraining_example_shards_and_goes_on(tmp_path: Path) -> None:
     def run(out: Path, *more: str) -> list[float]:
         sizes = ("--preset", "tiny", "--steps", 4, "--batch", 2, "--length", 64)
-        launch(tmp_path, FSDP2, tmp_path, "fsdp", "pretrain", *sizes, "--out", out, *more, whole=not more)
+        launch(tmp_path, FSDP2, tmp_path, "fsdp", "pretrain", *sizes, "--out", out, *more)
         with (out / "loss.csv").open(newline="") as file:
             return [float(row["held_out"]) for row in csv.DictReader(file) if row["held_out"]]
 

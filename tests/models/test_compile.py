@@ -248,7 +248,6 @@ def test_generation_with_a_compiled_forward(kind: str, tiny_model: Callable[...,
     ids = tokens(1, 4).repeat(1, 2)
     padded = torch.ones_like(ids).index_fill(1, torch.arange(2), 0)
     ways: list[dict[str, Any]] = [
-        {"prompt_lookup_num_tokens": 1},
         {"attention_mask": padded, "prompt_lookup_num_tokens": 1},
         {"attention_mask": padded, "prefill_chunk_size": 5},
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from hybrids import make_hybrid
 from torch import Tensor, nn
 
-from mamba2_hf import export_onnx
+from mamba2_hf import Mamba2Cache, export_onnx
 from mamba2_hf.errors import ArgumentError
 
 Make = Callable[..., Any]
@@ -40,8 +40,14 @@ def model(tiny_model: Make) -> Any:
 
 
 @pytest.fixture(scope="module")
-def paths(model: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return export_onnx(model, tmp_path_factory.mktemp("onnx") / "model")
+def small(tiny_model: Make) -> Any:
+    """Of one layer: the exporter takes seconds for each."""
+    return tiny_model(num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def paths(small: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return export_onnx(small, tmp_path_factory.mktemp("onnx") / "model")
 
 
 def in_onnxruntime(path: Path) -> tuple[list[str], list[str], Run]:
@@ -68,8 +74,8 @@ def in_openvino(path: Path) -> tuple[list[str], list[str], Run]:
         ),
     ],
 )
-def test_prefill_and_steps_go_on_from_each_other(model: Any, paths: tuple[Path, Path], load: Any) -> None:
-    states = [f"{kind}_{layer}" for layer in range(2) for kind in ("conv", "ssm")]
+def test_prefill_and_steps_go_on_from_each_other(small: Any, paths: tuple[Path, Path], load: Any) -> None:
+    states = ["conv_0", "ssm_0"]
     inputs, outputs, prefill = load(paths[0])
     assert inputs == ["input_ids", "attention_mask"]
     assert outputs == ["logits", *states]
@@ -81,7 +87,7 @@ def test_prefill_and_steps_go_on_from_each_other(model: Any, paths: tuple[Path, 
         mask = torch.ones_like(ids)
         mask[0, : tokens // 2] = 0
         with torch.no_grad():
-            expected = model(ids, attention_mask=mask).logits[:, tokens - 1 :]
+            expected = small(ids, attention_mask=mask).logits[:, tokens - 1 :]
         found = prefill({"input_ids": ids[:, :tokens].numpy(), "attention_mask": mask[:, :tokens].numpy()})
         logits = [found[0]]
         for column in range(tokens, tokens + 3):
@@ -90,6 +96,37 @@ def test_prefill_and_steps_go_on_from_each_other(model: Any, paths: tuple[Path, 
             )
             logits.append(found[0])
         torch.testing.assert_close(torch.from_numpy(np.concatenate(logits, 1)), expected, **CLOSE)
+
+
+def test_states_of_every_layer_are_named(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In what the exporter is given: the names of each graph, and what its module makes of tensors."""
+    given: list[tuple[nn.Module, list[str], list[str]]] = []
+
+    def export(module: nn.Module, arguments: Any, **options: Any) -> None:
+        given.append((module, options["input_names"], options["output_names"]))
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    export_onnx(model, tmp_path)
+    (prefill, inputs, outputs), (step, its_inputs, its_outputs) = given
+    states = ["conv_0", "ssm_0", "conv_1", "ssm_1"]
+    assert inputs == ["input_ids", "attention_mask"]
+    assert outputs == ["logits", *states]
+    assert its_inputs == ["input_ids", *states]
+    assert its_outputs == ["logits", *(f"new_{name}" for name in states)]
+    ids = torch.randint(3, 61, (2, 7))
+    with torch.no_grad():
+        expected = model(ids[:, :-1]).past_key_values
+        found = prefill(ids[:, :-1], torch.ones_like(ids[:, :-1]))[1:]
+        assert_states(found, expected)
+        logits, *found = step(ids[:, -1:], list(found))
+        torch.testing.assert_close(logits, model(ids[:, -1:], past_key_values=expected).logits, **CLOSE)
+        assert_states(found, expected)
+
+
+def assert_states(found: Sequence[Tensor], cache: Mamba2Cache) -> None:
+    expected = [state for layer in cache.layers for state in (layer.conv, layer.ssm)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
 
 
 @pytest.mark.slow

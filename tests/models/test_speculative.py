@@ -326,7 +326,7 @@ def test_own_heads_write_the_greedy_text_of_a_batch(
     ids, mask, _ = uneven(1, "right" if kind == "rotary" else "left")
     ids, mask = ids.remainder(5).to(device), mask.to(device)
     guess = {"use_mtp": True, "num_assistant_tokens": 4, "assistant_confidence_threshold": 0.0}
-    for seed, ends in ((0, None), (1, 4), (2, 3)):
+    for seed, ends in ((0, None), (1, 4)):
         model = with_heads(kind, count, seed, vocab_size=5).to(device)  # so few that heads are right at times
         options = {**GREEDY, "eos_token_id": ends, "attention_mask": mask}
         expected = model.generate(ids, **options)
@@ -371,8 +371,7 @@ def test_what_heads_kept_of_guesses_is_taken_back(kind: str, count: int, monkeyp
             torch.testing.assert_close(scores[0], foretold(model, text, scores.shape[1]).float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["rotary", "sliding", "experts"])
+@pytest.mark.parametrize(("kind", "count"), [("rotary", 1), ("rotary", 4), ("sliding", 2), ("experts", 4)])
 def test_heads_draft_for_each_row_what_they_draft_for_it_alone(
     kind: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,10 +184,10 @@ class TestDeferredWrites:
             cache.seen_tokens = 9
             assert (cache.layers[0].clock is not None) == defer_writes
             logits = []
-            for token in range(3, 8):
+            for token in range(3, 6):
                 logits.append(model(torch.full((3, 1), token, device=DEVICE), past_key_values=cache).logits)
             change(cache, model)
-            for token in range(4, 9):
+            for token in range(4, 8):
                 rows = torch.full((cache.batch_size, 1), token, device=DEVICE)
                 rows[0] += 9
                 logits.append(model(rows, past_key_values=cache).logits)

@@ -6,14 +6,16 @@ process of its own, since Triton decides at import whether kernels are compiled 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import forks
 
 # Sizes of a 2.7B model's layer; every option with wide heads; odd sizes, packed; segments in fp32; its widest state.
 SCANS: dict[str, dict[str, Any]] = {
@@ -141,6 +143,16 @@ def compile_scan(
     return [kernel._asdict() for kernel in kernels]
 
 
+def combinations(target: str, *choices: Sequence[Any]) -> Iterable[tuple[Any, ...]]:
+    """Of values to choose from: every one where it is asked what a kernel spills; as many elsewhere that each value is
+    in one of them, since what a target cannot compile or hold lies in one value, and compiling takes long.
+    """
+    if target == "sm_90":
+        return itertools.product(*choices)
+    count = max(map(len, choices))
+    return zip(*(itertools.islice(itertools.cycle(values), count) for values in choices), strict=True)
+
+
 def _set_chip(target: str) -> None:
     from mamba2_hf.ops.runtime import tables
 
@@ -257,51 +269,41 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
         mixer = mixer._replace(A=None, A_log=per_head)
         one = [(1, inner // 2, inner), (1, inner // 2, inner // 8), (1, 768, inner)]
         several = [(16, inner // 2, inner), (64, inner // 2, inner), (64, inner // 2, inner // 8)]
-        for batch, width, group_size in one + several:
-            weights = LayerWeights(
-                *(zeros(width), Linear(zeros(entering, width)), mixer, Linear(zeros(width, inner))),
-            )
-            bare = mixer._replace(gated_norm_weight=None)
-            for own, multipliers in ((weights, ()), (weights._replace(mixer=bare), (0.5, 0.5, 2.0, 2.0, 1.5))):
-                training.mamba2_layer_step(
-                    LayerStep(
-                        *(zeros(batch, 1, width, dtype=torch.float32), zeros(batch, channels, K - 1)),
-                        *(zeros(batch, H, P, N, dtype=torch.float32), own),
-                        MixerSpec(
-                            *(P, 1),
-                            group_size=group_size,
-                            norm_before_gate=width < 1000,
-                            multipliers=multipliers,
-                        ),
-                    )
+        bare = mixer._replace(gated_norm_weight=None)
+        options = ((mixer, ()), (bare, (0.5, 0.5, 2.0, 2.0, 1.5)))
+        sizes = one + several if target == "sm_90" else [one[2], several[0], several[2]]
+        for (batch, width, group_size), (own, multipliers) in combinations(target, sizes, options):
+            training.mamba2_layer_step(
+                LayerStep(
+                    *(zeros(batch, 1, width, dtype=torch.float32), zeros(batch, channels, K - 1)),
+                    zeros(batch, H, P, N, dtype=torch.float32),
+                    LayerWeights(zeros(width), Linear(zeros(entering, width)), own, Linear(zeros(width, inner))),
+                    MixerSpec(*(P, 1), group_size=group_size, norm_before_gate=width < 1000, multipliers=multipliers),
                 )
-        for dtype in (torch.float32, torch.bfloat16):  # a layer so small that each output is one program's
+            )
+        # A layer so small that each output is one program's.
+        for dtype, batch in combinations(target, (torch.float32, torch.bfloat16), (4, 16)):
 
             def small(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
                 return zeros(*shape, dtype=of)
 
             little = MixerWeights(small(96, K), small(96), small(4), None, small(4), small(4), small(64))
-            entry, end = Linear(small(164, 32)), Linear(small(32, 64))
-            for batch in (4, 16):
-                moved = small(batch, 96, K - 1), small(batch, 4, 16, 16)
-                ring = new_ring(*moved)
-                training.mamba2_layer_step(
-                    LayerStep(
-                        small(batch, 1, 32, of=torch.float32),
-                        *moved,
-                        LayerWeights(small(32), entry, little, end),
-                        MixerSpec(16, 1, group_size=64),
-                        ring=ring,
-                    )
+            moved = small(batch, 96, K - 1), small(batch, 4, 16, 16)
+            training.mamba2_layer_step(
+                LayerStep(
+                    small(batch, 1, 32, of=torch.float32),
+                    *moved,
+                    LayerWeights(small(32), Linear(small(164, 32)), little, Linear(small(32, 64))),
+                    MixerSpec(16, 1, group_size=64),
+                    ring=new_ring(*moved),
                 )
+            )
         stream = zeros(64, 1, 2560, dtype=torch.float32)
         weights = LayerWeights(zeros(2560), Linear(zeros(entering, 2560)), mixer, Linear(zeros(2560, inner)))
-        for kept in (torch.float32, torch.bfloat16):
+        for kept, own in combinations(target, (torch.float32, torch.bfloat16), (mixer, bare)):
             states = zeros(64, channels, K - 1), zeros(64, H, P, N, dtype=kept)
-            ring = new_ring(*states)
-            for call in (weights, weights._replace(mixer=mixer._replace(gated_norm_weight=None))):
-                spec = MixerSpec(P, 1, group_size=inner)
-                training.mamba2_layer_step(LayerStep(stream, *states, call, spec, ring=ring))
+            ring, spec = new_ring(*states), MixerSpec(P, 1, group_size=inner)
+            training.mamba2_layer_step(LayerStep(stream, *states, weights._replace(mixer=own), spec, ring=ring))
             if ring.clock is not None:
                 settle(RingState(states[1], ring))
         for batch, size in (
@@ -330,51 +332,62 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
         for kind in ACTIVATIONS:
             mlp.gated_activation(Gated(zeros(4, 2 * width), None, kind, packed=True))
             mlp._gated_backward(Gated(zeros(4, width), zeros(4, width), kind), zeros(4, width))
-            up, down = Linear(zeros(8192, width)), Linear(zeros(width, 8192))
-            for gate in (None, zeros(8192, width)):
-                mlp.mlp_step(MLPStep(stream, norm_weight, gate, None, up, down, kind))
+        up, down = Linear(zeros(8192, width)), Linear(zeros(width, 8192))
+        for kind, gate in combinations(target, list(ACTIVATIONS), (None, zeros(8192, width))):
+            mlp.mlp_step(MLPStep(stream, norm_weight, gate, None, up, down, kind))
         eight = Peers(torch.zeros(12, dtype=torch.int64), 1, 8, 2**18)
         for shared in ({"peers": eight}, {"part": True}):  # its last kernel is that of attention, too
             mlp.mlp_step(MLPStep(stream, norm_weight, None, None, up, down, "silu")._replace(**shared))
         inner_weights = (zeros(64, width), zeros(64, 1024, width), zeros(64, width, 512))
-        for batch in (1, 16):
-            of_experts = ExpertsStep(
-                stream.expand(batch, 1, width).contiguous(), norm_weight, *inner_weights, 6, "silu"
-            )
-            for shared in ({}, {"peers": eight}, {"part": True}):
-                mlp.experts_step(of_experts._replace(**shared))
+        for batch, shared in combinations(target, (1, 16), ({}, {"peers": eight}, {"part": True})):
+            several_rows = stream.expand(batch, 1, width).contiguous()
+            of_experts = ExpertsStep(several_rows, norm_weight, *inner_weights, 6, "silu")
+            mlp.experts_step(of_experts._replace(**shared))
         for heads, groups in ((8, 2), (32, 32)):
             q, k = zeros(2, heads, 1, 128), zeros(2, groups, 4096, 128)
             attention.attend_one(OneQuery(q, k, k, torch.zeros(2, dtype=torch.int64), 0.1))
             angles = zeros(1, 1, 64, dtype=torch.float32)
             linears = [Linear(zeros(n * 128, width)) for n in (heads, groups, groups)]
-            for batch in (1, 16, 64):
+            for batch, has_biases in combinations(target, (1, 16, 64), (False, True)):
                 buffers = (zeros(batch, groups, 4096, 128), zeros(batch, groups, 4096, 128), norm_weight)
-                lengths, turns = torch.zeros(batch, dtype=torch.int64), zeros(1, 1, 128, dtype=torch.float32)
-                states = zeros(batch, 1, width, dtype=torch.float32), *buffers, *linears
-                out = Linear(zeros(width, heads * 128))
-                attention.attention_step(AttentionStep(*states, out, lengths, turns, turns, 0.1))
-                biased = [Linear(each.weight, zeros(each.weight.shape[0])) for each in (*linears, out)]
-                attention.attention_step(AttentionStep(*states[:4], *biased, lengths, None, None, 0.1))
+                lengths = torch.zeros(batch, dtype=torch.int64)
+                states = zeros(batch, 1, width, dtype=torch.float32), *buffers
+                weights = *linears, Linear(zeros(width, heads * 128))
+                if has_biases:
+                    weights = (*(Linear(each.weight, zeros(each.weight.shape[0])) for each in weights),)
+                turns = None if has_biases else zeros(1, 1, 128, dtype=torch.float32)
+                attention.attention_step(AttentionStep(*states, *weights, lengths, turns, turns, 0.1))
             attention.rotary(Rotary(q.transpose(1, 2), k[:, :, :1].transpose(1, 2), angles, angles))
         for gradient in (False, True):
             loss.rows(loss.Rows(zeros(4, 50288), torch.zeros(4, dtype=torch.long), 1.0, -100, gradient))
     return [kernel._asdict() for kernel in kernels]
 
 
+@pytest.fixture(scope="module")
+def compile_all() -> Iterator[Callable[[str], dict[str, list[dict[str, Any]]]]]:
+    """Runs this file for a target."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    here = Path(__file__).resolve()
+    folders = [here.parents[2] / "src", here.parent, here.parents[1] / "distributed"]
+    environment["PYTHONPATH"] = os.pathsep.join([*map(str, folders), environment.get("PYTHONPATH", "")])
+    with forks("mamba2_hf.ops, triton.backends.compiler", "-W", "error", environment=environment) as run:
+
+        def compile_for(target: str) -> dict[str, list[dict[str, Any]]]:
+            # More is asked of one than that its kernels compile and fit: lines take the compiler long.
+            lines = "" if target == "sm_90" else "os.environ['TRITON_DISABLE_LINE_INFO'] = '1'\n"
+            program = f"import os, runpy, sys; sys.argv[1:] = [{target!r}]\n{lines}"
+            printed = run(f"{program}runpy.run_path({str(here)!r}, run_name='__main__')")
+            found: dict[str, list[dict[str, Any]]] = json.loads(printed.splitlines()[-1])
+            return found
+
+        yield compile_for
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a minute of one core that is not shared
 @pytest.mark.parametrize("target", CAPABILITIES)
-def test_kernels_compile_everywhere(target: str) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    source = Path(__file__).resolve().parents[2] / "src"
-    environment["PYTHONPATH"] = os.pathsep.join([str(source), environment.get("PYTHONPATH", "")])
-    if target != "sm_90":  # of which more is asked than that its kernels compile and fit: lines take the compiler long
-        environment["TRITON_DISABLE_LINE_INFO"] = "1"
-    command = [sys.executable, "-W", "error", __file__, target]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
-    found = json.loads(result.stdout.splitlines()[-1])
+def test_kernels_compile_everywhere(target: str, compile_all: Callable[[str], dict[str, Any]]) -> None:
+    found = compile_all(target)
     for case, kernels in found.items():
         names = {kernel["name"] for kernel in kernels}
         expected = SCAN_KERNELS

