@@ -208,17 +208,9 @@ def test_training_with_gradient_checkpointing(tiny_model: Callable[..., Any]) ->
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of the compiler itself
 def test_inductor(tiny_model: Callable[..., Any]) -> None:
-    """The default backend, in training and for a decoded token."""
-    model = tiny_model(num_hidden_layers=1)
-    compiled = torch.compile(model, fullgraph=True)
-    ids = tokens(2, TOKENS)
-    same_training(model.train(), compiled, ids)
-    model.eval()
-    with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
-        cache = model(ids[:, :-1]).past_key_values
-        out = compiled(ids[:, -1:], past_key_values=cache)
-        torch.testing.assert_close(out.logits[:, 0], expected[:, -1], **CLOSE)
+    """The default backend, in training: other backends compile what is decoded, in seconds."""
+    model = tiny_model(num_hidden_layers=1).train()
+    same_training(model, torch.compile(model, fullgraph=True), tokens(2, TOKENS))
 
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0}
