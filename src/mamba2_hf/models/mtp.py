@@ -58,19 +58,22 @@ class _Head:
 
     def select(self, rows: Sequence[tuple[_Head, int] | None]) -> None:
         """Holds copies of rows of such heads from now on, itself among them; None for one that has read nothing."""
+        heads = {row[0] for row in rows if row is not None}
+        padding = {head: None if head.cache.padding is None else head.cache.padding.tolist() for head in heads}
+
+        def own(head: _Head, place: int) -> CacheRow | None:
+            left_out = padding[head]
+            tokens = head.cache.seen_tokens - (0 if left_out is None else left_out[place])
+            return CacheRow(head.cache, place, tokens) if tokens else None
+
         cache = Mamba2Cache(self._config)
-        cache.gather([None if row is None else row[0]._row(row[1]) for row in rows])
+        cache.gather([None if row is None else own(*row) for row in rows])
         made = [None if row is None or row[0].last is None else row[0].last[row[1]] for row in rows]
         told = [False if row is None or row[0].has_read is None else bool(row[0].has_read[row[1]]) for row in rows]
         known = [each for each in made if each is not None]
         blank = torch.zeros_like(known[0]) if known else None
         self.last = None if blank is None else torch.stack([blank if each is None else each for each in made])
         self.cache, self.has_read = cache, torch.tensor(told)
-
-    def _row(self, place: int) -> CacheRow | None:
-        padding = self.cache.padding
-        tokens = self.cache.seen_tokens - (0 if padding is None else int(padding[place]))
-        return CacheRow(self.cache, place, tokens) if tokens else None
 
 
 class HeadDrafts:
