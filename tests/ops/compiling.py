@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import subprocess
-import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,21 +56,15 @@ class _Driver:
 
 
 @contextmanager
-def compile_only(target: str, most: int = sys.maxsize) -> Iterator[list[Kernel]]:
-    """Inside, launching a kernel compiles it for ``target`` and adds it to the list; nothing runs. Of each kernel there
-    are so many variants at most.
-    """
+def compile_only(target: str) -> Iterator[list[Kernel]]:
+    """Inside, launching a kernel compiles it for ``target`` and adds it to the list; nothing runs."""
     kernels: dict[str, Kernel] = {}
-    variants: Counter[str] = Counter()
     found: list[Kernel] = []
     run = JITFunction.run
 
     def compile_instead(self: JITFunction, *args: object, **kwargs: object) -> None:
-        if variants[self.__name__] >= most:
-            return
         kernel = run(self, *args, **{**kwargs, "warmup": True})
         if kernel.hash not in kernels:
-            variants[self.__name__] += 1
             kernels[kernel.hash] = _describe(kernel, target)
             found.append(kernels[kernel.hash])
 

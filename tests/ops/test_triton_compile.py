@@ -37,7 +37,7 @@ HOPPER_SCANS: dict[str, dict[str, Any]] = {
 }
 # Those that are compiled for a target: each for one at least, as a compiler with an empty cache takes minutes for all.
 CHOSEN = {
-    "sm_90": ("plain", "options", "odd", "wide", *HOPPER_SCANS),
+    "sm_90": (*SCANS, *HOPPER_SCANS),
     "sm_80": ("options", "odd", "segments"),
     "sm_100": ("plain", "odd slices"),
     "gfx942": ("options", "odd"),  # the widest tiles, where shared memory is smallest
@@ -227,7 +227,7 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
     z, xbc = rows[..., :inner], rows[..., inner : inner + channels]
     dy, state = zeros(1, T, channels), zeros(1, channels, K - 1)
     per_head = zeros(H, dtype=torch.float32)
-    with compile_only(target, most=5 if target == "sm_90" else 2) as kernels:
+    with compile_only(target) as kernels:
         for seq_idx, cu_seqlens in ((None, None), (zeros(1, T, dtype=torch.int32), None), (None, torch.tensor([0, T]))):
             initial = None if seq_idx is None and cu_seqlens is None else state
             call = Conv(xbc, weight, bias, initial, Packing(seq_idx, cu_seqlens), "silu")
@@ -278,7 +278,7 @@ def compile_mixer(target: str) -> list[dict[str, Any]]:
         bare = mixer._replace(gated_norm_weight=None)
         options = ((mixer, ()), (bare, (0.5, 0.5, 2.0, 2.0, 1.5)))
         sizes = one + several if target == "sm_90" else [one[2], several[0], several[2]]
-        for (batch, width, group_size), (own, multipliers) in zip(sizes, itertools.cycle(options), strict=False):
+        for (batch, width, group_size), (own, multipliers) in combinations(target, sizes, options):
             training.mamba2_layer_step(
                 LayerStep(
                     *(zeros(batch, 1, width, dtype=torch.float32), zeros(batch, channels, K - 1)),
