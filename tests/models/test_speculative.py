@@ -412,8 +412,8 @@ def test_heads_draft_for_requests_what_they_draft_for_a_text_alone(kind: str, mo
     model.generation_config.update(num_assistant_tokens=4, assistant_confidence_threshold=0.0)
     draft, compared = ContinuousBatch._draft, list[int]()
 
-    def drafting(self: Any) -> None:
-        draft(self)
+    def drafting(self: Any, guesser: Any) -> None:
+        draft(self, guesser)
         for running in self._rows:
             text = [] if running is None else [*running.ids, *running.tokens]
             if len(text) > 1 and running.draft:  # before there are two tokens heads can read none

@@ -118,7 +118,6 @@ class _Running:
     generator: torch.Generator
     on_token: Callable[[int], None] | None
     longest: int  # of the ends of its text that are looked up, where it is to guess ahead
-    lookup: TextLookup | None = None  # of its text, in that case, as soon as it has a slot
     tokens: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)  # of what the next step chooses
     noise: deque[Tensor] = field(default_factory=deque)  # (V,) each, of its next tokens, drawn and not used yet
@@ -212,8 +211,63 @@ class _Alike:
 class _Guesser:
     """Who guesses for all rows of a batch.
 
+    Attributes:
+        most: tokens in a draft.
+    """
+
+    most: int
+
+    def watch(self, cache: Mamba2Cache) -> None:
+        """Is told of a cache that prompts are about to be read into."""
+
+    def join(self, rows: Sequence[int], requests: Sequence[_Running]) -> None:
+        """Goes on with requests that were read but for their last tokens, in these rows."""
+        raise NotImplementedError
+
+    def accept(self, row: int, tokens: list[int]) -> None:
+        """Adds to a row the tokens that the model has chosen for it; none where its text has ended."""
+        raise NotImplementedError
+
+    def propose(self, most: Sequence[int]) -> list[list[int]]:
+        """At most so many tokens for each row that may come next."""
+        raise NotImplementedError
+
+
+class _Lookup(_Guesser):
+    """The texts themselves.
+
     Args:
-        settings: the model whose generation config says how many tokens to guess at most, and up to which probability.
+        most: tokens in a draft.
+        slots: rows of the batch.
+    """
+
+    def __init__(self, most: int, slots: int) -> None:
+        self.most = most
+        self._texts: list[TextLookup | None] = [None] * slots
+
+    def join(self, rows: Sequence[int], requests: Sequence[_Running]) -> None:
+        """See :class:`_Guesser`."""
+        for row, request in zip(rows, requests, strict=True):
+            self._texts[row] = TextLookup(request.ids, request.longest)
+
+    def accept(self, row: int, tokens: list[int]) -> None:
+        """See :class:`_Guesser`."""
+        text = self._texts[row]
+        if text is not None and tokens:
+            text.extend(tokens)
+        else:
+            self._texts[row] = None
+
+    def propose(self, most: Sequence[int]) -> list[list[int]]:
+        """See :class:`_Guesser`."""
+        return [[] if text is None else text.draft(room) for text, room in zip(self._texts, most, strict=True)]
+
+
+class _Model(_Guesser):
+    """A model, which reads what rows have got before it guesses.
+
+    Args:
+        settings: whose generation config says how many tokens to guess at most, and up to which probability.
         slots: rows of the batch.
     """
 
@@ -227,20 +281,17 @@ class _Guesser:
         self._threshold = float(assistant_setting(settings, "assistant_confidence_threshold") or 0.0)
         self._unread: list[list[int]] = [[] for _ in range(slots)]  # of each text, empty where it has ended
 
-    def watch(self, cache: Mamba2Cache) -> None:
-        """Is told of a cache that prompts are about to be read into."""
-
     def join(self, rows: Sequence[int], requests: Sequence[_Running]) -> None:
-        """Goes on with requests that were read but for their last tokens, in these rows."""
+        """See :class:`_Guesser`."""
         for row, request in zip(rows, requests, strict=True):
             self._unread[row] = request.ids[-1:]
 
     def accept(self, row: int, tokens: list[int]) -> None:
-        """Adds to a row the tokens that the model has chosen for it; none where its text has ended."""
+        """See :class:`_Guesser`."""
         self._unread[row] = tokens
 
     def propose(self, most: Sequence[int]) -> list[list[int]]:
-        """At most so many tokens for each row that may come next."""
+        """See :class:`_Guesser`."""
         drafts = self._drafts_of(self._unread, max(most))
         return [draft[:room] for draft, room in zip(drafts, most, strict=True)]
 
@@ -249,7 +300,7 @@ class _Guesser:
         raise NotImplementedError
 
 
-class _Assistant(_Guesser):
+class _Assistant(_Model):
     """A smaller model, with a cache that has a row for each of the batch.
 
     Args:
@@ -305,7 +356,7 @@ class _Assistant(_Guesser):
         return self._drafts.propose(most)
 
 
-class _Heads(_Guesser):
+class _Heads(_Model):
     """The model's own heads, which see what it makes of prompts and of blocks.
 
     Args:
@@ -448,7 +499,9 @@ class ContinuousBatch:
         if assistant_model is not None:
             with torch.inference_mode(False), torch.no_grad():
                 self._guesser = _Assistant(assistant_model, slots, max_length, captured)
-        self._ahead = prompt_lookup_num_tokens or 0 if self._guesser is None else self._guesser.most
+        if prompt_lookup_num_tokens is not None:
+            self._guesser = _Lookup(prompt_lookup_num_tokens, slots)
+        self._ahead = 0 if self._guesser is None else self._guesser.most
         room = None if max_length is None else max(max_length, 2) + self._ahead
         self.cache = Mamba2Cache(model.config, static=True, max_length=room, **self._states)
         self._rows: list[_Running | None] = [None] * slots
@@ -741,8 +794,6 @@ class ContinuousBatch:
         """Puts a request that was read into a row."""
         self.cache.put(row, running.state)
         running.state = None
-        if self._ahead and self._guesser is None:
-            running.lookup = TextLookup(running.ids, running.longest)
         if running.processors and running.sampler is None:
             running.text = torch.tensor([running.ids], device=self.model.device)  # (1, T)
         self._set_row(row, running)
@@ -801,8 +852,8 @@ class ContinuousBatch:
 
     def _advance(self) -> list[tuple[Callable[[int], None], int]]:
         """Lets every running request write its next tokens. Returns whom to tell of which."""
-        if self._ahead:
-            self._draft()
+        if self._guesser is not None:
+            self._draft(self._guesser)
         logits = self._logits()
         callbacks, written, kept = [], [], [0] * len(self._rows)
         for row, chosen in enumerate(self._tokens(logits)):
@@ -829,19 +880,14 @@ class ContinuousBatch:
                 self.prefix_cache.store(text, CacheRow(self.cache, row, running.seen))
         return callbacks
 
-    def _draft(self) -> None:
+    def _draft(self, guesser: _Guesser) -> None:
         """Guesses what every running request goes on with."""
         room = [
             0 if running is None else min(self._ahead, running.most - len(running.tokens) - 1) for running in self._rows
         ]
-        guessed = None if self._guesser is None else self._guesser.propose(room)
-        for row, running in enumerate(self._rows):
-            if running is None:
-                continue
-            if guessed is not None:
-                running.draft = guessed[row]
-            elif running.lookup is not None:
-                running.draft = running.lookup.draft(room[row])
+        for running, draft in zip(self._rows, guesser.propose(room), strict=True):
+            if running is not None:
+                running.draft = draft
 
     def _write(self, row: int, running: _Running, tokens: list[int]) -> str | None:
         """Adds tokens to a text. Returns why it has ended, if so."""
@@ -852,8 +898,6 @@ class ContinuousBatch:
         if running.text is not None:
             assert self._chosen is not None
             running.text = torch.cat([running.text, self._chosen[row : row + 1, : len(new)]], 1)
-        if running.lookup is not None:
-            running.lookup.extend(new)
         for _ in range(min(len(new), len(running.noise))):
             running.noise.popleft()
         return "length" if reason is None and len(running.tokens) == running.most else reason

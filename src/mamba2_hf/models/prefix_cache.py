@@ -105,18 +105,17 @@ class PrefixCache:
         self._new: OrderedDict[bytes, _State] = OrderedDict()  # used least recently first
         self._used: OrderedDict[bytes, _State] = OrderedDict()
         self._texts: list[bytes] = []  # the keys of both, sorted
-        self._evicted = self._skipped = 0
         self._in_vain = 0  # states that had to go since somebody came back to a new one
         self._chance = Random(0)  # the same in all processes that share a model
-        self._counts = {"hits": 0, "misses": 0, "tokens_saved": 0, "tokens_read": 0}
+        names = ("hits", "misses", "tokens_saved", "tokens_read", "evicted", "skipped")
+        self._counts = dict.fromkeys(names, 0)
         self._of: tuple[SSDForCausalLM, dict[str, Any]] | None = None
 
     @property
     def stats(self) -> PrefixCacheStats:
         """What it has saved since it was made, and what it holds now."""
         nbytes = _nbytes(self._new) + _nbytes(self._used)
-        held = {"states": len(self._texts), "nbytes": nbytes, "evicted": self._evicted, "skipped": self._skipped}
-        return PrefixCacheStats(**self._counts, **held)
+        return PrefixCacheStats(**self._counts, states=len(self._texts), nbytes=nbytes)
 
     def clear(self) -> None:
         """Forgets all states."""
@@ -208,7 +207,7 @@ class PrefixCache:
         if text not in self._new and text not in self._used:
             in_vain = not used and self._in_vain >= max(len(self._texts), _RARELY)
             if in_vain and self._chance.randrange(_RARELY):
-                self._skipped += 1
+                self.count(skipped=1)
                 return
             assert self._of is not None
             cache = Mamba2Cache(self._of[0].config, state_dtype=self._of[1]["state_dtype"], defer_writes=False)
@@ -241,7 +240,7 @@ class PrefixCache:
             text, held = (self._new or self._used).popitem(last=False)
             del self._texts[bisect_left(self._texts, text)]
             more -= held.nbytes
-            self._evicted += 1
+            self.count(evicted=1)
 
     def count(self, **counts: int) -> None:
         """Adds to those of :attr:`stats` that count what happened."""
