@@ -208,9 +208,17 @@ def test_training_with_gradient_checkpointing(tiny_model: Callable[..., Any]) ->
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of the compiler itself
 def test_inductor(tiny_model: Callable[..., Any]) -> None:
-    """The default backend, in training: other backends compile what is decoded, in seconds."""
-    model = tiny_model(num_hidden_layers=1).train()
-    same_training(model, torch.compile(model, fullgraph=True), tokens(2, TOKENS))
+    """The default backend, in training and for a decoded token."""
+    model = tiny_model(num_hidden_layers=1)
+    compiled = torch.compile(model, fullgraph=True)
+    ids = tokens(2, TOKENS)
+    same_training(model.train(), compiled, ids)
+    model.eval()
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        cache = model(ids[:, :-1]).past_key_values
+        out = compiled(ids[:, -1:], past_key_values=cache)
+        torch.testing.assert_close(out.logits[:, 0], expected[:, -1], **CLOSE)
 
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0}
@@ -240,6 +248,7 @@ def test_generation_with_a_compiled_forward(kind: str, tiny_model: Callable[...,
     ids = tokens(1, 4).repeat(1, 2)
     padded = torch.ones_like(ids).index_fill(1, torch.arange(2), 0)
     ways: list[dict[str, Any]] = [
+        {"prompt_lookup_num_tokens": 1},
         {"attention_mask": padded, "prompt_lookup_num_tokens": 1},
         {"attention_mask": padded, "prefill_chunk_size": 5},
     ]

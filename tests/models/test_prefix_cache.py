@@ -397,8 +397,8 @@ def many(count: int, seed: int) -> list[Request]:
     [
         ("pure", 200),
         ("sliding", 100),
-        pytest.param("pure", 500, marks=pytest.mark.slow),
-        pytest.param("rotary", 500, marks=pytest.mark.slow),
+        pytest.param("pure", 1000, marks=pytest.mark.slow),
+        pytest.param("rotary", 1000, marks=pytest.mark.slow),
     ],
 )
 def test_many_requests(kind: str, count: int, in_fp64: Any) -> None:
