@@ -165,10 +165,14 @@ def mqar_grid(widths: tuple[int, ...] = (64, 32), length: int = 256) -> list[Run
     return runs
 
 
+FAR_STEPS = 16_000
+"""One answer a row is little to learn induction from: after 3000 steps one seed of two had it, and no attention."""
+
+
 def far_runs(task: str, asked: int) -> list[Run]:
     """Trained on 256 tokens, ``asked`` of which are asked for, and measured on up to 64 times as many."""
     beyond = tuple(256 * 4**k for k in range(1, 4))
-    sizes = {"length": 256, "asked": asked, "vocab_size": 16, "steps": 3000, "batch": 128, "beyond": beyond}
+    sizes = {"length": 256, "asked": asked, "vocab_size": 16, "steps": FAR_STEPS, "batch": 128, "beyond": beyond}
     shapes = {
         "mamba2": (Shape("mamba2", 64, 2, state=64, head_dim=16), 1e-2),
         "attention": (Shape("attention", 64, 2, mlp=128), 3e-3),

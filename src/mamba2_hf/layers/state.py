@@ -112,8 +112,7 @@ class Buffers:
     def replace(self, **buffers: Tensor | None) -> None:
         """Puts other tensors, or None, in the place of buffers; the same ones do not count."""
         moved = self.on_move is not None and any(getattr(self, name) is not new for name, new in buffers.items())
-        for name, new in buffers.items():
-            setattr(self, name, new)
+        vars(self).update(buffers)
         if moved and self.on_move is not None:
             self.on_move()
 
@@ -213,6 +212,25 @@ class SSDState(Recorder):
         self.recorded: list[Recorded] = []
         self._before: tuple[Tensor, Tensor] | None = None
         self._decay: tuple[Tensor, tuple[float, float]] | None = None
+        self._rows: dict[str, tuple[Tensor, ...]] = {}
+
+    def replace(self, **buffers: Tensor | None) -> None:
+        """See :meth:`Buffers.replace`."""
+        for name in self._rows.keys() & buffers.keys():
+            del self._rows[name]
+        super().replace(**buffers)
+
+    def _row(self, name: str, row: int) -> Tensor:
+        """A sequence of a buffer, ``(1, ...)``; views of all are made at once, and kept as long as the buffer, since
+        requests that join a batch ask every layer for some.
+        """
+        known = self._rows.get(name)
+        if known is None:
+            known = self._rows[name] = getattr(self, name).split(1)
+        return known[row]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_rows": {}}  # a copy has views of its own buffers
 
     @property
     def ssm(self) -> Tensor | None:
@@ -447,16 +465,23 @@ class SSDState(Recorder):
             what the caller is to fill, and what with; and what it is to set to zero: few launches for all layers.
         """
         self.leave_inference_mode()
-        zeros = [counts[row : row + 1] for counts in (self.clock, self.kept) if counts is not None]
-        into = [getattr(self, name)[row] for name in _STATES]
+        zeros = [self._row(name, row) for name in ("clock", "kept") if getattr(self, name) is not None]
+        into = [self._row(name, row) for name in _STATES]
         if other is None:
             return [], [*zeros, *into]
         other.settle(place)
-        return [(each, getattr(other, name)[place]) for each, name in zip(into, _STATES, strict=True)], zeros
+        return [(each, other._row(name, place)) for each, name in zip(into, _STATES, strict=True)], zeros
 
-    def gather(self, rows: Sequence[tuple[SSDState, int] | None]) -> list[tuple[Tensor, Tensor]]:
+    def gather(
+        self, rows: Sequence[tuple[SSDState, int] | None], new: Callable[[Tensor, int], Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
         """Holds copies of single sequences of other states from now on, zeros for None; not all are None. A single one
         is copied with its ring, and settled when it is needed.
+
+        Args:
+            rows: the other state, and the row.
+            new: makes a buffer for so many sequences, of the kind of a buffer that holds others; of zeros where a row
+                is None.
 
         Returns:
             what the caller is to fill, and what with: few launches for all layers.
@@ -470,14 +495,13 @@ class SSDState(Recorder):
         pairs = []
         buffers: dict[str, Tensor | None] = dict.fromkeys(("ready", *_RING, *_BLOCK))
         for name in (*_STATES, *_RING) if as_it_is else _STATES:
-            held: Tensor = getattr(source, name)
-            new = held.new_zeros if None in rows else held.new_empty
-            buffers[name] = into = new(len(rows), *held.shape[1:])
+            buffers[name] = into = new(getattr(source, name), len(rows))
             for first, count, (state, place) in known:
-                own = getattr(state, name)[place : place + 1]
-                pairs.append((into[first : first + count], own if count == 1 else own.expand(count, *own.shape[1:])))
+                part = into if count == len(rows) else into[first : first + count]
+                own = state._row(name, place)
+                pairs.append((part, own if count == 1 else own.expand(count, *own.shape[1:])))
         self.replace(**buffers)
-        if not as_it_is:
+        if self.defer_writes and not as_it_is:
             self._make_ring()
         self._in_use = self._in_others_ring = as_it_is
         self.started = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -332,9 +333,12 @@ class Mamba2Cache(Cache):
         if not any(row is not None for row in rows):
             return
         pairs: list[tuple[Tensor, Tensor]] = []
+        source = next(row.cache for row in rows if row is not None)
+        new = _NewBuffers(source, zeros=None in rows, together=len(rows) == 1)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, SSDState):
-                pairs += layer.gather([None if row is None else (row.cache.layers[index], row.row) for row in rows])
+                own = [None if row is None else (row.cache.layers[index], row.row) for row in rows]
+                pairs += layer.gather(own, new)
             else:
                 layer.gather([None if row is None else (row.cache.layers[index], *row[1:]) for row in rows])
         _copy(pairs)
@@ -549,6 +553,30 @@ class Mamba2Cache(Cache):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(layers={len(self.layers)}, batch={self.batch_size}, tokens={self.seen_tokens})"
+
+
+class _NewBuffers:
+    """Makes buffers for the states of a cache, those of one kind for all SSD layers of a device at once: as many
+    allocations for a single sequence take longer than the copy.
+
+    Args:
+        like: a cache of the same model, which has its layers where the new one is to have them.
+        zeros: whether buffers are filled.
+        together: whether to make them at once, or each on its own, where a block for all of them would be large.
+    """
+
+    def __init__(self, like: Mamba2Cache, *, zeros: bool, together: bool) -> None:
+        states = (layer for layer in like.layers if isinstance(layer, SSDState) and layer.conv is not None)
+        self._layers = Counter(layer.conv.device for layer in states if together)  # type: ignore[union-attr]
+        self._zeros, self._left = zeros, defaultdict[tuple[Any, ...], list[Tensor]](list)
+
+    def __call__(self, held: Tensor, rows: int) -> Tensor:
+        """A buffer for ``rows`` sequences, such as ``held`` is for others."""
+        left = self._left[held.shape[1:], held.dtype, held.device]
+        if not left:
+            make = held.new_zeros if self._zeros else held.new_empty
+            left += make(self._layers[held.device] or 1, rows, *held.shape[1:]).unbind(0)
+        return left.pop()
 
 
 def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
