@@ -149,6 +149,31 @@ def compile_scan(
     return [kernel._asdict() for kernel in kernels]
 
 
+def compile_prompts(target: str) -> list[dict[str, Any]]:
+    """Forwards of scans and convolutions of many lengths and numbers of documents, compiled and not run."""
+    import torch
+    from compiling import compile_only
+
+    from mamba2_hf.ops.conv import triton as conv
+    from mamba2_hf.ops.conv.op import Conv
+    from mamba2_hf.ops.scan.op import Scan
+    from mamba2_hf.ops.scan.triton import ssd_chunk_scan
+    from mamba2_hf.ops.spec import Packing
+
+    _set_chip(target)
+    per_head, weight = torch.zeros(16), torch.zeros(64, 4, dtype=torch.bfloat16)
+    packings: list[tuple[int, tuple[int, ...]]] = [(17, ()), (100, ()), (256, ()), (300, ())]
+    packings += [(256, (0, 256)), (300, (0, 7, 9, 300)), (333, tuple(range(0, 340, 20)))]
+    with compile_only(target) as kernels, torch.no_grad():
+        for tokens, bounds in packings:
+            x, maps = (torch.zeros(1, tokens, *size, dtype=torch.bfloat16) for size in ((16, 64), (1, 128)))
+            packing = Packing(None, torch.tensor(bounds).clamp(max=tokens) if bounds else None)
+            ssd_chunk_scan(Scan(x, x[..., 0].contiguous(), per_head, maps, maps, dt_softplus=True, packing=packing))
+            call = Conv(x[:, :, 0], weight, None, None, packing, "silu")
+            conv.conv_forward(call, conv.documents(call.x, packing))
+    return [kernel._asdict() for kernel in kernels]
+
+
 def combinations(target: str, *choices: Sequence[Any]) -> Iterable[tuple[Any, ...]]:
     """Of values to choose from: every one where it is asked what a kernel spills; as many elsewhere that each value is
     in one of them, since what a target cannot compile or hold lies in one value, and compiling takes long.
@@ -394,6 +419,7 @@ def compile_all() -> Iterator[Callable[[str], dict[str, list[dict[str, Any]]]]]:
 @pytest.mark.parametrize("target", CAPABILITIES)
 def test_kernels_compile_everywhere(target: str, compile_all: Callable[[str], dict[str, Any]]) -> None:
     found = compile_all(target)
+    prompts = [kernel["name"] for kernel in found.pop("prompts", ())]
     for case, kernels in found.items():
         names = {kernel["name"] for kernel in kernels}
         expected = SCAN_KERNELS
@@ -406,6 +432,11 @@ def test_kernels_compile_everywhere(target: str, compile_all: Callable[[str], di
             assert [kernel["name"] for kernel in kernels if kernel["name"] in INVARIANT_KERNELS] == [*INVARIANT_KERNELS]
         for kernel in kernels:
             assert kernel["shared"] <= SHARED[target] * 1024, (case, kernel)
+    if target == "sm_80":  # requests of all lengths do not wait for a compiler again and again
+        assert {name: prompts.count(name) for name in prompts} == {
+            **{"layout_kernel": 1, "steps_kernel": 2, "walk_kernel": 2},  # packed, and not
+            **{"conv_forward_kernel": 2, "conv_state_kernel": 2},
+        }
     if target == "sm_90":
         # The backward uses every register there is and parks a few words outside its loops; a block of tokens, too, was
         # measured to be fastest with tiles of which a few words are parked.
@@ -420,4 +451,6 @@ if __name__ == "__main__":
     target = sys.argv[1]
     chosen = {name: (SCANS | HOPPER_SCANS)[name] for name in CHOSEN[target]}
     found = {name: compile_scan(target, **case) for name, case in chosen.items()}
+    if target == "sm_80":
+        found["prompts"] = compile_prompts(target)
     print(json.dumps(found | {"mixer": compile_mixer(target)}))

@@ -163,7 +163,7 @@ def _load_steps(row, t, end, stride, channel, inside, VEC: tl.constexpr, STEPS: 
     return values
 
 
-@triton.jit(do_not_specialize=["T", "RUN", "documents"])
+@triton.jit(do_not_specialize=["T", "RUN", "documents", "sx_b", "sy_b"])
 def conv_forward_kernel(x, weight, bias, initial, ids, bounds, y, T, C, RUN, documents, sx_b, sx_t, sy_b, sy_t,
                         ACTIVATION: tl.constexpr, MODE: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr,
                         STEPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -195,7 +195,7 @@ def conv_forward_kernel(x, weight, bias, initial, ids, bounds, y, T, C, RUN, doc
             window = (window + (value,))[1:]
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "sx_b"])
 def conv_state_kernel(x, initial, ids, bounds, final, T, C, sx_b, sx_t,
                       MODE: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Final state of one document, ``(C, K - 1)``: what a token after its last one would see."""

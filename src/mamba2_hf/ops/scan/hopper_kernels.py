@@ -207,7 +207,7 @@ def walk_consumer(y, steps, D, entry, final, shared, own, bars, place, count, ch
         idle(bars, count, STAGES)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["per_row", "per_segment"])
 def walk_kernel(x, B, C, y, steps, D, entry, final, H, per_row, per_segment,
                 PER_GROUP: gl.constexpr, PIECES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
                 HEADS: gl.constexpr, STAGES: gl.constexpr, HAS_D: gl.constexpr, HAS_ENTRY: gl.constexpr,
@@ -371,7 +371,7 @@ def state_consumer(states, steps, entries, results, shared, own, bars, place, co
         idle(bars, count, STAGES)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["per_row", "per_segment"])
 def state_kernel(x, B, dy, C, S, dS, steps, entry, dentry, after, dafter, decay, H, per_row, per_segment,
                  PER_GROUP: gl.constexpr, PIECES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
                  HEADS: gl.constexpr, STAGES: gl.constexpr, FORWARD: gl.constexpr, REVERSE: gl.constexpr,

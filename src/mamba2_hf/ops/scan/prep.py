@@ -11,7 +11,7 @@ def _silu(value):
     return value * tl.sigmoid(value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["documents", "per_segment"])
 def layout_kernel(
     cu_seqlens, chunks, segments, first_segment, documents, per_segment,
     Q: tl.constexpr, BLOCK: tl.constexpr,

@@ -161,8 +161,9 @@ def cut(call: Call, Q: int, *, marks: bool = False) -> Cut:
     else:
         chunks = tokens // Q + sequences
         segments = sequences if per_sequence == 1 else tokens // length + sequences
-        table = torch.full((2 * chunks + 7 * segments + 1,), -1, dtype=torch.int32, device=device)
-        chunk_table, segment_table, first_segment = table.split([2 * chunks, 6 * segments, segments + 1])
+        sizes = [4 * cdiv(size, 4) for size in (2 * chunks, 6 * segments, segments + 1)]  # all aligned alike
+        table = torch.full((sum(sizes),), -1, dtype=torch.int32, device=device)
+        chunk_table, segment_table, first_segment = table.split(sizes)
         launch(
             layout_kernel,
             (sequences,),
@@ -208,7 +209,7 @@ def raw_step(dt, dt_bias, row, start, end, heads, stride_row, stride_token, H, Q
     return raw, mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "per_row"])
 def steps_kernel(
     dt, dt_bias, A, steps, seq_idx, table,
     tokens, per_row, H, low, high, stride_row, stride_token, seq_row, seq_token,
@@ -255,7 +256,7 @@ def _add_pieces(first, apart, mask, PIECES: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "per_row"])
 def steps_backward_kernel(
     dt, dt_bias, A, steps, dots, ends, ddt, shares, table,
     tokens, per_row, H, low, high, stride_row, stride_token, d_row, d_token,

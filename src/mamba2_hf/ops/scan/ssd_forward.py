@@ -22,7 +22,7 @@ from .tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "per_row", "per_segment"])
 def walk_kernel(
     x, B, C, z, y, steps, D, document, entry, final, table,
     tokens, per_row, per_segment, H,
@@ -92,7 +92,7 @@ def walk_kernel(
         tl.store(final + (tl.cast(sequence, tl.int64) * H + h) * (P * N) + offsets, state, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "per_row", "per_segment"])
 def state_kernel(
     inputs, maps, steps, document, entry, at_chunks, decay, after, table,
     tokens, per_row, per_segment, H,
@@ -169,7 +169,7 @@ def state_kernel(
             tl.store(after + (tl.cast(sequence, tl.int64) * H + h) * (P * N) + offsets, state, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_sequence"])
 def link_kernel(
     states, decay, outer, first_segment, per_sequence, H,
     P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
