@@ -366,7 +366,7 @@ def plot(name: str, results: list[dict[str, Any]], path: Path) -> None:
             lines.setdefault(shape.kind, []).append((each["learning_rate"], each["test"]))
         elif name == "scaling":
             flops = flops_a_token(shape, each["parameters"], each["window"]) * each["tokens"]
-            lines.setdefault(shape.kind + ", another seed" * (each["seed"] > 0), []).append((flops, each["test"]))
+            lines.setdefault(shape.kind + trainer.ANOTHER_SEED * (each["seed"] > 0), []).append((flops, each["test"]))
             labels = {"x": "products in training", "log": "xy"}
         elif name == "length":
             label = f"state {shape.state}, trained on {each['window']}"

@@ -348,6 +348,10 @@ def run_chosen(
             yield from mine
 
 
+ANOTHER_SEED = ", another seed"
+"""Ends the name of a line that is drawn in the color of the one without."""
+
+
 def draw(
     path: Path,
     lines: dict[str, Sequence[tuple[float, float]]],
@@ -360,13 +364,22 @@ def draw(
     """One plot of several lines; ``log`` names the axes, "x", "y" or both, that are logarithmic."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=name)
+    colors: dict[str, str] = {}
+    for name, points in sorted(lines.items()):
+        other = name.endswith(ANOTHER_SEED)
+        color = colors.setdefault(name.removesuffix(ANOTHER_SEED), f"C{len(colors)}")
+        style = {"color": color, "linestyle": "--" if other else "-", "label": name}
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, **style)
     axes.set(xlabel=x, ylabel=y, title=title)
     if "x" in log:
         axes.set_xscale("log")
+        places = [place for points in lines.values() for place, _ in points]
+        if max(places) > 20 * min(places):  # powers of ten are enough
+            axes.xaxis.set_minor_formatter("")
     if "y" in log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
     _save(figure, path)

@@ -170,7 +170,7 @@ def test_registrations_hold() -> None:
     calls = {
         conv.causal_conv1d: Conv(x, weight, bias, conv_state, activation="silu"),
         norm: Norm(x[..., : H * P], u[..., : H * P], norm_weight, 1e-5, P, False, torch.float16),
-        conv.update: ConvUpdate(x.detach(), conv_state, weight, bias, "silu"),
+        conv.causal_conv1d_update: ConvUpdate(x.detach(), conv_state, weight, bias, "silu"),
         layer: Layer(stream, weights, spec, UNPACKED, torch.float32, True),
         mamba2_block_step: BlockStep(
             *(u, conv_state, ssm_state, new_block(conv_state, ssm_state, G, 6)),

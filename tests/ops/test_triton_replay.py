@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
 
-from mamba2_hf import Mamba2Config, Mamba2ForCausalLM, ops
+from mamba2_hf import Mamba2Config, Mamba2ForCausalLM, batch_invariant, ops
+from mamba2_hf.errors import ArgumentError, BackendError
 from mamba2_hf.ops import (
     causal_conv1d,
     causal_conv1d_update,
@@ -26,11 +27,12 @@ from mamba2_hf.ops import (
     mamba2_step,
     ssd_chunk_scan,
     ssd_state_update,
+    use_backend,
 )
 from mamba2_hf.ops.runtime import launch as launches
 from mamba2_hf.ops.runtime import plan as replay
 from mamba2_hf.ops.runtime.launch import launch
-from mamba2_hf.ops.runtime.plan import replayed
+from mamba2_hf.ops.runtime.plan import Replayed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H, P, G, N, K, d, TOKENS = 4, 8, 2, 16, 4, 12, 17
@@ -228,6 +230,35 @@ def test_states_in_slots_are_updated_in_place(monkeypatch: pytest.MonkeyPatch, r
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+def test_steps_that_were_made_before_go_where_they_are_asked_to(runs: list[replay.Plan]) -> None:
+    """A step like one before is not checked and routed again, but for what may have changed meanwhile."""
+    x, dt, A, b = (
+        draw(1, 2, H, P).detach(),
+        draw(2, 2, H).detach(),
+        -draw(3, H).abs().detach(),
+        draw(4, 2, G, N).detach(),
+    )
+
+    def step(x: Tensor = x) -> Tensor:
+        return ssd_state_update(torch.ones(2, H, P, N, device=DEVICE), x, dt, A, b, b.clone())
+
+    with use_backend("triton"):
+        for _ in range(3):
+            expected = step()
+        assert len(runs) == 1
+        with use_backend("torch"):
+            torch.testing.assert_close(step(), expected, atol=1e-5, rtol=1e-5)
+        with batch_invariant():
+            torch.testing.assert_close(step(), expected, atol=1e-5, rtol=1e-5)
+        assert len(runs) == 1
+        with pytest.raises(ArgumentError, match="x has shape"):
+            step(x[:, :1])
+        with pytest.raises(BackendError, match="triton"):
+            step(x.clone().requires_grad_())
+        assert torch.equal(step(), expected)
+    assert len(runs) == 2
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -239,7 +270,7 @@ def test_states_in_slots_are_updated_in_place(monkeypatch: pytest.MonkeyPatch, r
     ids=["shape", "strides", "dtype", "alignment"],
 )
 def test_a_call_of_another_kind_has_its_own_plan(other: Callable[[Tensor], Tensor], runs: list[replay.Plan]) -> None:
-    double = replayed(lambda x: x * 2)
+    double = Replayed(lambda x: x * 2)
     x = torch.arange(16.0, device=DEVICE).view(4, 4)
     for _ in range(3):
         double(x)
@@ -254,7 +285,7 @@ def test_a_call_of_another_kind_has_its_own_plan(other: Callable[[Tensor], Tenso
 
 
 def test_options_and_autocast_are_part_of_the_kind(runs: list[replay.Plan]) -> None:
-    product = replayed(lambda x, factor: (x @ x) * factor)
+    product = Replayed(lambda x, factor: (x @ x) * factor)
     x = torch.eye(4, device=DEVICE)
     for _ in range(3):
         product(x, 2.0)
@@ -272,7 +303,7 @@ def test_the_casts_of_autocast_are_not_made_twice(runs: list[replay.Plan]) -> No
         with torch.autocast(DEVICE, enabled=False):
             return x @ x
 
-    again = replayed(product)
+    again = Replayed(product)
     x = torch.full((2, 2), 1.0 + 2**-12, device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
         for _ in range(3):
@@ -289,19 +320,31 @@ OUTSIDE = torch.ones(3, device=DEVICE)
         (lambda x: x * x.sum().item(), lambda x: (x,)),
         (lambda x: x + OUTSIDE, lambda x: (x,)),
         (lambda x: x + torch.tensor([1.0, 2.0, 3.0]).to(DEVICE), lambda x: (x,)),
-        (lambda x, y: x + y, lambda x: (x[:3], x[:3])),
+        (lambda x, y: x[1:] * y[1:], lambda x: (x[:2], x[1:])),
+        (lambda x, y: x + y, lambda x: (x, x)),
         (lambda x: x.view(torch.int32) + 0, lambda x: (x,)),
     ],
-    ids=["value read", "from elsewhere", "made from a list", "memory shared", "another dtype"],
+    ids=["value read", "from elsewhere", "made from a list", "part of shared memory", "given twice", "another dtype"],
 )
 def test_what_a_plan_cannot_say_is_called(
     function: Callable[..., Tensor], arguments: Callable[[Tensor], tuple[Tensor, ...]], runs: list[replay.Plan]
 ) -> None:
-    again = replayed(function)
+    again = Replayed(function)
     for seed in range(4):
         x = draw(seed, 3).detach()
         assert torch.equal(again(*arguments(x)), function(*arguments(x)))
     assert not runs
+
+
+def test_arguments_may_share_memory(runs: list[replay.Plan]) -> None:
+    """As slices of one projection do, which steps of others are called with; or not, by the same plan."""
+    again = Replayed(lambda x, y, z: torch.cat([x.mul_(y), z]))
+    for seed in range(5):
+        expected = draw(seed, 12).detach()
+        parts = expected.clone().split(4)
+        found = again(*(part.clone() for part in parts) if seed == 3 else parts)
+        assert torch.equal(found, torch.cat([expected[:4] * expected[4:8], expected[8:]]))
+    assert len(runs) == 3
 
 
 def test_results_of_every_form(runs: list[replay.Plan]) -> None:
@@ -313,7 +356,7 @@ def test_results_of_every_form(runs: list[replay.Plan]) -> None:
         total[0].fill_(7.0)
         return total[1:], None, x, largest, where, total.t()
 
-    again = replayed(function)
+    again = Replayed(function)
     for seed in range(3):
         x = draw(seed, 4, 5).detach()
         found, expected = again(x), function(x)
@@ -347,7 +390,7 @@ def test_an_error_leaves_no_plan() -> None:
             raise ValueError("wrong")
         return x + 1
 
-    again, x = replayed(function), torch.zeros(2, device=DEVICE)
+    again, x = Replayed(function), torch.zeros(2, device=DEVICE)
     wrong = False
     again(x)
     wrong = True
@@ -406,7 +449,7 @@ def test_compiled_kernels_get_addresses(known: bool, monkeypatch: pytest.MonkeyP
         launch(kernel, (1,), second, out, Tile(out), None, SIZE=8, num_warps=2)
         return out
 
-    again = replayed(function)
+    again = Replayed(function)
     for seed in range(4):
         x = draw(seed, 300).detach()
         out = again(x)

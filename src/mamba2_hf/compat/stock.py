@@ -152,7 +152,9 @@ def _function(ours: Callable[..., Any], stock: Callable[..., Any]) -> Callable[.
     def run(*args: Any, **kwargs: Any) -> Any:
         if is_torchdynamo_exporting():
             return stock(*args, **kwargs)
-        return ours(*args, **{name: value for name, value in kwargs.items() if name in accepted})
+        if not kwargs.keys() <= accepted:
+            kwargs = {name: value for name, value in kwargs.items() if name in accepted}
+        return ours(*args, **kwargs)
 
     return run
 

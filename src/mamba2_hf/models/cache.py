@@ -354,7 +354,10 @@ class Mamba2Cache(Cache):
         named = [getattr(layer, name, None) for layer in self.layers for name in ("conv", "ssm", "keys", "values")]
         held = [tensor for tensor in named if tensor is not None and tensor.numel()]
         device = held[0].device
-        norms = torch._foreach_norm(held)  # few launches for what is nearly always so
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        for tensor in held:
+            kinds[tensor.device, tensor.dtype].append(tensor)
+        norms = [norm for alike in kinds.values() for norm in torch._foreach_norm(alike)]  # few launches, nearly always
         if bool(torch.stack([norm.to(device, torch.float32) for norm in norms]).isfinite().all()):
             return [True] * self.batch_size
         sums = [tensor.flatten(1).sum(1, dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in held]

@@ -134,6 +134,19 @@ def choose(op: str, device: torch.device, requested: str | None = None, **call: 
     raise BackendError(f"no backend can serve {op}: {'; '.join(skipped)}")
 
 
+def again(op: str, call: Any, requested: str | None = None) -> Any:
+    """What an op of Triton gives for a call like one before, which passed its checks and which Triton served, with as
+    little Python as there can be: for steps. None where there was none, or another backend may be meant.
+    """
+    module = _modules.get("triton")
+    wanted = _override if requested is None else requested
+    if module is None or wanted not in (None, "triton") or ENVIRONMENT_VARIABLE in os.environ:
+        return None
+    if torch.compiler.is_compiling() or transformed():
+        return None
+    return getattr(module, op).again(call)
+
+
 def backend_module(name: str) -> ModuleType:
     """The module that implements the ops for a backend, imported on first use."""
     if name not in _modules:

@@ -111,17 +111,20 @@ def causal_conv1d_update(
     Raises:
         ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
     """
-    call = ConvUpdate(x, conv_state, weight, bias, activation, slots)
-    check_conv_update(call)
-    backend = dispatch.choose(
-        *("causal_conv1d_update", x.device, backend),
-        taps=weight.shape[1],
-        dtype=x.dtype,
-        activation=activation,
-        differentiable=needs_grad(x, weight, bias),
-    ).name
-    y: Tensor = dispatch.backend_module(backend).causal_conv1d_update(call)
-    return y
+    block = x.unsqueeze(1) if x.dim() == 2 else x
+    call = ConvUpdate(block, conv_state, weight, bias, activation, slots)
+    y: Tensor | None = dispatch.again("causal_conv1d_update", call, backend)
+    if y is None:
+        check_conv_update(call)
+        backend = dispatch.choose(
+            *("causal_conv1d_update", x.device, backend),
+            taps=weight.shape[1],
+            dtype=x.dtype,
+            activation=activation,
+            differentiable=needs_grad(x, weight, bias),
+        ).name
+        y = dispatch.backend_module(backend).causal_conv1d_update(call)
+    return y.squeeze(1) if x.dim() == 2 else y
 
 
 def check_conv(call: Conv) -> int:
@@ -142,8 +145,8 @@ def check_conv(call: Conv) -> int:
 def check_conv_update(call: ConvUpdate) -> None:
     """Contract of ``causal_conv1d_update``; raises :class:`ArgumentError`."""
     x, conv_state, weight, bias, activation, slots = call
-    if x.dim() not in (2, 3):
-        fail(f"x has shape {tuple(x.shape)}, expected (B, C), or (B, T, C) for a short block")
+    if x.dim() != 3:
+        fail(f"x has shape {tuple(x.shape)}, expected (B, T, C) for a short block, or (B, C)")
     taps = _check_taps(x.shape[-1], weight, bias, activation)
     check_rank("conv_state", conv_state, 3, "(B, C, L)")
     rows = x.shape[0] if slots is None else conv_state.shape[0]

@@ -90,14 +90,12 @@ def causal_conv1d_update(call: ConvUpdate) -> Tensor:
         )
     x, conv_state, weight, bias, activation, _ = call
     dtype = compute_dtype(x.dtype)
-    block = x[:, None] if x.dim() == 2 else x  # (B, T, C)
-    tokens, taps = block.shape[1], weight.shape[1]
-    window = torch.cat([conv_state.to(x.dtype), block.mT], -1)  # (B, C, L + T)
+    tokens, taps = x.shape[1], weight.shape[1]
+    window = torch.cat([conv_state.to(x.dtype), x.mT], -1)  # (B, C, L + T)
     conv_state.copy_(window[..., tokens:])
     window = window[..., window.shape[-1] - tokens - taps + 1 :].to(dtype)  # (B, C, K - 1 + T)
     y = (window.unfold(-1, taps, 1) * weight.to(dtype)[:, None]).sum(-1).mT  # (B, T, C)
-    y = _activate(y if bias is None else y + bias.to(dtype), activation).to(x.dtype)
-    return y[:, 0] if x.dim() == 2 else y
+    return _activate(y if bias is None else y + bias.to(dtype), activation).to(x.dtype)
 
 
 def _first_tap(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:

@@ -156,12 +156,14 @@ def _history_like(state: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 @op("causal_conv1d_update", fake=lambda call: call.x.new_empty(call.x.shape))
-def update(call: ConvUpdate) -> Tensor:
-    """Launches the convolution of a short block ``(B, T, C)``; ``conv_state (B, C, L)`` is moved on in place."""
+def causal_conv1d_update(call: ConvUpdate) -> Tensor:
+    """See :func:`mamba2_hf.ops.causal_conv1d_update`."""
     x, conv_state, weight, bias, activation, slots = call
     batch, tokens, channels = x.shape
     if tokens > tables.CONV_UPDATE_TOKENS and slots is not None:
-        return step_in_slots(conv_state, slots, lambda state: update(call._replace(conv_state=state, slots=None)))
+        return step_in_slots(
+            conv_state, slots, lambda state: causal_conv1d_update(call._replace(conv_state=state, slots=None))
+        )
     if tokens > tables.CONV_UPDATE_TOKENS:
         history = conv_state[..., conv_state.shape[2] - weight.shape[1] + 1 :]
         y, _ = conv_forward(Conv(x, weight, bias, history, UNPACKED, activation), documents(x, UNPACKED))
@@ -182,11 +184,3 @@ def update(call: ConvUpdate) -> Tensor:
         num_warps=1,
     )
     return y
-
-
-def causal_conv1d_update(call: ConvUpdate) -> Tensor:
-    """See :func:`mamba2_hf.ops.causal_conv1d_update`."""
-    if call.x.dim() == 3:
-        y: Tensor = update(call)
-        return y
-    return update(call._replace(x=call.x[:, None]))[:, 0]

@@ -206,10 +206,9 @@ def causal_conv1d_update(call: ConvUpdate) -> Tensor:
             call.conv_state, call.slots, lambda state: causal_conv1d_update(call._replace(conv_state=state, slots=None))
         )
     x, conv_state, weight, bias, activation, _ = call
-    block = x[:, None] if x.dim() == 2 else x  # (B, T, C)
-    y, _ = _convolve(block, weight, bias, _last(conv_state, weight.shape[1] - 1).to(x.dtype), activation, None)
-    _move(conv_state, block)
-    return y[:, 0] if x.dim() == 2 else y
+    y, _ = _convolve(x, weight, bias, _last(conv_state, weight.shape[1] - 1).to(x.dtype), activation, None)
+    _move(conv_state, x)
+    return y
 
 
 def _last(columns: Tensor, count: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...errors import BackendError
 from ..flops import register as count_flops
-from .plan import replayed
+from .plan import Replayed
 
 NAMESPACE = "mamba2_hf"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -80,7 +80,8 @@ class Op(Generic[Record]):
         records: dict[str, Any] = {}
         source = _constructor(self.record, iter([fields.index(field) for field in nested]), records)
         self.build: Callable[[tuple[Any, ...]], Record] = eval(f"lambda args: {source}", records)
-        self._forward = self._run = on_its_device(lambda *args: forward(self.build(args)))
+        self._planned = Replayed(lambda *args: forward(self.build(args)))
+        self._forward = self._run = here(self._planned)
         _register(f"{name}({self.schema}) -> {_tensors(self.results)}", self._run, lambda *args: fake(self.build(args)))
         count_flops(NAMESPACE, name, lambda *args: flops[0](self.build(args)) if flops else 0)
         self._flops = flops
@@ -90,6 +91,21 @@ class Op(Generic[Record]):
         """Runs the op."""
         args = self.flatten(record)
         return self.registered(*args) if _is_watched(args[0]) else self._run(*args)
+
+    def again(self, record: Record) -> Any:
+        """What the op gives for a record that is like one before, by the plan of that, for callers who need not check
+        again what depends on sizes, dtypes and devices only; None where there is none, or gradients are wanted.
+        """
+        args = self.flatten(record)
+        if _is_watched(args[0]) or (torch.is_grad_enabled() and self._needs_gradient(args)):
+            return None
+        device = args[0].get_device()
+        if device >= 0 and device != torch.cuda.current_device():
+            return None
+        return self._planned.again(args)
+
+    def _needs_gradient(self, args: tuple[Any, ...]) -> bool:
+        return any(args[i] is not None and args[i].requires_grad for i in self.differentiable)
 
     def backward(self, run: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
         """Decorates the op's backward.
@@ -149,7 +165,6 @@ class Op(Generic[Record]):
         self, forward: Callable[..., Any], keep: Callable[..., None], differentiate: Callable[..., Any]
     ) -> Callable[..., Any]:
         """``forward`` in eager mode, with its gradients."""
-        differentiable = self.differentiable
 
         class Function(torch.autograd.Function):
             @staticmethod
@@ -165,7 +180,7 @@ class Op(Generic[Record]):
         Function.__name__ = Function.__qualname__ = self.name
 
         def run(*args: Any) -> Any:
-            if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in differentiable):
+            if torch.is_grad_enabled() and self._needs_gradient(args):
                 return Function.apply(*args)
             return forward(*args)
 
@@ -236,7 +251,7 @@ def op(
 
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     """:func:`here`, by a plan where there is one."""
-    return here(replayed(launch))
+    return here(Replayed(launch))
 
 
 def here(launch: Callable[..., Any]) -> Callable[..., Any]:

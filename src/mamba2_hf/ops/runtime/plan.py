@@ -5,8 +5,8 @@ what is in them. Walking there takes Python several times as long as the launche
 needs for a layer of a few thousand tokens. So the second call of a kind is recorded as a plan: memory,
 PyTorch's operations and launches, in order. Further calls of that kind carry the plan out with other addresses.
 
-A call that no plan can express is made as ever: one that reads a value off the GPU, takes arguments that share memory,
-or uses a tensor that is neither an argument nor made on the way.
+A call that no plan can express is made as ever: one that reads a value off the GPU, or uses a tensor that is neither an
+argument nor made on the way. Of arguments that share memory, a part is such a tensor: nobody knows whose it is.
 """
 
 from __future__ import annotations
@@ -231,11 +231,16 @@ class Recorder(TorchDispatchMode):
         self.slots: dict[int, int] = {}  # by the storage that has the memory now
         self.given: list[tuple[int, int]] = []
         self.steps: list[Step] = []
+        self._arguments: dict[int, int] = {}  # slots by id: all are there as long as this is
+        self._shared: set[int] = set()  # storages of several arguments
         for position, arg in enumerate(args):
             if isinstance(arg, Tensor):
                 if _storage(arg) in self.slots:
-                    self.fault = "arguments share memory"
-                self.given.append((self.slot(arg), position))
+                    self._shared.add(_storage(arg))
+                if id(arg) in self._arguments:
+                    self.fault = "a tensor is two arguments, which may be two tensors next time"
+                self._arguments[id(arg)] = slot = self.slot(arg)
+                self.given.append((slot, position))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -259,9 +264,12 @@ class Recorder(TorchDispatchMode):
 
     def place(self, tensor: Tensor) -> Place:
         """Where a tensor lies."""
+        slot = self._arguments.get(id(tensor))
+        if slot is not None:
+            return Place(slot, 0, None)
         slot = self.slots.get(_storage(tensor))
-        if slot is None:
-            raise NotReplayable("a tensor came from elsewhere")
+        if slot is None or _storage(tensor) in self._shared:
+            raise NotReplayable("a tensor came from elsewhere, or is a part of arguments that share memory")
         dtype, start, *first = self.first[slot]
         if tensor.dtype != dtype:
             raise NotReplayable("memory is seen in another dtype")
@@ -276,6 +284,8 @@ class Recorder(TorchDispatchMode):
             raise NotReplayable(f"{func} gives a number")
         if any(isinstance(value, Tensor) for value in kwargs.values()):
             raise NotReplayable(f"{func} takes a tensor by name")
+        if any(_storage(t) in self._shared and id(t) not in self._arguments for t in results):
+            raise NotReplayable("a tensor is a part of arguments that share memory")
         places = tuple((i, self.place(arg)) for i, arg in enumerate(args) if isinstance(arg, Tensor))
         plain = [
             [self.place(part) if isinstance(part, Tensor) else part for part in arg] if _is_list(arg) else arg
@@ -383,44 +393,54 @@ def noted(launch: Callable[..., Any]) -> Callable[..., None]:
     return run
 
 
-def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, carried out by a plan from its third call of a kind on.
+class Replayed:
+    """A function that is carried out by a plan from its third call of a kind on.
 
     Args:
         function: takes tensors and hashable values and returns a tensor or a tuple of tensors and Nones. It may write
             to its arguments.
     """
-    plans: dict[tuple[Any, ...], Plan | None] = {}
-    seen: set[tuple[Any, ...]] = set()
-    _forgets.extend((plans.clear, seen.clear))
 
-    def run(*args: Any) -> Any:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._plans: dict[tuple[Any, ...], Plan | None] = {}
+        self._seen: set[tuple[Any, ...]] = set()
+        _forgets.extend((self._plans.clear, self._seen.clear))
+
+    def again(self, args: tuple[Any, ...]) -> Any:
+        """What the function gives for arguments that there is a plan for; None where there is none."""
+        if not self._plans or _state.recorder is not None or not enabled():
+            return None
+        key = _kind(args)
+        plan = None if key is None else self._plans.get(key)
+        return None if plan is None else plan.run(args)
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function gives."""
         if _state.recorder is not None or not enabled():
-            return function(*args)
+            return self._function(*args)
         key = _kind(args)
         if key is None:
-            return function(*args)
-        plan = plans.get(key)
+            return self._function(*args)
+        plan = self._plans.get(key)
         if plan is not None:
             return plan.run(args)
-        if key in plans:  # there can be no plan
-            return function(*args)
-        if key not in seen:
-            if len(seen) >= REMEMBERED:
-                seen.clear()
-                plans.clear()
-            seen.add(key)
-            return function(*args)
+        if key in self._plans:  # there can be no plan
+            return self._function(*args)
+        if key not in self._seen:
+            if len(self._seen) >= REMEMBERED:
+                self._seen.clear()
+                self._plans.clear()
+            self._seen.add(key)
+            return self._function(*args)
         recorder = _state.recorder = Recorder(args)
         try:
             with recorder:
-                results = function(*args)
+                results = self._function(*args)
         finally:
             _state.recorder = None
-        plans[key] = recorder.plan(results, args[0].device)
+        self._plans[key] = recorder.plan(results, args[0].device)
         return results
-
-    return run
 
 
 def enabled() -> bool:

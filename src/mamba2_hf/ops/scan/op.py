@@ -182,6 +182,8 @@ def ssd_state_update(
         ArgumentError, BackendError: as in :func:`ssd_chunk_scan`.
     """
     call = Update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, limits(dt_limit), slots)
+    if (known := dispatch.again("ssd_state_update", call, backend)) is not None:
+        return known  # type: ignore[no-any-return]
     backend = dispatch.choose(
         *("ssd_state_update", x.device, backend),
         shape=check_update(call),

@@ -256,7 +256,7 @@ def _add_pieces(first, apart, mask, PIECES: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=["tokens", "per_row"])
+@triton.jit
 def steps_backward_kernel(
     dt, dt_bias, A, steps, dots, ends, ddt, shares, table,
     tokens, per_row, H, low, high, stride_row, stride_token, d_row, d_token,

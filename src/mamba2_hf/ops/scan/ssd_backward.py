@@ -34,7 +34,7 @@ def gate_backward_kernel(
     tl.store(dy + (row * tokens + t) * width + c, grad * gate / (1.0 + tl.exp(-gate)), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "per_row"])
+@triton.jit
 def inputs_backward_kernel(
     x, B, C, z, dout, dy, steps, D, document, states, dstates, dx, dz, dots, ends, table,
     tokens, per_row, H,
@@ -126,7 +126,7 @@ def inputs_backward_kernel(
         tl.store(ends + index, at_last)
 
 
-@triton.jit(do_not_specialize=["tokens", "per_row"])
+@triton.jit
 def maps_backward_kernel(
     x, B, C, dy, steps, document, states, dstates, partial, dD, table,
     tokens, per_row, H, rows,
