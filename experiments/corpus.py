@@ -3,11 +3,16 @@
     python experiments/corpus.py download experiments/projects.txt      # archives, through pip as it is set up
     python experiments/corpus.py build --installed                      # these and what is installed here, to tokens
     python experiments/corpus.py build --vocab-size 16384 --name 16k    # the same files with another tokenizer
+    python experiments/corpus.py build --installed --repositories experiments/repositories.txt      # and git's files
 
 Everything goes to a cache folder outside of the repository (`--cache`). Archives are wheels: they hold a project's
 Python files and its metadata, and reading one runs no code of it. `projects.txt` names project and version, one a line;
 any list of that form will do, and with `--installed` the projects of the running environment are added. The standard
 library of the running Python is one more project.
+
+With `--repositories` the cache's git directories are read as well, `repositories/OWNER/NAME`, those of a list that says
+each one's licence. Of a repository that is the Python of its newest commit, less what others wrote, what states another
+licence at its head, and what a program wrote.
 
 `build` writes, in a folder of its own, `manifest.tsv` (each project's version, licence, hash, split, files, bytes),
 `files.tsv` (each file's hash), `summary.json`, `tokenizer/` and the token streams `train.npy`, `validation.npy` and
@@ -31,6 +36,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from email.message import Message
 from email.parser import Parser
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -53,6 +59,17 @@ PERMISSIVE = re.compile(
 OTHER = re.compile(r"\b(A?L?GPL(v?\d|-)?|MPL|EPL|SSPL|BUSL|proprietary|commercial|nvidia)", re.IGNORECASE)
 LARGEST = 400_000  # bytes of a file; what is longer was written by a program
 LONGEST_LINE = 1_000
+BORROWED = re.compile(
+    r"(^|/)(third[-_]?party|3rd[-_]?party|_?vendor(ed)?|extern(al)?s?|external-deps|node_modules|site-packages)/",
+    re.IGNORECASE,
+)  # folders of a repository for what others wrote
+WRITTEN = re.compile(r"(_pb2(_grpc)?|_expected)\.py$")  # files of a repository that programs wrote
+HEAD = 4_000  # bytes at the start of a file, where its licence stands if it has one of its own
+STATED = re.compile(
+    rb"GNU\s+(\w+\s+)?General\s+Public\s+Licen[cs]e|\bA?L?GPL|Mozilla\s+Public|proprietary\s+(rights|and)|NonCommercial|"
+    rb"LicenseRef-",
+    re.IGNORECASE,
+)
 SIGNIFICANT = 20  # characters of a line that tells files apart
 COPIED = 0.6  # share of its significant lines that makes a file a copy
 SAMPLE = 80_000_000  # bytes that a tokenizer is trained on
@@ -113,6 +130,44 @@ def read_archive(path: Path) -> Project:
         files = {name: archive.read(name) for name in names if name.endswith(".py")}
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Project(str(metadata["Name"]).lower(), str(metadata["Version"]), licence_of(metadata), digest, files)
+
+
+def read_repository(path: Path, name: str, licence: str) -> Project:
+    """The Python files of a git directory's newest commit; its version is the commit, its hash that of its files' own.
+
+    Files of a snapshot that are listed but absent are left out.
+    """
+    git = ["git", "-C", str(path)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    listing = subprocess.run([*git, "ls-tree", "-r", "-z", commit], check=True, capture_output=True).stdout
+    blobs: dict[str, bytes] = {}
+    for entry in filter(None, listing.decode("utf-8", "replace").split("\0")):
+        (mode, _, blob), file = entry.partition("\t")[0].split(), entry.partition("\t")[2]
+        regular = mode.startswith("100") and file.endswith(".py")
+        if regular and not BORROWED.search(file) and not WRITTEN.search(file):
+            blobs[file] = blob.encode()
+    command = [*git, "cat-file", "--batch"]
+    read = subprocess.run(command, input=b"\n".join([*blobs.values(), b""]), check=True, capture_output=True).stdout
+    files, at = {}, 0
+    for file in blobs:
+        start = read.index(b"\n", at) + 1
+        stated = read[at : start - 1].split()
+        at = start
+        if stated[-1] != b"missing":
+            data = read[start : start + int(stated[-1])]
+            at += len(data) + 1
+            if not STATED.search(data[:HEAD]):
+                files[file] = data
+    digest = hashlib.sha256(b"".join(file.encode() + b"\0" + blobs[file] + b"\n" for file in files)).hexdigest()
+    return Project(name.lower(), commit, licence, digest, files)
+
+
+def read_repositories(projects: Path, folder: Path) -> Iterator[Project]:
+    """The repositories of a list, one a line with its licence behind its name, from git directories in ``folder``."""
+    for line in projects.read_text(encoding="utf-8").splitlines():
+        name, _, licence = line.partition("#")[0].strip().partition(" ")
+        if name:
+            yield read_repository(folder / name, name, licence.strip())
 
 
 def read_installed(paths: list[str] | None = None) -> Iterator[Project]:
@@ -260,11 +315,13 @@ def build(
     stdlib: Annotated[Path | None, typer.Option(help="A standard library; the running Python's by default.")] = None,
     vocab_size: Annotated[int, typer.Option(help="Entries of the tokenizer.")] = 8192,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of one that is there, in place of a new one.")] = None,
+    repositories: Annotated[Path | None, typer.Option(help="A list of git directories in the cache to add.")] = None,
 ) -> None:
     """Read archives, leave out copies, split, train the tokenizer, write tokens."""
     archives = (read_archive(path) for path in sorted((cache / "archives").glob("*.whl")))
+    cloned = read_repositories(repositories, cache / "repositories") if repositories else ()
     documents, manifest, skipped = collect(
-        [*archives, *(read_installed() if installed else ())], stdlib or stdlib_corpus.stdlib_root()
+        chain(archives, read_installed() if installed else (), cloned), stdlib or stdlib_corpus.stdlib_root()
     )
     write(cache / name, documents, manifest, skipped, vocab_size, tokenizer)
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+import subprocess
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,31 @@ def test_an_archive_says_its_licence_and_gives_its_python_files(tmp_path: Path) 
     project = corpus.read_archive(path)
     assert (project.name, project.version, project.licence) == ("thing", "1.0", "MIT License")
     assert project.files == {"thing/a.py": b"1\n"}
+
+
+def test_a_repository_gives_what_its_project_wrote_under_its_licence(tmp_path: Path) -> None:
+    folder = tmp_path / "owner" / "thing"
+    gpl = "# GNU General Public License v3.0+\n1\n"
+    files = {
+        "a.py": "1\n",
+        "pkg/b.py": "2\n",
+        "c.txt": "3\n",
+        "pkg/gpl.py": gpl,
+        "pkg/vendor/d.py": "4\n",
+        "e_pb2.py": "5\n",
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "link.py").symlink_to("a.py")
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "all"]):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / "list.txt").write_text("# a comment\nowner/thing Apache-2.0 AND MIT\n")
+    (project,) = corpus.read_repositories(tmp_path / "list.txt", tmp_path)
+    assert (project.name, project.licence) == ("owner/thing", "Apache-2.0 AND MIT")
+    assert project.files == {"a.py": b"1\n", "pkg/b.py": b"2\n"}
+    assert len(project.version) == 40
 
 
 def test_what_is_held_out_stays_and_its_copy_among_the_files_to_train_on_goes() -> None:
