@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from bisect import insort
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from mamba2_hf import Completion, ContinuousBatch, Mamba2Cache, PrefixCache, Request, generate_batch
 from mamba2_hf.errors import ArgumentError, CacheError
 from mamba2_hf.models.cache import CacheRow
-from mamba2_hf.models.prefix_cache import _State, shared_tokens, text_key
+from mamba2_hf.models.prefix_cache import shared_tokens, text_key
 
 BASE: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 ROOM = 2**30
@@ -467,7 +468,7 @@ def test_finds_what_texts_begin_with(texts: list[bytes], data: st.DataObject) ->
     kept = PrefixCache(ROOM, min_tokens=1)
     for number, other in enumerate(texts):
         if other:
-            kept._new[other] = _State(number, 1)
+            kept._new[other] = SimpleNamespace(cache=number, nbytes=1)
             insort(kept._texts, other)
     found = kept.find(text)
     longest = max((other for other in texts if other and text.startswith(other)), key=len, default=None)

@@ -69,7 +69,7 @@ def test_another_name_is_refused_with_those_that_ship() -> None:
 
 
 def test_both_saw_the_same_files_as_the_same_tokens() -> None:
-    for name in ("manifest.tsv", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+    for name in ("manifest.tsv", "corpus_manifest.tsv", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         assert len({(shipped_model_path(model) / name).read_bytes() for model in SHIPPED}) == 1
     runs = [json.loads((shipped_model_path(model) / "run.json").read_text()) for model in SHIPPED]
     assert runs[0]["tokens"] == runs[1]["tokens"]
@@ -124,13 +124,24 @@ def test_card_states_what_was_measured_and_it_beats_the_baselines(folder: Path) 
         assert f"| {bits:.3f} |" in card
     assert hashlib.sha256((folder / "manifest.tsv").read_bytes()).hexdigest() in card
     assert (folder / "loss.png").exists()
-    rows = [line for line in card.splitlines() if line.count("|") == 6 and "million" in line]
-    side_by_side = {line.split()[1].strip("*"): line for line in rows}
-    assert side_by_side.keys() == {"Mamba-2", "hybrid", "attention"}
+    rows = [[cell.strip("* ") for cell in line.split("|")[1:-1]] for line in card.splitlines() if "million" in line]
+    losses = {(row[0].removesuffix("** (this one)"), row[1]): row[4:] for row in rows if len(row) == 6}
     for model, kind in (("mamba2", "Mamba-2"), ("hybrid", "hybrid")):
         measured = json.loads((shipped_model_path(model) / "metrics.json").read_text())
-        assert f"| {measured['nats_per_token']:.3f} | {measured['bits_per_byte']:.3f} |" in side_by_side[kind]
-    assert "psf-2.0" in card
+        expected = [f"{measured['nats_per_token']:.3f}", f"{measured['bits_per_byte']:.3f}"]
+        assert losses[kind, "the corpus"] == expected
+        assert float(expected[0]) < float(losses[kind, "the standard library"][0])  # what shipped before
+    assert "license_name: permissive" in card
+
+
+def test_card_names_the_projects_that_the_model_has_read(folder: Path) -> None:
+    card, run = (folder / "README.md").read_text(), json.loads((folder / "run.json").read_text())
+    read = folder / "corpus_manifest.tsv"
+    assert hashlib.sha256(read.read_bytes()).hexdigest() == run["corpus"]["manifest_sha256"]
+    assert run["corpus"]["manifest_sha256"] in card
+    projects = list(csv.DictReader(read.read_text().splitlines(), delimiter="\t"))
+    assert sum(project["split"] in ("train", "by file") for project in projects) == run["corpus"]["projects"]
+    assert all(project["licence"] and project["version"] for project in projects)
 
 
 def test_compresses_held_out_source_as_the_card_says(

@@ -472,40 +472,43 @@ class SSDState(Recorder):
         other.settle(place)
         return [(each, other._row(name, place)) for each, name in zip(into, _STATES, strict=True)], zeros
 
-    def gather(
-        self, rows: Sequence[tuple[SSDState, int] | None], new: Callable[[Tensor, int], Tensor]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Holds copies of single sequences of other states from now on, zeros for None; not all are None. A single one
-        is copied with its ring, and settled when it is needed.
-
-        Args:
-            rows: the other state, and the row.
-            new: makes a buffer for so many sequences, of the kind of a buffer that holds others; of zeros where a row
-                is None.
+    def gather(self, rows: Sequence[tuple[SSDState, int] | None]) -> list[tuple[Tensor, Tensor]]:
+        """Holds copies of single sequences of other states from now on, zeros for None; not all are None.
 
         Returns:
             what the caller is to fill, and what with: few launches for all layers.
         """
         known = list(runs(rows))
-        source = known[0][2][0]
-        as_it_is = len(rows) == 1 and source.kept is None and source._in_use
-        if not as_it_is:
-            for _, _, (state, place) in known:
-                state.settle(place)
-        pairs = []
-        buffers: dict[str, Tensor | None] = dict.fromkeys(("ready", *_RING, *_BLOCK))
-        for name in (*_STATES, *_RING) if as_it_is else _STATES:
-            buffers[name] = into = new(getattr(source, name), len(rows))
+        for _, _, (state, place) in known:
+            state.settle(place)
+        pairs, buffers = [], {}
+        for name in _STATES:
+            held: Tensor = getattr(known[0][2][0], name)
+            new = held.new_zeros if None in rows else held.new_empty
+            buffers[name] = into = new(len(rows), *held.shape[1:])
             for first, count, (state, place) in known:
-                part = into if count == len(rows) else into[first : first + count]
                 own = state._row(name, place)
-                pairs.append((part, own if count == 1 else own.expand(count, *own.shape[1:])))
-        self.replace(**buffers)
-        if self.defer_writes and not as_it_is:
-            self._make_ring()
-        self._in_use = self._in_others_ring = as_it_is
-        self.started = True
+                pairs.append((into[first : first + count], own if count == 1 else own.expand(count, *own.shape[1:])))
+        self.hold(buffers)
         return pairs
+
+    def row(self, place: int) -> dict[str, Tensor]:
+        """The buffers of one sequence, each ``(1, ...)``, for :meth:`hold` of a copy: with its ring, where that is in
+        use, and settled else.
+        """
+        as_it_is = self.kept is None and self._in_use
+        if not as_it_is:
+            self.settle(place)
+        return {name: self._row(name, place) for name in (*_STATES, *_RING) if as_it_is or name in _STATES}
+
+    def hold(self, buffers: dict[str, Tensor]) -> None:
+        """Takes these buffers for its own. Those of a ring are settled when somebody goes on from them."""
+        with_ring = "clock" in buffers
+        self.replace(**{**dict.fromkeys(("ready", *_RING, *_BLOCK)), **buffers})
+        if self.defer_writes and not with_ring:
+            self._make_ring()
+        self._in_use = self._in_others_ring = with_ring
+        self.started = True
 
     def select(self, indices: Tensor) -> None:
         """Keeps the sequences at ``indices (B',)``, in that order; what was recorded is settled."""

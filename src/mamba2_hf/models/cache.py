@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -329,20 +329,23 @@ class Mamba2Cache(Cache):
         """
         if self.seen_tokens or self.static or self.captured:
             raise CacheError(f"gather() needs an empty cache, neither static nor captured, and this one is {self!r}")
-        counts = [0 if row is None else row.tokens for row in rows]
         if not any(row is not None for row in rows):
             return
         pairs: list[tuple[Tensor, Tensor]] = []
-        source = next(row.cache for row in rows if row is not None)
-        new = _NewBuffers(source, zeros=None in rows, together=len(rows) == 1)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, SSDState):
-                own = [None if row is None else (row.cache.layers[index], row.row) for row in rows]
-                pairs += layer.gather(own, new)
-            else:
-                layer.gather([None if row is None else (row.cache.layers[index], *row[1:]) for row in rows])
+                pairs += layer.gather([None if row is None else (row.cache.layers[index], row.row) for row in rows])
         _copy(pairs)
-        device = next(value for value in vars(self.layers[0]).values() if isinstance(value, Tensor)).device
+        self.gather_keys(rows)
+
+    def gather_keys(self, rows: Sequence[CacheRow | None]) -> None:
+        """What of :meth:`gather` is not about states of SSD layers; not all are None."""
+        counts = [0 if row is None else row.tokens for row in rows]
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, SSDState):
+                layer.gather([None if row is None else (row.cache.layers[index], *row[1:]) for row in rows])
+        first = next(row.cache.layers[0] for row in rows if row is not None)
+        device = next(value for value in vars(first).values() if isinstance(value, Tensor)).device
         if self.key_counts is not None:
             self.key_counts.gather(counts, device)
         self.seen_tokens = max(counts)
@@ -558,28 +561,44 @@ class Mamba2Cache(Cache):
         return f"{type(self).__name__}(layers={len(self.layers)}, batch={self.batch_size}, tokens={self.seen_tokens})"
 
 
-class _NewBuffers:
-    """Makes buffers for the states of a cache, those of one kind for all SSD layers of a device at once: as many
-    allocations for a single sequence take longer than the copy.
+class KeptRow:
+    """A copy of one sequence of a cache. The states of all SSD layers are few tensors until somebody goes on from them:
+    a tensor for each layer takes longer to make than the copy.
 
     Args:
-        like: a cache of the same model, which has its layers where the new one is to have them.
-        zeros: whether buffers are filled.
-        together: whether to make them at once, or each on its own, where a block for all of them would be large.
+        row: what to copy.
+        config, state_dtype: of the cache.
     """
 
-    def __init__(self, like: Mamba2Cache, *, zeros: bool, together: bool) -> None:
-        states = (layer for layer in like.layers if isinstance(layer, SSDState) and layer.conv is not None)
-        self._layers = Counter(layer.conv.device for layer in states if together)  # type: ignore[union-attr]
-        self._zeros, self._left = zeros, defaultdict[tuple[Any, ...], list[Tensor]](list)
+    def __init__(self, row: CacheRow, config: Config, state_dtype: torch.dtype | None) -> None:
+        self._cache = Mamba2Cache(config, state_dtype=state_dtype, defer_writes=False)
+        alike: dict[tuple[Any, ...], tuple[list[int], list[dict[str, Tensor]]]] = {}
+        for index, layer in enumerate(row.cache.layers):
+            if isinstance(layer, SSDState):
+                own = layer.row(row.row)
+                kind = tuple((name, part.shape, part.dtype, part.device) for name, part in own.items())
+                layers, parts = alike.setdefault(kind, ([], []))
+                layers.append(index)
+                parts.append(own)
+        self._states = [
+            (layers, {name: torch.cat([own[name] for own in parts]) for name in parts[0]})
+            for layers, parts in alike.values()
+        ]
+        self._cache.gather_keys([row])
+        held = [state for _, states in self._states for state in states.values()]
+        self.nbytes = self._cache.nbytes + sum(state.nbytes for state in held)
 
-    def __call__(self, held: Tensor, rows: int) -> Tensor:
-        """A buffer for ``rows`` sequences, such as ``held`` is for others."""
-        left = self._left[held.shape[1:], held.dtype, held.device]
-        if not left:
-            make = held.new_zeros if self._zeros else held.new_empty
-            left += make(self._layers[held.device] or 1, rows, *held.shape[1:]).unbind(0)
-        return left.pop()
+    @property
+    def cache(self) -> Mamba2Cache:
+        """The cache that holds this sequence alone."""
+        for layers, states in self._states:
+            parts = {name: state.split(1) for name, state in states.items()}
+            for place, index in enumerate(layers):
+                state = self._cache.layers[index]
+                assert isinstance(state, SSDState)
+                state.hold({name: own[place] for name, own in parts.items()})
+        self._states = []
+        return self._cache
 
 
 def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:

@@ -17,10 +17,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
-from .cache import CacheRow, Mamba2Cache
+from .cache import CacheRow, KeptRow
 from .graphs import ModelWatch
 
 if TYPE_CHECKING:
@@ -55,11 +55,6 @@ class PrefixCacheStats:
     nbytes: int = 0
     evicted: int = 0
     skipped: int = 0
-
-
-class _State(NamedTuple):
-    cache: Mamba2Cache
-    nbytes: int
 
 
 class PrefixCache:
@@ -102,8 +97,8 @@ class PrefixCache:
         self.captures = 0
         """How often the model became another than a graph of it: by more than what its weights hold."""
         self._watch: ModelWatch | None = None
-        self._new: OrderedDict[bytes, _State] = OrderedDict()  # used least recently first
-        self._used: OrderedDict[bytes, _State] = OrderedDict()
+        self._new: OrderedDict[bytes, KeptRow] = OrderedDict()  # used least recently first
+        self._used: OrderedDict[bytes, KeptRow] = OrderedDict()
         self._texts: list[bytes] = []  # the keys of both, sorted
         self._in_vain = 0  # states that had to go since somebody came back to a new one
         self._chance = Random(0)  # the same in all processes that share a model
@@ -210,9 +205,7 @@ class PrefixCache:
                 self.count(skipped=1)
                 return
             assert self._of is not None
-            cache = Mamba2Cache(self._of[0].config, state_dtype=self._of[1]["state_dtype"], defer_writes=False)
-            cache.gather([row])
-            state = _State(cache, cache.nbytes)
+            state = KeptRow(row, self._of[0].config, self._of[1]["state_dtype"])
             if state.nbytes > self.max_bytes:
                 return
             self._make_room(state.nbytes)
@@ -223,7 +216,7 @@ class PrefixCache:
         else:
             self._new.move_to_end(text)
 
-    def _use(self, text: bytes) -> _State:
+    def _use(self, text: bytes) -> KeptRow:
         state = self._used.pop(text) if text in self._used else self._new.pop(text)
         self._used[text] = state
         more = _nbytes(self._used) - self.max_bytes // 2
@@ -255,7 +248,7 @@ def _said(options: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
-def _nbytes(states: OrderedDict[bytes, _State]) -> int:
+def _nbytes(states: OrderedDict[bytes, KeptRow]) -> int:
     return sum(state.nbytes for state in states.values())
 
 
