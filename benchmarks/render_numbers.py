@@ -184,6 +184,15 @@ def batching() -> str:
     return table((*header, "ms a step"), rows)
 
 
+def prefixes() -> str:
+    """Tokens a second of requests that begin alike."""
+    rows = []
+    for impl, title in {"no_cache": "none", "prefix_cache": "of 32 states"}.items():
+        found = [cell("batching_prefix", column, impl=impl) for column in ("tokens_per_s", "over_generate", "read")]
+        rows.append((title, f"{number(found[0])} ({float(found[1]):.2f}x)", f"{int(found[2]):,}"))
+    return table(("prefix cache", "tokens a second", "tokens read"), rows)
+
+
 def hybrids() -> str:
     """Published hybrids' shapes."""
     titles = {
@@ -328,8 +337,8 @@ def front() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        *(front, ops, decode, state_dtypes, prefill, training, batching, hybrids, drop_in, caches, distributed, shared),
-        *(context, scaling, cpu, tiny),
+        *(front, ops, decode, state_dtypes, prefill, training, batching, prefixes, hybrids, drop_in, caches, distributed),
+        *(shared, context, scaling, cpu, tiny),
     )
 }  # fmt: skip
 
