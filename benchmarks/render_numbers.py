@@ -337,8 +337,8 @@ def front() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        *(front, ops, decode, state_dtypes, prefill, training, batching, prefixes, hybrids, drop_in, caches, distributed),
-        *(shared, context, scaling, cpu, tiny),
+        *(front, ops, decode, state_dtypes, prefill, training, batching, prefixes, hybrids, drop_in, caches),
+        *(distributed, shared, context, scaling, cpu, tiny),
     )
 }  # fmt: skip
 
