@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from bisect import insort
 from collections.abc import Callable, Sequence
@@ -15,10 +16,11 @@ from hybrids import ARCHITECTURES, make_hybrid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
 
 from mamba2_hf import Completion, ContinuousBatch, Mamba2Cache, PrefixCache, Request, generate_batch
 from mamba2_hf.errors import ArgumentError, CacheError
-from mamba2_hf.models.cache import CacheRow
+from mamba2_hf.models.cache import CacheRow, KeptRow
 from mamba2_hf.models.prefix_cache import shared_tokens, text_key
 
 BASE: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -456,6 +458,66 @@ def test_gathers_rows_of_different_lengths(in_fp64: Any) -> None:
         torch.testing.assert_close(found[row], model(torch.tensor([text + more])).logits[0, -4:])
     with pytest.raises(CacheError, match="needs an empty cache"):
         cache.gather([None])
+
+
+@pytest.mark.parametrize("kind", ["pure", "sliding"])
+@given(
+    moves=st.lists(
+        st.tuples(st.integers(0, 2), st.sampled_from(["empty", "row", "kept"]), st.integers(0, 3)), max_size=6
+    )
+)
+@settings(max_examples=20, deadline=None)
+def test_rows_move_between_caches_alike_however_states_lie(kind: str, moves: list[Any], in_fp64: Any) -> None:
+    """Side by side, where a row of all layers is copied at once, and each on its own."""
+    model = in_fp64(kind)
+    with torch.no_grad():
+        other = model(torch.tensor([tokens(5, 1), tokens(5, 2), tokens(5, 3), tokens(5, 4)])).past_key_values
+
+    def run(side_by_side: bool) -> tuple[Tensor, list[bool]]:
+        into = Mamba2Cache(model.config, static=True, max_length=16)
+        source = Mamba2Cache(model.config, defer_writes=False)
+        if side_by_side:
+            into.lay_side_by_side()
+            source.lay_side_by_side()
+        with torch.no_grad():
+            model(torch.tensor([[3], [4], [5]]), past_key_values=into)
+            source.gather([CacheRow(other, row, 5) for row in range(4)])
+            lengths = [1, 1, 1]
+            for row, what, place in moves:
+                given = None if what == "empty" else CacheRow(source, place, 5)
+                if what == "kept":
+                    given = CacheRow(KeptRow(given, model.config, None).cache, 0, 5)
+                into.put(row, given)
+                lengths[row] = 0 if given is None else 5
+            into.set_lengths(lengths)
+            logits = model(torch.tensor([[7], [8], [9]]), past_key_values=into).logits
+        return logits, [cache.whole("conv", "held") is not None for cache in (into, source)]
+
+    (found, lie), (expected, elsewhere) = run(True), run(False)
+    assert torch.equal(found, expected)
+    assert lie == [True, True]
+    assert elsewhere == [False, False]
+
+
+def test_a_buffer_that_lies_elsewhere_is_found_there(in_fp64: Any) -> None:
+    model = in_fp64("pure")
+    with torch.no_grad():
+        caches = [Mamba2Cache(model.config, static=True) for _ in range(2)]
+        caches[0].lay_side_by_side()
+        for cache in caches:
+            model(torch.tensor([[3], [4]]), past_key_values=cache)
+            cache.layers[-1].replace(held=cache.layers[-1].held.clone())
+            cache.put(0, None)
+            cache.put(1, model(torch.tensor([[5, 6]])).past_key_values)
+        kept = [KeptRow(CacheRow(cache, 1, 2), model.config, None) for cache in caches]
+        found, expected = (model(torch.tensor([[7], [8]]), past_key_values=cache).logits for cache in caches)
+        assert torch.equal(found, expected)
+        assert kept[0].nbytes == kept[1].nbytes == kept[0].cache.nbytes
+        again = [model(torch.tensor([[8]]), past_key_values=each.cache).logits for each in kept]
+        assert torch.equal(*again)
+        torch.testing.assert_close(again[0][0], found[1])
+    copied = copy.deepcopy(caches[0])
+    assert copied.layers[0].conv.data_ptr() != caches[0].layers[0].conv.data_ptr()
 
 
 @given(

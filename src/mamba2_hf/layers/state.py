@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -138,6 +139,49 @@ class Buffers:
         return self
 
 
+class SideBySide:
+    """Memory for buffers of several layers' states: those of one name are parts of a tensor ``(L, B, ...)``, so that
+    a sequence of all layers is copied at once.
+
+    Args:
+        layers: L.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self._whole: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = {}  # and its parts
+
+    def new(self, name: str, layer: int, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Memory for a buffer of a layer, of the dtype and on the device of ``like``; elsewhere if the others' is of
+        another kind, or if parts would not begin at multiples of 16 bytes, for which kernels are compiled. Where the
+        first layer asks for another kind than before, all parts of the name are new.
+        """
+        if math.prod(shape) * like.element_size() % 16:
+            return like.new_empty(shape)
+        known = self._whole.get(name)
+        if known is None or (layer == 0 and not _is_alike(known[1][0], shape, like)):
+            self.adopt(name, like.new_empty(self.layers, *shape))
+        part = self._whole[name][1][layer]
+        return part if _is_alike(part, shape, like) else like.new_empty(shape)
+
+    def adopt(self, name: str, whole: Tensor) -> tuple[Tensor, ...]:
+        """Takes a tensor ``(L, B, ...)`` for the memory of a name; returns its parts."""
+        self._whole[name] = whole, whole.unbind(0)
+        return self._whole[name][1]
+
+    def whole(self, name: str, states: Sequence[SSDState]) -> Tensor | None:
+        """The tensor of which all these states' buffers are the parts; None if one of them lies elsewhere."""
+        known = self._whole.get(name)
+        if known is None:
+            return None
+        there = all(getattr(state, name) is part for state, part in zip(states, known[1], strict=True))
+        return known[0] if there else None
+
+
+def _is_alike(part: Tensor, shape: Sequence[int], like: Tensor) -> bool:
+    return part.shape == tuple(shape) and part.dtype == like.dtype and part.device == like.device
+
+
 class Recorder(Buffers):
     """A state that can take back the tokens since it was told to record."""
 
@@ -213,6 +257,8 @@ class SSDState(Recorder):
         self._before: tuple[Tensor, Tensor] | None = None
         self._decay: tuple[Tensor, tuple[float, float]] | None = None
         self._rows: dict[str, tuple[Tensor, ...]] = {}
+        self.beside: tuple[SideBySide, int] | None = None
+        """Where its buffers are made, and the number of its layer there; None for memory of their own."""
 
     def replace(self, **buffers: Tensor | None) -> None:
         """See :meth:`Buffers.replace`."""
@@ -228,6 +274,13 @@ class SSDState(Recorder):
         if known is None:
             known = self._rows[name] = getattr(self, name).split(1)
         return known[row]
+
+    def _new(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Memory for a buffer, of the dtype and on the device of ``like``."""
+        if self.beside is None:
+            return like.new_empty(shape)
+        memory, layer = self.beside
+        return memory.new(name, layer, shape, like)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_rows": {}}  # a copy has views of its own buffers
@@ -266,7 +319,12 @@ class SSDState(Recorder):
         ring, compiled = ops.NO_RING, torch.compiler.is_compiling()  # which cannot ask a GPU what it is
         if self.defer_writes and not compiled and self.conv is not None and self.held is not None:
             ring = ops.new_ring(self.conv, self.held)
-        self.replace(**dict(zip(_RING, ring, strict=True)))
+        buffers = dict(zip(_RING, ring, strict=True))
+        if self.beside is not None:
+            # Clocks are few bytes, so that all but the first would lie where kernels do not expect them.
+            large = {name: part for name, part in buffers.items() if part is not None and name != "clock"}
+            buffers |= {name: self._new(name, part.shape, part).copy_(part) for name, part in large.items()}
+        self.replace(**buffers)
         self._in_use = False
 
     def for_block(self, rows: int, tokens: int, groups: int) -> tuple[Tensor, Tensor, ops.Block] | None:
@@ -397,9 +455,10 @@ class SSDState(Recorder):
 
     def allocate(self, conv: Tensor, ssm: Tensor) -> None:
         """Makes the buffers, holding copies of these states."""
+        kept = ssm.new_empty(0, dtype=self.ssm_dtype or ssm.dtype)
         self.replace(
-            conv=conv.clone(memory_format=torch.contiguous_format),
-            held=ssm.to(self.ssm_dtype or ssm.dtype, copy=True, memory_format=torch.contiguous_format),
+            conv=self._new("conv", conv.shape, conv).copy_(conv),
+            held=self._new("held", ssm.shape, kept).copy_(ssm),
             ready=torch.zeros(1, dtype=torch.int32, device=conv.device),
         )
         self.replace(**dict.fromkeys(_BLOCK))
@@ -484,22 +543,23 @@ class SSDState(Recorder):
         pairs, buffers = [], {}
         for name in _STATES:
             held: Tensor = getattr(known[0][2][0], name)
-            new = held.new_zeros if None in rows else held.new_empty
-            buffers[name] = into = new(len(rows), *held.shape[1:])
+            buffers[name] = into = self._new(name, (len(rows), *held.shape[1:]), held)
+            if None in rows:
+                into.zero_()
             for first, count, (state, place) in known:
                 own = state._row(name, place)
                 pairs.append((into[first : first + count], own if count == 1 else own.expand(count, *own.shape[1:])))
         self.hold(buffers)
         return pairs
 
-    def row(self, place: int) -> dict[str, Tensor]:
-        """The buffers of one sequence, each ``(1, ...)``, for :meth:`hold` of a copy: with its ring, where that is in
-        use, and settled else.
+    def copied(self, place: int) -> tuple[str, ...]:
+        """The names of the buffers that :meth:`hold` of a copy of one sequence is to be given: with those of the ring,
+        where that is in use; settled else.
         """
-        as_it_is = self.kept is None and self._in_use
-        if not as_it_is:
-            self.settle(place)
-        return {name: self._row(name, place) for name in (*_STATES, *_RING) if as_it_is or name in _STATES}
+        if self.kept is None and self._in_use:
+            return (*_STATES, *_RING)
+        self.settle(place)
+        return _STATES
 
     def hold(self, buffers: dict[str, Tensor]) -> None:
         """Takes these buffers for its own. Those of a ring are settled when somebody goes on from them."""

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..errors import ArgumentError, CacheError
 from ..layers import Buffers, KeyCounts, KeyValueState, Placement, SSDState
-from ..layers.state import check_rows
+from ..layers.state import SideBySide, check_rows
 from . import prompt_state
 from .graphs import DecodeGraph
 from .prompt_state import TokenHashes
@@ -131,6 +131,35 @@ class Mamba2Cache(Cache):
         for buffers in self._buffers:
             # Of the graph, not of the cache: that would keep the memory of every cache until Python looks for cycles.
             buffers.on_move = None if graph is None else graph.drop
+
+    @property
+    def states(self) -> list[SSDState]:
+        """Those of SSD layers, in order."""
+        return [layer for layer in self.layers if isinstance(layer, SSDState)]
+
+    def lay_side_by_side(self, whole: dict[str, Tensor] | None = None) -> dict[str, tuple[Tensor, ...]]:
+        """Has the states of all SSD layers be parts of few tensors from when they are made, so that :meth:`put` and
+        :class:`KeptRow` copy a sequence by few calls.
+
+        Args:
+            whole: tensors ``(L, B, ...)`` to be such ones, by the name of their buffers.
+
+        Returns:
+            the parts of these.
+        """
+        memory = SideBySide(len(self.states))
+        for number, state in enumerate(self.states):
+            state.beside = memory, number
+        return {name: memory.adopt(name, tensor) for name, tensor in (whole or {}).items()}
+
+    def whole(self, *names: str) -> dict[str, Tensor] | None:
+        """Buffers ``(L, B, ...)`` of all SSD layers by name; None where they do not lie side by side."""
+        states = self.states
+        if not states or states[0].beside is None:
+            return None
+        memory = states[0].beside[0]
+        found = {name: whole for name in names if (whole := memory.whole(name, states)) is not None}
+        return found if len(found) == len(names) else None
 
     @property
     def _buffers(self) -> list[Buffers]:
@@ -302,9 +331,12 @@ class Mamba2Cache(Cache):
             raise CacheError(f"{cache!r} holds {length} keys, more than the {self.get_max_length()} of {self!r}")
         pairs: list[tuple[Tensor, Tensor]] = []
         zeros: list[Tensor] = []
+        at_once = self._put_at_once(row, cache, place)
         for index, layer in enumerate(self.layers):
             other = None if cache is None else cache.layers[index]
             if isinstance(layer, SSDState):
+                if at_once:
+                    continue
                 filled, emptied = layer.put(row, other, place)
                 pairs += filled
                 zeros += emptied
@@ -316,6 +348,29 @@ class Mamba2Cache(Cache):
         if self.key_counts is not None:
             self.key_counts.put(row, length)
         self.padding = self._behind = self.token_hashes = None
+
+    def _put_at_once(self, row: int, cache: Mamba2Cache | None, place: int) -> bool:
+        """Puts the states of all SSD layers, by a call for each kind of buffer; returns whether they lie so."""
+        states = self.states
+        into = self.whole("conv", "held")
+        if into is None or states[0].kept is not None:
+            return False
+        clocks = [state.clock for state in states if state.clock is not None]
+        if clocks:
+            torch._foreach_zero_([clock[row : row + 1] for clock in clocks])
+        if cache is None:
+            for buffer in into.values():
+                buffer[:, row].zero_()
+            return True
+        others = cache.states
+        for other in others:
+            other.settle(place)
+        source = cache.whole("conv", "held")
+        if source is None:
+            return False
+        for name, buffer in into.items():
+            buffer[:, row].copy_(source[name][:, place])
+        return True
 
     def gather(self, rows: Sequence[CacheRow | None]) -> None:
         """Fills an empty cache, whose buffers grow, with copies of single sequences of other caches: to read several
@@ -562,8 +617,8 @@ class Mamba2Cache(Cache):
 
 
 class KeptRow:
-    """A copy of one sequence of a cache. The states of all SSD layers are few tensors until somebody goes on from them:
-    a tensor for each layer takes longer to make than the copy.
+    """A copy of one sequence of a cache. Where the states of SSD layers lie side by side, it is few tensors until
+    somebody goes on from it: one for each layer takes longer to make than the copy.
 
     Args:
         row: what to copy.
@@ -572,32 +627,28 @@ class KeptRow:
 
     def __init__(self, row: CacheRow, config: Config, state_dtype: torch.dtype | None) -> None:
         self._cache = Mamba2Cache(config, state_dtype=state_dtype, defer_writes=False)
-        alike: dict[tuple[Any, ...], tuple[list[int], list[dict[str, Tensor]]]] = {}
-        for index, layer in enumerate(row.cache.layers):
-            if isinstance(layer, SSDState):
-                own = layer.row(row.row)
-                kind = tuple((name, part.shape, part.dtype, part.device) for name, part in own.items())
-                layers, parts = alike.setdefault(kind, ([], []))
-                layers.append(index)
-                parts.append(own)
-        self._states = [
-            (layers, {name: torch.cat([own[name] for own in parts]) for name in parts[0]})
-            for layers, parts in alike.values()
-        ]
-        self._cache.gather_keys([row])
-        held = [state for _, states in self._states for state in states.values()]
-        self.nbytes = self._cache.nbytes + sum(state.nbytes for state in held)
+        self._held: dict[str, Tensor] = {}  # (L, 1, ...)
+        states, place = row.cache.states, slice(row.row, row.row + 1)
+        names = {name for state in states for name in state.copied(row.row)}
+        whole = row.cache.whole(*names - {"clock"})
+        if whole is None:
+            self._cache.gather([row])
+        else:
+            self._held = {k: v[:, place].clone(memory_format=torch.contiguous_format) for k, v in whole.items()}
+            if "clock" in names:
+                clocks = [state.clock for state in states if state.clock is not None]
+                self._held["clock"] = torch.stack([clock[place] for clock in clocks])
+            self._cache.gather_keys([row])
+        self.nbytes = self._cache.nbytes + sum(held.nbytes for held in self._held.values())
 
     @property
     def cache(self) -> Mamba2Cache:
         """The cache that holds this sequence alone."""
-        for layers, states in self._states:
-            parts = {name: state.split(1) for name, state in states.items()}
-            for place, index in enumerate(layers):
-                state = self._cache.layers[index]
-                assert isinstance(state, SSDState)
-                state.hold({name: own[place] for name, own in parts.items()})
-        self._states = []
+        if self._held:
+            parts = self._cache.lay_side_by_side(self._held)
+            for number, state in enumerate(self._cache.states):
+                state.hold({name: own[number] for name, own in parts.items()})
+            self._held = {}
         return self._cache
 
 
