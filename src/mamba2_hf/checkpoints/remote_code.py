@@ -54,6 +54,11 @@ def choose(op: str, device: Any, requested: str | None = None, **call: Any) -> A
     return SimpleNamespace(name="torch", reason="the only backend in this file")
 
 
+def again(op: str, call: Any, requested: str | None = None) -> Any:
+    """There are no calls to repeat without their checks."""
+    return None
+
+
 def usable(device: Any) -> Any:
     """Whether there is another backend, and why not."""
     return False, "this file holds the PyTorch backend only"
