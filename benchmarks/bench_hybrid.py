@@ -399,7 +399,7 @@ class Families(Bench):
         ids = torch.randint(model.config.vocab_size, (batch, self.context + 1), device=self.device)
         case = f"{name}_decode_b{batch}"
         if impl != OURS:
-            # PyTorch's attention by cuDNN makes a plan for each new number of keys, for 35 ms.
+            # PyTorch's attention by cuDNN makes a plan for each new number of keys, for 38 ms.
             self.route(f"{name} decode", impl, lambda: generated(model, ids, 32))
             self.row(case, impl, quantiles(generated(model, ids, 32)), floor=floor)
             return

@@ -256,24 +256,8 @@ class SSDState(Recorder):
         self.recorded: list[Recorded] = []
         self._before: tuple[Tensor, Tensor] | None = None
         self._decay: tuple[Tensor, tuple[float, float]] | None = None
-        self._rows: dict[str, tuple[Tensor, ...]] = {}
         self.beside: tuple[SideBySide, int] | None = None
         """Where its buffers are made, and the number of its layer there; None for memory of their own."""
-
-    def replace(self, **buffers: Tensor | None) -> None:
-        """See :meth:`Buffers.replace`."""
-        for name in self._rows.keys() & buffers.keys():
-            del self._rows[name]
-        super().replace(**buffers)
-
-    def _row(self, name: str, row: int) -> Tensor:
-        """A sequence of a buffer, ``(1, ...)``; views of all are made at once, and kept as long as the buffer, since
-        requests that join a batch ask every layer for some.
-        """
-        known = self._rows.get(name)
-        if known is None:
-            known = self._rows[name] = getattr(self, name).split(1)
-        return known[row]
 
     def _new(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """Memory for a buffer, of the dtype and on the device of ``like``."""
@@ -281,9 +265,6 @@ class SSDState(Recorder):
             return like.new_empty(shape)
         memory, layer = self.beside
         return memory.new(name, layer, shape, like)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_rows": {}}  # a copy has views of its own buffers
 
     @property
     def ssm(self) -> Tensor | None:
@@ -524,12 +505,12 @@ class SSDState(Recorder):
             what the caller is to fill, and what with; and what it is to set to zero: few launches for all layers.
         """
         self.leave_inference_mode()
-        zeros = [self._row(name, row) for name in ("clock", "kept") if getattr(self, name) is not None]
-        into = [self._row(name, row) for name in _STATES]
+        zeros = [counts[row : row + 1] for counts in (self.clock, self.kept) if counts is not None]
+        into = [getattr(self, name)[row] for name in _STATES]
         if other is None:
             return [], [*zeros, *into]
         other.settle(place)
-        return [(each, other._row(name, place)) for each, name in zip(into, _STATES, strict=True)], zeros
+        return [(each, getattr(other, name)[place]) for each, name in zip(into, _STATES, strict=True)], zeros
 
     def gather(self, rows: Sequence[tuple[SSDState, int] | None]) -> list[tuple[Tensor, Tensor]]:
         """Holds copies of single sequences of other states from now on, zeros for None; not all are None.
@@ -547,7 +528,7 @@ class SSDState(Recorder):
             if None in rows:
                 into.zero_()
             for first, count, (state, place) in known:
-                own = state._row(name, place)
+                own = getattr(state, name)[place : place + 1]
                 pairs.append((into[first : first + count], own if count == 1 else own.expand(count, *own.shape[1:])))
         self.hold(buffers)
         return pairs

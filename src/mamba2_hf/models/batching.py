@@ -503,7 +503,9 @@ class ContinuousBatch:
             self._guesser = _Lookup(prompt_lookup_num_tokens, slots)
         self._ahead = 0 if self._guesser is None else self._guesser.most
         room = None if max_length is None else max(max_length, 2) + self._ahead
-        self.cache = self._new_cache(static=True, max_length=room, **self._states)
+        self.cache = Mamba2Cache(model.config, static=True, max_length=room, **self._states)
+        if len({parameter.device for parameter in model.parameters()}) == 1:
+            self.cache.lay_side_by_side()
         self._rows: list[_Running | None] = [None] * slots
         self._waiting: deque[_Running] = deque()
         self._prompts: list[bytes] = []  # of those that have not been read, sorted
@@ -539,13 +541,6 @@ class ContinuousBatch:
             self._guesser.see_blocks(self.cache)
         states = [layer for layer in self.cache.layers if isinstance(layer, SSDState)]
         self.prefix_cache.check_room(sum(layer.nbytes_of_row for layer in states))
-
-    def _new_cache(self, **options: Any) -> Mamba2Cache:
-        """A cache whose rows are copied at once, where the layers are on one device."""
-        cache = Mamba2Cache(self.model.config, **options)
-        if len({parameter.device for parameter in self.model.parameters()}) == 1:
-            cache.lay_side_by_side()
-        return cache
 
     def _inputs(self, ids: Tensor, *, is_first_iteration: bool = False) -> dict[str, Any]:
         """What the forward gets for the next tokens of every row, ``(slots, T)``."""
@@ -780,7 +775,9 @@ class ContinuousBatch:
 
     def _call(self, texts: Sequence[bytes], behind: Mapping[bytes, CacheRow | None]) -> Mamba2Cache:
         """Reads texts in one call, from the states ``behind`` has for them: a cache with a row for each."""
-        cache = self._new_cache(**{**self._states, "defer_writes": False})  # nothing steps there
+        cache = Mamba2Cache(self.model.config, **{**self._states, "defer_writes": False})  # nothing steps there
+        if self.cache.whole("conv", "held") is not None:
+            cache.lay_side_by_side()
         cache.gather([behind[text] for text in texts])
         if self._guesser is not None:
             self._guesser.watch(cache)

@@ -329,48 +329,42 @@ class Mamba2Cache(Cache):
             raise CacheError(f"{cache!r} does not hold one sequence of the same model")
         if self.key_counts is not None and length > self.get_max_length():
             raise CacheError(f"{cache!r} holds {length} keys, more than the {self.get_max_length()} of {self!r}")
-        pairs: list[tuple[Tensor, Tensor]] = []
-        zeros: list[Tensor] = []
-        at_once = self._put_at_once(row, cache, place)
+        if not self._put_at_once(row, cache, place):
+            self._put_each(row, cache, place)
         for index, layer in enumerate(self.layers):
-            other = None if cache is None else cache.layers[index]
-            if isinstance(layer, SSDState):
-                if at_once:
-                    continue
-                filled, emptied = layer.put(row, other, place)
-                pairs += filled
-                zeros += emptied
-            else:
-                layer.put(row, other, length, place)
-        _copy(pairs)
-        for device in {tensor.device for tensor in zeros}:
-            torch._foreach_zero_([tensor for tensor in zeros if tensor.device == device])
+            if not isinstance(layer, SSDState):
+                layer.put(row, None if cache is None else cache.layers[index], length, place)
         if self.key_counts is not None:
             self.key_counts.put(row, length)
         self.padding = self._behind = self.token_hashes = None
 
     def _put_at_once(self, row: int, cache: Mamba2Cache | None, place: int) -> bool:
         """Puts the states of all SSD layers, by a call for each kind of buffer; returns whether they lie so."""
-        states = self.states
         into = self.whole("conv", "held")
-        if into is None or states[0].kept is not None:
-            return False
-        clocks = [state.clock for state in states if state.clock is not None]
-        if clocks:
-            torch._foreach_zero_([clock[row : row + 1] for clock in clocks])
-        if cache is None:
-            for buffer in into.values():
-                buffer[:, row].zero_()
-            return True
-        others = cache.states
-        for other in others:
+        for other in () if cache is None else cache.states:
             other.settle(place)
-        source = cache.whole("conv", "held")
-        if source is None:
+        source = None if cache is None else cache.whole("conv", "held")
+        if into is None or (cache is not None and source is None):
             return False
+        counts = [count for state in self.states for count in (state.clock, state.kept) if count is not None]
+        if counts:
+            torch._foreach_zero_([count[row : row + 1] for count in counts])
         for name, buffer in into.items():
-            buffer[:, row].copy_(source[name][:, place])
+            buffer[:, row] = 0 if source is None else source[name][:, place]
         return True
+
+    def _put_each(self, row: int, cache: Mamba2Cache | None, place: int) -> None:
+        """Puts the states of SSD layers, wherever they lie."""
+        pairs: list[tuple[Tensor, Tensor]] = []
+        zeros: list[Tensor] = []
+        others = [None] * len(self.states) if cache is None else cache.states
+        for state, other in zip(self.states, others, strict=True):
+            filled, emptied = state.put(row, other, place)
+            pairs += filled
+            zeros += emptied
+        _copy(pairs)
+        for device in {tensor.device for tensor in zeros}:
+            torch._foreach_zero_([tensor for tensor in zeros if tensor.device == device])
 
     def gather(self, rows: Sequence[CacheRow | None]) -> None:
         """Fills an empty cache, whose buffers grow, with copies of single sequences of other caches: to read several
