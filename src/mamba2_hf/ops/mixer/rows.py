@@ -2,8 +2,8 @@
 
 The projections read each weight once and multiply it at the tensor cores, outputs as the rows of a product: there are
 more of them than sequences. The gated norm's scale is one number per sequence and group, multiplied to the sums of
-``out_proj``. Where its outputs are too few to fill a chip, its inputs are split: the program of a tile that comes last
-adds up what all of them found, always in the same order.
+``out_proj``. Where its outputs are too few to fill a chip, its inputs are split: when the last program of a tile is
+through, each adds up what all of them found for some of the rows, always in the same order.
 
 The five launches overlap (``overlap.py``). What they do before they wait: a projection asks for its first weights, the
 convolution and the update read states. Only the norm and the convolution let the next kernel start before their own
@@ -352,7 +352,8 @@ def _leave(
         PARTS=parts,
         PARTS_BLOCK=min(tables.PARTS_BLOCK, power_of_two(parts)),
         SPLIT=config.split,
-        PIECES=1 if peers.table is None else 1 << (config.split.bit_length() - 1),  # more programs send faster
+        # Several end sooner than the last one alone. They wait for it, which the interpreter's cannot: one runs at a time.
+        PIECES=1 if chip.interpreted else 1 << (config.split.bit_length() - 1),
         JOINT=joint,
         R=tables.RING,
         **_sizes(config, chip, weight),

@@ -360,10 +360,9 @@ def enter(chip: Chip, dtype: torch.dtype, rows: int) -> Projection:
 
 
 def leave(chip: Chip, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> Projection:
-    """``leave_rows_kernel``: as many programs as two a processor, or, with many rows, what the L2 cache can feed."""
+    """``leave_rows_kernel``: three programs for two processors, as many as the L2 cache feeds."""
     bm, bn, bk = tile(rows, 64), 64, 64 if dtype == torch.float32 else 128
-    programs = chip.processors * 9 // (7 if bm == 64 else 5)
-    split = round(programs / (-(-outputs // bn) * -(-rows // bm)))
+    split = round(chip.processors * 3 / 2 / (-(-outputs // bn) * -(-rows // bm)))
     split = max(1, min(split, MOST_SPLIT, inputs // (2 * bk)))
     return Projection(bm, bn, bk, split, warps=4, stages=_stages(chip, 3 if bm == 64 or dtype == torch.float32 else 4))
 
