@@ -313,7 +313,7 @@ def test_those_that_wait_are_read_in_one_call(kept: int, in_fp64: Any, forwards:
 def test_calls_hold_so_many_rows_and_tokens(in_fp64: Any, forwards: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = in_fp64("pure")
     monkeypatch.setattr("mamba2_hf.models.prefill.TOKENS_AT_ONCE", 512)
-    monkeypatch.setattr("mamba2_hf.models.batching._ROWS_AT_ONCE", 16)
+    monkeypatch.setattr("mamba2_hf.models.batching._ROWS_AT_ONCE", (16, 16))
     shapes = forwards(model)
     requests = [Request(tokens(1 + length, 1), {**BASE, "max_new_tokens": 1}) for length in (*range(2, 21), 700, 60)]
     ended = run(ContinuousBatch(model, slots=21), requests)

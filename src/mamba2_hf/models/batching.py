@@ -48,8 +48,8 @@ from .speculation import (
 
 logger = logging.get_logger(__name__)
 
-_ROWS_AT_ONCE = 32
-"""Most prompts in one call: their states are held beside those of the batch."""
+_ROWS_AT_ONCE = 32, 64
+"""Most prompts in one call: as many as the batch has rows, between these. Their states are held beside the batch's."""
 _TOKENS_AHEAD = 8192
 """Prompts that do not join yet are read with those that do while all have at most as many tokens, which take a GPU
 about as long as Python needs for the call: so that not every row that is free for the next costs one."""
@@ -514,6 +514,8 @@ class ContinuousBatch:
         self._fed: Tensor | None = None  # (slots, T) what the next step feeds, where it is known on the device
         self._chosen: Tensor | None = None  # (slots, T) of the last step
         self._count = 0
+        least, most = _ROWS_AT_ONCE
+        self._at_once = min(max(slots, least), most)
         self._captures = -1  # `PrefixCache.captures` of the graph
         self._captured = captured and not model.generation_config.disable_compile
         self._reason: str | None = None if self._captured else "it was asked for"
@@ -688,8 +690,8 @@ class ContinuousBatch:
         free = [row for row, running in enumerate(self._rows) if running is None][: len(self._waiting)]
         if free:
             self.prefix_cache.look_at_model()
-            for first in range(0, len(free), _ROWS_AT_ONCE):
-                rows = free[first : first + _ROWS_AT_ONCE]
+            for first in range(0, len(free), self._at_once):
+                rows = free[first : first + self._at_once]
                 self._read_waiting(len(rows))
                 if self._guesser is not None:
                     self._guesser.join(rows, list(islice(self._waiting, len(rows))))
@@ -715,7 +717,7 @@ class ContinuousBatch:
         for place, request in enumerate(self._waiting):
             if not request.is_read:
                 tokens += _new_tokens(request.prompt, known.find(request.prompt))
-            if place >= joining and (place >= _ROWS_AT_ONCE or tokens > _TOKENS_AHEAD):
+            if place >= joining and (place >= self._at_once or tokens > _TOKENS_AHEAD):
                 break
             if not request.is_read:
                 chosen.append(request)
@@ -761,7 +763,7 @@ class ContinuousBatch:
             if not tokens:
                 continue
             rows = 1 + len(calls[-1] if calls else ())
-            if rows == 1 or rows > _ROWS_AT_ONCE or rows * tokens > prefill.TOKENS_AT_ONCE:
+            if rows == 1 or rows > self._at_once or rows * tokens > prefill.TOKENS_AT_ONCE:
                 calls.append([])
             calls[-1].append(text)
         for texts in calls:

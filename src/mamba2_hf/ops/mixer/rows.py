@@ -352,7 +352,7 @@ def _leave(
         PARTS=parts,
         PARTS_BLOCK=min(tables.PARTS_BLOCK, power_of_two(parts)),
         SPLIT=config.split,
-        # Several end sooner than the last one alone. They wait for it, which the interpreter's cannot: one runs at a time.
+        # Several end sooner than the last one alone. They wait for it, which they can't where one runs after the other.
         PIECES=1 if chip.interpreted else 1 << (config.split.bit_length() - 1),
         JOINT=joint,
         R=tables.RING,
