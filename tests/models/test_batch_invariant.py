@@ -164,9 +164,11 @@ def written(batch: ContinuousBatch, requests: Sequence[Request]) -> dict[int, li
     batch._logits = watched  # type: ignore[method-assign]
     for request in requests:
         batch.add(request)
+    ended = []
     while not batch.idle:
-        batch.step()
-    return found
+        ended += batch.step()
+    # One that has ended may have taken part once more.
+    return {each.request: found[each.request][: len(each.tokens)] for each in ended}
 
 
 @on_each_device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from mamba2_hf import Completion, ContinuousBatch, Mamba2Cache, PrefixCache, Request, generate_batch
 from mamba2_hf.errors import ArgumentError, CacheError
+from mamba2_hf.models.batching import _Launched
 from mamba2_hf.models.graphs import ModelWatch
 
 BASE: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -263,6 +265,8 @@ def test_whenever_they_join_and_leave(data: st.DataObject, tiny_model: Callable[
     elif source is not None:
         guess = {"assistant_model": helper(source, tiny_model, 2)}
     batch = ContinuousBatch(model, slots=data.draw(st.integers(1, 3)), max_length=32, **guess)
+    if data.draw(st.booleans()):  # as on a GPU
+        batch._replays = lambda: True  # type: ignore[method-assign]
     requests: dict[int, Request] = {}
     ended: dict[int, Completion] = {}
     for _ in range(data.draw(st.integers(1, 12))):
@@ -282,6 +286,35 @@ def test_whenever_they_join_and_leave(data: st.DataObject, tiny_model: Callable[
             assert each.tokens == expected[: len(each.tokens)]
         else:
             assert each.tokens == expected
+
+
+@pytest.mark.parametrize("own", [{}, {"repetition_penalty": 1.3}], ids=["by scores", "by text"])
+@pytest.mark.parametrize("kind", ["pure", "rotary"])
+def test_steps_overlap_with_what_python_makes_of_the_last_one(
+    kind: str, own: Any, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for rows whose next token depends on that. They end by their lengths and by a token, and others join."""
+    model, order = build(kind, tiny_model), []
+    monkeypatch.setattr(ContinuousBatch, "_replays", lambda self: True)
+    for owner, name in ((ContinuousBatch, "_logits"), (_Launched, "fetch")):
+        run = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda self, run=run, name=name: order.append(name) or run(self))
+    heard: list[int] = []
+    requests = [
+        Request(prompt(length), {**BASE, **own, "max_new_tokens": 3 + number % 4}, seed=number, on_token=heard.append)
+        for number, length in enumerate(LENGTHS)
+    ]
+    end = alone(model, requests[3])[2]
+    requests[3] = dataclasses.replace(requests[3], settings={**requests[3].settings, "eos_token_id": end})
+    requests[4] = dataclasses.replace(requests[4], settings={**requests[4].settings, "do_sample": True})
+    order.clear()
+    ended = generate_batch(model, requests, slots=3)
+    assert [each.tokens for each in ended] == [alone(model, request) for request in requests]
+    assert sorted(heard) == sorted(token for each in ended for token in each.tokens)
+    under_way = list(itertools.accumulate({"_logits": 1, "fetch": -1}[name] for name in order))
+    assert max(under_way) == (1 if own else 2)
+    assert own or under_way.count(2) > len(under_way) / 3  # half, but where all end together
+    assert under_way[-1] == 0  # no step is for nobody
 
 
 @on_each_device

@@ -94,6 +94,8 @@ def test_any_order_of_prompts_that_begin_alike(data: st.DataObject, in_fp64: Any
     budget = int(one.stats.nbytes / one.stats.states * data.draw(st.sampled_from([0, 1, 2, 3, 5, 100])))
     kept = PrefixCache(budget, min_tokens=data.draw(st.sampled_from([1, 2, 5])))
     batch = ContinuousBatch(model, slots=data.draw(st.integers(1, 4)), max_length=64, prefix_cache=kept)
+    if data.draw(st.booleans()):  # as on a GPU
+        batch._replays = lambda: True  # type: ignore[method-assign]
     texts = [tokens(length, seed) for seed, length in enumerate((1, 2, 7, 12))]
     requests: dict[int, tuple[list[int], int]] = {}
     ended: dict[int, Completion] = {}
@@ -149,6 +151,22 @@ def test_the_next_turn_of_a_chat(kind: str, in_fp64: Any) -> None:
         # What was written was fed but for its last token; a prompt is read but for its last.
         assert kept.stats.tokens_read - before.tokens_read == 10 + turn - (turn == 0)
         text += ended.tokens
+
+
+def test_the_next_turn_after_one_that_ended_before_others(in_fp64: Any) -> None:
+    """Where the next step began before that was known, the state is behind the last token, too."""
+    model = in_fp64("pure")
+    first, other = tokens(10, 0), Request(tokens(9, 1), {**BASE, "max_new_tokens": 9})
+    end = alone(model, Request(first, BASE))[2]
+    for overlapping in (False, True):
+        kept = PrefixCache(ROOM, min_tokens=8)
+        batch = ContinuousBatch(model, slots=2, prefix_cache=kept)
+        batch._replays = lambda overlapping=overlapping: overlapping  # type: ignore[method-assign,misc]
+        ended, _ = run(batch, [Request(first, {**BASE, "eos_token_id": end}), other])
+        before, turn = kept.stats.tokens_read, Request([*first, *ended.tokens, 5, 6, 7], BASE)
+        (following,) = run(batch, [turn])
+        assert following.tokens == alone(model, turn)
+        assert kept.stats.tokens_read - before == 2 + (not overlapping)
 
 
 def test_a_prompt_that_parts_from_a_text_that_was_read(in_fp64: Any) -> None:
@@ -396,17 +414,18 @@ def many(count: int, seed: int) -> list[Request]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "count"),
+    ("kind", "count", "overlapping"),
     [
-        ("pure", 200),
-        ("sliding", 100),
-        pytest.param("pure", 1000, marks=pytest.mark.slow),
-        pytest.param("rotary", 1000, marks=pytest.mark.slow),
+        ("pure", 200, False),
+        ("sliding", 100, True),
+        pytest.param("pure", 1000, True, marks=pytest.mark.slow),
+        pytest.param("rotary", 1000, False, marks=pytest.mark.slow),
     ],
 )
-def test_many_requests(kind: str, count: int, in_fp64: Any) -> None:
+def test_many_requests(kind: str, count: int, overlapping: bool, in_fp64: Any) -> None:
     model, requests = in_fp64(kind), many(count, seed=1)
     batch = ContinuousBatch(model, slots=16, max_length=64, prefix_cache=PrefixCache(10**6, min_tokens=4))
+    batch._replays = lambda: overlapping  # type: ignore[method-assign]
     ended: list[Completion] = []
     for number, request in enumerate(requests):
         batch.add(request)

@@ -30,6 +30,12 @@ Visible = Callable[[Any, Any, Any, Any], Tensor]
 _NOWHERE = -(2**30)
 
 
+def sent(values: list[Any], device: torch.device) -> Tensor:
+    """Integers on a device, without waiting for what that is at."""
+    held = torch.tensor(values)
+    return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.to(device)
+
+
 @dataclass(frozen=True)
 class FlatDocuments:
     """Queries and keys of a call, laid end to end; see :meth:`Placement.flat`.
@@ -144,7 +150,7 @@ class KeyCounts(Buffers):
         """Says how many keys each row of buffers with a capacity holds."""
         if self.lengths is not None:
             self.leave_inference_mode()
-            self.lengths.copy_(torch.tensor(lengths))
+            self.lengths.copy_(sent(lengths, self.lengths.device))
             self.width = max(*lengths, 1)
 
     def gather(self, lengths: list[int], device: torch.device) -> None:

@@ -28,6 +28,7 @@ from transformers.utils import logging
 from ..distributed.tensor_parallel import agree_on_random_numbers
 from ..errors import ArgumentError
 from ..layers import SSDState
+from ..layers.placement import sent
 from ..ops import batch_invariant as invariantly
 from . import prefill
 from .cache import CacheRow, Mamba2Cache
@@ -138,6 +139,36 @@ class _Running:
         return (self.tokens or self.ids)[-1]
 
 
+class _Launched:
+    """A step whose tokens have not been looked at.
+
+    Args:
+        rows: who was in each.
+        chosen: ``(slots, T)`` the tokens, -1 where there was nothing to choose from.
+    """
+
+    def __init__(self, rows: list[_Running | None], chosen: Tensor) -> None:
+        self.rows, self.width = rows, chosen.shape[1]
+        self._tokens = chosen.to("cpu", non_blocking=chosen.is_cuda)
+        self._ready = torch.cuda.current_stream(chosen.device).record_event() if chosen.is_cuda else None
+
+    def writes(self, row: int, rows: Sequence[_Running | None]) -> bool:
+        """Whether one of its tokens is of who is in a row now."""
+        return rows[row] is not None and self.rows[row] is rows[row]
+
+    def follow(self) -> None:
+        """Has what is launched now come after it, on whatever stream that is."""
+        if self._ready is not None:
+            self._ready.wait()
+
+    def fetch(self) -> list[list[int]]:
+        """The tokens, for which this waits."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        tokens: list[list[int]] = self._tokens.tolist()
+        return tokens
+
+
 def _sampler(config: GenerationConfig, processors: LogitsProcessorList) -> Any:
     """The settings that requests share whose tokens are chosen together; None for one that has to choose alone."""
     if not config.do_sample or not by_scores_alone(processors):
@@ -156,7 +187,7 @@ class _Alike:
     """
 
     def __init__(self, rows: list[int], requests: list[_Running], logits: Tensor, ahead: int) -> None:
-        self._rows = torch.tensor(rows, device=logits.device)
+        self._rows = sent(rows, logits.device)
         self._requests, self._first = requests, requests[0]
         self._noise: Tensor | None = None
         self._draws: list[tuple[Tensor, torch.Generator]] = []
@@ -409,13 +440,18 @@ class ContinuousBatch:
     """A batch that requests join and leave while it runs: :meth:`add` some, and call :meth:`step` until it is idle.
 
     What a request gets is what ``generate`` gives for it alone, up to the rounding of larger matrix products, which
-    ``batch_invariant=True`` takes away. Reading new prompts holds the others up; up to 32 are read in one call, short
-    ones before there is a slot for them. Of a model with attention all rows have the keys of ``max_length`` tokens.
+    ``batch_invariant=True`` takes away. Reading new prompts holds the others up; many are read in one call, short ones
+    before there is a slot for them. Of a model with attention all rows have the keys of ``max_length`` tokens.
 
     On a GPU the step is captured into a CUDA graph, where ``generate`` would do that, and replayed while the model is
     the same: weights that were moved are noticed before the next step; modules, hooks, and adapters with their settings
     when the next request joins. The step is then captured anew, or goes without, and ``why_not_captured`` says why.
     What the weights hold may change at any time.
+
+    While the GPU is at a captured step, Python is at the tokens of the one before: a call of :meth:`step` launches a
+    step and returns what the last one has ended. A request leaves its slot one step later for that. It is not done
+    where tokens are guessed ahead, nor while a request has settings that look at its text, such as
+    ``repetition_penalty``.
 
     Args:
         model: to generate with, in eval mode.
@@ -511,7 +547,9 @@ class ContinuousBatch:
         self._prompts: list[bytes] = []  # of those that have not been read, sorted
         self._ended: list[Completion] = []
         self._alike: list[_Alike] | None = None  # of the rows as they are
-        self._fed: Tensor | None = None  # (slots, T) what the next step feeds, where it is known on the device
+        self._under_way: _Launched | None = None  # the last step, if that goes on
+        self._fed: Tensor | None = None  # (slots, T) what the next step feeds, but for rows that joined since
+        self._joined: list[int] = []
         self._chosen: Tensor | None = None  # (slots, T) of the last step
         self._count = 0
         least, most = _ROWS_AT_ONCE
@@ -687,6 +725,8 @@ class ContinuousBatch:
 
     def _join_and_advance(self) -> list[tuple[Callable[[int], None], int]]:
         """What :meth:`step` does; returns whom to tell of which token."""
+        if self._under_way is not None:
+            self._under_way.follow()
         free = [row for row, running in enumerate(self._rows) if running is None][: len(self._waiting)]
         if free:
             self.prefix_cache.look_at_model()
@@ -700,9 +740,13 @@ class ContinuousBatch:
                     self._waiting.popleft()
         elif self.cache.graph is not None and self.prefix_cache.model_moved():
             self.prefix_cache.look_at_model()
+        callbacks = []
         if self._captured and self._captures != self.prefix_cache.captures:
+            if self._under_way is not None:  # in the graph that goes
+                callbacks = self._end(self._under_way, None)
+                self._under_way = None
             self._renew_graph()
-        return self._advance() if self.running else []
+        return callbacks + self._advance()
 
     def _read_waiting(self, joining: int) -> None:
         """Reads the prompts of the first requests that wait, as many as join, and some behind them."""
@@ -816,25 +860,33 @@ class ContinuousBatch:
         self._rows[row] = running
         self._alike = None
         if running is not None:
-            self._fed = None
+            self._joined.append(row)
+
+    def _coming(self, row: int) -> int:
+        """Tokens of who is in a row that a step under way writes."""
+        return int(self._under_way is not None and self._under_way.writes(row, self._rows))
 
     def _logits(self) -> Tensor:
         """Feeds every row its last token and its draft: logits ``(slots, T, V)`` in fp32, to be read before the next
         step.
         """
-        self.cache.set_lengths([0 if running is None else running.seen for running in self._rows])
+        self.cache.set_lengths(
+            [0 if running is None else running.seen + self._coming(row) for row, running in enumerate(self._rows)]
+        )
+        last = [0 if running is None else running.last for running in self._rows]
         if self._fed is None:
-            last = [0 if running is None else running.last for running in self._rows]
             drafts = [[] if running is None else running.draft for running in self._rows]
             self._fed = next_block(last, drafts, self._ahead, self.cache).to(self.model.device)
-        graph = self.cache.graph
-        replays = graph is not None and graph.fits(self._fed)
+        elif self._joined:
+            joined = sent([self._joined, [last[row] for row in self._joined]], self._fed.device)
+            self._fed = self._fed.index_copy(0, joined[0], joined[1][:, None])
+        self._joined.clear()
         # generate runs experts in another way in steps than in prompts, on a GPU.
-        with contextlib.nullcontext() if replays else self.model._optimize_model_for_decode():
+        with contextlib.nullcontext() if self._replays() else self.model._optimize_model_for_decode():
             logits: Tensor = self.model(**self._inputs(self._fed)).logits
             return logits[:, -self._fed.shape[1] :].float()
 
-    def _tokens(self, logits: Tensor) -> list[list[int]]:
+    def _tokens(self, logits: Tensor) -> Tensor:
         """The next token of every row, and those behind its draft, by logits ``(slots, T, V)``; those of rows that are
         free mean nothing.
         """
@@ -853,21 +905,47 @@ class ContinuousBatch:
             alike.choose(logits, chosen)
         self._chosen = chosen
         self._fed = None if self._ahead else chosen.clamp(min=0).to(self.model.device)
-        tokens: list[list[int]] = chosen.tolist()  # the one time that a step waits for what it computes
-        return tokens
+        return chosen
 
     def _advance(self) -> list[tuple[Callable[[int], None], int]]:
-        """Lets every running request write its next tokens. Returns whom to tell of which."""
+        """Launches a step of every running request, and ends one: this, or the one before, which the device was at
+        meanwhile. Returns whom to tell of which token.
+        """
         if self._guesser is not None:
             self._draft(self._guesser)
-        logits = self._logits()
+        before, now = self._under_way, None
+        if any(
+            running is not None and len(running.tokens) + self._coming(row) < running.most
+            for row, running in enumerate(self._rows)
+        ):
+            now = _Launched(list(self._rows), self._tokens(self._logits()))
+        self._under_way = now if now is not None and self._overlaps(now) else None
+        callbacks = [] if before is None else self._end(before, now)
+        return callbacks if now is None or now is self._under_way else callbacks + self._end(now, None)
+
+    def _overlaps(self, step: _Launched) -> bool:
+        """Whether the next step may be launched before the tokens of this one are looked at, so that Python takes no
+        time from a device that is busy. Whoever's text has ended by then takes part once more, for nothing.
+        """
+        alone = self._guesser is None and all(running is None or running.text is None for running in step.rows)
+        return alone and self._replays()
+
+    def _replays(self) -> bool:
+        """Whether a step is one launch."""
+        graph, fed = self.cache.graph, self._fed
+        return graph is not None and fed is not None and graph.fits(fed)
+
+    def _end(self, step: _Launched, after: _Launched | None) -> list[tuple[Callable[[int], None], int]]:
+        """Adds the tokens of a step to the texts, where another may have been launched after it. Returns whom to tell
+        of which token.
+        """
         callbacks, written, kept = [], [], [0] * len(self._rows)
-        for row, chosen in enumerate(self._tokens(logits)):
-            running = self._rows[row]
-            if running is None:
+        for row, (running, chosen) in enumerate(zip(step.rows, step.fetch(), strict=True)):
+            if running is None or self._rows[row] is not running:
                 continue
             tokens = accepted(chosen, running.draft, running.ends, running.most - len(running.tokens))
             kept[row] = len(tokens)
+            fed = after is not None and after.writes(row, self._rows)  # the last token, too
             reason = self._write(row, running, tokens)
             if self._guesser is not None:
                 self._guesser.accept(row, tokens if reason is None else [])
@@ -876,14 +954,14 @@ class ContinuousBatch:
             if reason is not None:
                 self._set_row(row, None)
                 if reason != "nan" and self.prefix_cache.max_bytes:
-                    written.append((row, running))
+                    written.append((row, running, running.seen + fed))
                 self._ended.append(Completion(running.number, running.tokens, reason))
         if self._ahead:
-            self.cache.crop(torch.tensor(kept) - logits.shape[1])
-        for row, running in written:
+            self.cache.crop(torch.tensor(kept) - step.width)
+        for row, running, seen in written:
             if running.of_model == self.prefix_cache.changes:
-                text = text_key([*running.ids, *running.tokens[:-1]])
-                self.prefix_cache.store(text, CacheRow(self.cache, row, running.seen))
+                text = text_key([*running.ids, *running.tokens][:seen])
+                self.prefix_cache.store(text, CacheRow(self.cache, row, seen))
         return callbacks
 
     def _draft(self, guesser: _Guesser) -> None:
