@@ -35,9 +35,6 @@ class FakeGraph:
                 gradient.copy_(value)
         return self.loss
 
-    def abandon(self) -> None:
-        pass
-
     def replay(self) -> None:
         places = self.step._gradients
         assert places is not None

@@ -655,7 +655,7 @@ class TestOnAGPU:
         assert batch.cache.graph._graph is graph
         assert ended.tokens == alone(model, Request(prompt(4), {**BASE, "max_new_tokens": 30}))
 
-    def test_waits_once_a_step_however_many_rows_sample(self, tiny_model: Callable[..., Any]) -> None:
+    def test_waits_for_nothing_but_the_tokens_however_many_rows_sample(self, tiny_model: Callable[..., Any]) -> None:
         model = tiny_model().cuda()
         own = ({"temperature": 2.0, "top_p": 0.9}, {"top_k": 9}, {"repetition_penalty": 1.2}, {"min_p": 0.1})
 
@@ -672,7 +672,7 @@ class TestOnAGPU:
                 torch.cuda.set_sync_debug_mode("default")
             return sum("called a synchronizing" in str(warning.message) for warning in found)
 
-        assert waits(4) == waits(1) > 0
+        assert waits(4) == waits(1) == 0  # events are not counted, and there is one a step
 
 
 # What is refused

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,7 @@ class DecodeGraph:
         with torch.inference_mode(False):  # to be written by steps in either mode
             ids = input_ids.clone()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with capturing(graph):
                 outputs = run(ids)
         except RuntimeError as error:
             self.reason = f"its step cannot be captured: {str(error).splitlines()[0]}"
@@ -100,6 +101,20 @@ class DecodeGraph:
 
     def __reduce__(self) -> Any:
         return DecodeGraph, ()
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None, stream: Any = None) -> Iterator[None]:
+    """Captures what is launched inside, whatever other threads launch. A capture that fails leaves no trace: PyTorch's
+    generator of random numbers, which would wait for its end, goes on.
+    """
+    try:
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            yield
+    except BaseException:
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
 
 
 def why_not(model: nn.Module) -> str | None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..errors import ArgumentError, BackendError
+from ..models.graphs import capturing
 
 logger = logging.get_logger(__name__)
 
@@ -281,7 +282,6 @@ class CapturedStep:
         try:
             loss = graph.capture(functools.partial(run, **static))
         except RuntimeError as error:
-            graph.abandon()
             reason = str(error).splitlines()[0]
             if "previous error during capture" in reason:
                 reason += " (a loss that is kept from a step elsewhere ties gradients to that stream: detach it)"
@@ -341,17 +341,12 @@ class Graph:
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
         """What ``run`` returns, which replays write."""
-        with torch.cuda.graph(self._graph, self.pool, self._stream, capture_error_mode="thread_local"):
+        with capturing(self._graph, self.pool, self._stream):
             return run()
 
     def replay(self) -> None:
         """Runs what was captured, on the current stream."""
         self._graph.replay()
-
-    def abandon(self) -> None:
-        """Cleans up after a capture that failed, which leaves the generator of random numbers waiting for its end."""
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        generator.graphsafe_set_state(generator.clone_state())
 
 
 @dataclasses.dataclass
