@@ -31,7 +31,7 @@ _NOWHERE = -(2**30)
 
 
 def sent(values: list[Any], device: torch.device) -> Tensor:
-    """Integers on a device, without waiting for what that is at."""
+    """Integers in a tensor on a device that may be busy: nothing waits for it."""
     held = torch.tensor(values)
     return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.to(device)
 
