@@ -41,6 +41,7 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --config-file mypy-scripts.ini
 
 wheel: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m build --wheel
