@@ -139,7 +139,7 @@ def without_kernels() -> Iterator[None]:
         name: f for name, f in vars(modeling_mamba2).items() if hasattr(f, "__wrapped__") and inspect.isfunction(f)
     }
     for name, function in found.items():
-        setattr(modeling_mamba2, name, vars(function)["__wrapped__"])
+        setattr(modeling_mamba2, name, function.__wrapped__)  # type: ignore[attr-defined]
     try:
         yield
     finally:

@@ -27,7 +27,6 @@ from transformers.utils import logging
 
 from ..distributed.tensor_parallel import agree_on_random_numbers
 from ..errors import ArgumentError
-from ..layers import SSDState
 from ..layers.placement import sent
 from ..ops import batch_invariant as invariantly
 from . import prefill
@@ -579,8 +578,7 @@ class ContinuousBatch:
             self.cache.activate_past_recording(self._ahead + 1)
         if isinstance(self._guesser, _Heads):
             self._guesser.see_blocks(self.cache)
-        states = [layer for layer in self.cache.layers if isinstance(layer, SSDState)]
-        self.prefix_cache.check_room(sum(layer.nbytes_of_row for layer in states))
+        self.prefix_cache.check_room(sum(state.nbytes_of_row for state in self.cache.states))
 
     def _inputs(self, ids: Tensor, *, is_first_iteration: bool = False) -> dict[str, Any]:
         """What the forward gets for the next tokens of every row, ``(slots, T)``."""
@@ -829,10 +827,10 @@ class ContinuousBatch:
             self._guesser.watch(cache)
         new = [tokens_of(text)[-_new_tokens(text, behind[text]) :] for text in texts]
         width = max(map(len, new))
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in new], device=self.model.device)  # (B, T)
+        ids = sent([[*row, *[0] * (width - len(row))] for row in new], self.model.device)  # (B, T)
         mask = None
         if min(map(len, new)) < width:
-            counts = torch.tensor(list(map(len, new)), device=ids.device)[:, None]
+            counts = sent([*map(len, new)], ids.device)[:, None]
             columns = torch.arange(-cache.seen_tokens, width, device=ids.device)
             mask = (columns < counts).long()  # (B, seen + T)
         return self.model.read(ids, mask, past_key_values=cache)
@@ -845,7 +843,7 @@ class ContinuousBatch:
         self.cache.put(row, running.state)
         running.state = None
         if running.processors and running.sampler is None:
-            running.text = torch.tensor([running.ids], device=self.model.device)  # (1, T)
+            running.text = sent([running.ids], self.model.device)  # (1, T)
         self._set_row(row, running)
 
     def _renew_graph(self) -> None:
@@ -866,6 +864,11 @@ class ContinuousBatch:
         """Tokens of who is in a row that a step under way writes."""
         return int(self._under_way is not None and self._under_way.writes(row, self._rows))
 
+    def _last(self, row: int) -> int:
+        """The token that the next step feeds a row."""
+        running = self._rows[row]
+        return 0 if running is None else running.last
+
     def _logits(self) -> Tensor:
         """Feeds every row its last token and its draft: logits ``(slots, T, V)`` in fp32, to be read before the next
         step.
@@ -873,12 +876,12 @@ class ContinuousBatch:
         self.cache.set_lengths(
             [0 if running is None else running.seen + self._coming(row) for row, running in enumerate(self._rows)]
         )
-        last = [0 if running is None else running.last for running in self._rows]
         if self._fed is None:
+            last = [self._last(row) for row in range(len(self._rows))]
             drafts = [[] if running is None else running.draft for running in self._rows]
             self._fed = next_block(last, drafts, self._ahead, self.cache).to(self.model.device)
         elif self._joined:
-            joined = sent([self._joined, [last[row] for row in self._joined]], self._fed.device)
+            joined = sent([self._joined, [*map(self._last, self._joined)]], self._fed.device)
             self._fed = self._fed.index_copy(0, joined[0], joined[1][:, None])
         self._joined.clear()
         # generate runs experts in another way in steps than in prompts, on a GPU.
@@ -921,7 +924,9 @@ class ContinuousBatch:
             now = _Launched(list(self._rows), self._tokens(self._logits()))
         self._under_way = now if now is not None and self._overlaps(now) else None
         callbacks = [] if before is None else self._end(before, now)
-        return callbacks if now is None or now is self._under_way else callbacks + self._end(now, None)
+        if now is not None and self._under_way is None:
+            callbacks += self._end(now, None)
+        return callbacks
 
     def _overlaps(self, step: _Launched) -> bool:
         """Whether the next step may be launched before the tokens of this one are looked at, so that Python takes no

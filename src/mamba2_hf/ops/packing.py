@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .runtime.modes import traced
+
 
 def document_numbers(seq_idx: Tensor) -> Tensor:
     """Numbers the documents of each row ``(B, T)`` 0, 1, 2, ..., so that ids which return later stay apart."""
@@ -26,7 +28,7 @@ def _changes(seq_idx: Tensor) -> Tensor:
 
 def document_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """The document of each token, ``(T,)``; tokens past the last document get ``S``."""
-    return _ended(cu_seqlens[1:].to(torch.int64), tokens)
+    return _ended(cu_seqlens[1:], tokens)
 
 
 def bounded_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -37,7 +39,10 @@ def bounded_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
 
 
 def _ended(ends: Tensor, count: int) -> Tensor:
-    """How many of ``ends (S,)`` are at most 0, 1, ..., ``count - 1``. A search would do, but ONNX has none."""
+    """How many of ``ends (S,)``, which do not fall, are at most 0, 1, ..., ``count - 1``. ONNX has no search."""
+    if not traced():
+        return torch.searchsorted(ends, torch.arange(count, dtype=ends.dtype, device=ends.device), right=True)
+    ends = ends.to(torch.int64)
     at = torch.zeros(count + 1, dtype=torch.int64, device=ends.device)
     return at.scatter_add(0, ends.clamp(max=count), torch.ones_like(ends))[:count].cumsum(0)
 

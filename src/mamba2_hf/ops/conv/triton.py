@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..packing import document_ids
 from ..runtime import tables
 from ..runtime.launch import launch
 from ..runtime.op import op
@@ -42,10 +43,7 @@ def documents(x: Tensor, packing: Packing) -> Documents:
     seq_idx, cu_seqlens = packing
     if cu_seqlens is not None:
         bounds = cu_seqlens.to(x.device)
-        # As `document_ids`, in two launches for seven, in every layer.
-        tokens = torch.arange(x.shape[1], dtype=bounds.dtype, device=x.device)
-        ids = torch.searchsorted(bounds[1:], tokens, right=True)
-        return Documents(BY_BOUNDS.value, ids, bounds, bounds.shape[0] - 1)
+        return Documents(BY_BOUNDS.value, document_ids(bounds, x.shape[1]), bounds, bounds.shape[0] - 1)
     if seq_idx is not None:
         return Documents(BY_INDEX.value, seq_idx.contiguous(), None, x.shape[0])
     return Documents(NO_PACKING.value, None, None, x.shape[0])

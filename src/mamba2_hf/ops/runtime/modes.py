@@ -54,9 +54,14 @@ def known(condition: bool) -> bool:
     return statically_known_true(condition)
 
 
+def traced() -> bool:
+    """Whether operations go into a graph: of ``torch.compile``, of an export, or of a TorchScript trace."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
 def in_steps(device: torch.device) -> bool:
     """Whether short loops beat wide operations: on a CPU, whose caches hold a step, and outside of graphs."""
-    return device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._is_tracing()
+    return device.type == "cpu" and not traced()
 
 
 # On a CPU, touching fresh memory costs several times the arithmetic, so these write over an operand that nothing else
